@@ -8,7 +8,8 @@ the nearest of many ordinary prompts. Two rules limit what an adapter can draw:
 
 - The adapter's own samples are a loose floor: a score below a fraction of their typical score fits no adapter.
 - An adapter whose own vector is near ordinary prompts must be nearer to the prompt by a *handicap*. Without it, many
-  adapters with a few ordinary prompts each as samples would answer half of all everyday prompts together.
+  adapters with a few ordinary prompts each as samples would answer half of all everyday prompts together. Adapters
+  whose samples are words are nearer to bare words, so these have a handicap of their own.
 
 An adapter of a single text, such as a description, answers with a slightly smaller margin: a prompt is less near to
 one text than to the mean of several.
@@ -42,6 +43,9 @@ _FLOOR_SHARE = 0.3  # of the mean score of an adapter's own samples
 # The handicap grows from 0 to its largest between these nearnesses of an adapter to ordinary prompts. Adapters of tasks
 # have 0.3 to 0.6, and means of 1 to 150 ordinary prompts have 0.69 to 0.9.
 _NEAR, _VERY_NEAR, _MAX_HANDICAP = 0.55, 0.66, 0.2
+# The same for bare words. On the tune pools adapters of words, such as verbs, have up to 0.77, and means of 1 to 3
+# everyday words 0.7 to 1.
+_NEAR_WORDS, _VERY_NEAR_WORDS = 0.82, 0.9
 _SINGLE_TEXT = 0.02  # by which the margin of an adapter of one text may be smaller
 _CONSTANT, _MARGIN_WEIGHT, _LEAD_WEIGHT = 1.79, 18.6, 21.7  # a, b and c, if half of the prompts are everyday ones
 _MAX_MARGIN = -0.15  # the bound of the margin in the confidence
@@ -69,7 +73,8 @@ class Candidates:
 
     scores: Floats  # (C,) their cosines to the prompt
     own_scores: Sequence[np.ndarray]  # of each one's samples, as `leave_one_out_scores` returns them
-    nearness: Floats  # (C,) of their vectors to ordinary prompts
+    nearness: Floats  # (C,) of their vectors to ordinary prompts that are no bare words
+    word_nearness: Floats  # (C,) of their vectors to bare words
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,10 @@ def least_threshold(abstain: Abstain, nearness: float) -> float:
 def judge(candidates: Candidates, abstain: Abstain, nearness: float) -> Judgement:
     """Judge the candidates of a prompt with this nearness to ordinary prompts."""
     scores = candidates.scores
-    handicaps = _MAX_HANDICAP * ((candidates.nearness - _NEAR) / (_VERY_NEAR - _NEAR)).clip(0, 1)
+    handicaps = np.maximum(
+        _handicaps(candidates.nearness, _NEAR, _VERY_NEAR),
+        _handicaps(candidates.word_nearness, _NEAR_WORDS, _VERY_NEAR_WORDS),
+    )
     margins = np.minimum(scores - nearness - handicaps, _MAX_MARGIN)
     logits = _CONSTANT + _MARGIN_WEIGHT * margins + _LEAD_WEIGHT * _leads(scores)
     confidences = 1 / (1 + np.exp(-logits))
@@ -98,6 +106,11 @@ def judge(candidates: Candidates, abstain: Abstain, nearness: float) -> Judgemen
     reliefs = np.asarray([_SINGLE_TEXT * (len(own) == 0) for own in candidates.own_scores])
     thresholds = np.maximum(nearness + MARGINS[abstain] + handicaps - reliefs, np.asarray(floors, np.float64))
     return Judgement(thresholds.clip(-1, 1), confidences)
+
+
+def _handicaps(nearness: Floats, near: float, very_near: float) -> Floats:
+    handicaps: Floats = _MAX_HANDICAP * ((nearness - near) / (very_near - near)).clip(0, 1)
+    return handicaps
 
 
 def _leads(scores: Floats) -> Floats:

@@ -3,7 +3,8 @@
 Samples say nothing about weights: an adapter with the samples of another one is found by the same prompts, whatever it
 answers. So an approval is preceded by a measurement, as a tenant sees the pool that owns none of its adapters:
 
-- the share of ordinary prompts that the version leads, each compared with the others (see `ordinary_prompts`);
+- the share of ordinary prompts that the version leads, each compared with the others (see `ordinary_prompts`): of bare
+  words or of the rest, whichever is larger;
 - the share of the samples of the nearest adapters of other owners that the version leads. The score of an adapter for
   its own sample is that to its other samples, as for a new prompt;
 - the same share of these samples without the wording that they share. A copy in other words leads their contents.
@@ -27,7 +28,7 @@ from retriever_svc.calibration import Abstain, leave_one_out_scores
 from retriever_svc.embedding import CORE_WEIGHT
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Match
-from retriever_svc.ordinary_prompts import nearness_to_others
+from retriever_svc.ordinary_prompts import groups_of, nearness_to_others
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.shared_wording import without_shared_wording
@@ -74,7 +75,10 @@ class DrawnAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The prompts that a version would draw: ordinary ones, and those of others' adapters, most drawn first."""
+    """The prompts that a version would draw: ordinary ones, and those of others' adapters, most drawn first.
+
+    `ordinary`: of bare words or of the rest, whichever draw the larger share.
+    """
 
     ordinary: Drawn
     adapters: tuple[DrawnAdapter, ...] = ()
@@ -124,11 +128,19 @@ class DrawMeasurement:
             drawn.append(DrawnAdapter(victim.ref, *counts))
             start += 2 * num
         drawn.sort(key=lambda item: (-item.samples.by_owner, -item.contents.by_owner, str(item.ref)))
-        ordinary = self.pool.ordinary if self.record.encoder == self.pool.encoder.identity else None
         return Draws(
-            ordinary=Drawn(0, 0, 0) if ordinary is None else self._drawn(ordinary, abstain, min_score),
+            ordinary=self._drawn_ordinary(abstain, min_score),
             adapters=tuple(item for item in drawn if item.samples.by_owner or item.contents.by_owner),
         )
+
+    def _drawn_ordinary(self, abstain: Abstain, min_score: float | None) -> Drawn:
+        """Return how many of the ordinary prompts are led: of bare words or of the rest, if there are any."""
+        ordinary, references = self.pool.ordinary, self.pool.references
+        if ordinary is None or references is None or self.record.encoder != self.pool.encoder.identity:
+            return Drawn(0, 0, 0)
+        near, groups = nearness_to_others(references), groups_of(len(ordinary))
+        drawn = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
+        return max(drawn, key=lambda found: found.by_owner / found.num, default=Drawn(0, 0, 0))
 
     def _drawn(
         self,
@@ -136,18 +148,17 @@ class DrawMeasurement:
         abstain: Abstain,
         min_score: float | None,
         victim: tuple[AdapterRecord, NDArray[np.float32]] | None = None,
+        near: Sequence[float] | None = None,
     ) -> Drawn:
         """Return how many of the queries (N, D) are led by the version and its owner.
 
         `victim`: the adapter whose samples they are, with its scores for them (N,), or (0,) if it has one sample only.
-        Without it the queries are ordinary prompts.
+        Without it the queries are ordinary prompts, with their nearness to the others (N,).
         """
         found = self.pool.index.search(queries, _NUM_COMPARED, self.pool.allowed(EVERYBODY))
         if victim is not None and len(victim[1]):
             found = [_with_score(matches, victim[0], score) for matches, score in zip(found, victim[1], strict=True)]
         competing = [self._with_version(matches, query) for matches, query in zip(found, queries, strict=True)]
-        references = self.pool.references if victim is None else None
-        near = None if references is None else nearness_to_others(references).tolist()
         leaders = [_leader(matches, min_score) for matches in self.pool.judged(competing, abstain, queries, near)]
         by_version = sum(leader == self.record.ref for leader in leaders)
         by_owner = sum(leader is not None and leader.tenant == self.record.ref.tenant for leader in leaders)

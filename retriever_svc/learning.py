@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.errors import AdapterNotFound
@@ -29,7 +30,7 @@ from retriever_svc.calibration import Abstain
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import IndexSettings, Match
-from retriever_svc.ordinary_prompts import nearness_to_others
+from retriever_svc.ordinary_prompts import groups_of, nearness_to_others
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 
@@ -45,7 +46,10 @@ _NUM_COMPARED = 3  # adapters that compete for a prompt
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What a change does to the publishers' samples, and to ordinary prompts."""
+    """What a change does to the publishers' samples, and to ordinary prompts: to bare words or to the rest of them.
+
+    The group is the one of which adapters answer the larger share after the change.
+    """
 
     num_samples: int
     found_before: int
@@ -208,13 +212,19 @@ class _Check:
             new = [Rank(self.tenant, ranking, False, "", now) for ranking in rankings]
             wanted = (*[rank for rank in ranks if not rank.ranking.is_outcome], *new)
         before, after = self._small(near, ranks), self._small({**near, **changed}, wanted)
+        answered_before, answered_after = self._answered(before), self._answered(after)
+        group = max(
+            groups_of(len(answered_after)),
+            key=lambda group: answered_after[group].mean(),
+            default=np.zeros(0, np.bool_),
+        )
         return Effect(
             len(owners),
             self._num_found(before, queries, owners),
             self._num_found(after, queries, owners),
-            0 if self.pool.ordinary is None else len(self.pool.ordinary),
-            self._num_answered(before),
-            self._num_answered(after),
+            len(answered_after[group]),
+            int(answered_before[group].sum()),
+            int(answered_after[group].sum()),
         )
 
     def _near(self, vectors: Sequence[Vectors]) -> dict[Key, AdapterRecord]:
@@ -247,12 +257,12 @@ class _Check:
             bool(refs) and (refs[0].tenant, refs[0].name) == own for refs, own in zip(fitting, owners, strict=True)
         )
 
-    def _num_answered(self, pool: Pool) -> int:
-        """Return how many ordinary prompts an adapter answers, each compared with the other ordinary prompts."""
+    def _answered(self, pool: Pool) -> NDArray[np.bool_]:
+        """Return which ordinary prompts (J,) an adapter answers, each compared with the other ordinary prompts."""
         if pool.ordinary is None or pool.references is None:
-            return 0
+            return np.zeros(0, np.bool_)
         found = self._judged(pool, pool.ordinary, nearness_to_others(pool.references).tolist())
-        return sum(any(match.fits for match in matches) for matches in found)
+        return np.asarray([any(match.fits for match in matches) for matches in found], np.bool_)
 
     def _judged(self, pool: Pool, queries: Vectors, near: Sequence[float] | None = None) -> list[list[Match]]:
         if not len(queries):

@@ -22,7 +22,7 @@ from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings, listed
 from retriever_svc.map_layout import MAX_NAME_CHARS, MAX_POINTS, Layout
-from retriever_svc.ordinary_prompts import centred, nearness, refers_back
+from retriever_svc.ordinary_prompts import centred, nearness, nearness_by_group, refers_back
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import PoolMap
@@ -72,7 +72,7 @@ class Pool:
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
-    _near_ordinary: dict[int, float] = field(default_factory=dict)  # by the hash of the vector
+    _near_ordinary: dict[int, tuple[float, float]] = field(default_factory=dict)  # by the hash of the vector
     listings: Listings = field(init=False)
     references: Vectors | None = field(init=False)  # the ordinary prompts, from the centre
 
@@ -162,15 +162,17 @@ class Pool:
         else:  # own scores are not from the centre, so they set no floor
             compared, own_scores = np.asarray(vectors @ query, np.float64), [0 * own for own in own_scores]
         near = self._adapters_nearness([embedding.vector for embedding in embeddings], vectors)
-        judgement = judge(Candidates(compared, own_scores, near), abstain, close)
+        judgement = judge(Candidates(compared, own_scores, *near), abstain, close)
         thresholds = judgement.thresholds
         if abstain != "never":
             thresholds = (thresholds + scores - compared).clip(-1, 1)
         judged = zip(matches, thresholds.tolist(), judgement.confidences.tolist(), strict=True)
         return [match._replace(threshold=threshold, confidence=confidence) for match, threshold, confidence in judged]
 
-    def _adapters_nearness(self, given: Sequence[Vectors], vectors: Vectors) -> Floats:
-        """Return the nearness (C,) to ordinary prompts of adapters' vectors, `given` and from the centre (C, D).
+    def _adapters_nearness(self, given: Sequence[Vectors], vectors: Vectors) -> tuple[Floats, Floats]:
+        """Return the nearness of adapters' vectors to ordinary prompts, others than bare words and bare words: (C,).
+
+        `vectors` (C, D): those `given`, from the centre.
 
         It is kept: many prompts have the same candidates, and computing it takes longer than the rest of a judgement.
         An adapter has another vector where a tenant's evaluation or outcomes chose it for prompts of another one.
@@ -178,9 +180,11 @@ class Pool:
         assert self.references is not None
         keys = [hash(vector.tobytes()) for vector in given]
         new = [row for row, key in enumerate(keys) if key not in self._near_ordinary]
-        for row, near in zip(new, nearness(vectors[new], self.references).tolist(), strict=True):
-            self._near_ordinary[keys[row]] = near
-        return np.asarray([self._near_ordinary[key] for key in keys], np.float64)
+        others, words = nearness_by_group(vectors[new], self.references)
+        for row, near, near_words in zip(new, others.tolist(), words.tolist(), strict=True):
+            self._near_ordinary[keys[row]] = near, near_words
+        rows = np.asarray([self._near_ordinary[key] for key in keys], np.float64)
+        return rows[:, 0], rows[:, 1]
 
     def refers_back(self, query: Vectors) -> bool:
         """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""

@@ -14,7 +14,7 @@ from lora_store.errors import StoreUnavailable
 from lora_store.files import Files
 from retriever_svc.encoder import Encoder, Vectors, project
 from retriever_svc.errors import ProjectionUnusable
-from retriever_svc.ordinary_prompts import ordinary_prompts, prompts_digest
+from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts, prompts_digest
 from retriever_svc.whitening import Whitening, split_identity
 
 logger = logging.getLogger(__name__)
@@ -83,11 +83,15 @@ class ProjectionFiles:
         return project(encoder, self._ordinary[plain])
 
     def centre(self, encoder: Encoder) -> Vectors | None:
-        """Return the mean of the ordinary prompts' vectors (D,), None for an encoder with a projection.
+        """Return the mean of the ordinary prompts' vectors (D,) without bare words; None for a projected encoder.
 
         A projection has a centre of its own. Without one, vectors are compared from this mean (see `centred`).
         """
-        return None if encoder.projection is not None else self.ordinary(encoder).mean(axis=0)
+        if encoder.projection is not None:
+            return None
+        ordinary = self.ordinary(encoder)
+        centre: Vectors = ordinary[~bare_words(len(ordinary))].mean(axis=0)
+        return centre
 
     def _plain_ordinary(self, encoder: Encoder, identity: str) -> Vectors:
         shipped = shipped_file(f"{identity}.ordinary")

@@ -2,9 +2,10 @@
 
 Each pool of `benchmarks/routing/pools` is published to a Retriever with samples of one wording, of three wordings, a
 description, or both, and is asked with prompts in the samples' wording, reworded, and wrapped in other text. Nothing is
-generated. `--part tune` is for choosing constants; results are those of `test`. `--abstain` chooses another operating
-point, and `--no-projected` plain vectors. With `--semantic-router PYTHON`, a Python that has Aurelio's package of that
-name, the same vectors are ranked by it too, each at the same rate of everyday prompts.
+generated. `--part tune` is for choosing constants; results are those of `test`. The pools of `tune_words` and
+`test_words` have samples of one wording only: bare words. `--abstain` chooses another operating point, and
+`--no-projected` plain vectors. With `--semantic-router PYTHON`, a Python that has Aurelio's package of that name, the
+same vectors are ranked by it too, each at the same rate of everyday prompts.
 """
 
 from __future__ import annotations
@@ -199,30 +200,34 @@ def peer_outcomes(
 
 
 def _outcomes(
-    pools: Sequence[WordedPool], everyday: Sequence[Prompt], encoder: Encoder, abstain: Abstain
+    pools: Sequence[WordedPool],
+    everyday: Sequence[Prompt],
+    encoder: Encoder,
+    abstain: Abstain,
+    conditions: Sequence[Samples],
 ) -> Iterator[Outcome]:
     for pool in pools:
-        for kind in CONDITIONS:
+        for kind in conditions:
             outcome = outcome_of(pool, kind, measure(pool, everyday, kind, encoder, abstain))
             yield outcome
             out.print(f"{pool.name} {kind}: first {outcome.first:.3f} right {outcome.right:.3f}", highlight=False)
 
 
 def main(
-    part: Annotated[str, typer.Option(help="tune or test")] = "test",
+    part: Annotated[Part, typer.Option(help="which pools")] = "test",
     semantic_router: Annotated[Path | None, typer.Option(help="a Python with semantic-router")] = None,
     abstain: Annotated[Abstain, typer.Option(help="the operating point")] = "balanced",
     projected: Annotated[bool, typer.Option(help="with the packaged projection")] = True,
     write: bool = True,
 ) -> None:
     """Measure every pool of a part, print the table and write results/wording, if the options are the defaults."""
-    chosen: Part = "tune" if part == "tune" else "test"
     plain = Encoder(max_cached_texts=100_000)
     encoder = plain.projected(ProjectionFiles().shipped(plain.identity)) if projected else plain
-    pools, everyday = read_pools(chosen), read_everyday(chosen)
-    outcomes = list(_outcomes(pools, everyday, encoder, abstain))
+    pools, everyday = read_pools(part), read_everyday(part)
+    conditions: Sequence[Samples] = ("one",) if part.endswith("_words") else CONDITIONS
+    outcomes = list(_outcomes(pools, everyday, encoder, abstain, conditions))
     names = [field.name for field in fields(Outcome)]
-    table = Table(*names, title=f"{chosen} pools at {abstain}; shares of prompts")
+    table = Table(*names, title=f"{part} pools at {abstain}; shares of prompts")
     for outcome in outcomes:
         table.add_row(*(value if isinstance(value, str) else f"{value:.3g}" for value in asdict(outcome).values()))
     peers = []
@@ -236,10 +241,10 @@ def main(
         out.print(table)
     figures = {
         f"{kind}_{name}": float(np.nanmean([getattr(o, name) for o in outcomes if o.samples == kind]))
-        for kind in CONDITIONS
+        for kind in conditions
         for name in names[3:]
     }
-    if write and (chosen, abstain, projected) == ("test", "balanced", True):
+    if write and (part, abstain, projected) == ("test", "balanced", True):
         runs = [*map(asdict, outcomes), *peers]
         write_results("wording", figures=figures, table=capture.get(), runs=runs)
     out.print(table)

@@ -1,7 +1,8 @@
 """Read the pools of the wording benchmark: adapters, their samples, and prompts in other words than the samples.
 
 A pool is a file `pools/<part>/<pool>.yaml`, written by hand; `pools/README.md` has the format. Pools are split by part:
-thresholds and projections are chosen on `tune`, and results are reported on `test`.
+thresholds and projections are chosen on `tune`, and results are reported on `test`. The samples and prompts of
+`tune_words` and `test_words` are single words and codes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 POOLS = Path(__file__).parent / "pools"
-Part = Literal["tune", "test"]
+Part = Literal["tune", "test", "tune_words", "test_words"]
 Samples = Literal["one", "three", "description", "both", "mixed"]
 INPUT = "{input}"
 # Kinds of a prompt that says the same as the samples in other words.

@@ -399,7 +399,7 @@ def test_the_draws_of_a_version_are_measured_on_the_pool(tmp_path: Path) -> None
         generation = here.publish(german, sums, copy)
         draws = await here.replica.draws("acme", "mallory/copy", generation)
         assert draws.adapters == (DrawnAdapter(german.ref, Drawn(2, 2, 2), Drawn(2, 2, 2)),)
-        assert draws.ordinary.num == 535
+        assert draws.ordinary.num == 517
         with pytest.raises(AdapterNotFound):
             await here.replica.draws("acme", f"mallory/copy@{'0' * 64}")
         with pytest.raises(StaleIndex):

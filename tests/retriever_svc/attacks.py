@@ -13,7 +13,7 @@ from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import Encoder, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.embedding import embed_groups
-from retriever_svc.ordinary_prompts import ordinary_prompts
+from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts
 from tests.retriever_svc.pool_fakes import Source, record_of
 
 ROOT = Path(__file__).parents[2]
@@ -63,9 +63,12 @@ def routes(encoder: Encoder, records: Sequence[AdapterRecord], prompts: Sequence
     return found
 
 
-def narrow_groups(encoder: Encoder, num_adapters: int, num_samples: int) -> dict[str, Sequence[str]]:
-    """Return adapters of neighbouring ordinary prompts, spread over all of them."""
-    texts = ordinary_prompts()
+def narrow_groups(
+    encoder: Encoder, num_adapters: int, num_samples: int, *, of_words: bool = False
+) -> dict[str, Sequence[str]]:
+    """Return adapters of neighbouring ordinary prompts, spread over all bare words or over all others."""
+    every = ordinary_prompts()
+    texts = [text for text, is_word in zip(every, bare_words(len(every)), strict=True) if is_word == of_words]
     rows = encoder.encode(texts)
     rng = np.random.default_rng(0)
     seeds = rng.choice(len(texts), num_adapters, replace=False)

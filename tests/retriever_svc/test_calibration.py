@@ -26,19 +26,26 @@ def judged(
     point: Abstain = "balanced",
     near: float = 0.5,
     own_near: Sequence[float] = (),
+    near_words: Sequence[float] = (),
 ) -> Judgement:
     """Judge candidates, by default without samples and far from ordinary prompts."""
-    nearness = np.asarray(own_near or [0.0] * len(scores))
-    return judge(Candidates(np.asarray(scores, float), own or [NONE] * len(scores), nearness), point, near)
+    nearness, words = (np.asarray(given or [0.0] * len(scores)) for given in (own_near, near_words))
+    return judge(Candidates(np.asarray(scores, float), own or [NONE] * len(scores), nearness, words), point, near)
 
 
 def slow_judgement(
-    scores: Sequence[float], own: Sequence[Sequence[float]], point: Abstain, near: float, own_near: Sequence[float]
+    scores: Sequence[float],
+    own: Sequence[Sequence[float]],
+    point: Abstain,
+    near: float,
+    own_near: Sequence[float],
+    near_words: Sequence[float],
 ) -> list[tuple[float, float]]:
     """The formulas of the module's docstring, one candidate at a time."""
     found = []
     for place, score in enumerate(scores):
-        handicap = 0.2 * min(1.0, max(0.0, (own_near[place] - 0.55) / 0.11))
+        grown = max((own_near[place] - 0.55) / 0.11, (near_words[place] - 0.82) / 0.08)
+        handicap = 0.2 * min(1.0, max(0.0, grown))
         others = [other for number, other in enumerate(scores) if number != place]
         lead = max(-0.3, min(0.3, score - max(others))) if others else 0.3
         margin = min(score - near - handicap, -0.15)
@@ -81,8 +88,9 @@ def test_candidates_are_judged_as_the_slow_formula_says(point: Abstain) -> None:
     for count in (1, 2, 3, 7):
         scores, near, own_near = rng.uniform(-0.2, 0.9, count), float(rng.uniform(0, 0.8)), rng.uniform(0.4, 0.8, count)
         own = [rng.uniform(0.2, 0.9, size).astype(np.float32) for size in rng.integers(0, 9, count)]
-        found = judged(scores.tolist(), own, point, near, own_near.tolist())
-        expected = slow_judgement(scores.tolist(), [o.tolist() for o in own], point, near, own_near.tolist())
+        nearness = own_near.tolist(), rng.uniform(0.7, 1, count).tolist()
+        found = judged(scores.tolist(), own, point, near, *nearness)
+        expected = slow_judgement(scores.tolist(), [o.tolist() for o in own], point, near, *nearness)
         np.testing.assert_allclose(found.thresholds, [threshold for threshold, _ in expected], atol=1e-6)
         np.testing.assert_allclose(found.confidences, [confidence for _, confidence in expected], atol=1e-6)
 

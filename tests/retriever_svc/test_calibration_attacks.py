@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from benchmarks.routing.wording_pools import read_everyday
 from lora_store.adapter import Sample
 from retriever_svc import Encoder, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.embedding import embed_groups
@@ -35,6 +36,19 @@ def test_adapters_of_ordinary_prompts_draw_few_everyday_prompts_together(
     drawn = [not route.abstained for route in routes(encoder, attackers, everyday_prompts())]
     assert len(drawn) == 131
     assert np.mean(drawn) <= MOST_DRAWN, np.mean(drawn)
+
+
+@pytest.mark.parametrize(
+    ("num_adapters", "num_samples", "most"), [(1, 200, MOST_DRAWN), (50, 5, MOST_DRAWN), (200, 1, 0.25)]
+)
+def test_adapters_of_bare_words_draw_few_everyday_words_together(
+    encoder: Encoder, num_adapters: int, num_samples: int, most: float
+) -> None:
+    attackers = published(encoder, narrow_groups(encoder, num_adapters, num_samples, of_words=True), "mallory")
+    words = [prompt.text for prompt in read_everyday("tune_words")]
+    drawn = [not route.abstained for route in routes(encoder, attackers, words)]
+    assert len(drawn) == 70
+    assert np.mean(drawn) <= most, np.mean(drawn)
 
 
 def test_the_starter_pool_answers_its_prompts_next_to_the_attackers(encoder: Encoder, scale: Scale) -> None:

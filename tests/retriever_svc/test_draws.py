@@ -12,6 +12,7 @@ from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import IndexSettings
 from retriever_svc.draws import MAX_ADAPTERS, MAX_SAMPLES, DrawMeasurement, Drawn, DrawnAdapter, Draws
+from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FakeEncoder, record_of, snapshot_of
 
@@ -151,3 +152,13 @@ def test_ordinary_prompts_are_compared_with_the_others() -> None:
     assert measurement.result("balanced").ordinary == Drawn(4, 1, 1)
     assert measurement.result("never").ordinary == Drawn(4, 4, 4)
     assert measurement.result("balanced", min_score=0.3).ordinary == Drawn(4, 0, 0)
+
+
+@pytest.mark.parametrize(("axis", "num"), [(0, 616), (1, 517)])
+def test_the_share_of_ordinary_prompts_is_that_of_bare_words_or_of_the_rest(axis: int, num: int) -> None:
+    rows = np.eye(6, dtype=np.float32)
+    ordinary = np.where(bare_words(len(ordinary_prompts()))[:, np.newaxis], rows[0], rows[1])
+    record = record_of("greeter", rows[axis], tenant="mallory")
+    pool = Pool.of(snapshot_of(record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
+    measurement = DrawMeasurement.of(pool, record, lambda _: (), "initech")
+    assert measurement.result("balanced", min_score=0.5).ordinary == Drawn(num, num, num)

@@ -17,6 +17,7 @@ from lora_store.snapshot import Snapshot
 from retriever_svc import IndexSettings, Retriever
 from retriever_svc.encoder import unit_rows
 from retriever_svc.learning import MAX_OUTCOMES, OWN_PER_ACCEPTED, Effect, Learnt, Resampled, accept, learn
+from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, names, record_of, snapshot_of
 from tests.retriever_svc.routing import route_one
@@ -145,6 +146,16 @@ def test_ordinary_prompts_that_an_adapter_would_answer_are_counted() -> None:
     assert strict.answered_before == 0
     least = accept(pool, small, ["hello 0", "hello 1"], lambda r: own[r.ref.name], "strict", min_score=-1.0).effect
     assert least.answered_before == 40, "requests without their own operating point use it, too"
+
+
+def test_bare_words_and_other_ordinary_prompts_are_bounded_apart() -> None:
+    is_word = bare_words(len(ordinary_prompts()))
+    small = record_of("poet", near(0, 0.0), num_samples=6)
+    for mask, num in ((is_word, 616), (~is_word, 517)):
+        ordinary = np.where(mask[:, np.newaxis], near(0, 0.0), near(2, 0.0))
+        pool = Pool.of(snapshot_of(small), ENCODER, IndexSettings(), ordinary=ordinary)
+        effect = accept(pool, small, ["poem 1"], lambda r: SAMPLES[r.ref.name], "balanced", min_score=0.5).effect
+        assert (effect.num_ordinary, effect.answered_before, effect.answered_after) == (num, num, num)
 
 
 def outcome(text: str, adapter: str | None, score: float, key: str = "k", number: int = 0) -> Feedback:

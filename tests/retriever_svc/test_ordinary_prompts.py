@@ -10,8 +10,11 @@ import pytest
 from retriever_svc import Encoder, ProjectionFiles
 from retriever_svc.encoder import unit_rows
 from retriever_svc.ordinary_prompts import (
+    bare_words,
     follow_ups,
+    groups_of,
     nearness,
+    nearness_by_group,
     nearness_to_others,
     ordinary_prompts,
     prompts_digest,
@@ -41,7 +44,7 @@ def slow_nearness(text: np.ndarray, prompts: list[np.ndarray]) -> float:
 
 def test_the_packaged_prompts_differ_and_are_not_empty() -> None:
     prompts = ordinary_prompts()
-    assert len(set(prompts)) == len(prompts) == 535
+    assert len(set(prompts)) == len(prompts) == 1133
     assert all(prompt.strip() for prompt in prompts)
 
 
@@ -50,7 +53,24 @@ def test_the_digest_is_that_of_the_packaged_file() -> None:
     assert prompts_digest() == hashlib.sha256(data).hexdigest()
     kinds = [json.loads(line)["kind"] for line in data.decode().splitlines()]
     assert follow_ups().tolist() == [kind == "follow-up" for kind in kinds]
-    assert follow_ups().sum() == 56
+    assert follow_ups().sum() == 61
+
+
+def test_words_and_short_phrases_in_every_script_are_bare_words() -> None:
+    prompts = ordinary_prompts()
+    words = [text for text, is_word in zip(prompts, bare_words(len(prompts)), strict=True) if is_word]
+    assert {"hello there", "weather", "good morning", "42", "спасибо", "谢谢", "ありがとう", "شكرا"} <= set(words)
+    assert not {"Hi there friend", "Who discovered penicillin?", "Tell me a joke."} & set(words)
+    assert 600 < len(words) < 700
+    assert not bare_words(len(prompts) - 1).any(), "those of other prompts are unknown"
+
+
+def test_ordinary_prompts_are_bare_words_or_not() -> None:
+    num = len(ordinary_prompts())
+    others, words = groups_of(num)
+    assert (others ^ words).all() and words.tolist() == bare_words(num).tolist()
+    assert [group.tolist() for group in groups_of(2)] == [[True, True]]
+    assert groups_of(0) == []
 
 
 def test_the_nearness_equals_a_slow_loop() -> None:
@@ -63,6 +83,19 @@ def test_the_nearness_of_a_query_does_not_depend_on_its_batch() -> None:
     ordinary, queries = rows_of(50), rows_of(9, seed=2)
     alone = [nearness(queries[n : n + 1], ordinary)[0] for n in range(9)]
     np.testing.assert_array_equal(nearness(queries, ordinary), alone)
+
+
+def test_bare_words_and_other_prompts_are_compared_apart() -> None:
+    rows, queries = rows_of(len(ordinary_prompts())), rows_of(6, seed=3)
+    others, words = groups_of(len(rows))
+    for query, near, *apart in zip(queries, nearness(queries, rows), *nearness_by_group(queries, rows), strict=True):
+        slow = [slow_nearness(query, [*rows[group]]) for group in (others, words)]
+        assert apart == pytest.approx(slow, abs=1e-5)
+        assert near == pytest.approx(max(slow), abs=1e-5)
+    found = nearness_to_others(rows)
+    for place in (0, len(rows) - 1):
+        rest = [[*rows[group & (np.arange(len(rows)) != place)]] for group in (others, words)]
+        assert found[place] == pytest.approx(max(slow_nearness(rows[place], group) for group in rest), abs=1e-5)
 
 
 def test_nothing_is_near_to_very_few_ordinary_prompts() -> None:

@@ -42,6 +42,14 @@ def test_a_small_pool_is_measured_in_every_part(projected: Encoder) -> None:
     assert all(choice.is_kept for choice in never)
 
 
+@pytest.mark.parametrize("name", ["word_forms", "lookups"])
+def test_adapters_of_bare_words_are_found_by_them_and_everyday_words_are_not(projected: Encoder, name: str) -> None:
+    [pool] = [pool for pool in read_pools("tune_words") if pool.name == name]
+    outcome = outcome_of(pool, "one", measure(pool, read_everyday("tune_words"), "one", projected))
+    assert outcome.right >= 0.85 * outcome.first, outcome
+    assert outcome.everyday_away >= 0.95, outcome
+
+
 def choice(kind: str, own: str | None = "a", *, first: bool = True, kept: bool = True, margin: float = 0.0) -> Choice:
     return Choice(Prompt(kind, "text", own), first, kept, margin, 0.5)
 

@@ -8,13 +8,15 @@ import pytest
 
 from benchmarks.routing.wording_pools import (
     INPUT,
+    Part,
     WordedAdapter,
     read_everyday,
     read_pools,
     trained_tasks,
 )
 
-PARTS = ("tune", "test")
+PARTS: tuple[Part, ...] = ("tune", "test")
+WORDS: tuple[Part, ...] = ("tune_words", "test_words")
 RUN = 4  # words in a row that a prompt may not share with its own samples' wordings
 ADAPTER = WordedAdapter(
     "a", "Adds numbers.", ("Add {input}.", "Sum: {input}", "{input} =?"), ("1 2", "3 4", "5 6", "7 8")
@@ -41,6 +43,23 @@ def test_the_samples_have_the_wordings_in_turn() -> None:
 def test_there_are_pools_of_both_parts_and_none_is_in_both() -> None:
     tune, test = ({pool.name for pool in read_pools(part)} for part in PARTS)
     assert (len(tune), len(test)) == (6, 9)
+    assert not tune & test
+
+
+def test_pools_of_words_have_adapters_prompts_and_neighbours_of_bare_words_only() -> None:
+    for part in WORDS:
+        pools, everyday = read_pools(part), read_everyday(part)
+        assert len(pools) == 2 and len(everyday) >= 70
+        assert {prompt.own for prompt in everyday} == {None}
+        for pool in pools:
+            names = {adapter.name for adapter in pool.adapters}
+            samples = [text for adapter in pool.adapters for text in adapter.samples("one")]
+            assert {prompt.own for prompt in pool.of_kind("bare")} == names
+            assert len(pool.of_kind("neighbour")) == 8
+            texts = [*samples, *(prompt.text for prompt in (*pool.prompts, *everyday))]
+            assert all(len(text.split()) <= 3 for text in texts)
+            assert not set(samples) & {prompt.text for prompt in pool.prompts}
+    tune, test = ({prompt.text.casefold() for prompt in read_everyday(part)} for part in WORDS)
     assert not tune & test
 
 
