@@ -38,7 +38,6 @@ from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
 _CPU_LATENT = 576  # values of a token that latent attention keeps, in vLLM's code for the CPU
-_CLASSES_FOR_GPUS = {"Rnj1ForCausalLM"}
 _ROTATES_BY_HEAD = {"lfm2", "lfm2_moe"}  # beside latent attention
 _GPU_SHARE = 0.9  # share of the GPU's memory, as vLLM's default
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
@@ -81,10 +80,6 @@ def _check_class(model_config: ModelConfig, model_type: str, device: str) -> Non
         raise BaseModelUnsupported(
             f"{model_type} needs a GPU with the vLLM engine: vLLM's CPU code for latent attention has kv_lora_rank +"
             f" qk_rope_head_dim = {_CPU_LATENT} only, and the model has {model_config.get_head_size()}"
-        )
-    if device == "cpu" and name in _CLASSES_FOR_GPUS:
-        raise BaseModelUnsupported(
-            f"{model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for the attention of its class {name}"
         )
     if not supports_lora(found):
         raise BaseModelUnsupported(
