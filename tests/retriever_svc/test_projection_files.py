@@ -10,7 +10,7 @@ from lora_store.files import Files
 from lora_store.location import Location
 from retriever_svc import EncoderUnusable, ProjectionUnusable
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
-from retriever_svc.ordinary_prompts import ordinary_prompts, prompts_digest
+from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts, prompts_digest
 from retriever_svc.projection_files import ProjectionFiles, shipped_file
 from retriever_svc.whitening import Whitening, fit_whitening
 from tests.retriever_svc.pool_fakes import FakeEncoder
@@ -136,6 +136,7 @@ def test_a_packaged_projection_is_stored_once(tmp_path: Path) -> None:
 
 def test_only_an_encoder_without_a_projection_has_a_centre() -> None:
     files, plain = ProjectionFiles(), FakeEncoder(PROMPTS, dim=3)
-    np.testing.assert_allclose(files.centre(plain), files.ordinary(plain).mean(axis=0))
+    ordinary = files.ordinary(plain)
+    np.testing.assert_allclose(files.centre(plain), ordinary[~bare_words(len(ordinary))].mean(axis=0))
     plain.projection = fit_whitening(plain.identity, world())
     assert files.centre(plain) is None

@@ -21,6 +21,12 @@ from tests.gpu_worker.engine_driver import fetching
 from tests.tiny import InlineExecutor, tiny_config
 
 
+@pytest.fixture(autouse=True)
+def later_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code be older than this process, also if somebody edits it while the tests run."""
+    monkeypatch.setattr(passed_check, "_IMPORTED_AT", time.time() + 3600)
+
+
 @pytest.fixture
 def model(tiny_folders: Mapping[str, Path], tmp_path: Path) -> Path:
     """A saved model of the test's own."""
@@ -33,7 +39,6 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "package").mkdir()
     source = tmp_path / "package/plan.py"
     source.write_text("ONE = 1\n")
-    monkeypatch.setattr(passed_check, "_IMPORTED_AT", time.time() + 60)
     monkeypatch.setattr(passed_check, "lora_store", SimpleNamespace(__path__=[str(source.parent)]))
     return source
 
