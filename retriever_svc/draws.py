@@ -28,7 +28,7 @@ from retriever_svc.calibration import Abstain, leave_one_out_scores
 from retriever_svc.embedding import CORE_WEIGHT
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Match
-from retriever_svc.ordinary_prompts import groups_of, nearness_to_others
+from retriever_svc.ordinary_prompts import nearness_to_others, split_bare_words
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.shared_wording import without_shared_wording
@@ -138,7 +138,7 @@ class DrawMeasurement:
         ordinary, references = self.pool.ordinary, self.pool.references
         if ordinary is None or references is None or self.record.encoder != self.pool.encoder.identity:
             return Drawn(0, 0, 0)
-        near, groups = nearness_to_others(references), groups_of(len(ordinary))
+        near, groups = nearness_to_others(references), split_bare_words(len(ordinary))
         drawn = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
         return max(drawn, key=lambda found: found.by_owner / found.num, default=Drawn(0, 0, 0))
 

@@ -30,7 +30,7 @@ from retriever_svc.calibration import Abstain
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import IndexSettings, Match
-from retriever_svc.ordinary_prompts import groups_of, nearness_to_others
+from retriever_svc.ordinary_prompts import nearness_to_others, split_bare_words
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 
@@ -214,7 +214,7 @@ class _Check:
         before, after = self._small(near, ranks), self._small({**near, **changed}, wanted)
         answered_before, answered_after = self._answered(before), self._answered(after)
         group = max(
-            groups_of(len(answered_after)),
+            split_bare_words(len(answered_after)),
             key=lambda group: answered_after[group].mean(),
             default=np.zeros(0, np.bool_),
         )

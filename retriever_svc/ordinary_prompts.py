@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from retriever_svc.encoder import Vectors, unit_rows
 
 NUM_NEAREST = 3
-_MOST_WORDS, _MOST_CHARS = 2, 12  # of a bare word
+# A bare word is a prompt within both.
+_MOST_WORDS, _MOST_CHARS = 2, 12
 _FOLLOW_UP_MARGIN = -0.02  # on the tune pools nine of ten follow-ups reach it, and one everyday prompt in thirty
 
 
@@ -41,7 +42,7 @@ def bare_words(num: int) -> NDArray[np.bool_]:
     return np.asarray(short, np.bool_)
 
 
-def groups_of(num: int) -> list[NDArray[np.bool_]]:
+def split_bare_words(num: int) -> list[NDArray[np.bool_]]:
     """Return which of `num` ordinary prompts are bare words, and which are not, leaving out an empty group."""
     is_word = bare_words(num)
     return [mask for mask in (~is_word, is_word) if mask.any()]
@@ -114,7 +115,7 @@ def nearness_to_others(ordinary: Vectors) -> NDArray[np.float64]:
     found = np.full(len(ordinary), -1.0)
     cosines = ordinary @ ordinary.T
     np.fill_diagonal(cosines, -1)
-    for group in groups_of(len(ordinary)):
+    for group in split_bare_words(len(ordinary)):
         places = np.flatnonzero(group)
         if len(places) > NUM_NEAREST:
             nearest = places[np.argpartition(cosines[:, places], -NUM_NEAREST, axis=1)[:, -NUM_NEAREST:]]

@@ -31,7 +31,7 @@ from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed
 from gpu_worker.model.base_model import config_setting
 from gpu_worker.vllm.front_model import FrontModel
-from gpu_worker.vllm.language_model import arguments_of
+from gpu_worker.vllm.language_model import find_arguments
 from gpu_worker.vllm.processes import ErrorFile, read_errors
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
@@ -148,7 +148,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         memory["kv_cache_memory_bytes"] = kv_bytes(config, model)
     else:
         memory["gpu_memory_utilization"] = _GPU_SHARE * config.device_share
-    classes = {"language_model_only": model.is_multimodal} | arguments_of(model.source, model.model_type)
+    classes = {"language_model_only": model.is_multimodal} | find_arguments(model.source, model.model_type)
     return AsyncEngineArgs(
         model=model.source,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -7,13 +7,12 @@ model reads them. So vLLM gets the settings of the language model, and its weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,15 +26,13 @@ from gpu_worker.model.base_model import config_setting
 from gpu_worker.model.checkpoint import find_quantised, read_config
 
 _FORMAT = "loraretriever"
-_MULTIMODAL = {"nemotron_h_omni", "qwen3_asr", "voxtral"}
+_MULTIMODAL = {"voxtral"}
 _AS_LLAMA = {"exaone"}  # the same but for the names of their tensors
-# Each has a setting that transformers renames, like others of theirs.
-_PUBLISHED = {"axk1": "first_k_dense_replace", "ernie4_5_moe_vl": "moe_layer_start_index", "molmo2": "vit_config"}
 # The language model's name in the whole model. Its head may stand beside it.
 _PART = re.compile(r"(?:model\.)?language_model\.|(?=lm_head\.)")
 
 
-def arguments_of(source: str, model_type: str) -> dict[str, Any]:
+def find_arguments(source: str, model_type: str) -> dict[str, Any]:
     """Return vLLM's arguments for a model that it serves through such a class, none for others.
 
     Raises: BaseModelUnsupported for quantised weights, which are described by their names in the whole.
@@ -45,13 +42,6 @@ def arguments_of(source: str, model_type: str) -> dict[str, Any]:
     kinds = config_setting(text_config, "layer_types") or ()
     if config.architectures == ["Rnj1ForCausalLM"] and "chunked_attention" not in kinds:
         return {"hf_overrides": {"architectures": ["Gemma3ForCausalLM"]}}  # the same without such layers
-    if model_type in _PUBLISHED:
-        published, _ = PreTrainedConfig.get_config_dict(source)
-        if (needed := _PUBLISHED[model_type]) not in published:
-            raise BaseModelUnsupported(
-                f"{model_type} needs {needed} in config.json with the vLLM engine, as its authors published it"
-            )
-        return {"hf_overrides": partial(_filled, published)}
     if model_type in _AS_LLAMA:
         name = "LlamaForCausalLM"
     elif model_type in _MULTIMODAL:
@@ -67,17 +57,6 @@ def arguments_of(source: str, model_type: str) -> dict[str, Any]:
 
 
 def _replaced(config: Any, _: Any) -> Any:
-    return config
-
-
-def _filled(published: Mapping[str, Any], config: Any) -> Any:
-    """Add the settings of config.json that transformers has under other names."""
-    for name, value in published.items():
-        found = getattr(config, name, None)
-        if isinstance(found, PreTrainedConfig) and isinstance(value, dict):
-            _filled(value, found)
-        elif not hasattr(config, name):
-            setattr(config, name, PreTrainedConfig(**value) if isinstance(value, dict) else value)
     return config
 
 

@@ -12,13 +12,13 @@ from retriever_svc.encoder import unit_rows
 from retriever_svc.ordinary_prompts import (
     bare_words,
     follow_ups,
-    groups_of,
     nearness,
     nearness_by_group,
     nearness_to_others,
     ordinary_prompts,
     prompts_digest,
     refers_back,
+    split_bare_words,
 )
 from tests.shared_encoders import shared_encoder
 
@@ -67,10 +67,10 @@ def test_words_and_short_phrases_in_every_script_are_bare_words() -> None:
 
 def test_ordinary_prompts_are_bare_words_or_not() -> None:
     num = len(ordinary_prompts())
-    others, words = groups_of(num)
+    others, words = split_bare_words(num)
     assert (others ^ words).all() and words.tolist() == bare_words(num).tolist()
-    assert [group.tolist() for group in groups_of(2)] == [[True, True]]
-    assert groups_of(0) == []
+    assert [group.tolist() for group in split_bare_words(2)] == [[True, True]]
+    assert split_bare_words(0) == []
 
 
 def test_the_nearness_equals_a_slow_loop() -> None:
@@ -87,7 +87,7 @@ def test_the_nearness_of_a_query_does_not_depend_on_its_batch() -> None:
 
 def test_bare_words_and_other_prompts_are_compared_apart() -> None:
     rows, queries = rows_of(len(ordinary_prompts())), rows_of(6, seed=3)
-    others, words = groups_of(len(rows))
+    others, words = split_bare_words(len(rows))
     for query, near, *apart in zip(queries, nearness(queries, rows), *nearness_by_group(queries, rows), strict=True):
         slow = [slow_nearness(query, [*rows[group]]) for group in (others, words)]
         assert apart == pytest.approx(slow, abs=1e-5)

@@ -311,7 +311,6 @@ _EVA = {**_EYES, "num_heads": 2, "num_positions": 5, "in_channels": 3, "dropout_
 _GLM4V = {"vision_config": _EVA, "architectures": ["GLM4VForCausalLM"]}
 TEXT["chatglm (with images)"] = {**TEXT["chatglm"], **_GLM4V}
 MULTIMODAL["intern_s2_preview"] = (TEXT["qwen3_5_moe_text"], _OWN_CODE)
-MULTIMODAL["qwen3_asr (realtime)"] = MULTIMODAL["qwen3_asr"]
 MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
@@ -342,7 +341,6 @@ ARCHITECTURES = {
     "NVLM_D": "NVLM_D",
     "exaone": "ExaoneForCausalLM",
     "gemma3_text (as Rnj-1)": "Rnj1ForCausalLM",
-    "qwen3_asr (realtime)": "Qwen3ASRRealtimeGeneration",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
     "phimoe": "PhiMoEForCausalLM",
@@ -350,16 +348,6 @@ ARCHITECTURES = {
     "sarvam_moe": "SarvamMoEForCausalLM",
 }
 TEXT_NAMES = {"bagel": "llm_config", "Llama_Nemotron_Nano_VL": "llm_config", "deepseek_vl_v2": "language_config"}
-# Settings of config.json that transformers renames when it reads it.
-PUBLISHED: dict[str, Settings] = {
-    "axk1": {"first_k_dense_replace": 1},
-    "molmo2": {
-        "vit_config": {**_EYES, "head_dim": 16, "num_key_value_heads": 2, "image_default_input_size": [8, 8],
-                       "image_patch_size": 4, "image_num_pos": 16},
-        "adapter_config": {"vit_layers": [0], "pooling_attention_mask": True},
-        "text_config": {"use_qk_norm": True, "rope_theta": 10000.0},
-    },
-}  # fmt: skip
 # Their checkpoints on the model hub have experts with inputs first, which transformers writes otherwise for tiny ones.
 INPUTS_FIRST = ("qwen3_vl_moe",)
 # vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
@@ -458,8 +446,6 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         marks = ("view_seperator",) if family.endswith("2)") else ("view_seperator", "image_newline")
         tensors = load_file(folder / "model.safetensors") | {f"model.{mark}": torch.ones(32) for mark in marks}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if family in PUBLISHED:
-        _change(folder / "config.json", PUBLISHED[family])
     if family in PROCESSORS:
         _change(folder / "preprocessor_config.json", PROCESSORS[family])
         _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
