@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import config_setting
 from gpu_worker.model.checkpoint import find_quantised, read_config
 
-_FORMAT = "loraretriever"
+FORMAT = "loraretriever"  # of `vllm_config.load_config`
 _MULTIMODAL = {"voxtral"}
 _AS_LLAMA = {"exaone"}  # the same but for the names of their tensors
 # The language model's name in the whole model. Its head may stand beside it.
@@ -53,7 +53,8 @@ def find_arguments(source: str, model_type: str) -> dict[str, Any]:
     text_config.update({"architectures": [name]})
     if config_setting(config, "tie_word_embeddings"):  # the whole's counts
         text_config.update({"tie_word_embeddings": True})
-    return {"hf_overrides": partial(_replaced, text_config), "load_format": _FORMAT, "language_model_only": False}
+    register_loader()
+    return {"hf_overrides": partial(_replaced, text_config), "load_format": FORMAT, "language_model_only": False}
 
 
 def _replaced(config: Any, _: Any) -> Any:
@@ -69,7 +70,6 @@ def name_in_part(name: str) -> str | None:
     return name if name.startswith(("model.", "backbone.", "lm_head.")) else f"model.{name}"
 
 
-@register_model_loader(_FORMAT)
 class LanguageModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """Loads the language model's weights, all of them, and leaves the other parts out."""
 
@@ -89,3 +89,9 @@ class LanguageModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, quantized: bool = False) -> None:
         super().track_weights_loading(model, loaded_weights, quantized=True)  # which leaves no layer out
+
+
+@cache
+def register_loader() -> None:
+    """Let this process's vLLM find the loader, once. vLLM logs it, so processes do it only for such a model."""
+    register_model_loader(FORMAT)(LanguageModelLoader)

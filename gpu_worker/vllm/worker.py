@@ -14,7 +14,7 @@ from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
 from gpu_worker.model.lora_kernel import load_lora_kernel
-from gpu_worker.vllm.language_model import LanguageModelLoader  # noqa: F401  (vLLM finds it once it is imported)
+from gpu_worker.vllm.language_model import FORMAT, register_loader
 from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings, check_vllm
@@ -34,6 +34,8 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
     def load_model(self, **kwargs: Any) -> None:
         check_vllm()
         end_with(int(os.environ[FRONT_PID]))
+        if self.vllm_config.load_config.load_format == FORMAT:
+            register_loader()
         runner = self.model_runner
         if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:
             raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")

@@ -12,7 +12,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
 
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.vllm.language_model import LanguageModelLoader, find_arguments, name_in_part
+from gpu_worker.vllm.language_model import FORMAT, LanguageModelLoader, find_arguments, name_in_part, register_loader
 from tests.gpu_worker.conformance.families import save
 
 
@@ -57,7 +57,8 @@ def test_a_tensor_has_its_name_in_the_language_model_or_is_left_out(name: str, e
 
 
 def test_a_weight_that_no_file_has_ends_the_start() -> None:
-    loader = get_model_loader(LoadConfig(load_format="loraretriever"))
+    register_loader()
+    loader = get_model_loader(LoadConfig(load_format=FORMAT))
     model = nn.ModuleDict({"norm": nn.Linear(2, 2, bias=False)})
     assert isinstance(loader, LanguageModelLoader)
     loader.track_weights_loading(model, {"norm.weight"})
