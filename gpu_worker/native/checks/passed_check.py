@@ -70,11 +70,12 @@ class PassedCheck:
 
     def _describe(self) -> str:
         """Return a digest of what the result depends on, or "" if that is unknown: the model has an id and no folder,
-        a file cannot be read, or code is newer than what this process runs.
+        a file cannot be read, code is newer than what this process runs, or there is no such device.
         """
         config = self._config
+        is_missing = config.device != "cpu" and not torch.cuda.is_available()
         try:
-            if not self._source.is_dir():
+            if is_missing or not self._source.is_dir():
                 return ""
             code = [path for package in (gpu_worker, lora_store) for path in _sources(Path(package.__path__[0]))]
             if max(path.stat().st_mtime for path in code) > _IMPORTED_AT:
