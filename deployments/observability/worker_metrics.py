@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
@@ -13,14 +13,13 @@ from opentelemetry import context
 from opentelemetry.util.types import AttributeValue
 
 from deployments.calls.worker_client import Usage
-from deployments.observability.metrics import OTHER, SECONDS, SERVE, SHORT_SECONDS, MetricFactory
+from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from deployments.observability.tracing import tracer
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta, Job
 
 logger = logging.getLogger(__name__)
 _MAX_TENANTS = 4096  # tenants come and go with the keys file
-_MAX_NAMED = 64  # adapters with a label of their own; the others share one
 _DIGEST_CHARS = 12
 # Name, labels and meaning of the metric of each engine counter. `loaded` counts fetches, by source.
 COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
@@ -111,9 +110,7 @@ class WorkerMetrics:
         self._bank = factory.Gauge(
             "loraretriever_bank_rows", "Rank rows of the bank by state: active, idle, free", ("state",)
         )
-        self._resident = factory.Gauge(
-            "loraretriever_resident_adapters", "Adapters in the bank, by digest", ("adapter",)
-        )
+        self._resident = factory.Gauge("loraretriever_resident_adapters", "Adapters in the bank")
         self._host_bytes = factory.Gauge("loraretriever_host_cache_bytes", "Adapter weights cached in host memory")
         self._free_kv = factory.Gauge("loraretriever_kv_free_rows", "Free rows of the KV cache")
         self._free_kv_tokens = factory.Gauge("loraretriever_kv_free_tokens", "Free tokens of the KV cache")
@@ -175,14 +172,8 @@ class WorkerMetrics:
         self._kv_tokens.set(status.kv_tokens)
         self._prefix_tokens.set(status.prefix_cache_tokens)
         self._threads.set(status.num_threads)
-        self._name_resident(status.resident)
+        self._resident.set(len(status.resident))
         self._count(status.counters)
-
-    def _name_resident(self, digests: Collection[str]) -> None:
-        named = sorted(digests)[:_MAX_NAMED]
-        for digest in named:
-            self._resident.set(1, {"adapter": digest[:_DIGEST_CHARS]})
-        self._resident.set(len(digests) - len(named), {"adapter": OTHER})
 
     def _count(self, counters: Counters) -> None:
         for field in fields(counters):
