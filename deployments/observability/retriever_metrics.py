@@ -87,7 +87,7 @@ class RetrieverMetrics(Timings):
 
     def __init__(self, factory: MetricFactory = SERVE, recent: RecentPlans | None = None) -> None:
         self._recent, self._totals = recent or RecentPlans(), RoutingTotals()
-        self._reported_generation = -1
+        self._reported_generation, self._reported_labels = -1, set[str]()
         self._generation = factory.Gauge("loraretriever_catalogue_generation", "Catalogue generation in service")
         self._adapters = factory.Gauge("loraretriever_catalogue_adapters", "Live adapters of the generation in service")
         self._age_s = factory.Gauge(
@@ -164,9 +164,10 @@ class RetrieverMetrics(Timings):
         self._never.set(max(num_routable - self._totals.num_chosen, 0))
         self._shadowed.set(self._totals.num_shadowed)
         most, others = self._recent.largest(MAX_NAMED)
-        for ref, count in most:
-            self._plans.set(count, {"adapter": _label_of(ref, snapshot)})
-        self._plans.set(others, {"adapter": OTHER})
+        counts = {_label_of(ref, snapshot): count for ref, count in most} | {OTHER: others}
+        for label in counts.keys() | self._reported_labels:
+            self._plans.set(counts.get(label, 0), {"adapter": label})
+        self._reported_labels = set(counts)
 
 
 def _label_of(ref: AdapterRef, snapshot: Snapshot) -> str:

@@ -87,6 +87,16 @@ def test_only_the_most_chosen_adapters_are_named() -> None:
     assert reported[("a99",)] == 100 and ("a0",) not in reported
 
 
+def test_an_adapter_that_is_not_chosen_any_more_falls_to_zero() -> None:
+    kinds, clock = FakeMetrics(), Clock()
+    metrics = RetrieverMetrics(kinds, RecentPlans(window_s=10, clock=clock))
+    metrics.record_route(route(PUBLIC))
+    metrics.report(snapshot(PUBLIC), 1, 0.0)
+    clock.now = 45
+    metrics.report(snapshot(PUBLIC), 1, 0.0)
+    assert kinds["recent_adapter_plans"].last == {("poet",): 0, ("(other)",): 0}
+
+
 def test_the_encoder_and_the_search_have_times_of_their_own() -> None:
     kinds = FakeMetrics()
     metrics = RetrieverMetrics(kinds)
