@@ -28,7 +28,7 @@ class Unsupported(DeploymentsError):
 
     kind = Kind.INVALID
     code = "unsupported"
-    remedy = "Leave it out. [Compatibility](compatibility.md) lists such fields."
+    remedy = "Leave it out. [Refused fields](http-api.md#refused-fields) lists such fields."
 
     def __init__(self, param: str, what: str) -> None:
         super().__init__(param, what)

@@ -53,7 +53,7 @@ from retriever_svc import (
 from retriever_svc.embedded import Embedded
 from retriever_svc.nearest_samples import NearestSamples
 from retriever_svc.retriever import Encoded
-from retriever_svc.views import chosen_view, with_views
+from retriever_svc.views import choose_views, with_views
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class RetrieverDeployment:
             read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
         with open_span("retriever.search"):
             found = await _on(self._searches, self._retriever.route_encoded, views, read)
-        chosen = [own[chosen_view([found[place] for place in own])] for own in places]
+        chosen = choose_views(found, places)
         answers, encoded = [found[place] for place in chosen], [read[place] for place in chosen]
         for request, answer in zip(requests, answers, strict=True):
             self._metrics.record_route(answer, request.counted)

@@ -71,8 +71,8 @@ class CommonSettings:
     """The longest time in the queue; then the answer is 503. Lower it where clients have an alternative."""
     host_cache_bytes: Annotated[int, Ge(0)] = 1 << 30
     """Adapter weights kept in host memory, besides those in the bank. Raise it for a pool that is larger than the bank;
-    adapters then return to the bank without the Store. What adapters in the bank have for fused experts is outside
-    its rows, and this is also the most bytes of that."""
+    adapters then return to the bank without the Store. It also limits what adapters in the bank have for fused experts,
+    which is outside the bank's rows."""
     step_timeout_s: Annotated[float, Gt(0)] = 120
     """A longer step counts as stuck, and Serve replaces the worker. Raise it for a slow device or a large model whose
     first steps compile."""

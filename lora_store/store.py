@@ -273,7 +273,7 @@ class LoraStore:
         if live.is_unlisted and given:
             reasons.append("samples: an adapter with ttl_s has none; publish it without ttl_s first")
         if len(given) > limits.max_samples:
-            reasons.append(f"samples: at most {limits.max_samples} (admission.max_samples), got {len(given)}")
+            reasons.append(f"samples: at most {limits.max_samples}, got {len(given)}; send fewer")
         accepted = {sample for sample in self._find(live) if sample.is_accepted}
         samples = []
         for number, sample in enumerate(given, start=1):

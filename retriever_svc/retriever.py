@@ -48,10 +48,12 @@ from retriever_svc.reindex import ReindexStep, reindex
 from retriever_svc.route import Candidate, PinnedAdapter, Reason, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.served_bases import BaseCounts
-from retriever_svc.views import chosen_view, with_views
+from retriever_svc.views import choose_views, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
-_SPARE = 10  # for each adapter after the best: then a base model with a fifth of the adapters has two more in 95 of 100
+# Searched for each adapter after the best: of ten, two or more are of a base model with a fifth of the adapters, in 95
+# of 100 cases.
+_SPARE_MATCHES = 10
 _ASKED_TOGETHER = 16  # prompts that the doctor routes at once, while other callers wait
 
 
@@ -82,7 +84,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
+class _RequestGroup:
     """Requests that share tenant, tags, base model, abstention and number of matches. Dims: N requests.
 
     `near` (N,): how near the texts are to ordinary prompts. `windows` (N,): what a search found among all base models,
@@ -98,17 +100,17 @@ class _Asked:
     windows: list[list[Match]]
 
     @classmethod
-    def of(cls, pool: Pool, requests: list[RouteRequest], rows: Sequence[Vectors], abstain: Abstain) -> _Asked:
+    def of(cls, pool: Pool, requests: list[RouteRequest], rows: Sequence[Vectors], abstain: Abstain) -> _RequestGroup:
         """Search the windows where adapters of several base models may be found."""
         vectors, request, windows = np.stack(rows), requests[0], list[list[Match]]()
         if pool.bases.are_several and not request.base_model:
             num, allowed = request.num_considered, pool.allowed(request.tenant, request.tags)
-            windows = pool.index.search(vectors, num, allowed, _SPARE * (num - 1))
+            windows = pool.index.search(vectors, num, allowed, _SPARE_MATCHES * (num - 1))
         return cls(pool, requests, request.base_model, vectors, abstain, pool.nearness(vectors), windows)
 
-    def select(self, places: list[int], base_model: str) -> _Asked:
+    def select(self, places: list[int], base_model: str) -> _RequestGroup:
         """Return the requests at these places, for this base model."""
-        return _Asked(
+        return _RequestGroup(
             self.pool,
             [self.requests[place] for place in places],
             base_model,
@@ -122,11 +124,11 @@ class _Asked:
 class Retriever:
     """Answers every read from the pool that is in service when the read begins.
 
-    `abstain` is the operating point of requests without their own (see `calibration`). `min_score`, if given, takes the
-    place of every adapter's threshold in requests with neither of both. `temperature` divides the scores in the
-    `softmax` weighting. With `owner_names`, another tenant's public adapter can only be named as `owner/name`. Without
-    `applies_outcomes`, outcomes that were applied before change no choice. Methods with a `min_generation` raise
-    StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
+    `abstain` is the operating point of requests without their own (see `calibration`). `min_score`, if given,
+    replaces every adapter's threshold in requests that set neither `abstain` nor `min_score`. `temperature` divides the
+    scores in the `softmax` weighting. With `owner_names`, another tenant's public adapter can only be named as
+    `owner/name`. Without `applies_outcomes`, outcomes that were applied before change no choice. Methods with a
+    `min_generation` raise StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class Retriever:
         views, places = with_views(fresh)
         encoded = _encode(pool, [(view.tenant, view.text) for view in views], self._timings)
         answers = self.route_encoded(views, encoded)
-        routed = iter([answers[own[chosen_view([answers[place] for place in own])]] for own in places])
+        routed = iter([answers[place] for place in choose_views(answers, places)])
         return [
             next(routed) if r.min_generation <= newest[r.tenant] else StaleIndex(r.min_generation, newest[r.tenant])
             for r in requests
@@ -187,76 +189,83 @@ class Retriever:
     def _answers(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
         rows_of: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
-            asked_for = request.tenant, request.tags, request.abstain, request.base_model, request.num_considered
-            rows_of[id(item.pool), *asked_for].append(row)
+            shared = request.tenant, request.tags, request.abstain, request.base_model, request.num_considered
+            rows_of[id(item.pool), *shared].append(row)
         answers: dict[int, RouteAnswer] = {}
         for rows in rows_of.values():
-            group = [requests[row] for row in rows]
-            abstain = group[0].abstain or self._abstain
-            asked = _Asked.of(encoded[rows[0]].pool, group, [encoded[row].vector for row in rows], abstain)
-            found = self._judge_evident(asked)
-            rest = [place for place in range(len(rows)) if place not in found]
-            found |= zip(rest, self._find_matches(asked.select(rest, asked.base_model)) if rest else (), strict=True)
-            places_of = defaultdict[str, list[int]](list)
-            for place in rest:
-                if base_model := self._narrowed(asked.pool, group[place], found[place]):
-                    places_of[base_model].append(place)
-            for base_model, places in places_of.items():
-                found |= zip(places, self._find_matches(asked.select(places, base_model)), strict=True)
-            for place, row in enumerate(rows):
-                answers[row] = self._decide(group[place], found[place], encoded[row])
+            own, vectors = [requests[row] for row in rows], [encoded[row].vector for row in rows]
+            group = _RequestGroup.of(encoded[rows[0]].pool, own, vectors, own[0].abstain or self._abstain)
+            for row, request, matches in zip(rows, own, self._match(group), strict=True):
+                answers[row] = self._decide(request, matches, encoded[row])
         return [answers[row] for row in range(len(requests))]
 
-    def _judge_evident(self, asked: _Asked) -> dict[int, list[Match]]:
+    def _match(self, group: _RequestGroup) -> list[list[Match]]:
+        """Return the judged matches of each request.
+
+        Where the base model is obvious, they are searched once, among its adapters. The others are searched among the
+        adapters of all base models, and once more among those of one if matches of several are found.
+        """
+        found = self._match_obvious(group)
+        rest = [place for place in range(len(group.requests)) if place not in found]
+        found |= zip(rest, self._find_matches(group.select(rest, group.base_model)) if rest else (), strict=True)
+        places_of = defaultdict[str, list[int]](list)
+        for place in rest:
+            if base_model := self._base_to_search_again(group.pool, group.requests[place], found[place]):
+                places_of[base_model].append(place)
+        for base_model, places in places_of.items():
+            found |= zip(places, self._find_matches(group.select(places, base_model)), strict=True)
+        return [found[place] for place in range(len(group.requests))]
+
+    def _match_obvious(self, group: _RequestGroup) -> dict[int, list[Match]]:
         """Return the judged matches, by place, of requests whose best match fits and decides the base model.
 
         These are most of them, and are judged once: among the adapters of that base model. Where the best match scores
         too low, probably nothing fits, and the matches of every base model are shown.
         """
-        pool, places_of = asked.pool, defaultdict[str, list[int]](list)
-        if not asked.windows or not pool.preferences(asked.requests[0].tenant).is_empty:
+        pool, places_of = group.pool, defaultdict[str, list[int]](list)
+        if not group.windows or not pool.preferences(group.requests[0].tenant).is_empty:
             return {}
-        for place, (request, window) in enumerate(zip(asked.requests, asked.windows, strict=True)):
+        for place, (request, window) in enumerate(zip(group.requests, group.windows, strict=True)):
             least = self._least_score(request)
-            if least is None and asked.near is not None:
-                least = least_threshold(asked.abstain, asked.near[place])
+            if least is None and group.near is not None:
+                least = least_threshold(group.abstain, group.near[place])
             if window and request.preferred is None and window[0].score >= (NO_THRESHOLD if least is None else least):
                 places_of[pool.bases.name_in_plans(window[0].record.base_model)].append(place)
         found: dict[int, list[Match]] = {}
         for base_model, places in places_of.items():
-            for place, matches in zip(places, self._judged(asked.select(places, base_model)), strict=True):
-                if self._fitting(asked.requests[place], matches[:1]):
+            for place, matches in zip(places, self._judged(group.select(places, base_model)), strict=True):
+                if self._fitting(group.requests[place], matches[:1]):
                     found[place] = matches
         return found
 
-    def _find_matches(self, asked: _Asked) -> list[list[Match]]:
+    def _find_matches(self, group: _RequestGroup) -> list[list[Match]]:
         """Return the judged matches of each request."""
-        found, tenant = self._judged(asked), asked.requests[0].tenant
+        found, tenant = self._judged(group), group.requests[0].tenant
         crowded = [
             place
-            for place, (request, matches) in enumerate(zip(asked.requests, found, strict=True))
+            for place, (request, matches) in enumerate(zip(group.requests, found, strict=True))
             if self._least_score(request) is None and _may_be_crowded(matches, tenant)
         ]
         if crowded:
-            others = self._judged(asked.select(crowded, asked.base_model), trusted_only=True)
-            found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
+            others = self._judged(group.select(crowded, group.base_model), trusted_only=True)
+            found = _replace_crowded(found, dict(zip(crowded, others, strict=True)))
         return found
 
-    def _judged(self, asked: _Asked, *, trusted_only: bool = False) -> list[list[Match]]:
-        pool, request = asked.pool, asked.requests[0]
+    def _judged(self, group: _RequestGroup, *, trusted_only: bool = False) -> list[list[Match]]:
+        pool, request = group.pool, group.requests[0]
         preferences = pool.preferences(request.tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
-        num, tags, base_model = request.num_considered, request.tags, asked.base_model
-        windows = () if trusted_only else asked.windows
+        num, tags, base_model = request.num_considered, request.tags, group.base_model
+        windows = () if trusted_only else group.windows
         nearest = pool.nearest(
-            asked.vectors, num, request.tenant, tags, trusted_only=trusted_only, base_model=base_model, windows=windows
+            group.vectors, num, request.tenant, tags, trusted_only=trusted_only, base_model=base_model, windows=windows
         )
-        rows = zip(asked.vectors, nearest, strict=True)
+        rows = zip(group.vectors, nearest, strict=True)
         found = [preferences.applied(vector, matches, num, tags, base_model) for vector, matches in rows]
-        return pool.judged(found, asked.abstain, asked.vectors, asked.near)
+        return pool.judged(found, group.abstain, group.vectors, group.near)
 
-    def _narrowed(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
+    def _base_to_search_again(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
         """Return the base model of the best match that fits, if others of another base model are among the matches.
 
         A plan has one base model: it is made of the adapters of that one, as if the others did not exist.
@@ -494,8 +503,8 @@ def _may_be_crowded(matches: Sequence[Match], tenant: str) -> bool:
     return any(not record.approved for record in strangers) and not any(match.fits for match in matches)
 
 
-def _uncrowded(found: Sequence[list[Match]], others: dict[int, list[Match]]) -> list[list[Match]]:
-    """Return the matches, in place of those in `others` the matches there if one of them fits."""
+def _replace_crowded(found: Sequence[list[Match]], others: dict[int, list[Match]]) -> list[list[Match]]:
+    """Return the matches. Where `others` has a list with a match that fits, return that list instead."""
     pairs = ((matches, others.get(place, [])) for place, matches in enumerate(found))
     return [other if any(match.fits for match in other) else matches for matches, other in pairs]
 

@@ -46,8 +46,14 @@ def with_views(requests: Sequence[RouteRequest]) -> tuple[list[RouteRequest], li
     return views, places
 
 
-def chosen_view(answers: Sequence[Route | NoAdapterMatched | StaleIndex]) -> int:
-    """Return which of the answers to a prompt's views decides: the answer to the whole text is the first one."""
+def choose_views(
+    answers: Sequence[Route | NoAdapterMatched | StaleIndex], places: Sequence[Sequence[int]]
+) -> list[int]:
+    """Return which answer decides for each prompt. `places`: of the answers to its views, the whole text's first."""
+    return [own[_choose_view([answers[place] for place in own])] for own in places]
+
+
+def _choose_view(answers: Sequence[Route | NoAdapterMatched | StaleIndex]) -> int:
     fitting = {
         place: max(candidate.score - candidate.threshold for candidate in answer.candidates)
         for place, answer in enumerate(answers)

@@ -20,7 +20,7 @@ MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
 MAX_DOCTOR_PROMPTS = 10_000
 MAX_TAGS = 32
-MAX_EDITED_SAMPLES = 10_000  # a server takes `admission.max_samples` of them
+MAX_EDITED_SAMPLES = 10_000  # the Store refuses more than its limit with a better reason
 MAX_TAG_CHARS = 256
 MAX_TTL_S = 30 * 86_400
 Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store checks the value

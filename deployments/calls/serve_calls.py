@@ -52,7 +52,7 @@ async def retry_on_replica_death(call: Callable[[], Awaitable[T]]) -> T:
         try:
             return await call()
         except Exception as exc:
-            failures.add(exc)
+            failures.raise_unless_repeatable(exc)
 
 
 class AttemptCounter:
@@ -61,7 +61,7 @@ class AttemptCounter:
     def __init__(self) -> None:
         self._count = 0
 
-    def add(self, error: Exception) -> None:
+    def raise_unless_repeatable(self, error: Exception) -> None:
         """Count a failed attempt. Return if the call may be repeated.
 
         Raises: PoisonRequest if a replica died at the last attempt; `error` if it is the call's own, or an engine

@@ -1,4 +1,4 @@
-"""Serve one base model with many LoRA adapters: start the server, and call it over HTTP."""
+"""Serve base models with many LoRA adapters: start the server, and call it over HTTP."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _CHAT = "/v1/chat/completions"
 
 @cli.callback()
 def options(key: Key = None, version: Version = False) -> None:
-    """Serve one base model with many LoRA adapters: start the server, and call it over HTTP."""
+    """Serve base models with many LoRA adapters: start the server, and call it over HTTP."""
     use_key(key)
 
 

@@ -183,9 +183,14 @@ def publish(
 
 
 def _is_alone(url: str) -> bool:
-    """Return whether no address was given and no server answers at the usual one. Say so."""
-    if url != DEFAULT_URL or answers(url):
+    """Return whether no address was given and no server answers at the usual one. Say so.
+
+    Exits with 1 if none answers at an address that was given: its settings may differ.
+    """
+    if answers(url):
         return False
+    if url != DEFAULT_URL:
+        fail(f"no server answers at {url}; start it, or add --config FILE to check without a server, by these settings")
     err.print(f"no server answers at {url}: checked without one", style="dim", highlight=False)
     return True
 

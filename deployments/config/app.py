@@ -125,8 +125,8 @@ class AppConfig(ModelSettings):
     """Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for
     the served base model."""
     scale_from_zero_timeout_s: float = Field(default=120, gt=0)
-    """How long requests wait for the first worker after scaling to zero, in seconds. Raise it for a base model that
-    takes long to load; then the answer is 503."""
+    """How long requests wait for the first worker after scaling to zero, in seconds; after this time the answer is 503.
+    Raise it for a base model that takes long to load."""
     admission: AdmissionSettings = AdmissionSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     ingress_scaling: ServeOptions = make_default(_SERVE_DEFAULTS["ingress_scaling"])

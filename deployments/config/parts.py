@@ -63,8 +63,8 @@ class RetrievalSettings(Settings):
     """Defaults for `model: auto`. The `lora` object of a request overrides them."""
 
     encoder: str = DEFAULT_ENCODER
-    """The model that embeds prompts and samples: the packaged one, a folder, or a model hub id of sentence-
-    transformers. Used for a new pool; afterwards `loraretriever pool reindex` changes the encoder."""
+    """The model that embeds prompts and samples: the packaged one, a folder, or a model hub id of
+    sentence-transformers. Used for a new pool; afterwards `loraretriever pool reindex` changes the encoder."""
     encoder_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the encoder. Unset: the CPUs that the process may use. Set it where containers share a machine."""
     encoder_dtype: EncoderDtype = "auto"

@@ -95,7 +95,7 @@ class RowStream:
                     usage.not_started(name)
                 if last is not None and restart is None:
                     raise
-                failures.add(exc)
+                failures.raise_unless_repeatable(exc)
                 if restart is not None:
                     restart()
             finally:

@@ -6,7 +6,7 @@ from lora_store.plan import Plan
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
 from retriever_svc.encoder import tokens_read
 from retriever_svc.route import Candidate
-from retriever_svc.views import LONG_CHARS, chosen_view, tokens_routed, views_of, with_views
+from retriever_svc.views import LONG_CHARS, choose_views, tokens_routed, views_of, with_views
 from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, SOUTHWEST, retriever_of, route_one
 
@@ -64,12 +64,20 @@ def answer(*margins: float) -> Route:
 
 
 def test_the_view_nearest_to_its_best_adapter_decides() -> None:
-    whole = answer(0.3)
-    assert chosen_view([whole]) == 0
-    assert chosen_view([whole, answer(-0.2), answer()]) == 0
-    assert chosen_view([whole, answer(0.1, -0.3), answer(0.05, 0.2), answer(-0.1)]) == 2
-    assert chosen_view([answer(-0.4), NoAdapterMatched(0.2, 0.5), answer(0.01)]) == 2
-    assert chosen_view([NoAdapterMatched(0.2, 0.5), NoAdapterMatched(0.2, 0.5)]) == 0
+    whole, refused = answer(0.3), NoAdapterMatched(0.2, 0.5)
+    prompts = [
+        ([whole], 0),
+        ([whole, answer(-0.2), answer()], 0),
+        ([whole, answer(0.1, -0.3), answer(0.05, 0.2), answer(-0.1)], 2),
+        ([answer(-0.4), refused, answer(0.01)], 2),
+        ([refused, refused], 0),
+    ]
+    answers, places = list[Route | NoAdapterMatched](), list[range]()
+    for views, _ in prompts:
+        places.append(range(len(answers), len(answers) + len(views)))
+        answers += views
+    expected = [own[chosen] for own, (_, chosen) in zip(places, prompts, strict=True)]
+    assert choose_views(answers, places) == expected
 
 
 def test_a_request_behind_or_before_other_text_finds_its_adapter() -> None:
