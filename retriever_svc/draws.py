@@ -3,8 +3,8 @@
 Samples say nothing about weights: an adapter with the samples of another one is found by the same prompts, whatever it
 answers. So an approval is preceded by a measurement, as a tenant sees the pool that owns none of its adapters:
 
-- the share of ordinary prompts that the version leads, each compared with the others (see `ordinary_prompts`): of bare
-  words or of the rest, whichever is larger;
+- the share of ordinary prompts that the version leads, each compared with the others (see `ordinary_prompts`). Bare
+  words and the rest are measured apart, and neither may exceed its bound;
 - the share of the samples of the nearest adapters of other owners that the version leads. The score of an adapter for
   its own sample is that to its other samples, as for a new prompt;
 - the same share of these samples without the wording that they share. A copy in other words leads their contents.
@@ -77,7 +77,7 @@ class DrawnAdapter:
 class Draws:
     """The prompts that a version would draw: ordinary ones, and those of others' adapters, most drawn first.
 
-    `ordinary`: of bare words or of the rest, whichever draw the larger share.
+    `ordinary`: of bare words or of the rest: the group that must be confirmed, or else the more drawn one.
     """
 
     ordinary: Drawn
@@ -134,13 +134,17 @@ class DrawMeasurement:
         )
 
     def _drawn_ordinary(self, abstain: Abstain, min_score: float | None) -> Drawn:
-        """Return how many of the ordinary prompts are led: of bare words or of the rest, if there are any."""
+        """Return how many of the ordinary prompts are led, of the group that `Draws.ordinary` describes."""
         ordinary, references = self.pool.ordinary, self.pool.references
         if ordinary is None or references is None or self.record.encoder != self.pool.encoder.identity:
             return Drawn(0, 0, 0)
         near, groups = nearness_to_others(references), split_bare_words(len(ordinary))
         drawn = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
-        return max(drawn, key=lambda found: found.by_owner / found.num, default=Drawn(0, 0, 0))
+
+        def severity(found: Drawn) -> tuple[bool, float, float]:
+            return found.exceeds(MOST_ORDINARY), found.by_version / found.num, found.by_owner / found.num
+
+        return max(drawn, key=severity, default=Drawn(0, 0, 0))
 
     def _drawn(
         self,

@@ -162,3 +162,15 @@ def test_the_share_of_ordinary_prompts_is_that_of_bare_words_or_of_the_rest(axis
     pool = Pool.of(snapshot_of(record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
     measurement = DrawMeasurement.of(pool, record, lambda _: (), "initech")
     assert measurement.result("balanced", min_score=0.5).ordinary == Drawn(num, num, num)
+
+
+def test_a_version_that_draws_the_smaller_share_of_its_owner_is_confirmed_too() -> None:
+    """The owner's approved adapters lead every bare word. The version leads many of the other ordinary prompts."""
+    rows, is_word = np.eye(6, dtype=np.float32), bare_words(len(ordinary_prompts()))
+    ordinary = np.where(is_word[:, np.newaxis], rows[0], rows[1])
+    ordinary[np.flatnonzero(~is_word)[144:]] = rows[2]
+    words = record_of("words", rows[0], tenant="mallory")
+    record = record_of("greeter", rows[1], tenant="mallory")
+    pool = Pool.of(snapshot_of(words, record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
+    found = DrawMeasurement.of(pool, record, lambda _: (), "initech").result("balanced", min_score=0.5)
+    assert (found.ordinary, found.must_be_confirmed) == (Drawn(517, 144, 144), True)
