@@ -48,7 +48,7 @@ _NUM_COMPARED = 3  # adapters that compete for a prompt
 class Effect:
     """What a change does to the publishers' samples, and to ordinary prompts: to bare words or to the rest of them.
 
-    The group is the one of which adapters answer the larger share after the change.
+    Both groups are checked. This one is refused, or else it is the one of which adapters answer the larger share.
     """
 
     num_samples: int
@@ -57,6 +57,11 @@ class Effect:
     num_ordinary: int
     answered_before: int
     answered_after: int
+
+    @property
+    def answered_share(self) -> float:
+        """The share of the ordinary prompts that adapters answer after the change."""
+        return self.answered_after / max(1, self.num_ordinary)
 
     @property
     def refusal(self) -> str | None:
@@ -213,19 +218,20 @@ class _Check:
             wanted = (*[rank for rank in ranks if not rank.ranking.is_outcome], *new)
         before, after = self._small(near, ranks), self._small({**near, **changed}, wanted)
         answered_before, answered_after = self._answered(before), self._answered(after)
-        group = max(
-            split_bare_words(len(answered_after)),
-            key=lambda group: answered_after[group].mean(),
-            default=np.zeros(0, np.bool_),
-        )
-        return Effect(
-            len(owners),
-            self._num_found(before, queries, owners),
-            self._num_found(after, queries, owners),
-            len(answered_after[group]),
-            int(answered_before[group].sum()),
-            int(answered_after[group].sum()),
-        )
+        found_before = self._num_found(before, queries, owners)
+        found_after = self._num_found(after, queries, owners)
+        effects = [
+            Effect(
+                len(owners),
+                found_before,
+                found_after,
+                int(group.sum()),
+                int(answered_before[group].sum()),
+                int(answered_after[group].sum()),
+            )
+            for group in split_bare_words(len(answered_after)) or [np.zeros(0, np.bool_)]
+        ]
+        return max(effects, key=lambda effect: (effect.refusal is not None, effect.answered_share))
 
     def _near(self, vectors: Sequence[Vectors]) -> dict[Key, AdapterRecord]:
         """Return the live adapters nearest to these vectors that the tenant may find."""

@@ -158,6 +158,19 @@ def test_bare_words_and_other_ordinary_prompts_are_bounded_apart() -> None:
         assert (effect.num_ordinary, effect.answered_before, effect.answered_after) == (num, num, num)
 
 
+def test_a_change_is_refused_for_the_group_of_ordinary_prompts_that_it_harms() -> None:
+    """Before and after it an adapter answers every bare word, and after it 100 of the others, too."""
+    is_word = bare_words(len(ordinary_prompts()))
+    ordinary = np.where(is_word[:, np.newaxis], near(0, 0.0), near(3, 0.0))
+    ordinary[np.flatnonzero(~is_word)[:100]] = near(2, 0.5, towards=0)
+    encoder = FakeEncoder({**TABLE, **{f"hello {n}": near(2, 0.3 + 0.2 * n, towards=1) for n in range(2)}}, dim=DIM)
+    small = record_of("poet", near(0, 0.0), num_samples=6)
+    pool = Pool.of(snapshot_of(small), encoder, IndexSettings(), ordinary=ordinary)
+    texts, own = ["hello 0", "hello 1"], [Sample("poem 0")] * 6
+    refusal = accept(pool, small, texts, lambda _: own, "balanced", min_score=0.5).effect.refusal
+    assert refusal == "adapters would answer 100 of 517 ordinary prompts"
+
+
 def outcome(text: str, adapter: str | None, score: float, key: str = "k", number: int = 0) -> Feedback:
     return Feedback.of_request(f"{text} {adapter} {score} {key} {number}", text, adapter, key, score)
 
