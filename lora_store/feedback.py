@@ -40,8 +40,8 @@ _ID_CHARS = 16
 class Feedback:
     """A prompt, and what a client of the tenant said about it.
 
-    `adapter`: the name of the tenant's adapter for a proposal, the name as the client uses it for an outcome; None: the
-    base model. `score`: of the outcome, from -1 to 1. A rejected proposal has no text.
+    `adapter`: the name of the tenant's adapter for a proposal, `owner/name` for an outcome; None: the base model.
+    `score`: of the outcome, from -1 to 1. A rejected proposal has no text.
     """
 
     id: str

@@ -92,7 +92,8 @@ class Learning:
         if asked is None:
             raise RequestNotKept(request_id)
         if adapter is not None:
-            await self._retriever.record(tenant, adapter)
+            _, [record, *_] = await self._retriever.record(tenant, adapter)
+            adapter = f"{record.ref.tenant}/{record.ref.name}"  # one name for it, however the client wrote it
         judged = Feedback.of_request(request_id, asked.text, adapter, key_id, score)
         await self._store.put_feedback(tenant, "outcome", judged)
         if self._applies:
@@ -133,11 +134,11 @@ class Learning:
         return [proposal for proposal in found if proposal.id in wanted]
 
 
-def counted(outcomes: Sequence[Feedback]) -> dict[str, dict[str, int]]:
-    """Return how many outcomes praise and how many blame each adapter; "" is the base model."""
+def counted(tenant: str, outcomes: Sequence[Feedback]) -> dict[str, dict[str, int]]:
+    """Return how many outcomes praise and how many blame each adapter, as the tenant names it; "" is the base model."""
     counts: dict[str, dict[str, int]] = {}
     for outcome in outcomes:
-        own = counts.setdefault(outcome.adapter or "", {"positive": 0, "negative": 0})
+        own = counts.setdefault((outcome.adapter or "").removeprefix(f"{tenant}/"), {"positive": 0, "negative": 0})
         own["positive"] += outcome.score > 0
         own["negative"] += outcome.score < 0
     return counts

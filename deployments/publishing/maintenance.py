@@ -47,7 +47,7 @@ async def doctor(
         async for step in steps:
             yield {"done": step.num_done, "total": step.num_total}
             if step.report is not None:
-                outcomes = counted(await store.feedback(tenant, "outcome"))
+                outcomes = counted(tenant, await store.feedback(tenant, "outcome"))
                 yield {"result": {**doctor_object(step.report, tenant), "outcomes": outcomes}}
 
 

@@ -45,7 +45,7 @@ from retriever_svc import (
 from retriever_svc.embedded import Embedded
 from retriever_svc.learning import Effect
 from retriever_svc.listing import Listings
-from retriever_svc.planning import named_plan, named_policies, replayed_plan, visible_names
+from retriever_svc.planning import named_plan, named_policies, replayed_plan, resolve_version, visible_names
 from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
 from tests.deployments.fake_names import FakeNames
 
@@ -116,7 +116,7 @@ class FakeRetriever:
         return PoolSize(7, len(self._snapshot.visible_to(tenant)), self.unserved)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        record = self._snapshot.resolve(tenant, name)
+        record = resolve_version(self._snapshot, tenant, name)
         return 7, [record, adapter(record.ref.name, version="older", generation=0)]
 
     async def evaluation(self, tenant: str, name: str) -> Ranking | None:

@@ -145,12 +145,12 @@ def test_applying_rests_in_proportion_to_its_time() -> None:
 
 
 def test_outcomes_are_counted_by_adapter() -> None:
-    said = [("poet", 1.0), ("poet", 0.5), ("poet", -1.0), ("coder", 0.0), (None, -0.25)]
+    said = [("acme/poet", 1.0), ("acme/poet", 0.5), ("acme/poet", -1.0), ("rival/coder", 0.0), (None, -0.25)]
     outcomes = [
         Feedback.of_request(f"{place}", "text", adapter, "key", score) for place, (adapter, score) in enumerate(said)
     ]
-    assert counted(outcomes) == {
+    assert counted("acme", outcomes) == {
         "poet": {"positive": 2, "negative": 1},
-        "coder": {"positive": 0, "negative": 0},
+        "rival/coder": {"positive": 0, "negative": 0},
         "": {"positive": 0, "negative": 1},
     }

@@ -13,6 +13,7 @@ from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
 
 CHAT = {"messages": [{"role": "user", "content": "Rhyme on rain."}]}
+DIGEST = POOL[0].ref.digest
 
 
 def judged(learning: str, *scores: float, adapter: str | None = "poet") -> tuple[FakeStore, list[httpx.Response]]:
@@ -32,8 +33,16 @@ def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
     store, [answer] = judged("observe", -0.5)
     assert (answer.status_code, answer.json()["applies"]) == (201, False)
     [outcome] = [given for (_, kind, _), given in store.given.items() if kind == "outcome"]
-    assert (outcome.text, outcome.adapter, outcome.score) == ("Rhyme on rain.", "poet", -0.5)
+    assert (outcome.text, outcome.adapter, outcome.score) == ("Rhyme on rain.", "local/poet", -0.5)
     assert (store.generation, store.ranked) == (7, [])
+
+
+@pytest.mark.parametrize("name", ["local/poet", f"poet@{DIGEST[:8]}", f"poet@{DIGEST[:9]}", f"local/poet@{DIGEST}"])
+def test_an_outcome_is_kept_under_one_name_of_its_adapter(name: str) -> None:
+    """So a key has no more outcomes for an adapter by writing its name in other ways."""
+    store, [answer] = judged("observe", 1, adapter=name)
+    assert (answer.status_code, answer.json()["adapter"]) == (201, name)
+    assert [given.adapter for (_, kind, _), given in store.given.items() if kind == "outcome"] == ["local/poet"]
 
 
 @pytest.mark.parametrize("adapter", ["poet", None])
