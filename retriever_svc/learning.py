@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -42,6 +42,8 @@ MAX_ANSWERED = 0.02  # of ordinary prompts that an adapter answers
 _NUM_CHECKED = 16  # nearest adapters of each changed one whose samples are asked
 _MAX_SAMPLES = 32  # of one adapter that are asked
 _NUM_COMPARED = 3  # adapters that compete for a prompt
+_MAX_CHECKS = 16  # of outcomes in one call; one harmful outcome of 64 takes 13
+Refused = tuple[Ranking, frozenset[AdapterRef | Ranking]]  # an outcome, with the adapters and evaluations near it
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class Resampled:
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """The choices that a tenant's outcomes lead to. Others of them would harm the publishers' samples."""
+    """The choices that a tenant's outcomes lead to. Others would harm samples, or are not checked yet."""
 
     rankings: tuple[Ranking, ...]
     num_refused: int = 0
@@ -140,12 +142,15 @@ def learn(
     samples: SampleSource,
     abstain: Abstain,
     min_score: float | None = None,
+    refused: set[Refused] | None = None,
 ) -> Learnt:
     """Return the choices of a tenant from its outcomes, which are given newest first.
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
-    from them; one that praises the base model takes every adapter away. Leave out those that are refused alone, or all
-    if the others are refused together.
+    from them; one that praises the base model takes every adapter away. Leave out those that are refused alone, those
+    that `_MAX_CHECKS` did not reach, and all if the others are refused together.
+
+    `refused`: the outcomes that this tenant's earlier call refused, which are not checked again. It is updated.
     """
     chosen = list(_bounded(outcomes))
     vectors = _encoded(pool, [outcome.text for outcome in chosen], tenant)
@@ -159,11 +164,32 @@ def learn(
             anchor = AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "")
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
     check = _Check(pool, tenant, abstain, min_score, samples)
-    kept = rankings
-    if check.effect({}, kept).refusal is not None:
-        kept = [ranking for ranking in rankings if check.effect({}, [ranking]).refusal is None]
-        kept = kept if check.effect({}, kept).refusal is None else []
+    refused = set() if refused is None else refused
+    known = {ranking.anchor: (ranking, check.surroundings(ranking)) for ranking in rankings}
+    new = [ranking for ranking in rankings if known[ranking.anchor] not in refused]
+    kept, harmful = _split_harmful(check, new)
+    refused &= set(known.values())
+    refused |= {known[ranking.anchor] for ranking in harmful}
+    if 0 < len(kept) < len(new) and check.effect({}, kept).refusal is not None:
+        kept = []
     return Learnt(tuple(kept), len(rankings) - len(kept))
+
+
+def _split_harmful(check: _Check, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+    """Return those that may apply, and those that are refused alone. Halve groups that are refused."""
+    waiting, kept, harmful = [rankings] if rankings else [], list[Ranking](), list[Ranking]()
+    for _ in range(_MAX_CHECKS):
+        if not waiting:
+            break
+        group = waiting.pop()
+        middle = len(group) // 2
+        if check.effect({}, group).refusal is None:
+            kept += group
+        elif middle:
+            waiting += [group[middle:], group[:middle]]
+        else:
+            harmful += group
+    return kept, harmful
 
 
 def _bounded(outcomes: Iterable[Feedback]) -> Iterator[Feedback]:
@@ -195,43 +221,71 @@ def _encoded(pool: Pool, texts: Sequence[str], tenant: str) -> Vectors:
     return BulkEncoding(pool.encoder, texts, [tenant] * len(texts)).encode_all()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Before:
+    """The publishers' samples (N, D) of some adapters, and what finds its adapter without the change."""
+
+    queries: Vectors
+    owners: list[Key]
+    num_found: int
+    answered: NDArray[np.bool_]  # (J,) of the ordinary prompts
+
+
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """Asks the samples of changed adapters and of those near them, before and after a change."""
+    """Asks the samples of changed adapters and of those near them, before and after a change.
+
+    `last`: the answers before the change of the last adapters that were asked, since several changes are near the same.
+    """
 
     pool: Pool
     tenant: str
     abstain: Abstain
     min_score: float | None
     samples: SampleSource
+    last: dict[frozenset[Key], _Before] = field(default_factory=dict)
+
+    def surroundings(self, ranking: Ranking) -> frozenset[AdapterRef | Ranking]:
+        """Return the versions near an outcome and the tenant's evaluations, on which its effect depends."""
+        ranks = self.pool.snapshot.rankings.get(self.tenant, ())
+        evaluations = [rank.ranking for rank in ranks if not rank.ranking.is_outcome]
+        return frozenset([*(record.ref for record in self._near([ranking.vector]).values()), *evaluations])
 
     def effect(self, changed: Mapping[Key, AdapterRecord], rankings: Sequence[Ranking] | None) -> Effect:
         """Return the effect of other embeddings, or of other outcomes of the tenant. `rankings`: None keeps them."""
         embeddings = [record.embedding for record in changed.values()]
         vectors = [embedding.vector for embedding in embeddings if embedding is not None]
         near = self._near([*vectors, *[ranking.vector for ranking in rankings or ()]])
-        queries, owners = self._queries(near.values())
+        before = self._before(near)
         wanted = ranks = self.pool.snapshot.rankings.get(self.tenant, ())
         if rankings is not None:
             now = datetime.now(UTC)
             new = [Rank(self.tenant, ranking, False, "", now) for ranking in rankings]
             wanted = (*[rank for rank in ranks if not rank.ranking.is_outcome], *new)
-        before, after = self._small(near, ranks), self._small({**near, **changed}, wanted)
-        answered_before, answered_after = self._answered(before), self._answered(after)
-        found_before = self._num_found(before, queries, owners)
-        found_after = self._num_found(after, queries, owners)
+        pool = self._small({**near, **changed}, wanted)
+        found_after = self._num_found(pool, before.queries, before.owners)
+        answered_after = self._answered(pool)
         effects = [
             Effect(
-                len(owners),
-                found_before,
+                len(before.owners),
+                before.num_found,
                 found_after,
                 int(group.sum()),
-                int(answered_before[group].sum()),
+                int(before.answered[group].sum()),
                 int(answered_after[group].sum()),
             )
             for group in split_bare_words(len(answered_after)) or [np.zeros(0, np.bool_)]
         ]
         return max(effects, key=lambda effect: (effect.refusal is not None, effect.answered_share))
+
+    def _before(self, near: Mapping[Key, AdapterRecord]) -> _Before:
+        keys = frozenset(near)
+        if keys not in self.last:
+            queries, owners = self._queries(near.values())
+            pool = self._small(near, self.pool.snapshot.rankings.get(self.tenant, ()))
+            self.last.clear()
+            self.last[keys] = _Before(queries, owners, self._num_found(pool, queries, owners), self._answered(pool))
+        return self.last[keys]
 
     def _near(self, vectors: Sequence[Vectors]) -> dict[Key, AdapterRecord]:
         """Return the live adapters nearest to these vectors that the tenant may find."""

@@ -27,7 +27,7 @@ from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import MAX_CHARS, Vectors
 from retriever_svc.errors import NoAdapterMatched, StaleIndex
 from retriever_svc.index import Match
-from retriever_svc.learning import Learnt, Resampled, accept, learn
+from retriever_svc.learning import Learnt, Refused, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
 from retriever_svc.planning import (
@@ -143,6 +143,7 @@ class Retriever:
         timings: Timings | None = None,
     ) -> None:
         self._pools, self._min_score, self._abstain, self._temperature = pools, min_score, abstain, temperature
+        self._refused: dict[str, set[Refused]] = {}  # outcomes, by tenant
         self._owner_names, self._applies_outcomes = owner_names, applies_outcomes
         self._timings = timings or Timings()
 
@@ -486,7 +487,8 @@ class Retriever:
 
     def learn(self, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource) -> Learnt:
         """Return the choices that these outcomes lead to for `tenant`, and their effect (see `learning`)."""
-        return learn(self._pools.current, tenant, outcomes, samples, self._abstain, self._min_score)
+        refused = self._refused.setdefault(tenant, set())
+        return learn(self._pools.current, tenant, outcomes, samples, self._abstain, self._min_score, refused)
 
     def reindex(self, model: str, samples: SampleSource, projection: str = "auto") -> Iterator[ReindexStep]:
         """Embed every adapter that has no embedding by the encoder of `model` with the projection yet.

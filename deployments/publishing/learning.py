@@ -18,7 +18,8 @@ from retriever_svc.learning import OWN_PER_ACCEPTED
 
 logger = logging.getLogger(__name__)
 QUIET_S = 1.0  # from an outcome to its application, so that one commit follows several
-REST_FACTOR = 9  # the pause after an application, as a multiple of its time: outcomes cost a tenth of a thread
+REST_FACTOR = 9  # the pause after an application, as a multiple of its time: a tenant's cost a tenth of a thread
+MAX_AT_ONCE = 2  # applications, so that no tenant keeps all others waiting
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -43,7 +44,8 @@ class Learning:
         self._background, self._applies = background, applies
         self._sleep, self._clock = sleep, clock
         self._waiting: dict[str, str] = {}  # by tenant, the author of its newest outcome
-        self._is_running = False
+        self._applying: set[str] = set()  # tenants, those that rest included
+        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def accept(
         self, key: Key, ids: Collection[str] | None, actor: str, charge: Charge
@@ -98,29 +100,31 @@ class Learning:
         await self._store.put_feedback(tenant, "outcome", judged)
         if self._applies:
             self._waiting[tenant] = key_id
-            if not self._is_running:
-                self._is_running = True
-                self._background.start(self._apply_all(), "applying outcomes")
+            if tenant not in self._applying:
+                self._applying.add(tenant)
+                self._background.start(self._apply_waiting(tenant), "applying outcomes")
 
-    async def _apply_all(self) -> None:
-        took_s = 0.0
+    async def _apply_waiting(self, tenant: str) -> None:
         try:
-            while self._waiting:
-                await self._sleep(max(QUIET_S, REST_FACTOR * took_s))
-                began_s = self._clock()
-                tenant = next(iter(self._waiting))  # in order of arrival, so that no tenant keeps others waiting
-                try:
-                    await self._apply(tenant, self._waiting.pop(tenant))
-                except Exception:
-                    logger.exception("the next outcome of tenant %s applies those that could not be applied", tenant)
-                took_s = self._clock() - began_s
+            while tenant in self._waiting:
+                await self._sleep(QUIET_S)
+                async with self._turns:
+                    began_s = self._clock()
+                    try:
+                        await self._apply(tenant, self._waiting.pop(tenant))
+                    except Exception:
+                        logger.exception(
+                            "the next outcome of tenant %s applies those that could not be applied", tenant
+                        )
+                    took_s = self._clock() - began_s
+                await self._sleep(REST_FACTOR * took_s)
         finally:
-            self._is_running = False
+            self._applying.discard(tenant)
 
     async def _apply(self, tenant: str, actor: str) -> None:
         learnt = await self._retriever.learn(tenant, await self._store.feedback(tenant, "outcome"))
         if learnt.num_refused:
-            logger.warning("%d outcomes of tenant %s would harm the pool's samples", learnt.num_refused, tenant)
+            logger.warning("%d outcomes of tenant %s are left out: they would harm samples", learnt.num_refused, tenant)
         generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
         await self._publisher.catch_up(generation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc import IndexSettings, Retriever
 from retriever_svc.encoder import unit_rows
-from retriever_svc.learning import MAX_OUTCOMES, OWN_PER_ACCEPTED, Effect, Learnt, Resampled, accept, learn
+from retriever_svc.learning import MAX_OUTCOMES, OWN_PER_ACCEPTED, Effect, Learnt, Refused, Resampled, accept, learn
 from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, names, record_of, snapshot_of
@@ -235,6 +236,43 @@ def test_a_key_with_many_outcomes_pushes_out_no_other_key() -> None:
 def test_an_outcome_that_takes_a_publishers_samples_away_is_left_out_and_others_apply() -> None:
     found = learnt(outcome("poem 0", "poet", -1), outcome("odd", "coder", 1))
     assert ([ranking.adapters[0].ref.name for ranking in found.rankings], found.num_refused) == (["coder"], 1)
+
+
+def counted_learn(
+    monkeypatch: pytest.MonkeyPatch, said: Sequence[Feedback], refused: set[Refused], pool: Pool | None = None
+) -> tuple[Learnt, int]:
+    """Return also how many pools are built: one after the change for each check, and one before for all of them."""
+    pool, build, num_built = pool or pool_of(), Pool.of, 0
+
+    def count(*args: Any, **fields: Any) -> Pool:
+        nonlocal num_built
+        num_built += 1
+        return build(*args, **fields)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pool, "of", count)
+        return learn(pool, "local", said, lambda r: SAMPLES[r.ref.name], "balanced", refused=refused), num_built
+
+
+def test_few_checks_find_a_harmful_outcome_and_the_next_call_leaves_it_out_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = [outcome("odd", "coder", 1, key=f"k{number}") for number in range(MAX_OUTCOMES - 1)]
+    said.insert(40, outcome("poem 0", "poet", -1))
+    refused = set[Refused]()
+    found, num_built = counted_learn(monkeypatch, said, refused)
+    assert (len(found.rankings), found.num_refused) == (MAX_OUTCOMES - 1, 1)
+    assert num_built <= 15
+    assert counted_learn(monkeypatch, said, refused) == (found, 2)
+    newer = pool_of(record("poet", POET_TEXTS, version="newer"), CODER)
+    assert counted_learn(monkeypatch, said, refused, newer)[1] > 2, "an adapter near the outcome has changed"
+
+
+def test_the_checks_of_one_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [outcome("poem 0", "poet", -1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
+    found, num_built = counted_learn(monkeypatch, said, set())
+    assert (found.rankings, found.num_refused) == ((), MAX_OUTCOMES)
+    assert num_built <= 17
 
 
 def test_the_choice_says_what_outcomes_spoke_for() -> None:

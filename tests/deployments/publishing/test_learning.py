@@ -97,22 +97,29 @@ def test_a_rejected_proposal_is_gone_and_makes_no_version() -> None:
 
 
 class BrokenForOne(FakeRetriever):
-    """It cannot apply the outcomes of the tenant `broken`."""
+    """It cannot apply the outcomes of the tenant `broken`, and does not end for the tenant `stuck`."""
 
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
         if tenant == "broken":
             raise StoreUnavailable("down")
+        if tenant == "stuck":
+            await asyncio.Event().wait()
         return await super().learn(tenant, outcomes)
 
 
-def applied_for(*tenants: str, took_s: float = 0.0) -> tuple[list[str], list[float]]:
-    """Let each tenant judge a request. Return those whose outcomes are applied, in order, and the pauses before."""
+def applied_for(*tenants: str, took_s: float = 0.0, num_applied: int = 0) -> tuple[list[str], list[float]]:
+    """Let each tenant judge a request. Return those whose outcomes are applied, in order, and the pauses.
+
+    With `num_applied` applications take no more than a few seconds, and a tenant that rests does so for ever.
+    """
     times, pauses = itertools.count(), list[float]()
     store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
     store.given = {(tenant, "asked", asked.id): asked for tenant in tenants}
 
-    async def no_pause(seconds: float) -> None:
+    async def pause(seconds: float) -> None:
         pauses.append(seconds)
+        if num_applied and seconds > QUIET_S:
+            await asyncio.Event().wait()
 
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         services = served.services
@@ -122,17 +129,22 @@ def applied_for(*tenants: str, took_s: float = 0.0) -> tuple[list[str], list[flo
             services.publisher,
             services.background,
             applies=True,
-            sleep=no_pause,
+            sleep=pause,
             clock=lambda: took_s * next(times),
         )
         for tenant in tenants:
             await learning.judge(tenant, ("id", None, 1.0), "key")
+        if num_applied:
+            async with asyncio.timeout(5):
+                while len(store.ranked) < num_applied:
+                    await asyncio.sleep(0.01)
+            services.background.cancel()
 
     ask(run, store=store)
     return [tenant for tenant, _ in store.ranked], pauses
 
 
-def test_outcomes_apply_in_the_order_of_arrival_so_that_no_tenant_keeps_others_waiting() -> None:
+def test_outcomes_apply_in_the_order_of_arrival() -> None:
     assert applied_for("quiet", "loud")[0] == ["quiet", "loud"]
 
 
@@ -141,7 +153,12 @@ def test_a_tenant_whose_outcomes_cannot_be_applied_keeps_no_other_from_it() -> N
 
 
 def test_applying_rests_in_proportion_to_its_time() -> None:
-    assert applied_for("one", "two", took_s=5.0)[1] == [QUIET_S, 5.0 * REST_FACTOR]
+    assert applied_for("one", took_s=5.0)[1] == [QUIET_S, 5.0 * REST_FACTOR]
+
+
+def test_a_tenant_that_rests_or_takes_long_keeps_no_other_waiting() -> None:
+    assert applied_for("one", "two", "three", took_s=5.0, num_applied=3)[0] == ["one", "two", "three"]
+    assert applied_for("stuck", "two", "three", num_applied=2)[0] == ["two", "three"]
 
 
 def test_outcomes_are_counted_by_adapter() -> None:
