@@ -4,7 +4,8 @@ Samples say nothing about weights: an adapter with the samples of another one is
 answers. So an approval is preceded by a measurement, as a tenant sees the pool that owns none of its adapters:
 
 - the share of ordinary prompts that the version leads, each compared with the others (see `ordinary_prompts`). Bare
-  words and the rest are measured apart, and neither may exceed its bound;
+  words and the rest are measured apart, and so are openings and closings of letters: each is a view of a long prompt,
+  and decides for all of it (see `views`). None of the three may exceed the bound;
 - the share of the samples of the nearest adapters of other owners that the version leads. The score of an adapter for
   its own sample is that to its other samples, as for a new prompt;
 - the same share of these samples without the wording that they share. A copy in other words leads their contents.
@@ -41,6 +42,40 @@ MOST_ORDINARY = 0.1  # six honest adapters of the starter pool draw 3 % together
 MOST_OF_SAMPLES = 0.1
 MOST_OF_CONTENTS = 0.8
 _NUM_COMPARED = 4  # adapters of the pool that compete for a prompt
+LETTER_PARTS = (
+    "Dear Sir or Madam,",
+    "Hello everybody,",
+    "Hi Anna, I hope you are well.",
+    "To whom it may concern,",
+    "Good morning, I have a question.",
+    "Dear team,",
+    "Dear Mr Miller, thank you for your message.",
+    "Hello, I hope this message finds you well.",
+    "Sehr geehrte Damen und Herren,",
+    "Bonjour Madame, bonjour Monsieur,",
+    "Estimados señores:",
+    "Gentile signora,",
+    "Szanowni Państwo,",
+    "Здравствуйте!",
+    "Many thanks in advance",
+    "Thank you very much for your help!",
+    "Thanks in advance for your answer.",
+    "Thank you in advance and have a nice day",
+    "Best regards, Thomas",
+    "Kind regards and many thanks",
+    "With best wishes, Maria",
+    "Yours sincerely, J. Miller",
+    "Thanks and best regards",
+    "I look forward to hearing from you.",
+    "Vielen Dank im Voraus und freundliche Grüße",
+    "Merci d'avance, cordialement",
+    "Muchas gracias de antemano, saludos",
+    "Grazie mille, cordiali saluti",
+    "Z góry dziękuję i pozdrawiam",
+    "С уважением, Ольга",
+    "よろしくお願いいたします。",
+    "Obrigado desde já, atenciosamente",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +112,7 @@ class DrawnAdapter:
 class Draws:
     """The prompts that a version would draw: ordinary ones, and those of others' adapters, most drawn first.
 
-    `ordinary`: of bare words or of the rest: the group that must be confirmed, or else the more drawn one.
+    `ordinary`: of bare words, parts of letters, or the rest: what must be confirmed, or else what is drawn most.
     """
 
     ordinary: Drawn
@@ -93,7 +128,8 @@ class Draws:
 class DrawMeasurement:
     """A measurement of one version. Encode the chunks of `encoding` before `result`.
 
-    `victims`: adapters of other owners, each with the number of its samples in `encoding`. Their contents follow them.
+    `victims`: adapters of other owners, each with the number of its samples in `encoding`. Their contents follow
+    them, and the parts of letters come last.
     """
 
     pool: Pool
@@ -113,6 +149,7 @@ class DrawMeasurement:
             own = [sample.input for sample in (read_samples(samples, victim) or ())[:MAX_SAMPLES]]
             victims.append((victim, len(own)))
             texts += [*own, *without_shared_wording(own)]
+        texts += LETTER_PARTS if pool.ordinary is not None else ()
         return cls(pool, record, tuple(victims), BulkEncoding(pool.encoder, texts, [approver] * len(texts)))
 
     def result(self, abstain: Abstain, min_score: float | None = None) -> Draws:
@@ -129,22 +166,23 @@ class DrawMeasurement:
             start += 2 * num
         drawn.sort(key=lambda item: (-item.samples.by_owner, -item.contents.by_owner, str(item.ref)))
         return Draws(
-            ordinary=self._drawn_ordinary(abstain, min_score),
+            ordinary=self._drawn_ordinary(rows[start:], abstain, min_score),
             adapters=tuple(item for item in drawn if item.samples.by_owner or item.contents.by_owner),
         )
 
-    def _drawn_ordinary(self, abstain: Abstain, min_score: float | None) -> Drawn:
-        """Return how many of the ordinary prompts are led, of the group that `Draws.ordinary` describes."""
+    def _drawn_ordinary(self, letters: Vectors, abstain: Abstain, min_score: float | None) -> Drawn:
+        """Return how many ordinary prompts are led, of the group that `Draws.ordinary` describes."""
         ordinary, references = self.pool.ordinary, self.pool.references
         if ordinary is None or references is None or self.record.encoder != self.pool.encoder.identity:
             return Drawn(0, 0, 0)
         near, groups = nearness_to_others(references), split_bare_words(len(ordinary))
         drawn = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
+        drawn.append(self._drawn(letters, abstain, min_score))
 
         def severity(found: Drawn) -> tuple[bool, float, float]:
             return found.exceeds(MOST_ORDINARY), found.by_version / found.num, found.by_owner / found.num
 
-        return max(drawn, key=severity, default=Drawn(0, 0, 0))
+        return max(drawn, key=severity)
 
     def _drawn(
         self,

@@ -3,7 +3,8 @@
 The request is often a small part of what a client sends: a question before or behind retrieved text, or the last lines
 of what an agent writes. The encoder reads the beginning of a text, in which the request hardly counts. So a long prompt
 of several paragraphs has *views*: its first and its last paragraph, each alone and with the next one. The view that is
-nearest to its best adapter decides. Where none fits, the whole text decides.
+nearest to its best adapter decides. Where none fits, the whole text decides. If it competed too, prompts behind or
+before other text would keep 7 points fewer of their right answers on the tune pools (`benchmarks.routing.wording`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import IndexSettings
-from retriever_svc.draws import MAX_ADAPTERS, MAX_SAMPLES, DrawMeasurement, Drawn, DrawnAdapter, Draws
+from retriever_svc.draws import LETTER_PARTS, MAX_ADAPTERS, MAX_SAMPLES, DrawMeasurement, Drawn, DrawnAdapter, Draws
 from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FakeEncoder, record_of, snapshot_of
@@ -141,36 +141,42 @@ def test_a_version_that_auto_cannot_find_draws_nothing(vector: Sequence[float] |
     assert drawn(record, MAPS) == Draws(Drawn(0, 0, 0))
 
 
+ROWS = np.eye(6, dtype=np.float32)
+
+
+def measured(record: AdapterRecord, ordinary: np.ndarray, *others: AdapterRecord, letters: int) -> DrawMeasurement:
+    """Return a measurement beside these ordinary prompts. All parts of letters lie on the axis `letters`."""
+    encoder = FakeEncoder(dict.fromkeys(LETTER_PARTS, ROWS[letters]), dim=6)  # type: ignore[arg-type]
+    pool = Pool.of(snapshot_of(*others, record), encoder, IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
+    measurement = DrawMeasurement.of(pool, record, lambda _: (), "initech")
+    measurement.encoding.encode_all()
+    return measurement
+
+
 def test_ordinary_prompts_are_compared_with_the_others() -> None:
     """The prompt that the version is a little like would not be answered if it were compared with itself."""
-    rows = np.eye(6, dtype=np.float32)
-    rows[1:4] = rows[1]
-    vector = 0.2 * rows[0] + 0.96**0.5 * rows[5]
-    record = record_of("odd", vector, tenant="mallory")
-    pool = Pool.of(snapshot_of(record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=rows[:4])  # type: ignore[arg-type]
-    measurement = DrawMeasurement.of(pool, record, lambda _: (), "initech")
+    ordinary = ROWS[[0, 1, 1, 1]]
+    record = record_of("odd", 0.2 * ROWS[0] + 0.96**0.5 * ROWS[5], tenant="mallory")
+    measurement = measured(record, ordinary, letters=1)
     assert measurement.result("balanced").ordinary == Drawn(4, 1, 1)
     assert measurement.result("never").ordinary == Drawn(4, 4, 4)
     assert measurement.result("balanced", min_score=0.3).ordinary == Drawn(4, 0, 0)
 
 
-@pytest.mark.parametrize(("axis", "num"), [(0, 616), (1, 517)])
-def test_the_share_of_ordinary_prompts_is_that_of_bare_words_or_of_the_rest(axis: int, num: int) -> None:
-    rows = np.eye(6, dtype=np.float32)
-    ordinary = np.where(bare_words(len(ordinary_prompts()))[:, np.newaxis], rows[0], rows[1])
-    record = record_of("greeter", rows[axis], tenant="mallory")
-    pool = Pool.of(snapshot_of(record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
-    measurement = DrawMeasurement.of(pool, record, lambda _: (), "initech")
-    assert measurement.result("balanced", min_score=0.5).ordinary == Drawn(num, num, num)
+@pytest.mark.parametrize(("axis", "num"), [(0, 616), (1, 517), (2, len(LETTER_PARTS))])
+def test_bare_words_parts_of_letters_and_other_ordinary_prompts_are_measured_apart(axis: int, num: int) -> None:
+    ordinary = np.where(bare_words(len(ordinary_prompts()))[:, np.newaxis], ROWS[0], ROWS[1])
+    record = record_of("greeter", ROWS[axis], tenant="mallory")
+    found = measured(record, ordinary, letters=2).result("balanced", min_score=0.5)
+    assert (found.ordinary, found.must_be_confirmed) == (Drawn(num, num, num), True)
 
 
 def test_a_version_that_draws_the_smaller_share_of_its_owner_is_confirmed_too() -> None:
     """The owner's approved adapters lead every bare word. The version leads many of the other ordinary prompts."""
-    rows, is_word = np.eye(6, dtype=np.float32), bare_words(len(ordinary_prompts()))
-    ordinary = np.where(is_word[:, np.newaxis], rows[0], rows[1])
-    ordinary[np.flatnonzero(~is_word)[144:]] = rows[2]
-    words = record_of("words", rows[0], tenant="mallory")
-    record = record_of("greeter", rows[1], tenant="mallory")
-    pool = Pool.of(snapshot_of(words, record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
-    found = DrawMeasurement.of(pool, record, lambda _: (), "initech").result("balanced", min_score=0.5)
+    is_word = bare_words(len(ordinary_prompts()))
+    ordinary = np.where(is_word[:, np.newaxis], ROWS[0], ROWS[1])
+    ordinary[np.flatnonzero(~is_word)[144:]] = ROWS[2]
+    words = record_of("words", ROWS[0], tenant="mallory")
+    record = record_of("greeter", ROWS[1], tenant="mallory")
+    found = measured(record, ordinary, words, letters=3).result("balanced", min_score=0.5)
     assert (found.ordinary, found.must_be_confirmed) == (Drawn(517, 144, 144), True)

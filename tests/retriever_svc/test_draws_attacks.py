@@ -14,7 +14,7 @@ import pytest
 from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import Encoder, Retriever
-from retriever_svc.draws import Draws
+from retriever_svc.draws import LETTER_PARTS, MOST_ORDINARY, Draws
 from tests.retriever_svc.attacks import (
     everyday_prompts,
     held_out,
@@ -129,3 +129,33 @@ def test_twins_of_two_owners_both_answer_once_the_second_is_confirmed(encoder: E
     for task in tasks:
         for route in routes(encoder, [*acme, *globex], held_out(task)):
             assert {adapter.ref.tenant for adapter in route.plan.adapters} == {"acme", "globex"}
+
+
+CLOSINGS = [
+    "Many thanks in advance, and best regards from Anna",
+    "Thank you so much for your help, kind regards",
+    "Thanks in advance and have a nice day, Peter",
+    "With many thanks and best wishes, Maria",
+    "Best regards and thank you for your time",
+]
+OPENINGS = [
+    "Dear Sir or Madam, I hope this finds you well",
+    "Hello, I hope you are well",
+    "Dear team, good morning to all of you",
+    "Hi there, thank you for reading this",
+]
+POLISH = ["Z góry dziękuję za pomoc, pozdrawiam serdecznie Anna", "Dziękuję i pozdrawiam", "Z poważaniem, Jan Kowalski"]
+
+
+@pytest.mark.parametrize("samples", [CLOSINGS, OPENINGS, POLISH], ids=["closings", "openings", "closings in Polish"])
+def test_an_adapter_of_openings_or_closings_of_letters_is_confirmed(encoder: Encoder, samples: list[str]) -> None:
+    """Each is a view of a long prompt, so such an adapter would answer any request in a letter."""
+    [record] = published(encoder, {"letters": samples}, "mallory")
+    draws = drawn_by(encoder, record, published(encoder, HONEST, "acme"), HONEST)
+    assert draws.must_be_confirmed and draws.ordinary.num == len(LETTER_PARTS)
+
+
+def test_no_adapter_of_the_starter_pool_has_to_be_confirmed_for_parts_of_letters(encoder: Encoder) -> None:
+    honest = published(encoder, HONEST, "acme")
+    draws = drawn_by(encoder, honest[0], honest[1:], HONEST)
+    assert not draws.ordinary.exceeds(MOST_ORDINARY)
