@@ -111,18 +111,24 @@ def test_a_name_cannot_be_approved_over_a_public_adapter_of_a_later_day(
         store.approve_name(ref_of(OWN, "a"))
 
 
-@pytest.mark.parametrize(("tenant", "is_approved"), [("local", False), ("them", True)])
-def test_an_adapter_cannot_have_a_model_name_that_its_tenant_uses(
-    store: LoraStore, publish: Callable[..., None], tenant: str, is_approved: bool
-) -> None:
+def test_an_adapter_cannot_have_a_model_name_of_its_tenant(store: LoraStore, publish: Callable[..., None]) -> None:
     store.set_name(OWN, "a", "me")
-    if is_approved:
-        store.approve_name(ref_of(OWN, "a"))
     with pytest.raises(PublicNameTaken, match="'support' is a model name: choose another name"):
-        publish(tenant=tenant, visibility="private")
+        publish(tenant="local", visibility="private")
     assert not store.snapshot().records
     store.set_name(OWN, "", "me")
-    publish(tenant=tenant)
+    publish(tenant="local")
+
+
+def test_a_private_adapter_may_be_called_like_an_approved_name_of_another_tenant(
+    store: LoraStore, publish: Callable[..., None]
+) -> None:
+    store.set_name(OWN, "a", "me")
+    store.approve_name(ref_of(OWN, "a"))
+    publish(tenant="them", visibility="private")
+    assert [record.ref.tenant for record in store.snapshot().records.values()] == ["them"]
+    with pytest.raises(PublicNameTaken, match="belongs to another tenant"):
+        publish(tenant="others", visibility="public")
 
 
 def test_what_others_publish_or_approve_later_stops_no_change_of_a_name(
