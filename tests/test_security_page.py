@@ -11,6 +11,7 @@ from deployments.config.app import AppConfig
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "SECURITY.md").read_text()
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def test_the_readme_links_to_it() -> None:
@@ -35,3 +36,8 @@ def test_it_supports_the_current_version() -> None:
 def test_the_sections_it_links_to_exist() -> None:
     assert "## Ports\n" in (ROOT / "docs" / "explanation" / "security-model.md").read_text()
     assert "## Who may reach what\n" in (ROOT / "k8s" / "README.md").read_text()
+
+
+def test_the_actions_of_workflows_are_named_by_commit() -> None:
+    used = [found for file in WORKFLOWS for found in re.findall(r"uses: (.*)", file.read_text())]
+    assert len(used) >= 9 and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action) for action in used), used

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from lora_store import AdapterRefused, Label, Limits, check_folder
 from lora_store.peft_files import TEMPLATE_FILE, template_digest
-from tests.bad_uploads import add, config, remove, rename, samples, tensors, write
+from tests.bad_uploads import Spoil, add, config, remove, rename, samples, tensors, write
 from tests.lora_store.builders import BASE, SHAPES, MakeFolder, OpenStore
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -89,11 +91,50 @@ def test_the_list_of_reasons_is_limited_and_counts_the_omitted_ones(
     open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
 ) -> None:
     folder = make_folder()
-    tensors(lambda found, _: found.update({f"stray{number}": torch.ones(1) for number in range(100)}))(folder)
+    # 100 pairs whose sides fit in no two in the same way
+    strays = {
+        f"base_model.model.stray{number}.lora_{side}.weight": torch.ones(number + 1, 2)
+        for number in range(100)
+        for side in "AB"
+    }
+    tensors(lambda found, _: found.update(strays))(folder)
     with pytest.raises(AdapterRefused) as caught:
         open_store().stage(folder, module_shapes=module_shapes)
     assert len(caught.value.reasons) == 51
-    assert caught.value.reasons[-1] == "and 50 more"
+    assert re.fullmatch(r"and \d\d more", caught.value.reasons[-1])
+
+
+def renamed(found: dict[str, Tensor], _: str) -> None:
+    for name in list(found):
+        found[name.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up.")] = found.pop(name)
+
+
+def without_a(found: dict[str, Tensor], _: str) -> None:
+    for name in [name for name in found if ".lora_A." in name]:
+        del found[name]
+
+
+def in_8_bits(found: dict[str, Tensor], _: str) -> None:
+    found.update({name: tensor.to(torch.float8_e4m3fn) for name, tensor in found.items()})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (tensors(renamed), "is not a LoRA tensor of a linear layer (and 5 more)"),
+        (tensors(in_8_bits), "has dtype F8_E4M3, must be one of F64, F32, F16, BF16 (and 5 more)"),
+        (tensors(without_a), "has lora_B but no lora_A (and 2 more)"),
+    ],
+)
+def test_one_problem_of_many_tensors_or_modules_is_one_reason(
+    open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]], spoil: Spoil, said: str
+) -> None:
+    folder = make_folder()
+    spoil(folder)
+    with pytest.raises(AdapterRefused) as caught:
+        open_store().stage(folder, module_shapes=module_shapes)
+    [reason] = caught.value.reasons
+    assert reason.endswith(said)
 
 
 @pytest.mark.parametrize(
