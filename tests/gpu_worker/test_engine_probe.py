@@ -22,6 +22,7 @@ from tests.gpu_worker.engine_driver import (
     PATIENCE_S,
     MakeEngine,
     Shapes,
+    Start,
     assert_nothing_held,
     by_digest,
     complete,
@@ -33,7 +34,7 @@ from tests.tiny import plan_of, random_adapter
 
 
 @pytest.fixture
-def shifts_of(start: Callable[[Engine], NativeEngine]) -> Callable[[Engine, list[str]], list[float | Exception]]:
+def shifts_of(start: Start) -> Callable[[Engine, list[str]], list[float | Exception]]:
     return lambda engine, digests: run(start(engine).probe(digests))
 
 
@@ -81,7 +82,7 @@ def test_the_shift_is_the_largest_change_of_a_logit_in_units_of_the_largest_logi
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Callable[[Engine], NativeEngine]) -> None:
+def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Start) -> None:
     native = start(make_engine({}))
     native.stop()
     with pytest.raises(EngineStopped):
@@ -89,7 +90,7 @@ def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Cal
 
 
 def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], NativeEngine]
+    make_engine: MakeEngine, shapes: Shapes, start: Start
 ) -> None:
     """Loads end one by one on another thread, and no row runs before all have ended."""
     pool = [random_adapter(shapes, i) for i in range(8)]
@@ -107,7 +108,7 @@ def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
 
 
 def test_a_cancelled_probe_does_not_cancel_loads_of_others(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], NativeEngine]
+    make_engine: MakeEngine, shapes: Shapes, start: Start
 ) -> None:
     weights, may_load = random_adapter(shapes, 1), threading.Event()
 
