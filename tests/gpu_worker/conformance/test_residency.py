@@ -12,7 +12,7 @@ from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, PlanTooLarge
 from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Strategy
-from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, collect, job, tokens_of
+from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
 from tests.tiny import plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -97,16 +97,6 @@ def test_forgotten_weights_are_gone_and_fetched_again(
     assert_same(hosted.answers(asked), first, tolerance)
     assert sorted(hosted.fetched) == sorted([*digests, one.weights_digest])
     assert hosted.run(hosted.engine.forget(digests))
-    status = hosted.status()
-    assert (status.resident, status.occupied_rows, status.host_cache_bytes) == (frozenset(), 0, 0)
-
-
-def test_many_cycles_of_use_and_withdrawal_leave_nothing(hosted: HostedEngine, adapter: MakeAdapter) -> None:
-    one_token = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-    for seed in range(20):
-        weights = adapter(seed)
-        hosted.answers(job("cycle", plan_of("selection", (weights, 1.0)), one_token))
-        assert hosted.run(hosted.engine.forget([weights.weights_digest]))
     status = hosted.status()
     assert (status.resident, status.occupied_rows, status.host_cache_bytes) == (frozenset(), 0, 0)
 
@@ -226,13 +216,6 @@ def test_a_probe_measures_the_effect_of_each_adapter(hosted: HostedEngine, adapt
     assert isinstance(of_large, float) and isinstance(of_small, float)
     assert of_large > of_small > 0
     assert of_idle == 0.0
-
-
-def test_a_cancelled_job_frees_its_adapters(hosted: HostedEngine, adapter: MakeAdapter) -> None:
-    weights = adapter(1)
-    asked = job("leave", plan_of("selection", (weights, 1.0)), LONG)
-    hosted.run(collect(hosted.engine, asked, lambda found: len(found) == 2))
-    assert hosted.run(hosted.engine.forget([weights.weights_digest])) or not hosted.status().num_running
 
 
 def test_only_the_same_tenant_finds_a_prompt_under_the_same_plan(hosted: HostedEngine, adapter: MakeAdapter) -> None:
