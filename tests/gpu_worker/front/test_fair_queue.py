@@ -31,15 +31,6 @@ def rows(adapters: str, tenant: str, count: int) -> list[Row]:
     return [row(adapters, tenant, number) for number in range(count)]
 
 
-def test_rows_of_one_adapter_set_keep_their_order() -> None:
-    assert drain(queue_of(*rows("a", "t", 3))) == ["t/a0", "t/a1", "t/a2"]
-
-
-def test_the_order_of_adapters_in_a_plan_does_not_matter() -> None:
-    queue = queue_of(row("ab"), row("ba"))
-    assert [each.request_id for each in queue.turns()] == ["local/ab0"]
-
-
 def test_adapter_sets_of_a_tenant_take_turns() -> None:
     queue = queue_of(*rows("a", "t", 3), *rows("", "t", 1), *rows("ab", "t", 2))
     assert drain(queue) == ["t/a0", "t/0", "t/ab0", "t/a1", "t/ab1", "t/a2"]
@@ -149,14 +140,6 @@ def test_no_new_row_comes_between_requeued_rows() -> None:
     queue.append(row("a", "u", 3))
     queue.append(row("a", "t", 4))
     assert drain(queue) == ["t/a1", "t/b2", "u/a3", "t/a4"]
-
-
-def test_a_row_is_requeued_although_its_tenant_has_no_other_rows() -> None:
-    alone = row("a")
-    queue = queue_of(alone)
-    queue.dequeue(alone)
-    queue.requeue(alone)
-    assert list(queue) == [alone] and drain(queue) == ["local/a0"]
 
 
 def flooded(**counts: int) -> FairQueue:

@@ -63,13 +63,8 @@ def test_an_answer_that_must_call_is_calls_that_follow_their_schemas(form: ToolF
     assert all(allows(grammar, written(form, *calls)) for calls in ([rome], [now], [rome, now, rome]))
     wrong = [call(form, "get_weather", '{"city": "Bern"}'), call(form, "now", '{"a": 1}'), call(form, "later", NOTHING)]
     assert not any(allows(grammar, text) for text in ("", "Hello", *[written(form, each) for each in wrong]))
-
-
-@FORM
-def test_a_named_function_is_the_only_one(form: ToolForm) -> None:
-    grammar = grammar_of(form, WEATHER, NOW, required=True, only="now")
-    assert allows(grammar, written(form, call(form, "now", NOTHING)))
-    assert not allows(grammar, written(form, call(form, "get_weather", ROME)))
+    named = grammar_of(form, WEATHER, NOW, required=True, only="now")
+    assert allows(named, written(form, now)) and not allows(named, written(form, rome))
 
 
 @FORM
@@ -86,7 +81,7 @@ def test_an_answer_that_may_call_is_free_unless_a_function_is_strict(form: ToolF
 
 
 @FORM
-def test_a_response_format_is_an_alternative_to_calls(form: ToolForm) -> None:
+def test_a_response_format_alone_is_an_alternative_to_calls(form: ToolForm) -> None:
     grammar = grammar_of(form, WEATHER, answer=ANSWER)
     rome = call(form, "get_weather", ROME)
     text = form.marker + rome if form.is_bare else written(form, rome)
@@ -94,6 +89,8 @@ def test_a_response_format_is_an_alternative_to_calls(form: ToolForm) -> None:
     assert not allows(grammar, "Hello") and not allows(grammar, '{"ok": 1}')
     required = grammar_of(form, WEATHER, answer=ANSWER, required=True)
     assert allows(required, written(form, rome)) and not allows(required, '{"ok": true}')
+    with pytest.raises(SamplingInvalid, match=r"structured_outputs\.regex cannot be combined with tools"):
+        tool_grammar(Tools((NOW,)), form, Grammar("regex", "a", "structured_outputs.regex"))
 
 
 @FORM
@@ -134,11 +131,6 @@ def test_a_schema_that_cannot_be_compiled_is_refused_with_its_place() -> None:
         check(grammar)
     assert caught.value.pointer == "/1/function/parameters/properties/a~1b"
     assert grammar.param == "tools"
-
-
-def test_only_a_schema_can_be_an_alternative_to_calls() -> None:
-    with pytest.raises(SamplingInvalid, match=r"structured_outputs\.regex cannot be combined with tools"):
-        tool_grammar(Tools((NOW,)), HERMES, Grammar("regex", "a", "structured_outputs.regex"))
 
 
 def test_a_bare_answer_begins_as_no_call_does() -> None:
