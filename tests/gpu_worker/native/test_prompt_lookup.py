@@ -76,7 +76,7 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps(make_engine: MakeEngine
     assert engine.num_steps == 8  # four single tokens, then five at a time
 
 
-@pytest.mark.parametrize("wrong_every", [1, 2, 5, 1000])
+@pytest.mark.parametrize("wrong_every", [1, 2, 1000])
 @pytest.mark.parametrize("number", range(3))
 def test_right_and_wrong_guesses_give_the_same_answer(
     number: int, wrong_every: int, make_engine: MakeEngine, pool: list[AdapterWeights]
@@ -123,7 +123,7 @@ def test_many_rows_and_prompts_in_progress_get_no_guesses(make_engine: MakeEngin
     assert all(answer.is_finished for answer in answers)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_guesses_are_those_of_a_slow_search(seed: int) -> None:
     draw = random.Random(seed)
     tokens, lookup = [draw.randrange(3) for _ in range(4)], PromptLookup(4)

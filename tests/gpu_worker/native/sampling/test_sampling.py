@@ -124,38 +124,9 @@ def test_ids_are_drawn_as_often_as_their_probability(
         assert drawn.count(i) == pytest.approx(count * share, abs=5 * math.sqrt(count * share) + 1)
 
 
-@pytest.mark.parametrize("place", [0, 3, 7])
-def test_a_draw_does_not_depend_on_the_batch(place: int, sampler: Sampler) -> None:
-    params = SamplingParams(top_p=0.9, seed=11)
-    logits = logits_of(3)
-    alone = [tokens_of(sampler, logits[None], [Draw(params, 11, position)])[0] for position in range(20)]
-    for position in range(20):
-        batch = torch.stack([logits_of(100 + i) for i in range(8)])
-        batch[place] = logits
-        draws = [Draw(SamplingParams(temperature=0.5 + i), i, 7) for i in range(8)]
-        draws[place] = Draw(params, 11, position)
-        assert tokens_of(sampler, batch, draws)[place] == alone[position]
-    assert len(set(alone)) > 3, "positions should draw different numbers"
-
-
 def test_a_batch_without_rows_has_no_tokens(sampler: Sampler) -> None:
     for vocabulary in (300, 512):
         assert sampler(torch.zeros(0, vocabulary), []) == ([], [])
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_greedy_and_sampled_rows_share_a_batch(dtype: torch.dtype, sampler: Sampler) -> None:
-    logits = torch.stack([logits_of(seed, size=20.0) for seed in range(30)]).to(dtype)
-    logits[range(30), range(10, 40)] = 300.0
-    kinds = [SamplingParams(temperature=0), SamplingParams(top_k=1, temperature=5.0), SamplingParams()]
-    assert tokens_of(sampler, logits, [Draw(kinds[i % 3], 5, i) for i in range(30)]) == list(range(10, 40))
-
-
-def test_greedy_takes_the_first_of_equal_logits(sampler: Sampler) -> None:
-    logits = torch.zeros(2, 600)
-    logits[0, [400, 17, 599]] = 3.0
-    draws = [Draw(SamplingParams(temperature=0), 0, 0), Draw(SamplingParams(top_k=1), 0, 0)]
-    assert tokens_of(sampler, logits, draws) == [17, 0]
 
 
 def test_huge_equal_logits_share_their_probability(sampler: Sampler) -> None:
@@ -166,16 +137,6 @@ def test_huge_equal_logits_share_their_probability(sampler: Sampler) -> None:
     half = pytest.approx(math.log(0.5))
     assert (scored.logprob, scored.top) == (half, ((0, half), (2, half)))
     assert scored_slowly(logits[0], token, 2) == (half, [(0, half), (2, half)])
-
-
-def test_forbidden_ids_are_not_drawn(sampler: Sampler) -> None:
-    logits = torch.zeros(2, 4)
-    logits[:, 1] = 50.0
-    greedy = Draw(SamplingParams(temperature=0), 0, 0, forbidden=(1,))
-    for position in range(50):
-        tokens = tokens_of(sampler, logits, [greedy, Draw(SamplingParams(), 0, position, forbidden=(1, 2))])
-        assert tokens[0] != 1
-        assert tokens[1] in {0, 3}
 
 
 @pytest.mark.parametrize("break_row", UNSOUND, ids=["nan", "negative nan", "inf", "nothing possible"])
@@ -190,10 +151,3 @@ def test_a_non_finite_row_gives_none_and_others_continue(
     tokens, scores = sampler(logits, draws)
     logits[1] = break_row(logits[1])
     assert sampler(logits, draws) == ([tokens[0], None, tokens[2]], [scores[0], None, scores[2]])
-
-
-def test_ids_of_probability_zero_are_never_drawn(sampler: Sampler) -> None:
-    logits = torch.full((1, 5), -math.inf)
-    logits[0, 2] = 0.0
-    for params in (SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.99)):
-        assert {tokens_of(sampler, logits, [Draw(params, 0, i)])[0] for i in range(50)} == {2}
