@@ -35,7 +35,7 @@ from gpu_worker.vllm.front_model import load_front_model
 from gpu_worker.vllm.settings import FRONT_PID
 from tests.gpu_worker.conformance.families import save as save_of_vllm
 from tests.gpu_worker.families import save
-from tests.tiny import byte_tokenizer, tiny_config
+from tests.tiny import TinyFolders, byte_tokenizer, tiny_config
 
 BIND, COUNT = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 
@@ -89,7 +89,7 @@ def test_graphs_are_captured_only_with_products_that_a_graph_can_replay(
 
 
 def test_the_key_of_a_compiled_model_is_the_same_in_every_process(
-    tiny_folders: Mapping[str, Path], environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+    tiny_folders: TinyFolders, environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM keeps compiled models under this key. Another key at each start would compile the model again."""
     config = tiny_config(tiny_folders["gemma3"], engine="vllm")
@@ -109,9 +109,7 @@ def test_sampling_on_a_gpu_needs_no_compiler_of_cuda(environment: Mapping[str, s
 
 
 @pytest.mark.parametrize(("size", "share"), [(1, 1.0), (2, 0.5), (4, 0.5)])
-def test_each_process_has_room_for_the_keys_of_its_heads(
-    size: int, share: float, tiny_folders: Mapping[str, Path]
-) -> None:
+def test_each_process_has_room_for_the_keys_of_its_heads(size: int, share: float, tiny_folders: TinyFolders) -> None:
     """The model has two heads of keys, so four processes have one each."""
     config = tiny_config(tiny_folders["gemma3"], engine="vllm", tensor_parallel_size=size, kv_tokens=1000)
     model = load_front_model(config)
