@@ -35,10 +35,7 @@ def test_unused_memory_and_cached_files_count_as_free(tmp_path: Path) -> None:
     stat = "anon 300\ninactive_file 100\ntotal_inactive_file 150"
     write(tmp_path, {"memory.max": "1000", "memory.current": "600", "memory.stat": stat})
     assert cgroup_bytes(tmp_path) == [500]
-    write(
-        tmp_path / "memory",
-        {"memory.limit_in_bytes": "2000", "memory.usage_in_bytes": "800", "memory.stat": stat},
-    )
+    write(tmp_path / "memory", {"memory.limit_in_bytes": "2000", "memory.usage_in_bytes": "800", "memory.stat": stat})
     assert cgroup_bytes(tmp_path) == [500, 1350]
 
 

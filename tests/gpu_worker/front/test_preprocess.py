@@ -178,3 +178,9 @@ def test_a_chat_prompt_begins_with_one_bos(template: str, tiny_base: TinyBase) -
 def test_the_time_left_counts_from_the_arrival_of_the_job(tiny_base: TinyBase) -> None:
     prepare, job = RequestPreprocessor(tiny_base(), 160, Clock(1000.0)), Job("1", "x", time_left_s=10.0)
     assert [prepare(job, ignore).deadline, prepare(job, ignore, arrived=995.0).deadline] == [1010.0, 1005.0]
+
+
+def test_the_models_ends_and_the_clients_end_an_answer_unless_it_ignores_the_models(tiny_base: TinyBase) -> None:
+    prepare, own = RequestPreprocessor(base := tiny_base(), 160), SamplingParams(stop_token_ids=(5,))
+    assert prepare(Job("1", "x", sampling=own), ignore).end_ids == {5} | base.eos_token_ids
+    assert prepare(Job("1", "x", sampling=replace(own, ignore_eos=True)), ignore).end_ids == {5}

@@ -42,13 +42,10 @@ def test_tokens_join_to_the_text_and_have_its_offsets() -> None:
     )
 
 
-def test_tokens_removed_by_a_stop_string_are_not_reported() -> None:
+def test_tokens_held_back_for_a_stop_string_are_reported_unless_it_removes_them() -> None:
     deltas = taken(answering(stops=("##",)), "a#b##c")
     assert "".join(delta.text for delta in deltas) == "a#b"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
-
-
-def test_held_back_tokens_are_reported_at_the_end() -> None:
     deltas = taken(answering(stops=("##",), max_new=2), "a#")
     assert deltas[-1].finish_reason == "length"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"

@@ -189,11 +189,6 @@ def test_a_processor_without_bfloat16_is_logged_once(
     assert caplog.messages == (said if dtype == torch.float32 else [])
 
 
-def test_a_folder_or_an_id_is_loaded_under_its_own_name() -> None:
-    assert model_source(tiny_config(Path("/models/mine"))) == "/models/mine"
-    assert model_source(tiny_config(Path("google/gemma-3-270m"))) == "google/gemma-3-270m"
-
-
 def test_a_complete_conversion_in_the_cache_is_reused(tmp_path: Path) -> None:
     folder = tmp_path / PACKAGED_MODEL
     folder.mkdir()

@@ -23,7 +23,7 @@ from lora_store.location import DEFAULT_CACHE_DIR
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import Shapes, ask, by_digest, compiled, greedy, only, run_together
 from tests.gpu_worker.families import EQUAL, save
-from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, NUM_NEW, MakeBf16, jobs_of, logits_of
+from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, NUM_NEW, MakeBf16, assert_as_parts, jobs_of, logits_of
 from tests.gpu_worker.native.one_step import OneStep
 from tests.soak import Scale
 from tests.tiny import FAMILIES, SHAPE, TinyFolders, byte_tokenizer, linear_shapes, plan_of, random_adapter, tiny_config
@@ -80,22 +80,15 @@ def test_layers_whose_widths_differ(
     byte_tokenizer().save_pretrained(tmp_path)
     shapes = linear_shapes(load_base_model(tiny_config(tmp_path)))
     pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
-    found, expected = (
-        logits_of(make_bf16(by_digest(*pool), base=load_base_model(config), compiles=compiles), jobs_of(pool))
-        for config in [tiny_config(tmp_path, dtype="bfloat16")]
-        for compiles in (True, False)
-    )
+    assert_as_parts(make_bf16, pool, jobs_of(pool), base=tmp_path)
     assert calls
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("parts", [("q_proj", "down_proj"), ("v_proj", "up_proj", "o_proj")])
 def test_adapters_of_few_modules(parts: tuple[str, ...], make_bf16: MakeBf16, shapes: Shapes, calls: list[int]) -> None:
     pool = [random_adapter(shapes, seed, rank=3, modules=lambda name: name.endswith(parts)) for seed in (1, 2)]
-    found = logits_of(make_bf16(by_digest(*pool)), jobs_of(pool))
+    assert_as_parts(make_bf16, pool, jobs_of(pool))
     assert calls
-    expected = logits_of(make_bf16(by_digest(*pool), compiles=False), jobs_of(pool))
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_modules_without_an_adapter_are_not_added(make_bf16: MakeBf16, shapes: Shapes, calls: list[int]) -> None:
@@ -165,12 +158,8 @@ def test_a_long_prompt_has_the_logits_of_its_parts(
     sizes = {"max_model_len": 512, "kv_tokens": 512, "max_step_tokens": 512, "max_chunk_tokens": 512}
     pool = [random_adapter(linear_shapes(load_base_model(config)), seed, rank=3) for seed in (1, 2)]
     job = greedy("abcdefg " * 61, plan_of("mixture", (pool[0], 0.7), (pool[1], 0.6)), num_new=NUM_NEW)
-    found, expected = (
-        logits_of(make_bf16(by_digest(*pool), base=load_base_model(config), compiles=compiles, **sizes), [job])
-        for compiles in (True, False)
-    )
+    assert_as_parts(make_bf16, pool, [job], base=tmp_path, **sizes)
     assert halves.count(("after", num_tokens)) == NUM_LAYERS
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_guessed_tokens_are_compiled(make_bf16: MakeBf16, calls: list[int]) -> None:

@@ -42,23 +42,6 @@ async def collect(stream: AsyncIterator[Delta]) -> list[Delta]:
     return [delta async for delta in stream]
 
 
-def test_a_watched_stream_gives_heartbeats_while_there_is_no_text(gated: Gated) -> None:
-    _, gate, native = gated({}, max_batch_size=1)
-    job = greedy("watched", BASE_PLAN, "watched", num_new=5)
-
-    async def main() -> None:
-        async with aclosing(native.stream(job, 0.01)) as stream:
-            assert [await anext(stream) for _ in range(4)] == [None] * 4
-            gate.open()
-            deltas = [delta async for delta in stream if delta is not None]
-        async with aclosing(native.stream(job, 100.0)) as again:
-            first, *others = [delta async for delta in again]
-        assert first is None and "".join(d.text for d in others if d) == "".join(d.text for d in deltas) != ""
-        assert None not in others
-
-    run(main())
-
-
 def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:
     _, gate, native = gated({})
 

@@ -18,12 +18,10 @@ from tests.clocks import Clock
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Alone,
-    Gated,
     HeldExecutor,
     MakeEngine,
     Shapes,
     Start,
-    always_says,
     ask,
     assert_nothing_held,
     assert_same,
@@ -32,7 +30,6 @@ from tests.gpu_worker.engine_driver import (
     greedy,
     run,
     run_together,
-    stream_text,
 )
 from tests.tiny import plan_of, random_adapter
 
@@ -125,27 +122,6 @@ def test_cancelling_an_unknown_or_ended_request_does_nothing(make_engine: MakeEn
     assert_nothing_held(engine)
 
 
-def test_min_tokens_prevents_every_end_and_max_tokens_ends_the_answer(make_engine: MakeEngine) -> None:
-    engine = make_engine({})
-    always_says(engine.base.model, 257)  # <eos>
-    least = SamplingParams(max_tokens=9, min_tokens=5, temperature=0)
-    at_once, later, never, stopped = run_together(
-        engine,
-        [
-            Job("0", "x", sampling=SamplingParams(max_tokens=9, temperature=0)),
-            Job("1", "x", sampling=least),
-            Job("2", "x", sampling=SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)),
-            Job("3", "x", sampling=replace(least, ignore_eos=True, stop_token_ids=(257, 3))),
-        ],
-    )
-    assert at_once.tokens == [257] and at_once.text == ""
-    assert len(later.tokens) == 6 and later.tokens.index(257) == 5
-    assert never.tokens == [257] * 9
-    assert len(stopped.tokens) == 6 and stopped.tokens.index(257) == 5 and 3 not in stopped.tokens
-    reasons = [a.events[-1].finish_reason for a in (at_once, later, never, stopped)]  # type: ignore[union-attr]
-    assert reasons == ["stop", "stop", "length", "stop"]
-
-
 def test_a_running_request_ends_at_its_deadline_and_the_others_go_on(make_engine: MakeEngine, alone: Alone) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, clock=clock)
@@ -216,23 +192,4 @@ def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shap
         await complete(native, greedy("x", plan_of("selection", (weights, 1.0))))
 
     with pytest.raises(WaitedTooLong):
-        run(main())
-
-
-def test_a_stream_ends_with_the_deadline_as_its_error(gated: Gated) -> None:
-    clock = Clock(1000.0)
-    _, gate, native = gated({}, clock=clock)
-
-    async def main() -> None:
-        found: list[Delta] = []
-        gate.permits.release()
-        try:
-            async for delta in stream_text(native, replace(greedy("x", num_new=100), time_left_s=10.0)):
-                found.append(delta)
-                clock.at = 1010.0
-                gate.open()
-        finally:
-            assert 1 <= len(found) <= 2
-
-    with pytest.raises(DeadlineExceeded):
         run(main())

@@ -22,9 +22,9 @@ from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import MakeEngine, ask, greedy, kv_shape, run_together
+from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, greedy, kv_shape, run_together
 from tests.gpu_worker.families import eager_answer, whole_model
-from tests.tiny import FAMILIES, TinyFolders, assert_equal_logits, plan_of, random_adapter, tiny_config
+from tests.tiny import FAMILIES, TinyFolders, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
 
@@ -86,16 +86,12 @@ def rows_of_head_products(engine: Engine) -> list[int]:
 def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
     make_engine: MakeEngine, tiny_folders: TinyFolders
 ) -> None:
-    def engine_over(adapters: Mapping[str, AdapterWeights]) -> Engine:
-        return make_engine(adapters, base=load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16")))
-
-    shapes = engine_over({}).bank.shapes
-    pool = mixed_pool(shapes)
-    adapters = {weights.weights_digest: weights for weights in pool}
+    base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16"))
+    pool = mixed_pool(linear_shapes(base))
+    engine = make_engine(by_digest(*pool), base=base, prefix_cache=False)
     jobs = [greedy(PROMPTS[i % len(PROMPTS)], plan, i) for i, plan in enumerate(plans_over(pool))]
-    together = run_together(engine_over(adapters), jobs)
-    for job, answer in zip(jobs, together, strict=True):
-        [alone] = run_together(engine_over(adapters), [job])
+    for job, answer in zip(jobs, run_together(engine, jobs), strict=True):
+        [alone] = run_together(engine, [job])
         assert_equal_logits(answer.first_logits.bfloat16(), alone.first_logits.bfloat16())
 
 

@@ -50,22 +50,6 @@ def jobs_of(pool: Sequence[AdapterWeights]) -> list[Job]:
     ]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama"])
-def test_answers_are_those_without_guesses(family: str, make_engine: MakeEngine, pool: list[AdapterWeights]) -> None:
-    def answers(most: int) -> tuple[list[Answer], Engine]:
-        engine = make_engine(by_digest(*pool), family, prompt_lookup_tokens=most)
-        found = [ask(engine, job) for job in jobs_of(pool)]
-        engine.run_until_idle()
-        assert_nothing_held(engine)
-        return found, engine
-
-    expected, plain = answers(0)
-    found, guessing = answers(4)
-    for one, other in zip(found, expected, strict=True):
-        assert (one.tokens, one.text) == (other.tokens, other.text), one.row.request_id
-    assert guessing.counters.num_new_tokens == plain.counters.num_new_tokens
-
-
 def test_an_answer_that_repeats_itself_takes_fewer_steps(make_engine: MakeEngine) -> None:
     engine = make_engine({}, prompt_lookup_tokens=4)
     [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids

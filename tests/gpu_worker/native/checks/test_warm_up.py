@@ -79,11 +79,6 @@ def passes_of(engine: Engine) -> list[Pass]:
     return passes
 
 
-def test_a_warm_engine_answers_as_a_fresh_one(make_engine: MakeEngine, alone: Alone) -> None:
-    [answer] = run_together(warm_up(make_engine({})), [BASE_JOB])
-    assert_same(answer, alone(BASE_JOB, {}))
-
-
 def every_pass(engine: Engine) -> None:
     engine.base.model.register_forward_pre_hook(lambda *_: raise_no_kernel())
 

@@ -31,14 +31,6 @@ def libraries(cache: Path) -> list[Path]:
     return sorted((cache / "native").glob("*.so"))
 
 
-def test_a_kernel_is_compiled_once(tmp_path: Path, lora_kernel: LoraKernel) -> None:
-    assert load_lora_kernel(tmp_path) is not None
-    [library] = libraries(tmp_path)
-    made = library.stat().st_mtime_ns
-    assert load_lora_kernel(tmp_path) is not None
-    assert [(path, path.stat().st_mtime_ns) for path in libraries(tmp_path)] == [(library, made)]
-
-
 def test_a_compiled_kernel_needs_neither_compiler_nor_writable_folder(
     tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel, caplog: pytest.LogCaptureFixture
 ) -> None:

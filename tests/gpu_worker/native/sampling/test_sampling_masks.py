@@ -5,53 +5,14 @@ from __future__ import annotations
 import math
 import random
 
-import numpy as np
 import pytest
 import torch
 
 from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
-from gpu_worker.native.sampling.sampling import Sampler, with_masks
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
-from tests.gpu_worker.engine_driver import compiled
+from gpu_worker.native.sampling.sampling import with_masks
 from tests.gpu_worker.random_draws import random_mask
 from tests.gpu_worker.slow_sampling import is_allowed
-
-
-@pytest.fixture(params=["kernel", "torch"])
-def sampler(request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
-
-
-def test_a_mask_allows_ids_of_its_own_row_only(sampler: Sampler) -> None:
-    logits = torch.zeros(3, 300)
-    logits[:, 7] = 50.0
-    allowed = np.zeros(10, np.uint32)
-    allowed[1], allowed[9] = 0b101, 1 << 11  # ids 32, 34 and 299
-    free = Draw(SamplingParams(), 0, 0)
-    greedy = Draw(SamplingParams(temperature=0), 0, 0, allowed=allowed)
-    drawn = set()
-    for position in range(50):
-        masked = Draw(SamplingParams(), 0, position, allowed=allowed)
-        tokens, _ = sampler(logits, [free, masked, greedy])
-        assert tokens[0] == 7 and tokens[2] == 32
-        drawn.add(tokens[1])
-    assert drawn == {32, 34, 299}
-
-
-def test_log_probabilities_are_those_before_the_mask(sampler: Sampler) -> None:
-    allowed = np.array([0b10], np.uint32)
-    [token], [scored] = sampler(torch.zeros(1, 4), [Draw(SamplingParams(logprobs=2), 0, 0, allowed=allowed)])
-    assert token == 1 and scored is not None
-    assert scored.logprob == pytest.approx(math.log(0.25)) and [i for i, _ in scored.top] == [0, 1]
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_stays_so_behind_its_mask(number: float, sampler: Sampler) -> None:
-    logits = torch.zeros(1, 300)
-    logits[0, 5] = number
-    draw = Draw(SamplingParams(logprobs=1), 0, 0, allowed=np.array([0b10] * 10, np.uint32))
-    assert sampler(logits, [draw]) == ([None], [None])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 300, 512])
