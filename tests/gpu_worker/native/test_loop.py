@@ -1,10 +1,12 @@
-"""The engine's submissions, refusals, loads, cancellations and deliveries.
+"""The engine's submissions, refusals, loads, cancellations and deliveries, and a pool that changes while it serves.
 
 Requests past their deadline end at the next step, in any state.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, LogitsNotFinite, WaitedTooLong
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.native.loop import Engine
+from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.clocks import Clock
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Alone,
+    Answer,
     HeldExecutor,
     MakeEngine,
     Shapes,
@@ -28,8 +33,10 @@ from tests.gpu_worker.engine_driver import (
     by_digest,
     complete,
     greedy,
+    only,
     run,
     run_together,
+    steps,
 )
 from tests.tiny import plan_of, random_adapter
 
@@ -193,3 +200,117 @@ def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shap
 
     with pytest.raises(WaitedTooLong):
         run(main())
+
+
+class Pool:
+    """Returns weights by digest, counts calls, and can be switched off."""
+
+    def __init__(self, *weights: AdapterWeights) -> None:
+        self.weights = by_digest(*weights)
+        self.fetched: Counter[str] = Counter()
+        self.is_down = False
+
+    def __call__(self, digest: str) -> AdapterWeights:
+        self.fetched[digest] += 1
+        if self.is_down:
+            raise ConnectionError("the store is away")
+        return self.weights[digest]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with another row that waits for its load"])
+def test_an_adapter_evicted_while_a_request_waits_is_fetched_again(
+    beside: bool, make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    evicted, wide, late = (random_adapter(shapes, i, rank=rank) for i, rank in enumerate((2, 8, 2)))
+    pool, executor = Pool(evicted, wide, late), HeldExecutor()
+    engine = make_engine(pool, executor=executor, bank_rank_rows=8, max_batch_size=1, host_cache_bytes=0)
+    first = ask(engine, greedy("x", only(evicted)))
+    executor.release()
+    engine.run_until_idle()
+    assert first.is_finished
+    wide_job = greedy("wide", only(wide), "wide", num_new=2)
+    plan = plan_of("mixture", (evicted, 0.5), (late, 0.5)) if beside else only(evicted)
+    job = greedy("evicted", plan, "evicted")
+    wide_answer, answer = ask(engine, wide_job), ask(engine, job)
+    assert pool.fetched[evicted.weights_digest] == 1, "it is in the bank as the request comes"
+    executor.release()
+    while not wide_answer.is_finished:
+        engine.step()
+    assert not engine.step(), "the request waits for its fetch"
+    executor.release()
+    engine.run_until_idle()
+    assert pool.fetched[evicted.weights_digest] == 2
+    assert_same(wide_answer, alone(wide_job, pool.weights))
+    assert_same(answer, alone(job, pool.weights))
+
+
+def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    resident, loading = (random_adapter(shapes, i) for i in range(2))
+    pool, executor = Pool(resident, loading), HeldExecutor()
+    engine = make_engine(pool, executor=executor)
+    warm = ask(engine, greedy("x", only(resident)))
+    executor.release()
+    engine.run_until_idle()
+    assert warm.is_finished
+    stalled = ask(engine, greedy("y", only(loading), "stalled"))
+    stalled.row.num_passes = 1000
+    job = greedy("z", only(resident), "behind")
+    behind = ask(engine, job)
+    steps(engine, 20)
+    assert_same(behind, alone(job, pool.weights))
+    assert not stalled.is_finished
+    executor.release()
+    engine.run_until_idle()
+    assert stalled.is_finished
+
+
+def test_a_request_that_waits_for_its_load_keeps_weights_forgotten_meanwhile(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    weights, executor = random_adapter(shapes, 1), HeldExecutor()
+    engine = make_engine(by_digest(weights), executor=executor)
+    empty = engine.status()
+    job = greedy("loads", only(weights), "loads")
+    answer = ask(engine, job)
+    assert not engine.queue.forget([weights.weights_digest])
+    executor.release()
+    engine.run_until_idle()
+    assert_same(answer, alone(job, by_digest(weights)))
+    assert engine.status() == empty
+
+
+def test_an_abandoned_load_is_forgotten_when_it_ends(make_engine: MakeEngine, shapes: Shapes) -> None:
+    weights, executor = random_adapter(shapes, 1), HeldExecutor()
+    engine = make_engine(by_digest(weights), executor=executor)
+    answer = ask(engine, greedy("leaves", only(weights)))
+    engine.cancel(answer.row)
+    assert not engine.queue.forget([weights.weights_digest])
+    executor.release()
+    engine.step()  # a finished load wakes the engine
+    assert engine.status().host_cache_bytes == 0
+    assert engine.queue.forget([weights.weights_digest])
+
+
+def end_by_cancel(engine: Engine, answer: Answer) -> None:
+    engine.cancel(answer.row)
+
+
+def end_by_failing_all(engine: Engine, answer: Answer) -> None:
+    engine.fail_all(ConnectionError("it ends"))
+
+
+@pytest.mark.parametrize("end", [end_by_cancel, end_by_failing_all])
+@pytest.mark.parametrize("num_steps", [0, 3], ids=["waiting", "running"])
+def test_forgotten_weights_are_dropped_however_the_last_request_ends(
+    num_steps: int, end: Callable[[Engine, Answer], None], make_engine: MakeEngine, shapes: Shapes
+) -> None:
+    weights = random_adapter(shapes, 1)
+    engine = make_engine(by_digest(weights))
+    empty = engine.status()
+    answer = ask(engine, greedy("x", only(weights), num_new=50))
+    steps(engine, num_steps)
+    assert not engine.queue.forget([weights.weights_digest])
+    end(engine, answer)
+    assert engine.status() == empty

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
-from gpu_worker.native.sampling.sampling import Sampler
+from gpu_worker.native.sampling.sampling import Sampler, with_masks
 from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
 from tests.gpu_worker.engine_driver import compiled
-from tests.gpu_worker.random_draws import UNSOUND, random_batch
-from tests.gpu_worker.slow_sampling import kept_slowly, scored_slowly, tokens_slowly
+from tests.gpu_worker.random_draws import UNSOUND, random_batch, random_mask
+from tests.gpu_worker.slow_sampling import is_allowed, kept_slowly, scored_slowly, tokens_slowly
 from tests.soak import Scale
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -151,3 +151,20 @@ def test_a_non_finite_row_gives_none_and_others_continue(
     tokens, scores = sampler(logits, draws)
     logits[1] = break_row(logits[1])
     assert sampler(logits, draws) == ([tokens[0], None, tokens[2]], [scores[0], None, scores[2]])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 300, 512])
+def test_the_ids_that_a_mask_excludes_become_minus_infinity(vocabulary: int) -> None:
+    chance = random.Random(vocabulary)
+    logits = torch.arange(3.0)[:, None].repeat(1, vocabulary)
+    draws = [Draw(SamplingParams(), 0, 0, allowed=random_mask(chance, vocabulary)) for _ in range(2)]
+    draws.insert(1, Draw(SamplingParams(), 0, 0))
+    expected = [[row if is_allowed(draws[row], i) else -math.inf for i in range(vocabulary)] for row in range(3)]
+    assert with_masks(logits, draws, is_copy=False).tolist() == expected
+    assert logits.isfinite().all()
+    assert with_masks(logits, draws, is_copy=True) is logits and logits.tolist() == expected
+
+
+def test_logits_without_masks_are_not_copied() -> None:
+    logits = torch.zeros(2, 8)
+    assert with_masks(logits, [Draw(SamplingParams(), 0, 0)] * 2, is_copy=False) is logits
