@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 
-from gpu_worker.errors import PromptInvalid, PromptTooLong
 from gpu_worker.front.request.request import Completion, Job, TokenIds
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
@@ -95,16 +93,3 @@ def test_token_ids_are_the_prompt_as_they_are_under_any_plan(
     assert_same([tokens, adapted_tokens], [text, adapted], tolerance)
     assert (tokens.num_prompt_tokens, bare.num_prompt_tokens) == (len(ids), len(ids) - 1), "nothing is added"
     assert tokens_of(bare) != tokens_of(text) or bare.logprobs != text.logprobs
-
-
-@pytest.mark.parametrize(
-    ("ids", "error"),
-    [((300,), PromptInvalid), ((-1,), PromptInvalid), ((1, 2**40), PromptInvalid), ((1,) * 300, PromptTooLong)],
-    ids=["beyond the vocabulary", "negative", "huge", "too many"],
-)
-def test_token_ids_that_are_no_prompt_are_refused(
-    ids: tuple[int, ...], error: type[Exception], hosted: HostedEngine
-) -> None:
-    outcome, neighbour = hosted.outcomes(job(TokenIds(ids)), job("neighbour"))
-    assert isinstance(neighbour, Completion)
-    assert isinstance(outcome, error)

@@ -11,7 +11,7 @@ import pytest
 
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import Completion, Delta, SamplingParams
+from gpu_worker.front.request.request import Completion, Delta, SamplingParams, TokenIds
 from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, collect, job, tokens_of
@@ -183,6 +183,8 @@ def test_a_deadline_ends_a_running_job(hosted: HostedEngine) -> None:
         ({"sampling": greedy(logit_bias=((300, 1.0),))}, SamplingInvalid),
         ({"sampling": greedy(stop_token_ids=(-1,))}, SamplingInvalid),
         ({"prompt": (Message("user", "hi"),), "template": "chat"}, PromptInvalid),
+        *[({"prompt": TokenIds(ids)}, PromptInvalid) for ids in ((300,), (-1,), (1, 2**40))],
+        ({"prompt": TokenIds((1,) * 300)}, PromptTooLong),
     ],
 )
 def test_a_job_that_cannot_be_computed_is_refused_alone(

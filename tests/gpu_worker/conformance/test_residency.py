@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -206,16 +207,21 @@ def test_a_slow_load_delays_only_its_own_job(hosted: HostedEngine, adapter: Make
     assert all(isinstance(answer, Completion) for answer in hosted.run(both()))
 
 
-def test_a_probe_measures_the_effect_of_each_adapter(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+def test_a_probe_gives_the_effect_of_each_adapter_or_its_error(hosted: HostedEngine, adapter: MakeAdapter) -> None:
     large, small = adapter(1, size=0.2), adapter(2, size=0.05)
-    idle = AdapterWeights("c" * 64, {n: ModuleWeights(m.lora_a, m.lora_b * 0, 1.0) for n, m in large.modules.items()})
-    hosted.add(idle)
-    digests = [large.weights_digest, small.weights_digest, idle.weights_digest, "0" * 64]
-    of_large, of_small, of_idle, of_missing = hosted.run(hosted.engine.probe(digests))
-    assert isinstance(of_missing, AdapterLoadFailed)
+    idle, lost = (
+        AdapterWeights(letter * 64, {n: replace(m, lora_b=m.lora_b * share) for n, m in large.modules.items()})
+        for letter, share in (("c", 0.0), ("d", 1e-6))
+    )
+    wide = adapter(3, rank=hosted.config.bank_rank_rows + 1)
+    misfit = AdapterWeights("e" * 64, {"nowhere": next(iter(large.modules.values()))})
+    hosted.add(idle, lost, misfit)
+    digests = [weights.weights_digest for weights in (large, small, idle, lost, wide, misfit)]
+    of_large, of_small, of_idle, of_lost, *errors = hosted.run(hosted.engine.probe([*digests, "0" * 64]))
+    assert [type(error) for error in errors] == [PlanTooLarge, AdapterUnfit, AdapterLoadFailed]
     assert isinstance(of_large, float) and isinstance(of_small, float)
     assert of_large > of_small > 0
-    assert of_idle == 0.0
+    assert of_idle == of_lost == 0.0
 
 
 def test_only_the_same_tenant_finds_a_prompt_under_the_same_plan(hosted: HostedEngine, adapter: MakeAdapter) -> None:
