@@ -20,6 +20,8 @@ from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.kernels import kernel_loading
 from gpu_worker.native.loop import Engine
+from gpu_worker.native.sampling.sampling import Sampler
+from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import (
     Answer,
@@ -48,6 +50,11 @@ def lora_kernel() -> LoraKernel:
 def layout_kernel() -> LayoutKernel:
     """Return the compiled conversion of adapters."""
     return compiled(load_layout_kernel)
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
 
 
 class Passed:

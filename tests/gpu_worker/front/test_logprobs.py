@@ -12,18 +12,12 @@ from gpu_worker.front.draw import Draw
 from gpu_worker.front.logprobs import Scored
 from gpu_worker.front.request.request import Delta, SamplingParams, TokenLogprob
 from gpu_worker.native.sampling.sampling import Sampler
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
-from tests.gpu_worker.engine_driver import Answer, compiled
+from tests.gpu_worker.engine_driver import Answer
 from tests.gpu_worker.slow_sampling import scored_slowly
 
 
 def logits_of(seed: int, size: int = 12) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-@pytest.fixture(params=["kernel", "torch"])
-def sampler(request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
 
 
 def scores_of(sampler: Sampler, logits: Tensor, wanted: list[int | None]) -> list[Scored | None]:

@@ -11,14 +11,14 @@ import pytest
 
 from gpu_worker.errors import GrammarInvalid, SamplingInvalid
 from gpu_worker.front.grammar.check import check
-from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.library import matcher_of
 from gpu_worker.front.grammar.tool_grammar import tool_grammar
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.tool_parser import ToolCallParser
-from gpu_worker.front.request.tools import FORMS, HERMES, LLAMA3_JSON, Function, ToolForm, Tools, joined_calls
+from gpu_worker.front.request.tools import HERMES, LLAMA3_JSON, Function, ToolForm, Tools, joined_calls
+from tests.gpu_worker.chat_templates import FORM, call, written
+from tests.gpu_worker.front.grammar.small_vocabulary import BYTES, END, allows
 
-END = 256
-VOCABULARY = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < END else b"", END + 1, [END])
 CITY: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/Name"}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -28,7 +28,6 @@ CITY: dict[str, Any] = {
 WEATHER, NOW = Function("get_weather", "", json.dumps(CITY)), Function("now")
 STRICT = Function("get_weather", "", json.dumps(CITY), strict=True)
 ANSWER = Grammar("json_schema", '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}')
-FORM = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 
 
 def grammar_of(form: ToolForm, *functions: Function, answer: Grammar | None = None, **options: Any) -> Grammar:
@@ -36,21 +35,6 @@ def grammar_of(form: ToolForm, *functions: Function, answer: Grammar | None = No
     assert grammar is not None
     check(grammar)
     return grammar
-
-
-def allows(grammar: Grammar, text: str) -> bool:
-    matcher = matcher_of(grammar, VOCABULARY)
-    return bool(matcher.consume_tokens(list(text.encode()))) and bool(matcher.is_accepting())
-
-
-def call(form: ToolForm, name: str, arguments: str) -> str:
-    if form.arguments_key is None:
-        return f"{name}{form.before_arguments}{arguments}"
-    return f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}'
-
-
-def written(form: ToolForm, *calls: str) -> str:
-    return form.opening + form.separator.join(calls) + form.closing
 
 
 ROME, NOTHING = '{"city": "Rome", "days": 3}', "{}"
@@ -98,7 +82,7 @@ def test_whatever_the_grammar_allows_is_read_as_valid_calls(form: ToolForm) -> N
     grammar = grammar_of(form, WEATHER, NOW, required=True)
     chance = np.random.default_rng(5)
     for _ in range(12):
-        matcher, tokens = matcher_of(grammar, VOCABULARY), list[int]()
+        matcher, tokens = matcher_of(grammar, BYTES), list[int]()
         while not matcher.is_stopped():
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits)

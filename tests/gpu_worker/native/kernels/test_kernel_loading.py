@@ -63,7 +63,7 @@ def test_another_compiler_or_other_options_compile_again(
         (None, "no C++ compiler", 0),
         ('echo "unknown option" >&2; exit 1', "unknown option", 0),
         # This happens on a file system that is mounted without execution.
-        ('for last; do :; done; echo "not a library" > "$last"', "fused.", 1),
+        ('for last; do :; done; echo "not a library" > "$last"', "file too short", 1),
     ],
     ids=["no compiler", "it fails", "the library cannot be loaded"],
 )

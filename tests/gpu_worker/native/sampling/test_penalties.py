@@ -10,8 +10,6 @@ from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.penalties import adjust
 from gpu_worker.native.sampling.sampling import Sampler
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
-from tests.gpu_worker.engine_driver import compiled
 from tests.gpu_worker.slow_sampling import adjusted_slowly
 
 PROMPT, MADE = [3, 3, 5, 7], [1, 3, 1, 1]
@@ -23,11 +21,6 @@ KINDS = [
     SamplingParams(logit_bias=((2, 5.0), (7, -100.0))),
     SamplingParams(presence_penalty=1.5, frequency_penalty=0.3, repetition_penalty=1.1, logit_bias=((1, 4.0),)),
 ]
-
-
-@pytest.fixture(params=["kernel", "torch"])
-def sampler(request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
 
 
 def logits_of(seed: int, size: int = 12) -> Tensor:

@@ -24,11 +24,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 VOCABULARIES = [1, 7, 300, 512, 2048, 4099, 6000]
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def sampler(request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
-
-
 def logits_of(seed: int, vocabulary: int = 50, size: float = 2.0) -> Tensor:
     return torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)) * size
 
