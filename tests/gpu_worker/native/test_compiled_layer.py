@@ -274,7 +274,7 @@ def test_arguments_that_the_kernel_cannot_read_are_left_to_the_layer(make_bf16: 
     assert calls == [1]
 
 
-def test_layers_with_other_angles_have_another_step_and_none_has_two(make_bf16: MakeBf16, calls: list[int]) -> None:
+def test_layers_with_other_angles_have_another_step_and_attend_once(make_bf16: MakeBf16, calls: list[int]) -> None:
     """Two calls in one step, as of two layers of one kind."""
     one = OneStep(make_bf16({}, "llama"))
     other = OneStep.__new__(OneStep)

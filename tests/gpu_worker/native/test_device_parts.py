@@ -57,7 +57,7 @@ def test_small_operations_are_fused_on_the_cpu(
 
 
 @pytest.mark.parametrize("missing", ["__AVX512BF16__", "__AMX_BF16__"])
-def test_a_library_without_instructions_that_the_process_may_use_does_not_replace_onednn(
+def test_a_library_without_usable_instructions_does_not_replace_onednn(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:
     monkeypatch.setenv("CXXFLAGS", f"-U{missing}")  # as a compiler that does not know them

@@ -106,7 +106,7 @@ def test_a_fusion_equals_the_padded_averages(dtype: torch.dtype, bound: float) -
     plan = plan_of("fusion", *zip(pool, (0.5, -0.75, 0.3), strict=True))
     expected = deltas(plan, {weights.weights_digest: weights for weights in pool})
     loader = Pool(*pool).loader(dtype=dtype)
-    [first] = [loader.load(pool[0].weights_digest).result(0)]
+    first = loader.load(pool[0].weights_digest).result(0)
     before = {name: module.a.clone() for name, module in first.modules.items()}
     found = loader.load(name_of(plan)).result(0)
     assert all(torch.equal(first.modules[name].a, a) for name, a in before.items())
