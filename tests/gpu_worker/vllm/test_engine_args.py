@@ -35,7 +35,7 @@ from gpu_worker.vllm.front_model import load_front_model
 from gpu_worker.vllm.settings import FRONT_PID
 from tests.gpu_worker.conformance.families import save as save_of_vllm
 from tests.gpu_worker.families import save
-from tests.tiny import TinyFolders, byte_tokenizer, tiny_config
+from tests.tiny import byte_tokenizer, tiny_config
 
 BIND, COUNT = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 
@@ -46,11 +46,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
         yield os.environ
-
-
-def built(config: Any) -> Any:
-    """Return vLLM's configuration of the model, without compiling it."""
-    return build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +89,7 @@ def test_graphs_are_captured_only_with_products_that_a_graph_can_replay(
 
 
 def test_the_key_of_a_compiled_model_is_the_same_in_every_process(
-    tiny_folders: TinyFolders, environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+    tiny_folders: Mapping[str, Path], environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM keeps compiled models under this key. Another key at each start would compile the model again."""
     config = tiny_config(tiny_folders["gemma3"], engine="vllm")
@@ -114,7 +109,9 @@ def test_sampling_on_a_gpu_needs_no_compiler_of_cuda(environment: Mapping[str, s
 
 
 @pytest.mark.parametrize(("size", "share"), [(1, 1.0), (2, 0.5), (4, 0.5)])
-def test_each_process_has_room_for_the_keys_of_its_heads(size: int, share: float, tiny_folders: TinyFolders) -> None:
+def test_each_process_has_room_for_the_keys_of_its_heads(
+    size: int, share: float, tiny_folders: Mapping[str, Path]
+) -> None:
     """The model has two heads of keys, so four processes have one each."""
     config = tiny_config(tiny_folders["gemma3"], engine="vllm", tensor_parallel_size=size, kv_tokens=1000)
     model = load_front_model(config)
@@ -131,7 +128,7 @@ def test_every_row_of_a_hybrid_model_has_blocks_for_its_states(
     config = tiny_config(
         save_of_vllm(tmp_path, family), engine="vllm", max_model_len=max_model_len, dtype="bfloat16", max_batch_size=3
     )
-    vllm_config = built(config)
+    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
     cache, model_config = vllm_config.cache_config, vllm_config.model_config
     assert model_config.multimodal_config is None or model_config.multimodal_config.language_model_only
     heads = {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2}
@@ -161,7 +158,7 @@ def test_a_part_of_each_head_is_rotated_as_in_the_paper(tmp_path: Path, environm
     Source: RoFormer (arXiv 2104.09864), equation 34.
     """
     config = tiny_config(save_of_vllm(tmp_path, "deepseek_v2"), engine="vllm")
-    vllm_config = built(config)
+    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
     heads, positions = torch.randn(5, 4, 96), torch.arange(5)
     angles = positions[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
     turned = torch.view_as_complex(heads[..., 32:].unflatten(-1, (32, 2)).contiguous())
@@ -172,11 +169,17 @@ def test_a_part_of_each_head_is_rotated_as_in_the_paper(tmp_path: Path, environm
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_latent_attention_keeps_one_latent_a_token(tmp_path: Path, environment: Mapping[str, str]) -> None:
+def test_latent_attention_keeps_one_latent_a_token_and_on_the_cpu_of_one_size(
+    tmp_path: Path, environment: Mapping[str, str]
+) -> None:
     folder = save_of_vllm(tmp_path, "deepseek_v2")
     config = tiny_config(folder, engine="vllm", kv_tokens=1000)
-    vllm_config = built(config)
+    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
     assert vllm_config.cache_config.kv_cache_memory_bytes == 1000 * 3 * (512 + 64) * 4
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"kv_lora_rank": 256}))
+    with pytest.raises(BaseModelUnsupported, match=r"deepseek_v2 needs a GPU .* = 576 only, and the model has 320"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 
 @pytest.mark.parametrize(
@@ -209,50 +212,39 @@ def test_latents_without_a_class_of_vllms_own_are_refused_on_the_cpu(
     byte_tokenizer().save_pretrained(tmp_path)
     config = tiny_config(tmp_path, engine="vllm")
     with pytest.raises(BaseModelUnsupported, match=r"youtu needs a GPU .* no class of its own"):
-        built(config)
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+
+
+def test_states_that_processes_cannot_share_are_refused_before_a_process_starts(
+    tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    folder = save_of_vllm(tmp_path, "qwen3_5_text")
+    written = json.loads((folder / "config.json").read_text())
+    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
+    (folder / "config.json").write_text(json.dumps(written | heads))
+    config = tiny_config(folder, engine="vllm", dtype="bfloat16", tensor_parallel_size=2)
+    with pytest.raises(BaseModelUnsupported, match="vLLM refuses qwen3_5_text: 1 is not divisible by 2"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 
 def test_a_config_that_vllm_replaces_is_read_by_transformers_again(
     tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
     config = tiny_config(folder := save_of_vllm(tmp_path, "qianfan_ocr"), engine="vllm")
-    built(config)
+    build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
     assert type(read_config(str(folder))) is QianfanOCRConfig
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "settings", "reason"),
-    [
-        (
-            "qwen3_5_text",
-            {"linear_num_key_heads": 1, "linear_num_value_heads": 1},
-            {"dtype": "bfloat16", "tensor_parallel_size": 2},
-            "vLLM refuses qwen3_5_text: 1 is not divisible by 2",
-        ),
-        # Rnj-1 says that it is Gemma 3, and names another class.
-        (
-            "gemma3_text",
-            {"architectures": ["Rnj1ForCausalLM"]},
-            {},
-            "gemma3_text needs a GPU .* its class Rnj1ForCausalLM",
-        ),
-        ("deepseek_v2", {"kv_lora_rank": 256}, {}, "deepseek_v2 needs a GPU .* = 576 only, and the model has 320"),
-    ],
-    ids=["states that processes cannot share", "a class for GPUs", "latents of another size"],
-)
-def test_what_the_workers_cannot_compute_is_refused_before_a_process_starts(
-    family: str,
-    changes: dict[str, object],
-    settings: dict[str, object],
-    reason: str,
-    tmp_path: Path,
-    environment: Mapping[str, str],
+def test_a_class_that_needs_a_gpu_is_refused_before_a_process_starts(
+    tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
-    folder = save_of_vllm(tmp_path, family)
+    """Rnj-1 says that it is Gemma 3, and names another class."""
+    folder = save_of_vllm(tmp_path, "gemma3_text")
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | changes))
-    with pytest.raises(BaseModelUnsupported, match=reason):
-        built(tiny_config(folder, engine="vllm", **settings))
+    (folder / "config.json").write_text(json.dumps(written | {"architectures": ["Rnj1ForCausalLM"]}))
+    config = tiny_config(folder, engine="vllm")
+    with pytest.raises(BaseModelUnsupported, match=r"gemma3_text needs a GPU .* its class Rnj1ForCausalLM"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 
 @pytest.mark.parametrize(
@@ -273,4 +265,4 @@ def test_a_class_that_vllm_cannot_give_adapters_is_refused_before_a_process_star
 ) -> None:
     config = tiny_config(save(tmp_path, family, {}), engine="vllm")
     with pytest.raises(BaseModelUnsupported, match=reason):
-        built(config)
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
