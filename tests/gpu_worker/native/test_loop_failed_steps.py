@@ -195,7 +195,7 @@ def test_the_thread_of_a_lost_device_ends_and_all_its_streams_fail(make_engine: 
 
 @pytest.mark.parametrize(
     ("kind", "strategy"),
-    zip(["first product", "second product", "folded scaling"], ["mixture", "fusion", "selection"], strict=True),
+    [("first product", "mixture"), ("second product", "fusion"), ("folded scaling", "selection")],
 )
 @pytest.mark.parametrize("lora_products", ["auto", "torch"])
 def test_a_hostile_adapter_fails_only_its_own_request(
