@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
+import pytest
 import torch
 
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
@@ -82,13 +83,33 @@ def test_a_failed_fetch_fails_its_future_and_the_next_request_retries() -> None:
     assert events == ["done", "done"], "a failure notifies the engine too"
 
 
-def test_an_unfit_adapter_keeps_its_own_error_and_is_not_cached() -> None:
+@pytest.mark.parametrize("fails", ["the fetch", "its start", "the conversion", "the executor"])
+def test_an_error_is_its_loads_own_and_nothing_is_cached(fails: str) -> None:
+    """Errors for the client keep their text."""
+    store, events, executor = Store(), list[str](), ThreadPoolExecutor(1)
+
+    def closed(digest: str) -> Future[AdapterWeights]:
+        raise RuntimeError("the event loop is closed")
+
     def refuse(weights: AdapterWeights) -> DeviceAdapter:
         raise AdapterUnfit("the base model has no module 'm'")
 
-    loader = loader_of(Store(), to_device_layout=refuse)
-    assert isinstance(loader.load("a").exception(0), AdapterUnfit)
-    assert loader.cached_bytes == 0
+    if fails == "its start":
+        store.fetch = closed  # type: ignore[method-assign]
+    executor.shutdown()
+    loader = loader_of(
+        store,
+        executor=executor if fails == "the executor" else None,
+        to_device_layout=refuse if fails == "the conversion" else to_device_layout,
+        on_done=lambda: events.append("done"),
+    )
+    for _ in range(2):
+        future = loader.load("slow" if fails == "the fetch" else "a")
+        if fails == "the fetch":
+            store.slow["slow"].set_exception(AdapterLoadFailed("the adapter was withdrawn"))
+            assert str(future.exception(0)) == "the adapter was withdrawn"
+        assert isinstance(future.exception(0), AdapterUnfit if fails == "the conversion" else AdapterLoadFailed)
+    assert (loader.cached_bytes, loader.loading, events) == (0, frozenset(), ["done"] * 2)
 
 
 def test_a_load_is_done_before_the_engine_is_notified() -> None:
@@ -100,41 +121,29 @@ def test_a_load_is_done_before_the_engine_is_notified() -> None:
     assert seen == [True]
 
 
-def test_memory_stays_within_the_budget() -> None:
-    loader = loader_of(Store(), budget_bytes=3 * WEIGHTS_BYTES)
-    for i in range(10):
-        loader.load(str(i)).result(0)
-        assert loader.cached_bytes == min(i + 1, 3) * WEIGHTS_BYTES
-
-
-def test_the_least_recently_used_weights_go_first() -> None:
+def test_the_least_recently_used_weights_leave_a_full_cache_first() -> None:
     store = Store()
     loader = loader_of(store, budget_bytes=2 * WEIGHTS_BYTES)
-    for digest in ("a", "b", "a", "c"):  # a was used after b
+    for digest, num_cached in (("a", 1), ("b", 2), ("a", 2), ("c", 2)):  # a was used after b
         loader.load(digest)
+        assert loader.cached_bytes == num_cached * WEIGHTS_BYTES
     loader.load("a")
     assert store.fetched == ["a", "b", "c"]
     loader.load("b")
     assert store.fetched == ["a", "b", "c", "b"]
 
 
-def test_weights_larger_than_the_budget_can_be_used() -> None:
-    store = Store()
-    loader = loader_of(store, budget_bytes=1)
-    assert loader.load("a").result(0).weights_digest == "a"
-    assert loader.load("b").result(0).weights_digest == "b"
-    assert loader.cached_bytes == WEIGHTS_BYTES
-
-
-def test_a_load_in_progress_is_never_evicted() -> None:
+def test_a_load_in_progress_is_never_evicted_or_discarded() -> None:
     store = Store()
     loader = loader_of(store, budget_bytes=1)
     slow = loader.load("slow")
     loader.load("quick")
-    assert loader.load("slow") is slow
+    loader.discard("slow")
+    assert loader.load("slow") is slow and loader.loading == {"slow"}
     store.slow["slow"].set_result(AdapterWeights("slow", {}))
     assert slow.result(0).weights_digest == "slow"
-    assert store.fetched == ["slow", "quick"]
+    assert loader.cached_bytes == WEIGHTS_BYTES, "weights larger than the budget can be used"
+    assert store.fetched == ["slow", "quick"] and loader.loading == frozenset()
 
 
 def test_stalled_fetches_block_no_thread_of_the_others() -> None:
@@ -147,29 +156,6 @@ def test_stalled_fetches_block_no_thread_of_the_others() -> None:
         assert loader.loading == {f"slow-{i}" for i in range(10)}
 
 
-def test_the_fetchs_message_reaches_the_client() -> None:
-    store = Store()
-    future = loader_of(store).load("slow")
-    store.slow["slow"].set_exception(AdapterLoadFailed("the adapter was withdrawn"))
-    assert str(future.exception(0)) == "the adapter was withdrawn"
-
-
-def test_a_fetch_that_cannot_start_fails_only_its_load() -> None:
-    def fetch(digest: str) -> Future[AdapterWeights]:
-        raise RuntimeError("the event loop is closed")
-
-    woken: list[str] = []
-    loader = AdapterLoader(
-        fetch,
-        to_device_layout=to_device_layout,
-        executor=InlineExecutor(),
-        budget_bytes=1,
-        on_done=lambda: woken.append("woken"),
-    )
-    assert isinstance(loader.load("a").exception(0), AdapterLoadFailed)
-    assert loader.loading == frozenset() and woken == ["woken"]
-
-
 def test_discarded_weights_take_no_memory_and_are_fetched_again() -> None:
     store = Store()
     loader = loader_of(store)
@@ -179,21 +165,3 @@ def test_discarded_weights_take_no_memory_and_are_fetched_again() -> None:
     assert loader.cached_bytes == WEIGHTS_BYTES
     assert loader.load("a").result(0).weights_digest == "a"
     assert store.fetched == ["a", "b", "a"]
-
-
-def test_discarding_does_not_affect_a_load_in_progress() -> None:
-    store = Store()
-    loader = loader_of(store)
-    slow = loader.load("slow")
-    loader.discard("slow")
-    assert loader.loading == {"slow"} and loader.load("slow") is slow
-    store.slow["slow"].set_result(AdapterWeights("slow", {}))
-    assert slow.done() and loader.loading == frozenset()
-
-
-def test_after_the_executor_has_shut_down_a_load_fails_at_once() -> None:
-    executor = ThreadPoolExecutor(1)
-    executor.shutdown()
-    loader = loader_of(Store(), executor=executor)
-    for _ in range(2):
-        assert isinstance(loader.load("a").exception(0), AdapterLoadFailed)

@@ -121,13 +121,18 @@ def test_packed_attention_equals_the_slow_loop(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_token_has_its_position_and_is_stored_in_its_row(name: str) -> None:
+def test_every_token_is_stored_at_its_position_in_its_row_and_computed_once(name: str) -> None:
     segments, cache = LAYOUTS[name], new_cache()
     plan = cache.attention(segments)
     tokens = [(s.row, s.context_len + i) for s in segments for i in range(s.num_tokens)]
     expected = [int(slots(cache, row, position + 1)[-1]) for row, position in tokens]
     assert plan.token_positions.tolist() == [position for _, position in tokens]
     assert plan.groups[0].slots.tolist() == expected
+    covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
+    for group in plan.decode:
+        covered += torch.arange(segments[-1].end)[group.tokens].tolist()
+        assert group.read_len == int(group.lengths.max())
+    assert sorted(covered) == list(range(segments[-1].end))
 
 
 def test_adjacent_pages_are_read_without_a_copy_and_others_by_slots() -> None:
@@ -138,17 +143,6 @@ def test_adjacent_pages_are_read_without_a_copy_and_others_by_slots() -> None:
             span, expected = pages.span(row, first, end), slots(cache, row, end)[first:]
             assert isinstance(span, slice) == (is_adjacent or end - first <= 5)
             assert torch.arange(NUM_ROWS * MAX_LEN)[span].tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_segment_is_computed_once_and_decode_tokens_read_enough(name: str) -> None:
-    segments = LAYOUTS[name]
-    plan = new_cache().attention(segments)
-    covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
-    for group in plan.decode:
-        covered += torch.arange(segments[-1].end)[group.tokens].tolist()
-        assert group.read_len == int(group.lengths.max())
-    assert sorted(covered) == list(range(segments[-1].end))
 
 
 @pytest.mark.parametrize(
@@ -254,23 +248,6 @@ def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeK
     torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.02)
     for of_layer in ("keys", "values"):
         assert torch.equal(*(getattr(cache, of_layer)[0].bfloat16() for cache in caches))
-
-
-def test_the_compiled_result_of_a_token_does_not_depend_on_other_tokens() -> None:
-    torch.manual_seed(0)
-    cache = new_cache(kernel=compiled(load_decode_kernel))
-    for of_layer in (cache.keys, cache.values):
-        of_layer[0].normal_()
-    query = torch.randn(NUM_HEADS, 3, HEAD_DIM)
-    key, value = (torch.randn(NUM_KV_HEADS, 3, HEAD_DIM) for _ in range(2))
-
-    def attended(tokens: list[int]) -> Tensor:
-        segments = layout(*[((4, 1, 9), (0, 1, 150), (2, 1, 10))[token] for token in tokens])
-        parts = (x[:, tokens] for x in (query, key, value))
-        return cache.attention(segments).attend(0, *parts, scaling=SCALING, sliding_window=None)
-
-    together = attended([0, 1, 2])
-    assert torch.equal(torch.cat([attended([token]) for token in range(3)]), together)
 
 
 @pytest.mark.parametrize("window", [None, 3])
