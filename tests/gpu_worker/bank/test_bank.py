@@ -112,6 +112,12 @@ def test_an_unfit_adapter_is_refused_by_either_conversion(has_kernel: bool, layo
         bank.to_device_layout(AdapterWeights("d", {"nowhere": spoiled.modules["up"]}))
 
 
+def test_the_bank_reports_its_size() -> None:
+    bank = LoraBank(LINEARS, NUM_ROWS)
+    assert bank.shapes == {"up": (5, 3), "gate": (5, 3), "down": (3, 5), "square": (3, 3)}
+    assert bank.num_bytes == NUM_ROWS * 4 * sum(num_out + num_in for num_out, num_in in bank.shapes.values())
+
+
 def test_modules_of_one_parent_that_read_one_input_share_a_product() -> None:
     names = ["a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj", "b.q_proj", "a.gate_proj", "a.up_proj", "a.down_proj"]
     bank = LoraBank({name: nn.Linear(4, 4) for name in names}, NUM_ROWS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-import pytest
 import torch
 
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
@@ -83,33 +82,13 @@ def test_a_failed_fetch_fails_its_future_and_the_next_request_retries() -> None:
     assert events == ["done", "done"], "a failure notifies the engine too"
 
 
-@pytest.mark.parametrize("fails", ["the fetch", "its start", "the conversion", "the executor"])
-def test_an_error_is_its_loads_own_and_nothing_is_cached(fails: str) -> None:
-    """Errors for the client keep their text."""
-    store, events, executor = Store(), list[str](), ThreadPoolExecutor(1)
-
-    def closed(digest: str) -> Future[AdapterWeights]:
-        raise RuntimeError("the event loop is closed")
-
+def test_an_unfit_adapter_keeps_its_own_error_and_is_not_cached() -> None:
     def refuse(weights: AdapterWeights) -> DeviceAdapter:
         raise AdapterUnfit("the base model has no module 'm'")
 
-    if fails == "its start":
-        store.fetch = closed  # type: ignore[method-assign]
-    executor.shutdown()
-    loader = loader_of(
-        store,
-        executor=executor if fails == "the executor" else None,
-        to_device_layout=refuse if fails == "the conversion" else to_device_layout,
-        on_done=lambda: events.append("done"),
-    )
-    for _ in range(2):
-        future = loader.load("slow" if fails == "the fetch" else "a")
-        if fails == "the fetch":
-            store.slow["slow"].set_exception(AdapterLoadFailed("the adapter was withdrawn"))
-            assert str(future.exception(0)) == "the adapter was withdrawn"
-        assert isinstance(future.exception(0), AdapterUnfit if fails == "the conversion" else AdapterLoadFailed)
-    assert (loader.cached_bytes, loader.loading, events) == (0, frozenset(), ["done"] * 2)
+    loader = loader_of(Store(), to_device_layout=refuse)
+    assert isinstance(loader.load("a").exception(0), AdapterUnfit)
+    assert loader.cached_bytes == 0
 
 
 def test_a_load_is_done_before_the_engine_is_notified() -> None:
@@ -156,6 +135,29 @@ def test_stalled_fetches_block_no_thread_of_the_others() -> None:
         assert loader.loading == {f"slow-{i}" for i in range(10)}
 
 
+def test_the_fetchs_message_reaches_the_client() -> None:
+    store = Store()
+    future = loader_of(store).load("slow")
+    store.slow["slow"].set_exception(AdapterLoadFailed("the adapter was withdrawn"))
+    assert str(future.exception(0)) == "the adapter was withdrawn"
+
+
+def test_a_fetch_that_cannot_start_fails_only_its_load() -> None:
+    def fetch(digest: str) -> Future[AdapterWeights]:
+        raise RuntimeError("the event loop is closed")
+
+    woken: list[str] = []
+    loader = AdapterLoader(
+        fetch,
+        to_device_layout=to_device_layout,
+        executor=InlineExecutor(),
+        budget_bytes=1,
+        on_done=lambda: woken.append("woken"),
+    )
+    assert isinstance(loader.load("a").exception(0), AdapterLoadFailed)
+    assert loader.loading == frozenset() and woken == ["woken"]
+
+
 def test_discarded_weights_take_no_memory_and_are_fetched_again() -> None:
     store = Store()
     loader = loader_of(store)
@@ -165,3 +167,11 @@ def test_discarded_weights_take_no_memory_and_are_fetched_again() -> None:
     assert loader.cached_bytes == WEIGHTS_BYTES
     assert loader.load("a").result(0).weights_digest == "a"
     assert store.fetched == ["a", "b", "a"]
+
+
+def test_after_the_executor_has_shut_down_a_load_fails_at_once() -> None:
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    loader = loader_of(Store(), executor=executor)
+    for _ in range(2):
+        assert isinstance(loader.load("a").exception(0), AdapterLoadFailed)

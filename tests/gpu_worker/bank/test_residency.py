@@ -254,6 +254,24 @@ def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_on_evicti
     assert len(free) == 1 and bool(module.a[free].isnan().all()) and bool(module.bt[free].isnan().all())
 
 
+def test_an_evicted_adapter_is_unchanged_when_used_again() -> None:
+    bank = LoraBank({"m": torch.nn.Linear(3, 2)}, 4, free_fill=float("nan"))
+    residency = Residency(bank)
+    weights = [AdapterWeights(str(i), {"m": ModuleWeights(torch.rand(2, 3), torch.rand(2, 2), 1.0)}) for i in range(2)]
+    pool = [bank.to_device_layout(each) for each in weights]
+    assert try_pin(residency, pool[0])
+    unpin(residency, "0")
+    assert try_pin(residency, pool[1])
+    assert residency.rows("1") == [0, 1] and residency.rows("0") == [2, 3], "the new one is written in the prefix"
+    unpin(residency, "1")
+    assert residency.try_pin(["0"], {})
+    residency.settle()
+    module = bank.modules["m"]
+    assert module.is_used
+    torch.testing.assert_close(module.a, weights[0].modules["m"].lora_a)
+    torch.testing.assert_close(module.bt, weights[0].modules["m"].lora_b.T)
+
+
 def with_experts(digest: str, num_bytes: int) -> DeviceAdapter:
     """Return an adapter of one row whose experts take this many bytes."""
     half = torch.zeros(1, 1, num_bytes // 2, dtype=torch.uint8)
