@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.front.prefetch_window import MIN_ROWS
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.row import Row
@@ -27,7 +28,7 @@ from tests.gpu_worker.engine_driver import (
     only,
 )
 from tests.soak import Scale
-from tests.tiny import random_adapter
+from tests.tiny import plan_of, random_adapter
 
 
 def job_of(tenant: str, plan: Plan, name: object, num_new: int) -> Job:
@@ -108,6 +109,11 @@ class Slow:
         for digest, future in pending:
             future.set_result(self.weights[digest])
 
+    def fail(self) -> None:
+        pending, self.pending = self.pending, []
+        for _, future in pending:
+            future.set_exception(ConnectionError("the store is away"))
+
 
 def small_adapters(shapes: Shapes, count: int) -> list[AdapterWeights]:
     return [random_adapter(shapes, i, rank=1, modules=lambda name: "layers.0.mlp.up" in name) for i in range(count)]
@@ -129,6 +135,25 @@ def test_loads_start_at_once_for_at_most_the_rows_of_the_window(make_engine: Mak
     assert all(answer.is_finished for answer in answers)
 
 
+def test_weights_of_waiting_rows_stay_within_the_budget(make_engine: MakeEngine, shapes: Shapes) -> None:
+    """The batch is full, so no prefetched row can start."""
+    pool = small_adapters(shapes, 40)
+    slow = Slow(*pool)
+    engine = make_engine({}, fetch=slow, max_batch_size=20, host_cache_bytes=0)
+    busy = [ask(engine, greedy("x", BASE_PLAN, i, 30)) for i in range(20)]
+    engine.step()
+    answers = [ask(engine, greedy("x", only(weights), i, 2)) for i, weights in enumerate(pool)]
+    for _ in range(10):
+        slow.arrive()
+        engine.step()
+        assert sum(bool(answer.row.loads) for answer in answers) == MIN_ROWS
+    assert len(slow.asked) == MIN_ROWS
+    while engine.has_work:
+        slow.arrive()
+        engine.step()
+    assert all(answer.is_finished for answer in (*busy, *answers))
+
+
 def test_rows_after_a_full_window_start_with_resident_adapters(make_engine: MakeEngine, shapes: Shapes) -> None:
     held, *rest = small_adapters(shapes, 20)
     slow = Slow(held, *rest)
@@ -143,6 +168,25 @@ def test_rows_after_a_full_window_start_with_resident_adapters(make_engine: Make
     for _ in range(4):
         engine.step()
     assert all(answer.is_finished for answer in behind) and not any(answer.events for answer in stalled)
+
+
+def test_all_rows_that_wait_for_a_failed_load_fail_and_the_next_retries(
+    make_engine: MakeEngine, shapes: Shapes
+) -> None:
+    weights, other = small_adapters(shapes, 2)
+    slow = Slow(weights, other)
+    engine = make_engine({}, fetch=slow)
+    together = plan_of("mixture", (weights, 0.5), (other, 0.5))
+    failing = [ask(engine, greedy("x", plan, i)) for i, plan in enumerate([only(weights)] * 3 + [together] * 2)]
+    assert slow.asked == [weights.weights_digest, other.weights_digest]
+    slow.fail()
+    engine.step()
+    assert all(isinstance(answer.error, AdapterLoadFailed) for answer in failing)
+    assert not engine.has_work
+    again = ask(engine, greedy("x", only(weights)))
+    slow.arrive()
+    engine.run_until_idle()
+    assert again.is_finished and slow.asked.count(weights.weights_digest) == 2
 
 
 def test_the_load_of_a_cancelled_row_serves_the_next_row(make_engine: MakeEngine, shapes: Shapes) -> None:

@@ -31,6 +31,15 @@ def rows(adapters: str, tenant: str, count: int) -> list[Row]:
     return [row(adapters, tenant, number) for number in range(count)]
 
 
+def test_rows_of_one_adapter_set_keep_their_order() -> None:
+    assert drain(queue_of(*rows("a", "t", 3))) == ["t/a0", "t/a1", "t/a2"]
+
+
+def test_the_order_of_adapters_in_a_plan_does_not_matter() -> None:
+    queue = queue_of(row("ab"), row("ba"))
+    assert [each.request_id for each in queue.turns()] == ["local/ab0"]
+
+
 def test_adapter_sets_of_a_tenant_take_turns() -> None:
     queue = queue_of(*rows("a", "t", 3), *rows("", "t", 1), *rows("ab", "t", 2))
     assert drain(queue) == ["t/a0", "t/0", "t/ab0", "t/a1", "t/ab1", "t/a2"]
@@ -142,6 +151,14 @@ def test_no_new_row_comes_between_requeued_rows() -> None:
     assert drain(queue) == ["t/a1", "t/b2", "u/a3", "t/a4"]
 
 
+def test_a_row_is_requeued_although_its_tenant_has_no_other_rows() -> None:
+    alone = row("a")
+    queue = queue_of(alone)
+    queue.dequeue(alone)
+    queue.requeue(alone)
+    assert list(queue) == [alone] and drain(queue) == ["local/a0"]
+
+
 def flooded(**counts: int) -> FairQueue:
     """Return a queue in which the tenants have this many rows, in turn."""
     queue = FairQueue[Row]()
@@ -157,8 +174,13 @@ def flooded(**counts: int) -> FairQueue:
     [
         ({"a": 8}, "a", None),  # it may use the whole queue but no more
         ({"a": 8}, "b", "a/b7"),
+        ({"a": 5, "b": 3}, "b", "a/a4"),
         ({"a": 4, "b": 4}, "b", None),
+        ({"a": 4, "b": 4}, "a", None),
         ({"a": 6, "b": 2}, "c", "a/b5"),
+        ({"a": 3, "b": 3, "c": 2}, "c", None),  # two of three would not be a fairer share
+        ({"a": 5, "b": 2, "c": 1}, "b", "a/a4"),
+        ({"a": 5, "b": 2, "c": 1}, "a", None),
     ],
     ids=str,
 )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from gpu_worker.front.draw import Draw
 from gpu_worker.front.logprobs import Scored
-from gpu_worker.front.request.request import Delta, SamplingParams, TokenLogprob
+from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.sampling import Sampler
-from tests.gpu_worker.engine_driver import Answer
 from tests.gpu_worker.slow_sampling import scored_slowly
 
 
@@ -45,7 +44,3 @@ def test_prompt_tokens_have_their_score_and_their_place_among_all_ids(sampler: S
 def test_impossible_tokens_have_a_finite_number(sampler: Sampler) -> None:
     [scored] = scores_of(sampler, torch.tensor([[0.0, -math.inf]]), [2])
     assert scored is not None and scored.top == ((0, 0.0), (1, -9999.0))
-
-
-def reported(answer: Answer) -> list[TokenLogprob]:
-    return [entry for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]

@@ -139,14 +139,24 @@ def test_a_counted_prompt_has_its_tools_as_a_jobs_prompt_has(tiny_base: TinyBase
         ask(make_engine({}, base=base), Job("tools", prompt, template="alpaca", tools=tools))
 
 
-def test_without_max_tokens_an_answer_may_fill_the_context_within_the_workers_limit(tiny_base: TinyBase) -> None:
+def test_without_max_tokens_an_answer_may_fill_the_context_within_the_workers_limit(
+    tiny_base: TinyBase, make_engine: MakeEngine
+) -> None:
     base = tiny_base()
     for limit, expected in ((8192, 510), (300, 300)):
         row = RequestPreprocessor(base, 512, max_new_tokens=limit)(Job("1", "x"), ignore)  # two tokens
         assert row.max_new_tokens == expected
         assert row.expected_len == 2 + 256, "estimates of load do not count a whole context"
+    engine = make_engine({}, max_model_len=512, max_new_tokens=300)
+    assert engine.prepare(Job("1", "x"), ignore).max_new_tokens == 300
     with pytest.raises(SamplingInvalid, match="min_tokens must be at most the 510 new tokens"):
         RequestPreprocessor(base, 512)(Job("1", "x", sampling=SamplingParams(min_tokens=511)), ignore)
+
+
+def test_a_bias_for_an_invalid_id_is_refused(tiny_base: TinyBase) -> None:
+    job = Job("1", "x", sampling=SamplingParams(logit_bias=((300, 1.0),)))
+    with pytest.raises(SamplingInvalid, match=r"logit_bias must have ids from 0 to .*, got 300"):
+        RequestPreprocessor(tiny_base(), 160)(job, ignore)
 
 
 def test_an_empty_prompt_is_invalid(tiny_base: TinyBase) -> None:

@@ -8,7 +8,7 @@ from gpu_worker.front.logprobs import Scored
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Delta, SamplingParams
 from gpu_worker.front.row import LONGEST_REPEATED, Row
-from tests.gpu_worker.rows import BYTES, row_of
+from tests.gpu_worker.rows import BYTES, queued_row, row_of
 
 END = 257
 
@@ -130,6 +130,11 @@ def test_the_draw_has_the_seed_and_the_position_of_the_next_token() -> None:
     row.append_token(65)
     assert (row.draw().position, list(row.draw().tokens), row.draw().num_prompt_tokens) == (4, [256, 1, 2, 65], 3)
     assert (row.num_new_tokens, row.longest_len) == (1, 8)
+
+
+def test_rows_of_the_same_adapters_have_the_same_set_in_any_order() -> None:
+    assert queued_row("ba").adapter_set == queued_row("ab").adapter_set == ("a", "b")
+    assert queued_row("ba").weights_digests == ["b", "a"]
 
 
 @pytest.mark.parametrize(("own", "named"), [(("##",), "##"), (("b", "##"), "b"), ((), None)])

@@ -10,7 +10,7 @@ import pytest
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.grammar.check import check
 from gpu_worker.front.grammar.compiler import CheckProcess
-from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.grammar import ANY_OBJECT, Grammar
 from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.soak import Scale
 
@@ -62,6 +62,12 @@ def test_an_invalid_grammar_is_refused(grammar: Grammar) -> None:
     with pytest.raises(GrammarInvalid) as refused:
         check(grammar)
     assert 0 < len(refused.value.message) <= 500
+
+
+def test_random_schemas_pass(scale: Scale) -> None:
+    for seed in range(scale.pick("schemas", small=20, full=500)):
+        check(schema(random_schema(seed)))
+    check(Grammar("json_schema", ANY_OBJECT))
 
 
 HOSTILE = [

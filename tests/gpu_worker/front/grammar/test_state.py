@@ -134,10 +134,6 @@ def test_ids_that_must_follow_are_known_up_to_the_next_choice() -> None:
     tokens.append(ord("q"))
     state.update()
     assert ids_of(state) == [END, OTHER_END] and state.following(8) == []
-    long = state_of(Grammar("regex", "0{40}"), tokens := [])
-    long.update()
-    tokens.append(ord("0"))
-    assert long.following(100) == [ord("0")] * (LONGEST_RUN - 1)
 
 
 def test_a_run_is_consumed_before_the_next_mask_and_may_be_given_up() -> None:
@@ -158,16 +154,27 @@ def test_a_run_is_consumed_before_the_next_mask_and_may_be_given_up() -> None:
     assert ids_of(state) == [ord("m")]
 
 
+def test_a_run_is_not_longer_than_the_limit() -> None:
+    tokens: list[int] = []
+    state = state_of(Grammar("regex", "0{40}"), tokens)
+    state.update()
+    tokens.append(ord("0"))
+    assert state.following(100) == [ord("0")] * (LONGEST_RUN - 1)
+
+
 @pytest.mark.parametrize("ids", [[], [0], [31], [32], [95], [0, 1], [0, 64], [95, 94]])
 def test_the_only_id_of_a_mask(ids: list[int]) -> None:
     mask = np.zeros(3, np.uint32)
     for token_id in ids:
         mask[token_id // 32] |= np.uint32(1 << token_id % 32)
     assert only_id(mask) == (ids[0] if len(ids) == 1 else None)
-    assert [num_words(vocabulary) for vocabulary in (1, 32, 33, 262_144)] == [1, 1, 2, 8192]
 
 
 def test_a_token_that_the_grammar_does_not_allow_is_an_error() -> None:
     state = state_of(Grammar("regex", "ab"), [ord("z")])
     state.update()
     assert state.error is not None and state.is_current
+
+
+def test_a_mask_has_a_bit_for_every_id() -> None:
+    assert [num_words(vocabulary) for vocabulary in (1, 32, 33, 262_144)] == [1, 1, 2, 8192]

@@ -7,20 +7,20 @@ import gc
 import threading
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gpu_worker.errors import GpuWorkerError, PromptTooLong, SamplingInvalid
+from gpu_worker.errors import GpuWorkerError, PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.prompt_memo import PromptMemo
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
 from gpu_worker.front.request.tools import Function, ToolCall, Tools
-from tests.tiny import TinyBase
+from gpu_worker.model.base_model import BaseModel
 
 JOB = Job("r", "hello")
 
@@ -128,7 +128,11 @@ def refusals(
     return texts, raised, markers
 
 
-@pytest.mark.parametrize("failure", [PromptTooLong("too long"), SamplingInvalid("too large", "top_p")])
+@pytest.mark.parametrize(
+    "failure",
+    [PromptTooLong("too long"), PromptInvalid("not a prompt"), SamplingInvalid("too large", "top_p")],
+    ids=lambda failure: type(failure).__name__,
+)
 def test_a_cached_refusal_does_not_grow_and_keeps_no_frames(failure: GpuWorkerError) -> None:
     memo = PromptMemo()
     texts, raised, markers = refusals(memo, failure, 50)
@@ -165,7 +169,7 @@ def test_the_least_recent_prompt_is_forgotten() -> None:
     assert [job.prompt for job in tokenize.jobs] == ["a", "b", "c", "b"]
 
 
-def test_the_rows_of_a_request_have_separate_equal_prompts(tiny_base: TinyBase) -> None:
+def test_the_rows_of_a_request_have_separate_equal_prompts(tiny_base: Callable[..., BaseModel]) -> None:
     base = tiny_base()
     counted: list[str] = []
 

@@ -171,8 +171,11 @@ def test_a_constrained_call_is_released_as_it_arrives() -> None:
     ]
     shown = [[(piece.index, piece.id, piece.name, piece.arguments) for piece in pieces] for pieces in released]
     assert shown == [[], [(0, "i", "f", ""), (0, None, None, '{"a')], [(0, None, None, '": 1}')], []]
-    incomplete = '<tool_call>\n{"name": "f", "arguments": {"a": '
-    assert fast(HERMES, [incomplete], is_constrained=True) == ("", [("f", '{"a": ')], "stop"), "no reason to run it"
+
+
+def test_an_incomplete_constrained_call_is_no_reason_to_run_it() -> None:
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": '
+    assert fast(HERMES, [text], is_constrained=True) == ("", [("f", '{"a": ')], "stop")
 
 
 @pytest.mark.parametrize(
@@ -193,9 +196,11 @@ def test_a_constrained_call_is_released_as_it_arrives() -> None:
 def test_a_malformed_call_is_content(call: str) -> None:
     text = f"So <tool_call>\n{call}\n</tool_call> "
     assert fast(HERMES, text) == (text, [], "stop")
-    inside = '<tool_call> I mean <tool_call>{"name": "f"}</tool_call>'
-    assert fast(HERMES, inside) == ("<tool_call> I mean", [("f", "{}")], "tool_calls"), "the second one is a call"
-    assert fast(MISTRAL_ARGS, '[TOOL_CALLS]f{"a": 1}')[1] == [("f", '{"a": 1}')], "without the mark of arguments"
+
+
+def test_a_call_inside_a_malformed_one_is_found() -> None:
+    text = '<tool_call> I mean <tool_call>{"name": "f"}</tool_call>'
+    assert fast(HERMES, text) == ("<tool_call> I mean", [("f", "{}")], "tool_calls")
 
 
 def test_half_a_surrogate_pair_is_escaped() -> None:
@@ -214,6 +219,10 @@ def test_a_json_answer_of_a_bare_form_is_content_unless_it_names_a_function() ->
     assert fast(LLAMA3_JSON, '{"name": "Ann"}') == ('{"name": "Ann"}', [], "stop")
     assert fast(LLAMA3_JSON, 'It is {"name": "f"}') == ('It is {"name": "f"}', [], "stop")
     assert fast(LLAMA3_JSON, '<|python_tag|>{"name": "f"}') == ("", [("f", "{}")], "tool_calls")
+
+
+def test_a_name_before_the_arguments_may_come_without_their_mark() -> None:
+    assert fast(MISTRAL_ARGS, '[TOOL_CALLS]f{"a": 1}')[1] == [("f", '{"a": 1}')]
 
 
 def test_many_malformed_calls_cost_no_more_than_a_few() -> None:
