@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from gpu_worker.front.request.request import Completion, Job, SamplingParams
 from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job
+from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job
 from tests.tiny import byte_tokenizer, plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -110,10 +111,13 @@ def test_a_stop_string_ends_an_answer_before_its_grammar_does(hosted: HostedEngi
     ("grammar", "pointer"),
     [
         (of_schema({"type": "object", "properties": {"a": {"type": "strin"}}}), "/properties/a"),
+        (of_schema({"type": "string", "minLength": 9, "maxLength": 2}), ""),
+        (Grammar("json_schema", "{"), ""),
         (Grammar("regex", "a(b"), ""),
+        (Grammar("grammar", "start: missing"), ""),
         (Grammar("regex", "((((a{100}){100}){100}){100}){100}"), ""),
     ],
-    ids=["unknown type", "open group", "too large"],
+    ids=["unknown type", "empty range", "no JSON", "open group", "no rule", "too large"],
 )
 def test_a_grammar_that_cannot_be_compiled_fails_only_its_own_job(
     grammar: Grammar, pointer: str, hosted: HostedEngine
@@ -131,3 +135,18 @@ def test_a_stream_follows_its_grammar_and_refuses_a_bad_one(hosted: HostedEngine
     assert hosted.run(streamed(bound(COLOURS))) in {"red", "green", "blue"}
     with pytest.raises(GrammarInvalid):
         hosted.run(streamed(bound(Grammar("regex", "a(b"))))
+
+
+def test_cancelled_answers_of_a_grammar_free_their_places(hosted: HostedEngine) -> None:
+    async def cancel() -> None:
+        jobs = [bound(Grammar("regex", "[ab]{80}"), num_new=90)] * 10
+        task = asyncio.create_task(hosted.engine.generate(jobs))
+        while not (await hosted.engine.status()).num_running:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        while (status := await hosted.engine.status()).num_running + status.num_waiting:
+            await asyncio.sleep(0.01)
+
+    hosted.run(cancel())
+    [answer] = hosted.answers(job("after", sampling=GREEDY))
+    assert answer.num_new_tokens == GREEDY.max_tokens
