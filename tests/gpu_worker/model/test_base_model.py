@@ -72,6 +72,34 @@ def test_head_sizes_unsupported_on_cuda_are_refused_there(
 
 
 @pytest.mark.parametrize(
+    ("model_type", "part"),
+    [
+        ("llama4", "llama4_text"),
+        ("aya_vision", "cohere2"),
+        ("paligemma", "gemma"),
+        ("qwen3_vl_moe", "qwen3_vl_moe_text"),
+    ],
+)
+def test_a_multimodal_model_is_refused_in_one_sentence(model_type: str, part: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported) as refusal:
+        load_base_model(tiny_config(tmp_path))
+    assert str(refusal.value).startswith(
+        f"{model_type} is a multimodal model whose text part ({part}) this engine does"
+    )
+    assert "without" not in str(refusal.value)
+
+
+def test_a_quantised_model_is_refused_with_what_to_do(tmp_path: Path, tiny_folders: TinyFolders) -> None:
+    folder = folder_with(tmp_path, tiny_folders["gemma3"], quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(
+        BaseModelUnsupported,
+        match=r"weights quantised by gptq; .* use engine 'vllm', or dequantise the weights and save",
+    ):
+        load_base_model(tiny_config(folder))
+
+
+@pytest.mark.parametrize(
     ("model_type", "settings", "reason"),
     [
         ("bloom", {}, r"bloom has .*num_key_value_heads.*max_position"),  # older families use other names
@@ -166,6 +194,11 @@ def test_a_processor_without_bfloat16_is_logged_once(
         assert resolve_dtype("auto", "cuda") == resolve_dtype("bfloat16") == torch.bfloat16
     said = ["this processor has no AVX-512 or AMX instructions for bfloat16: products are float32"]
     assert caplog.messages == (said if dtype == torch.float32 else [])
+
+
+def test_a_folder_or_an_id_is_loaded_under_its_own_name() -> None:
+    assert model_source(tiny_config(Path("/models/mine"))) == "/models/mine"
+    assert model_source(tiny_config(Path("google/gemma-3-270m"))) == "google/gemma-3-270m"
 
 
 def test_a_complete_conversion_in_the_cache_is_reused(tmp_path: Path) -> None:

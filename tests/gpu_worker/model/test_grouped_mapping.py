@@ -29,7 +29,8 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("num_rows", "num_in"), [(3, 1), (20, 17), (40, 64)])
+@pytest.mark.parametrize("num_in", [1, 17, 64], ids=lambda width: f"in{width}")
+@pytest.mark.parametrize("num_rows", [3, 20, 40])
 def test_grouped_products_equal_a_loop_over_tokens(
     num_rows: int, num_in: int, dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
 ) -> None:
@@ -41,7 +42,7 @@ def test_grouped_products_equal_a_loop_over_tokens(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("width", [5, 1100])
+@pytest.mark.parametrize("width", [5, 700, 1100])
 @pytest.mark.parametrize("splits_rows", [False, True])
 def test_tokens_that_fill_several_tasks_equal_the_loop(
     splits_rows: bool, width: int, dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.inject import inject, target_linears
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.packed_linear import KernelLinear, load_linear_kernel
 from gpu_worker.model.step_context import StepContext
 from tests.gpu_worker.engine_driver import compiled
-from tests.tiny import FAMILIES, TinyBase, TinyFolders, tiny_config
+from tests.tiny import FAMILIES, tiny_config
 
 
 class Router(nn.Linear):
@@ -34,37 +37,48 @@ def test_every_linear_layer_but_the_output_head_is_a_target() -> None:
     model = nn.ModuleDict({"layer": nn.ModuleDict(parts)})
     assert list(target_linears(model, head)) == ["layer.up", "layer.own"]
     assert list(target_linears(model, None)) == ["layer.up", "layer.own", "layer.lm_head"]
+
+
+def test_a_model_without_targets_is_refused() -> None:
+    head = nn.Linear(2, 9)
     with pytest.raises(BaseModelUnsupported, match="no linear layer"):
         target_linears(nn.Sequential(nn.LayerNorm(2), Router(2, 2), head), head)
 
 
 @pytest.mark.parametrize(
     ("family", "quantization", "num_matrices"),
-    [("gemma3", "none", 1), ("gemma3", "int8", 1), ("llama", "none", 1), ("llama", "int8", 2), ("llama", "int4", 2)],
+    [("gemma3", "none", 1), ("gemma3", "int8", 1), ("gemma3", "int4", 1), ("llama", "int8", 2), ("llama", "int4", 2)],
 )
 def test_an_embedding_is_looked_up_in_the_matrix_that_its_model_has_packed(
-    family: str, quantization: str, num_matrices: int, tiny_folders: TinyFolders
+    family: str, quantization: str, num_matrices: int, tiny_folders: Mapping[str, Path]
 ) -> None:
-    """A tied model keeps one matrix for its embedding and its output head; one of its own that is not packed stays."""
+    """A tied model keeps one matrix for its embedding and its output head."""
     config = tiny_config(tiny_folders[family], dtype="bfloat16", quantization=quantization)
     model = load_base_model(config).model
     ids = torch.randint(300, (2, 7))
-    embedding = model.get_input_embeddings()
-    expected = embedding(ids)
+    expected = model.get_input_embeddings()(ids)
     linears = target_linears(model, model.get_output_embeddings())
     inject(model, LoraBank(linears, 4), StepContext(), compiled(load_linear_kernel))
     with torch.inference_mode():
         assert torch.equal(model.get_input_embeddings()(ids), expected)
         assert model.get_input_embeddings()(ids[:, :0]).shape == (2, 0, 32)
-    has_own = (family, quantization) == ("llama", "none")  # it stays as it is
-    assert [parameter for parameter in model.parameters() if len(parameter) >= 300] == [embedding.weight] * has_own
-    assert (model.get_input_embeddings() is embedding) == has_own
+    assert not [parameter for parameter in model.parameters() if len(parameter) >= 300]
     matrices = {id(module) for module in model.modules() if isinstance(module, KernelLinear)}
     assert len(matrices) == 7 * 3 + num_matrices
 
 
+def test_an_embedding_of_its_own_stays_as_it_is(tiny_folders: Mapping[str, Path]) -> None:
+    model = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16")).model
+    embedding = model.get_input_embeddings()
+    linears = target_linears(model, model.get_output_embeddings())
+    inject(model, LoraBank(linears, 4), StepContext(), compiled(load_linear_kernel))
+    assert model.get_input_embeddings() is embedding
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replaced_layers_without_adapters_compute_what_their_layers_do(family: str, tiny_base: TinyBase) -> None:
+def test_replaced_layers_without_adapters_compute_what_their_layers_do(
+    family: str, tiny_base: Callable[..., BaseModel]
+) -> None:
     model = tiny_base(family).model
     linears = target_linears(model, model.get_output_embeddings())
     inputs = {name: torch.randn(3, linear.in_features) for name, linear in linears.items()}

@@ -27,8 +27,13 @@ def test_many_tokens_of_few_adapters_take_the_dense_products(lora_kernel: LoraKe
     assert kind_of(1, THREE, lora_kernel) is GroupedMapping
     assert kind_of(1000, THREE, lora_kernel) is DenseMapping
     assert kind_of(1000, ONE, lora_kernel) is GroupedMapping  # it reads a third of the rows
-    without_kernel = {kind_of(num_tokens, plan, None) for num_tokens in (1, 1000) for plan in (ONE, THREE)}
-    assert without_kernel == {DenseMapping}
+
+
+def test_without_the_kernel_every_step_takes_the_dense_products() -> None:
+    assert {kind_of(num_tokens, plan, None) for num_tokens in (1, 1000) for plan in (ONE, THREE)} == {DenseMapping}
+
+
+def test_a_step_of_the_base_model_alone_has_no_products(lora_kernel: LoraKernel) -> None:
     assert kind_of(1000, BASE_PLAN, lora_kernel) is kind_of(1, BASE_PLAN, None) is type(None)
 
 

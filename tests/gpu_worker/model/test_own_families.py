@@ -173,13 +173,15 @@ def test_the_adapters_of_phi_4_multimodals_authors_are_left_out(tmp_path: Path) 
     assert isinstance(config.get_text_config(), Phi3Config) and config.get_text_config().hidden_size == 128
 
 
-def test_models_scale_as_their_authors_say() -> None:
-    """Source: Tele-FLM technical report (arXiv 2404.16645), section on hyperparameters; MiniCPM (arXiv 2404.06395),
-    table of the scaling of widths and depths.
-    """
-    tele = TeleFLMConfig(hidden_size=256, use_mup=True, input_mult=1.5, output_mult=4, mup_scale_factor=16)
-    assert (tele.embedding_multiplier, tele.logits_scaling) == (1.5, 4)
+def test_tele_flm_scales_as_its_report_says() -> None:
+    """Source: Tele-FLM technical report (arXiv 2404.16645), section on hyperparameters."""
+    config = TeleFLMConfig(hidden_size=256, use_mup=True, input_mult=1.5, output_mult=4, mup_scale_factor=16)
+    assert (config.embedding_multiplier, config.logits_scaling) == (1.5, 4)
     assert TeleFLMConfig(hidden_size=256, use_mup=False, input_mult=2.0).embedding_multiplier == 1
+
+
+def test_minicpm_scales_as_its_paper_says() -> None:
+    """Source: MiniCPM (arXiv 2404.06395), table of the scaling of widths and depths."""
     settings = {"hidden_size": 2304, "num_hidden_layers": 40, "num_attention_heads": 36}
     config = MiniCPMConfig(**settings, scale_emb=12, scale_depth=1.4, dim_model_base=256)
     assert (config.embedding_multiplier, config.logits_scaling, config.attention_multiplier) == (12, 9, 0.125)

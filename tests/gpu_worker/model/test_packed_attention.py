@@ -54,6 +54,9 @@ def test_the_steps_plan_is_called_with_the_modules_layer() -> None:
     assert plan.asked == [(3, 0.5, 7)]
     assert weights is None
     torch.testing.assert_close(attended, VALUE.transpose(1, 2))
+
+
+def test_arguments_without_effect_are_accepted() -> None:
     nothing = {"dropout": 0.0, "position_ids": torch.arange(5), "s_aux": None, "use_cache": False, "is_causal": True}
     packed_attention(layer(), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0, **nothing)
 
@@ -73,13 +76,14 @@ def test_arguments_that_would_be_dropped_are_refused_by_name(extra: dict[str, ob
         packed_attention(layer(), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0, **extra)
 
 
-def test_layers_that_mask_or_see_later_tokens_are_refused() -> None:
-    for of, mask, reason in (
-        (layer(), torch.zeros(5, 5), "its own attention mask"),
-        (layer(is_causal=False), None, "not causal"),
-    ):
-        with pytest.raises(BaseModelUnsupported, match=reason):
-            packed_attention(of, VALUE, VALUE, VALUE, mask, step=filled(), scaling=1.0)
+def test_a_mask_of_the_models_own_is_refused() -> None:
+    with pytest.raises(BaseModelUnsupported, match="its own attention mask"):
+        packed_attention(layer(), VALUE, VALUE, VALUE, torch.zeros(5, 5), step=filled(), scaling=1.0)
+
+
+def test_a_layer_that_is_not_causal_is_refused() -> None:
+    with pytest.raises(BaseModelUnsupported, match="not causal"):
+        packed_attention(layer(is_causal=False), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0)
 
 
 def test_a_model_that_does_not_pass_the_step_on_is_refused() -> None:
@@ -87,14 +91,20 @@ def test_a_model_that_does_not_pass_the_step_on_is_refused() -> None:
         packed_attention(layer(), VALUE, VALUE, VALUE, None, scaling=1.0)
 
 
-Build = Callable[[KvShape], KvCache]
-BUILDS = pytest.mark.parametrize(
+def test_a_layer_may_attend_once_per_step() -> None:
+    step = filled()
+    for index in (0, 1):
+        packed_attention(layer(index), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
+    with pytest.raises(BaseModelUnsupported, match="more than once in layer 1"):
+        packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
+    step.fill(None, Noting())
+    packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
+
+
+@pytest.mark.parametrize(
     "build", [HostKvCache, lambda shape: DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)]
 )
-
-
-@BUILDS
-def test_a_layer_may_not_see_more_than_the_cache_keeps_for_it(build: Build) -> None:
+def test_a_layer_may_not_see_more_than_the_cache_keeps_for_it(build: Callable[[KvShape], KvCache]) -> None:
     cache = build(kv_shape(window=3, window_layers=frozenset({1}), num_window_tokens=15))
     row = cache.allocate(3, 5)
     plan, parts = cache.attention([Segment(row, 0, 3, 0)]), [torch.ones(heads, 3, 4) for heads in (4, 2, 2)]
@@ -105,10 +115,28 @@ def test_a_layer_may_not_see_more_than_the_cache_keeps_for_it(build: Build) -> N
             plan.attend(1, *parts, scaling=1.0, sliding_window=window)
 
 
-@BUILDS
-def test_heads_that_do_not_match_the_cache_are_refused(build: Build) -> None:
-    cache = build(kv_shape())
-    plan = cache.attention([Segment(cache.allocate(3, 5), 0, 3, 0)])
-    key = torch.ones(1, 3, 4)  # would be stored in both heads
+@pytest.mark.parametrize("over", ["host", "device"])
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((4, 3, 4), (1, 3, 4), (1, 3, 4)),  # would be stored in both heads
+        ((4, 3, 4), (4, 3, 4), (4, 3, 4)),
+        ((4, 3, 4), (2, 3, 1), (2, 3, 1)),
+        ((4, 3, 4), (2, 3, 4), (2, 3, 1)),
+        ((3, 3, 4), (2, 3, 4), (2, 3, 4)),
+        ((4, 3, 8), (2, 3, 4), (2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_heads_that_do_not_match_the_cache_are_refused(
+    over: str, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+) -> None:
+    shape = kv_shape()
+    cache: KvCache = (
+        HostKvCache(shape) if over == "host" else DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)
+    )
+    row = cache.allocate(3, 5)
+    plan = cache.attention([Segment(row, 0, 3, 0)])
+    parts = (torch.ones(query), torch.ones(key), torch.ones(value))
     with pytest.raises(BaseModelUnsupported, match="key"):
-        plan.attend(0, torch.ones(4, 3, 4), key, key, scaling=1.0, sliding_window=None)
+        plan.attend(0, *parts, scaling=1.0, sliding_window=None)

@@ -157,8 +157,11 @@ def test_any_number_of_threads_packs_the_same_panels(kernel: LinearKernel) -> No
 @needs_bf16
 def test_layers_with_an_odd_number_of_inputs_are_left_to_onednn(kernel: LinearKernel) -> None:
     assert isinstance(packed(linear_of(7, 4), kernel), PackedLinear)
+
+
+def test_layers_of_other_precisions_are_not_packed(kernel: LinearKernel) -> None:
     linear = nn.Linear(8, 4)
-    assert packed(linear, kernel) is linear, "layers of other precisions are not packed"
+    assert packed(linear, kernel) is linear
 
 
 def test_tiles_are_used_where_the_processor_and_linux_allow_it(kernel: LinearKernel) -> None:
@@ -176,4 +179,10 @@ def test_the_kernel_replaces_onednn_if_it_uses_what_the_process_may_use(
     made = copy(kernel)
     made.has_bf16_products, made.has_tiles = has_bf16_products, has_tiles
     assert is_kernel_faster(made, may_use_them) is expected
-    assert has_bf16_vectors({"avx512_bf16": True}) and not has_bf16_vectors({"avx2": True})
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [({"avx512_bf16": True}, True), ({"avx2": True}, False)], ids=str
+)
+def test_processors_without_bfloat16_vectors_are_known(capabilities: dict[str, bool], expected: bool) -> None:
+    assert has_bf16_vectors(capabilities) is expected

@@ -62,14 +62,17 @@ def test_only_the_block_of_a_number_that_is_not_finite_becomes_nan(value: float)
     assert found[1, 64:128].isnan().all() and found[0].isfinite().all() and found[1, 128:].isfinite().all()
 
 
+def test_inputs_are_rounded_by_the_nearest_inverse_of_their_scale() -> None:
+    """The kernel divides: 127 / 255 and 127 * (1 / 255) differ in the last bit, so 63.5 becomes 63 or 64."""
+    found = rounded_inputs(torch.tensor([[255.0, 127.5]]).bfloat16(), 32)
+    assert found[0, 1] / found[0, 0] == pytest.approx(63 / 127, rel=1e-6)
+
+
 def test_rounded_inputs_are_at_most_half_a_step_away() -> None:
     torch.manual_seed(0)
     x = torch.cat([torch.randn(4, 200), torch.full((1, 200), 1e-39), torch.full((1, 200), 3e38)]).bfloat16()
     steps = x.float().abs().amax(dim=-1, keepdim=True) / 127
     assert ((rounded_inputs(x) - x.float()).abs() <= 0.502 * steps + 2.0**-106 * 127).all()
-    # The kernel divides: 127 / 255 and 127 * (1 / 255) differ in the last bit, so 63.5 becomes 63 or 64.
-    found = rounded_inputs(torch.tensor([[255.0, 127.5]]).bfloat16(), 32)
-    assert found[0, 1] / found[0, 0] == pytest.approx(63 / 127, rel=1e-6)
 
 
 def test_layers_are_replaced_once_and_keep_their_biases() -> None:
