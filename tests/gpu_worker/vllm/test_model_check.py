@@ -17,9 +17,15 @@ from torch import Tensor
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.eager_check import DECODE_STEPS, DIGEST
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
-from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, EagerModel, check_model, reason_to_skip
+from gpu_worker.vllm.model_check import (
+    CheckedAnswer,
+    CheckedPrompt,
+    EagerModel,
+    check_model,
+    reason_to_skip,
+)
 from gpu_worker.vllm.packing import Change
-from tests.tiny import TinyFolders, tiny_config
+from tests.tiny import tiny_config
 
 NUM_IDS = 20  # of each answer's log probabilities
 Spoil = Callable[[CheckedPrompt, Tensor], Tensor]
@@ -67,11 +73,8 @@ class Workers:
         return asyncio.run(check_model(self.config, self.model, max_len, self.change, self.answer))
 
 
-MakeWorkers = Callable[..., Workers]  # the fixture `workers`
-
-
 @pytest.fixture
-def workers(tiny_folders: TinyFolders) -> Callable[..., Workers]:
+def workers(tiny_folders: Mapping[str, Path]) -> Callable[..., Workers]:
     def make(spoil: Spoil = lambda prompt, logits: logits, dtype: str = "float32", family: str = "gemma3") -> Workers:
         return Workers(tiny_folders[family], spoil, dtype)
 
@@ -81,7 +84,7 @@ def workers(tiny_folders: TinyFolders) -> Callable[..., Workers]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_equal_log_probabilities_pass_and_the_adapter_leaves_the_bank(
-    dtype: str, family: str, workers: MakeWorkers
+    dtype: str, family: str, workers: Callable[..., Workers]
 ) -> None:
     made = workers(dtype=dtype, family=family)
     made.check()
@@ -90,6 +93,10 @@ def test_equal_log_probabilities_pass_and_the_adapter_leaves_the_bank(
     window = made.model.window
     assert len(long.tokens) == (40 if window is None else window + 4), "the last tokens cannot see the first ones"
     assert sum(prompt.has_adapter for prompt in made.asked) == len(made.asked) // 2
+
+
+def test_a_constant_that_all_logits_of_a_token_share_is_no_difference(workers: Callable[..., Workers]) -> None:
+    workers(lambda prompt, logits: logits + 3).check()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -103,7 +110,7 @@ def test_equal_log_probabilities_pass_and_the_adapter_leaves_the_bank(
     ids=["plain", "adapted", "long"],
 )
 def test_prompts_whose_log_probabilities_differ_are_named(
-    applies: Callable[[CheckedPrompt], bool], named: str, dtype: str, workers: MakeWorkers
+    applies: Callable[[CheckedPrompt], bool], named: str, dtype: str, workers: Callable[..., Workers]
 ) -> None:
     """The logits are those of other ids."""
     made = workers(lambda prompt, logits: logits.roll(1, dims=-1) if applies(prompt) else logits, dtype)
@@ -111,7 +118,7 @@ def test_prompts_whose_log_probabilities_differ_are_named(
         made.check()
 
 
-def test_one_token_beyond_the_bound_is_refused_in_float32(workers: MakeWorkers) -> None:
+def test_one_token_beyond_the_bound_is_refused_in_float32(workers: Callable[..., Workers]) -> None:
     def spoil(size: float) -> Spoil:
         def change(prompt: CheckedPrompt, logits: Tensor) -> Tensor:
             changed = logits.clone()
@@ -121,15 +128,17 @@ def test_one_token_beyond_the_bound_is_refused_in_float32(workers: MakeWorkers) 
         return change
 
     workers(spoil(2e-5)).check()
-    workers(lambda prompt, logits: logits + 3).check()  # all log probabilities stay
     with pytest.raises(BaseModelUnsupported):
         workers(spoil(5e-4)).check()
+
+
+def test_log_probabilities_that_are_not_numbers_are_refused(workers: Callable[..., Workers]) -> None:
     with pytest.raises(BaseModelUnsupported):
         workers(lambda prompt, logits: logits * torch.nan).check()
 
 
 def test_modules_that_vllm_computes_without_adapters_take_none(
-    workers: MakeWorkers, caplog: pytest.LogCaptureFixture
+    workers: Callable[..., Workers], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = workers()
     made.ignored = "v_proj"
@@ -140,7 +149,7 @@ def test_modules_that_vllm_computes_without_adapters_take_none(
     assert made.changes[-1] == f"drop {DIGEST}"
 
 
-def test_a_model_that_is_wrong_in_its_window_too_is_refused(workers: MakeWorkers) -> None:
+def test_a_model_that_is_wrong_in_its_window_too_is_refused(workers: Callable[..., Workers]) -> None:
     """Modules without adapters must not hide that the base model differs."""
     made = workers(lambda prompt, logits: logits if prompt.scores_prompt else logits.roll(1, dims=-1))
     made.ignored = "v_proj"
@@ -148,15 +157,15 @@ def test_a_model_that_is_wrong_in_its_window_too_is_refused(workers: MakeWorkers
         made.check()
 
 
-def test_an_adapter_that_the_workers_refuse_is_the_reason(workers: MakeWorkers) -> None:
+def test_an_adapter_that_the_workers_refuse_is_the_reason(workers: Callable[..., Workers]) -> None:
     made = workers()
     made.unfit = {DIGEST: "x has another shape in vLLM's base model"}
     with pytest.raises(BaseModelUnsupported, match=r"refuse an adapter of every module \(x has another shape"):
         made.check()
 
 
-@pytest.mark.parametrize("max_len", [4, 12])
-def test_a_short_context_is_checked_as_far_as_it_goes(max_len: int, workers: MakeWorkers) -> None:
+@pytest.mark.parametrize("max_len", [4, 5, 12])
+def test_a_short_context_is_checked_as_far_as_it_goes(max_len: int, workers: Callable[..., Workers]) -> None:
     made = workers()
     made.check(max_len)
     lengths = [len(prompt.tokens) for prompt in made.asked]
@@ -179,7 +188,7 @@ def test_the_reason_for_comparing_nothing_is_logged(
     changes: Mapping[str, Any],
     max_len: int,
     reason: str | None,
-    tiny_folders: TinyFolders,
+    tiny_folders: Mapping[str, Path],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = tiny_config(tiny_folders["llama"], engine="vllm", **settings)

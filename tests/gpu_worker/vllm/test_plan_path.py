@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,23 +29,42 @@ def test_a_path_holds_every_digest_and_the_exact_weight(members: dict[str, float
     assert {adapter.weights_digest: adapter.weight for adapter in found.adapters} == members
 
 
-def test_equal_compositions_alone_have_equal_paths() -> None:
+def test_equal_compositions_have_equal_paths() -> None:
     known = path_of(plan("mixture", {"a": 0.5, "b": 0.25}))
     assert path_of(plan("mixture", {"b": 0.25, "a": 0.5}, name="another")) == known
     assert path_of(plan("mixture", {"b": 0.25, "c": 0.0, "a": 0.5})) == known
     assert path_of(plan("selection", {"a": 0.5})) == path_of(plan("mixture", {"a": 0.5}))
-    fused = path_of(with_fusion(plan("fusion", {"a": 0.5, "b": 0.25})))
-    others = [{"a": 0.5, "b": 0.25000000000000006}, {"a": 0.5, "c": 0.25}, {"a": 0.5}]
-    assert len({known, fused, *(path_of(plan("mixture", other)) for other in others)}) == 5
-    assert fused is not None
-    [adapter] = plan_of(fused).adapters
-    assert (adapter.weight, parts_of(adapter.weights_digest)) == (1.0, (("a", 0.5), ("b", 0.25))), "one adapter"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        with_fusion(plan("fusion", {"a": 0.5, "b": 0.25})),
+        plan("mixture", {"a": 0.5, "b": 0.25000000000000006}),
+        plan("mixture", {"a": 0.5, "c": 0.25}),
+        plan("mixture", {"a": 0.5}),
+    ],
+)
+def test_other_compositions_have_other_paths(other: Plan) -> None:
+    assert path_of(other) != path_of(plan("mixture", {"a": 0.5, "b": 0.25}))
+
+
+def test_a_path_names_a_fusion_as_one_adapter() -> None:
+    path = path_of(with_fusion(plan("fusion", {"a": 0.5, "b": -0.25})))
+    assert path is not None
+    [adapter] = plan_of(path).adapters
+    assert (adapter.weight, parts_of(adapter.weights_digest)) == (1.0, (("a", 0.5), ("b", -0.25)))
 
 
 def test_a_plan_without_weight_is_the_base_model() -> None:
     assert path_of(BASE_PLAN) is None
     assert path_of(plan("mixture", {"a": 0.0})) is None
     assert not is_plan_path("/not/a/real/path")
+
+
+def test_a_path_keeps_its_id_and_other_paths_have_others() -> None:
+    ids = PlanIds()
+    assert [ids("a"), ids("b"), ids("a"), ids("c"), ids("b")] == [1, 2, 1, 3, 2]
 
 
 def test_the_path_that_was_not_used_for_the_longest_is_forgotten_and_its_id_is_not_used_again() -> None:

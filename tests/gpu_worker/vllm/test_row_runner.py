@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpu_worker.errors import (
+    AdapterLoadFailed,
     AdapterUnfit,
     DeadlineExceeded,
     EngineStopped,
     PlanTooLarge,
     RequestFailed,
+    WaitedTooLong,
 )
 from gpu_worker.front.prefetch_window import MIN_ROWS
 from gpu_worker.front.request.request import Delta
-from gpu_worker.vllm.fusions import parts_of
-from lora_store.plan import Plan
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.vllm.fusions import adapters_of, parts_of
+from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import HeldExecutor, greedy, run
 from tests.gpu_worker.vllm.scripted import Bench
-from tests.tiny import TinyBase, TinyFolders, linear_shapes, plan_of, random_adapter
+from tests.tiny import linear_shapes, plan_of, random_adapter
 
 Main = Callable[[Bench, list[Plan]], Awaitable[Any]]
-Serve = Callable[..., Any]  # the fixture `serve`
 
 
 def fusion_of(*plans: Plan, weight: float = 0.5) -> Plan:
@@ -33,7 +36,7 @@ def fusion_of(*plans: Plan, weight: float = 0.5) -> Plan:
 
 
 @pytest.fixture
-def serve(tiny_folders: TinyFolders, tiny_base: TinyBase) -> Callable[..., Any]:
+def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Any]:
     """Run a test's body with a bench and the plans of five adapters of rank 4; two of them fit the bank."""
     base = tiny_base()
     pool = [random_adapter(linear_shapes(base), seed) for seed in range(5)]
@@ -51,7 +54,7 @@ def serve(tiny_folders: TinyFolders, tiny_base: TinyBase) -> Callable[..., Any]:
     return serve
 
 
-def test_rows_run_with_their_adapters_and_never_more_than_the_batch_has_places(serve: Serve) -> None:
+def test_rows_run_with_their_adapters_and_never_more_than_the_batch_has_places(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         bench.workers.may_go_on.set()
         asked = bench.ask(*[greedy("x", plans[number % 5], number, num_new=3) for number in range(10)])
@@ -69,7 +72,27 @@ def test_rows_run_with_their_adapters_and_never_more_than_the_batch_has_places(s
     serve(main)
 
 
-def test_cancelling_closes_a_running_row_before_its_adapter_may_leave(serve: Serve) -> None:
+def test_forgetting_drops_idle_adapters_now_and_used_ones_at_their_last_row(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        digests = [plan.adapters[0].weights_digest for plan in plans[:2]]
+        bench.workers.may_go_on.set()
+        bench.ask(greedy("x", plans[0], num_new=1))
+        await bench.idle()
+        bench.workers.may_go_on.clear()
+        bench.ask(greedy("x", plans[1], num_new=2))
+        await bench.until(lambda: len(bench.workers.running) == 1)
+        assert not bench.runner.forget(digests)
+        await bench.bank.drained()
+        assert bench.workers.held == {digests[1]}
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert bench.workers.held == set()
+        assert bench.runner.status().host_cache_bytes == 0
+
+    serve(main)
+
+
+def test_cancelling_closes_a_running_row_before_its_adapter_may_leave(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         [running], [waiting] = bench.ask(greedy("x", plans[0])), bench.ask(greedy("y", plans[1]))
         await bench.until(lambda: len(bench.workers.running) == 2)
@@ -80,6 +103,21 @@ def test_cancelling_closes_a_running_row_before_its_adapter_may_leave(serve: Ser
         await bench.idle()
         assert running.events == waiting.events == []
         assert [isinstance(one.last, Delta) for one in late] == [True, True]
+
+    serve(main)
+
+
+def test_more_fusions_than_fit_their_rows_all_run_with_adapters(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        fusions = [fusion_of(plans[number % 3], plans[(number + 1) % 3], weight=0.1 + number) for number in range(4)]
+        bench.workers.may_go_on.set()
+        asked = bench.ask(*[greedy("x", plan, num_new=3) for plan in (*fusions, *plans[3:], fusions[0])])
+        await bench.idle()
+        assert all(isinstance(one.last, Delta) for one in asked)
+        status = bench.runner.status()
+        assert sum(parts_of(digest) is not None for digest in bench.workers.held) == 2
+        assert (status.occupied_rows, status.active_rows) == (16, 0)
+        assert status.resident == bench.runner.expected() == set(adapters_of(bench.workers.held))
 
     serve(main)
 
@@ -109,7 +147,7 @@ def test_a_row_that_waits_for_long_reserves_only_the_rows_that_it_needs(
     serve(main, max_batch_size=4)
 
 
-def test_the_parts_of_waiting_fusions_count_in_the_budget_of_prefetches(serve: Serve) -> None:
+def test_the_parts_of_waiting_fusions_count_in_the_budget_of_prefetches(serve: Callable[..., Any]) -> None:
     executor = HeldExecutor()
 
     async def main(bench: Bench, plans: list[Plan]) -> None:
@@ -122,7 +160,47 @@ def test_the_parts_of_waiting_fusions_count_in_the_budget_of_prefetches(serve: S
     serve(main, executor=executor, max_batch_size=MIN_ROWS, host_cache_bytes=1)
 
 
-def test_a_row_that_ends_for_two_reasons_is_closed_once(serve: Serve) -> None:
+def test_forgetting_a_part_drops_its_fusion_at_the_last_row(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        first, second = (plan.adapters[0].weights_digest for plan in plans[:2])
+        bench.ask(greedy("x", fusion_of(*plans[:2]), num_new=2))
+        assert bench.runner.expected() == {first, second}
+        await bench.until(lambda: len(bench.workers.running) == 1)
+        assert not bench.runner.forget([first])
+        assert bench.runner.status().resident == {first, second}
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert bench.workers.held == bench.runner.status().resident == set()
+        assert bench.runner.status().host_cache_bytes > 0, "the other part stays"
+        assert bench.runner.forget([second])
+        assert bench.runner.status().host_cache_bytes == 0
+
+    serve(main)
+
+
+def test_a_fusion_in_the_bank_counts_as_all_of_its_adapters(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> list[int]:
+        bench.workers.may_go_on.set()
+        for plan in (fusion_of(*plans[:2]), fusion_of(*plans[:2]), fusion_of(*plans[1:3])):
+            bench.ask(greedy("x", plan, num_new=1))
+            await bench.idle()
+        counters = bench.runner.status().counters
+        return [counters.num_fetches, counters.num_bank_hits, counters.num_host_hits]
+
+    assert serve(main) == [3, 2, 1]
+
+
+def test_a_deadline_ends_running_and_waiting_rows(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> list[Exception | Delta | None]:
+        jobs = [replace(greedy("x", plan), time_left_s=0.02) for plan in plans[:3]]
+        asked = bench.ask(*jobs)
+        await bench.idle()
+        return [one.last for one in asked]
+
+    assert all(isinstance(last, DeadlineExceeded) for last in serve(main))
+
+
+def test_a_row_that_ends_for_two_reasons_is_closed_once(serve: Callable[..., Any]) -> None:
     """A second cancellation would interrupt the abort, and the workers would go on with the row."""
     later_s = 0.0
 
@@ -144,7 +222,26 @@ def test_a_row_that_ends_for_two_reasons_is_closed_once(serve: Serve) -> None:
     serve(main, clock=lambda: asyncio.get_running_loop().time() + later_s)
 
 
-def test_an_error_of_one_row_is_its_own(serve: Serve) -> None:
+def test_a_row_that_does_not_start_in_time_is_ended_and_a_running_one_is_not(serve: Callable[..., Any]) -> None:
+    later_s = 0.0
+
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        nonlocal later_s
+        first, second, third = bench.ask(*[greedy("x", plan, num_new=1) for plan in plans[:3]])
+        await bench.until(lambda: len(bench.workers.running) == 2)
+        later_s = 1000.0
+        bench.runner.submit([])  # the runner looks at its clock
+        await bench.until(lambda: third.last is not None)
+        assert isinstance(third.last, WaitedTooLong)
+        assert first.events == second.events == []
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert isinstance(first.last, Delta) and isinstance(second.last, Delta)
+
+    serve(main, max_wait_s=1000.0, clock=lambda: asyncio.get_running_loop().time() + later_s)
+
+
+def test_an_error_of_one_row_is_its_own(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         bench.workers.may_go_on.set()
         bench.workers.error = ValueError("what vLLM refuses")
@@ -152,19 +249,39 @@ def test_an_error_of_one_row_is_its_own(serve: Serve) -> None:
         await bench.idle()
         assert isinstance(failed.last, RequestFailed) and isinstance(failed.last.__cause__, ValueError)
         bench.workers.error = None
-        digest = plans[0].adapters[0].weights_digest
-        bench.workers.unfit = {digest: "the base model has no module 'up' in vLLM"}
-        wide = Plan("mixture", tuple(plan.adapters[0] for plan in plans[1:4]))
-        unfit, large, good = bench.ask(*[greedy("x", plan, num_new=2) for plan in (plans[0], wide, plans[1])])
+        del bench.pool[plans[0].adapters[0].weights_digest]
+        lost, large, good = bench.ask(
+            greedy("x", plans[0]),
+            greedy("x", Plan("mixture", tuple(plan.adapters[0] for plan in plans[1:4]))),
+            greedy("x", plans[1]),
+        )
         await bench.idle()
-        assert isinstance(unfit.last, AdapterUnfit) and str(unfit.last) == bench.workers.unfit[digest]
-        assert isinstance(large.last, PlanTooLarge) and isinstance(good.last, Delta)
-        assert bench.runner.failure is None and bench.runner.forget([digest])
+        assert isinstance(lost.last, AdapterLoadFailed) and isinstance(large.last, PlanTooLarge)
+        assert isinstance(good.last, Delta)
 
     serve(main)
 
 
-def test_a_bank_that_cannot_be_changed_ends_the_engine(serve: Serve) -> None:
+def test_an_adapter_that_the_workers_refuse_fails_only_its_own_rows(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        bench.workers.may_go_on.set()
+        digest = plans[0].adapters[0].weights_digest
+        bench.workers.unfit = {digest: "the base model has no module 'up' in vLLM"}
+        asked = bench.ask(*[greedy("x", plan, num_new=2) for plan in (plans[0], plans[1], BASE_PLAN, plans[0])])
+        await bench.idle()
+        for one in (asked[0], asked[3]):
+            assert isinstance(one.last, AdapterUnfit) and str(one.last) == bench.workers.unfit[digest]
+        assert [isinstance(one.last, Delta) for one in asked[1:3]] == [True, True]
+        assert bench.runner.failure is None
+        assert bench.runner.forget([digest])
+        [again] = bench.ask(greedy("x", plans[0], num_new=2))
+        await bench.idle()
+        assert isinstance(again.last, AdapterUnfit) and bench.runner.failure is None
+
+    serve(main)
+
+
+def test_a_bank_that_cannot_be_changed_ends_the_engine(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         async def broken(changes: object) -> None:
             raise RuntimeError("the workers are gone")
@@ -179,7 +296,7 @@ def test_a_bank_that_cannot_be_changed_ends_the_engine(serve: Serve) -> None:
     serve(main)
 
 
-def test_stopping_ends_all_rows_and_refuses_every_call(serve: Serve) -> None:
+def test_stopping_ends_all_rows_and_refuses_every_call(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         asked = bench.ask(*[greedy("x", plan) for plan in plans])
         await bench.until(lambda: len(bench.workers.running) == 2)
@@ -194,7 +311,7 @@ def test_stopping_ends_all_rows_and_refuses_every_call(serve: Serve) -> None:
     serve(main)
 
 
-def test_a_client_that_is_gone_ends_its_row(serve: Serve) -> None:
+def test_a_client_that_is_gone_ends_its_row(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         def gone(event: object) -> None:
             raise ConnectionError
@@ -208,7 +325,7 @@ def test_a_client_that_is_gone_ends_its_row(serve: Serve) -> None:
     serve(main)
 
 
-def test_an_answer_of_the_workers_is_progress_while_a_long_prompt_has_no_token(serve: Serve) -> None:
+def test_an_answer_of_the_workers_is_progress_while_a_long_prompt_has_no_token(serve: Callable[..., Any]) -> None:
     now = 0.0
 
     async def main(bench: Bench, plans: list[Plan]) -> None:
@@ -220,11 +337,9 @@ def test_an_answer_of_the_workers_is_progress_while_a_long_prompt_has_no_token(s
             await answers.wait()
 
         watching = asyncio.create_task(bench.runner.watch(ask, 0.001))
-        now = 3.0
-        assert bench.runner.seconds_without_progress() == 0.0, "no row runs"
         bench.ask(greedy("x"))
         await asked.wait()
-        now = 10.0
+        now = 7.0
         assert bench.runner.seconds_without_progress() == 7.0, "they have not answered"
         answers.set()
         await bench.until(lambda: bench.runner.seconds_without_progress() == 0.0)
@@ -234,7 +349,7 @@ def test_an_answer_of_the_workers_is_progress_while_a_long_prompt_has_no_token(s
     serve(main, clock=lambda: now)
 
 
-def test_workers_that_fail_to_answer_end_the_engine(serve: Serve) -> None:
+def test_workers_that_fail_to_answer_end_the_engine(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         async def fail() -> None:
             raise OSError("gone")
@@ -242,5 +357,16 @@ def test_workers_that_fail_to_answer_end_the_engine(serve: Serve) -> None:
         [asked] = bench.ask(greedy("x"))
         await bench.runner.watch(fail, 0.001)
         assert isinstance(asked.last, EngineStopped) and "gone" in str(bench.runner.failure)
+
+    serve(main)
+
+
+def test_time_without_progress_counts_only_while_rows_run(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        await asyncio.sleep(0.02)
+        assert bench.runner.seconds_without_progress() == 0
+        bench.ask(greedy("x"))
+        await asyncio.sleep(0.02)
+        assert bench.runner.seconds_without_progress() >= 0.02
 
     serve(main)
