@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from gpu_worker.errors import EngineStopped
-from gpu_worker.front.request.request import Delta
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.engine import NativeEngine
 from lora_store.adapter import AdapterWeights
-from lora_store.plan import BASE_PLAN
+from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
     PATIENCE_S,
     Gate,
@@ -30,9 +30,11 @@ from tests.gpu_worker.engine_driver import (
     Shapes,
     Start,
     assert_nothing_held,
+    by_digest,
     complete,
     greedy,
     run,
+    run_together,
     stream_text,
 )
 from tests.tiny import plan_of, random_adapter
@@ -40,6 +42,31 @@ from tests.tiny import plan_of, random_adapter
 
 async def collect(stream: AsyncIterator[Delta]) -> list[Delta]:
     return [delta async for delta in stream]
+
+
+def jobs_over(pool: list[AdapterWeights], count: int) -> list[Job]:
+    plans: list[Plan] = [BASE_PLAN, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
+    plans.append(plan_of("mixture", *[(weights, 0.5) for weights in pool]))
+    params = SamplingParams(max_tokens=10, seed=5, temperature=0.8)
+    return [Job(str(i), f"prompt {i}", plans[i % len(plans)], params) for i in range(count)]
+
+
+@pytest.mark.parametrize("stream_interval_ms", [0.0, 1.0, 1000.0])
+def test_streams_join_to_the_text_of_a_run_without_a_thread(
+    stream_interval_ms: float, make_engine: MakeEngine, shapes: Shapes, start: Start
+) -> None:
+    pool = [random_adapter(shapes, i) for i in range(2)]
+    jobs = jobs_over(pool, 4)
+    expected = [answer.text for answer in run_together(make_engine(by_digest(*pool)), jobs)]
+    native = start(make_engine(by_digest(*pool)), stream_interval_ms=stream_interval_ms)
+
+    async def main() -> list[list[Delta]]:
+        return await asyncio.gather(*(collect(stream_text(native, job)) for job in jobs))
+
+    streams = run(main())
+    assert ["".join(delta.text for delta in deltas) for deltas in streams] == expected
+    for deltas in streams:
+        assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
 
 
 def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:
@@ -58,6 +85,19 @@ def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated)
     gate.open()
     completion, _ = run(complete(native, greedy("stays", BASE_PLAN, "stays")))
     assert completion.num_new_tokens == 8
+
+
+def test_two_requests_of_one_id_do_not_cancel_each_other(make_engine: MakeEngine, start: Start) -> None:
+    native = start(make_engine({}))
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(
+            complete(native, greedy("x", BASE_PLAN, "same", num_new=1)),
+            complete(native, greedy("x", BASE_PLAN, "same", num_new=100)),
+        )
+
+    short, long = run(main())
+    assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 100)
 
 
 def test_an_idle_loop_is_not_hanging_and_one_in_a_long_step_is(gated: Gated) -> None:

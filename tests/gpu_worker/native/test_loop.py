@@ -1,12 +1,12 @@
-"""The engine's submissions, refusals, loads, cancellations and deliveries, and a pool that changes while it serves.
+"""The engine's submissions, refusals, loads, cancellations and deliveries.
 
 Requests past their deadline end at the next step, in any state.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,30 +15,45 @@ from torch import Tensor
 
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, LogitsNotFinite, WaitedTooLong
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
-from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.clocks import Clock
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Alone,
-    Answer,
+    Gated,
     HeldExecutor,
     MakeEngine,
     Shapes,
     Start,
+    always_says,
     ask,
     assert_nothing_held,
     assert_same,
     by_digest,
     complete,
     greedy,
-    only,
     run,
     run_together,
-    steps,
+    stream_text,
 )
-from tests.tiny import plan_of, random_adapter
+from tests.tiny import assert_equal_logits, plan_of, random_adapter
+
+
+def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngine, shapes: Shapes) -> None:
+    good, base_is_done = random_adapter(shapes, 1), threading.Event()
+
+    def fetch(digest: str) -> AdapterWeights:
+        assert base_is_done.wait(120)
+        return good
+
+    with ThreadPoolExecutor(1) as executor:
+        engine = make_engine(fetch, executor=executor)
+        slow = ask(engine, greedy("waits", plan_of("selection", (good, 1.0)), "slow"))
+        row = engine.prepare(BASE_JOB, lambda event: base_is_done.set() if event.finish_reason else None)  # type: ignore[union-attr]
+        engine.submit(row)
+        engine.run_until_idle()
+    assert slow.is_finished
 
 
 def test_weights_under_another_digest_fail_their_request(make_engine: MakeEngine, shapes: Shapes) -> None:
@@ -129,6 +144,33 @@ def test_cancelling_an_unknown_or_ended_request_does_nothing(make_engine: MakeEn
     assert_nothing_held(engine)
 
 
+def test_min_tokens_prevents_every_end_and_max_tokens_ends_the_answer(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    always_says(engine.base.model, 257)  # <eos>
+    least = SamplingParams(max_tokens=9, min_tokens=5, temperature=0)
+    at_once, later, never, stopped = run_together(
+        engine,
+        [
+            Job("0", "x", sampling=SamplingParams(max_tokens=9, temperature=0)),
+            Job("1", "x", sampling=least),
+            Job("2", "x", sampling=SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)),
+            Job("3", "x", sampling=replace(least, ignore_eos=True, stop_token_ids=(257, 3))),
+        ],
+    )
+    assert at_once.tokens == [257] and at_once.text == ""
+    assert len(later.tokens) == 6 and later.tokens.index(257) == 5
+    assert never.tokens == [257] * 9
+    assert len(stopped.tokens) == 6 and stopped.tokens.index(257) == 5 and 3 not in stopped.tokens
+    reasons = [a.events[-1].finish_reason for a in (at_once, later, never, stopped)]  # type: ignore[union-attr]
+    assert reasons == ["stop", "stop", "length", "stop"]
+
+
+def test_the_first_logits_are_the_models_own_even_with_min_tokens(make_engine: MakeEngine) -> None:
+    params = SamplingParams(max_tokens=3, min_tokens=2, temperature=0)
+    plain, least = run_together(make_engine({}), [BASE_JOB, Job("least", str(BASE_JOB.prompt), sampling=params)])
+    assert_equal_logits(least.first_logits, plain.first_logits)
+
+
 def test_a_running_request_ends_at_its_deadline_and_the_others_go_on(make_engine: MakeEngine, alone: Alone) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, clock=clock)
@@ -183,6 +225,17 @@ def test_a_request_that_cannot_start_is_refused_in_time_and_one_that_runs_may_go
     assert_nothing_held(engine)
 
 
+def test_every_delta_has_the_waiting_time_of_its_request(make_engine: MakeEngine) -> None:
+    clock = Clock(1000.0)
+    engine = make_engine({}, clock=clock, max_batch_size=1)
+    first, second = (ask(engine, greedy("x", BASE_PLAN, name, 2)) for name in ("first", "second"))
+    while not second.is_finished:
+        clock.at += 1.5
+        engine.step()
+    assert {event.queued_s for event in first.events} == {1.5}
+    assert {event.queued_s for event in second.events} == {4.5}
+
+
 def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(1000.0), max_batch_size=1, max_wait_s=1e300)
     ask(engine, replace(greedy("x"), time_left_s=1e300))
@@ -202,115 +255,20 @@ def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shap
         run(main())
 
 
-class Pool:
-    """Returns weights by digest, counts calls, and can be switched off."""
+def test_a_stream_ends_with_the_deadline_as_its_error(gated: Gated) -> None:
+    clock = Clock(1000.0)
+    _, gate, native = gated({}, clock=clock)
 
-    def __init__(self, *weights: AdapterWeights) -> None:
-        self.weights = by_digest(*weights)
-        self.fetched: Counter[str] = Counter()
-        self.is_down = False
+    async def main() -> None:
+        found: list[Delta] = []
+        gate.permits.release()
+        try:
+            async for delta in stream_text(native, replace(greedy("x", num_new=100), time_left_s=10.0)):
+                found.append(delta)
+                clock.at = 1010.0
+                gate.open()
+        finally:
+            assert 1 <= len(found) <= 2
 
-    def __call__(self, digest: str) -> AdapterWeights:
-        self.fetched[digest] += 1
-        if self.is_down:
-            raise ConnectionError("the store is away")
-        return self.weights[digest]
-
-
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with another row that waits for its load"])
-def test_an_adapter_evicted_while_a_request_waits_is_fetched_again(
-    beside: bool, make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    evicted, wide, late = (random_adapter(shapes, i, rank=rank) for i, rank in enumerate((2, 8, 2)))
-    pool, executor = Pool(evicted, wide, late), HeldExecutor()
-    engine = make_engine(pool, executor=executor, bank_rank_rows=8, max_batch_size=1, host_cache_bytes=0)
-    first = ask(engine, greedy("x", only(evicted)))
-    executor.release()
-    engine.run_until_idle()
-    assert first.is_finished
-    wide_job = greedy("wide", only(wide), "wide", num_new=2)
-    plan = plan_of("mixture", (evicted, 0.5), (late, 0.5)) if beside else only(evicted)
-    job = greedy("evicted", plan, "evicted")
-    wide_answer, answer = ask(engine, wide_job), ask(engine, job)
-    assert pool.fetched[evicted.weights_digest] == 1, "it is in the bank as the request comes"
-    executor.release()
-    while not wide_answer.is_finished:
-        engine.step()
-    assert not engine.step(), "the request waits for its fetch"
-    executor.release()
-    engine.run_until_idle()
-    assert pool.fetched[evicted.weights_digest] == 2
-    assert_same(wide_answer, alone(wide_job, pool.weights))
-    assert_same(answer, alone(job, pool.weights))
-
-
-def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    resident, loading = (random_adapter(shapes, i) for i in range(2))
-    pool, executor = Pool(resident, loading), HeldExecutor()
-    engine = make_engine(pool, executor=executor)
-    warm = ask(engine, greedy("x", only(resident)))
-    executor.release()
-    engine.run_until_idle()
-    assert warm.is_finished
-    stalled = ask(engine, greedy("y", only(loading), "stalled"))
-    stalled.row.num_passes = 1000
-    job = greedy("z", only(resident), "behind")
-    behind = ask(engine, job)
-    steps(engine, 20)
-    assert_same(behind, alone(job, pool.weights))
-    assert not stalled.is_finished
-    executor.release()
-    engine.run_until_idle()
-    assert stalled.is_finished
-
-
-def test_a_request_that_waits_for_its_load_keeps_weights_forgotten_meanwhile(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    weights, executor = random_adapter(shapes, 1), HeldExecutor()
-    engine = make_engine(by_digest(weights), executor=executor)
-    empty = engine.status()
-    job = greedy("loads", only(weights), "loads")
-    answer = ask(engine, job)
-    assert not engine.queue.forget([weights.weights_digest])
-    executor.release()
-    engine.run_until_idle()
-    assert_same(answer, alone(job, by_digest(weights)))
-    assert engine.status() == empty
-
-
-def test_an_abandoned_load_is_forgotten_when_it_ends(make_engine: MakeEngine, shapes: Shapes) -> None:
-    weights, executor = random_adapter(shapes, 1), HeldExecutor()
-    engine = make_engine(by_digest(weights), executor=executor)
-    answer = ask(engine, greedy("leaves", only(weights)))
-    engine.cancel(answer.row)
-    assert not engine.queue.forget([weights.weights_digest])
-    executor.release()
-    engine.step()  # a finished load wakes the engine
-    assert engine.status().host_cache_bytes == 0
-    assert engine.queue.forget([weights.weights_digest])
-
-
-def end_by_cancel(engine: Engine, answer: Answer) -> None:
-    engine.cancel(answer.row)
-
-
-def end_by_failing_all(engine: Engine, answer: Answer) -> None:
-    engine.fail_all(ConnectionError("it ends"))
-
-
-@pytest.mark.parametrize("end", [end_by_cancel, end_by_failing_all])
-@pytest.mark.parametrize("num_steps", [0, 3], ids=["waiting", "running"])
-def test_forgotten_weights_are_dropped_however_the_last_request_ends(
-    num_steps: int, end: Callable[[Engine, Answer], None], make_engine: MakeEngine, shapes: Shapes
-) -> None:
-    weights = random_adapter(shapes, 1)
-    engine = make_engine(by_digest(weights))
-    empty = engine.status()
-    answer = ask(engine, greedy("x", only(weights), num_new=50))
-    steps(engine, num_steps)
-    assert not engine.queue.forget([weights.weights_digest])
-    end(engine, answer)
-    assert engine.status() == empty
+    with pytest.raises(DeadlineExceeded):
+        run(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from gpu_worker.errors import BaseModelUnsupported, PlanTooLarge, WorkerConfigInvalid
@@ -22,10 +23,11 @@ from gpu_worker.native.memory_plan import plan_memory
 from lora_store import check_folder
 from lora_store.adapter import AdapterWeights, Shapes
 from lora_store.plan import BASE_PLAN, Plan
+from lora_store.strategies.registry import Strategy
 from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
-from tests.gpu_worker.families import EQUAL, WITH_EXPERTS, eager_answer, save, train, whole_model
+from tests.gpu_worker.families import EQUAL, WITH_EXPERTS, eager_answer, save, whole_model
 from tests.soak import Scale
 from tests.tiny import assert_equal_logits, plan_of, random_adapter, tiny_config
 
@@ -45,6 +47,19 @@ def engine_over(folder: Path, make_engine: MakeEngine, pool: Mapping[str, Adapte
     return make_engine(pool, base=load_base_model(tiny_config(folder, **changes)), max_step_tokens=16, **changes)
 
 
+def train(folder: Path, target: Path, seed: int, **settings: Any) -> Path:
+    """Save an adapter on attention and experts, with random weights, as PEFT does."""
+    torch.manual_seed(seed)
+    chosen: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    chosen["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(whole_model(folder), LoraConfig(**chosen | settings))
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(target)
+    return target
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -61,8 +76,7 @@ def test_adapters_on_experts_answer_as_with_peft(
 ) -> None:
     """Two adapters that PEFT saved and the base model, in one batch."""
     folder = save(tmp_path / "base", "qwen3_moe", EQUAL["qwen3_moe"])
-    chosen = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    adapters = [train(folder, tmp_path / str(seed), seed, **chosen | own) for seed, own in enumerate(({}, settings))]
+    adapters = [train(folder, tmp_path / "plain", 1), train(folder, tmp_path / "other", 2, **settings)]
     pool = []
     for path in adapters:
         checked = check_folder(path, accepts_base={str(folder)}, module_shapes=shapes_of(folder))
@@ -99,6 +113,24 @@ def plans_of(shapes: Shapes) -> tuple[dict[str, AdapterWeights], dict[str, Plan]
     }
 
 
+def random_plans(shapes: Shapes, seed: int) -> tuple[dict[str, AdapterWeights], dict[str, Plan]]:
+    """Return adapters with random modules and ranks, and plans over some of them with any weights."""
+    draw = random.Random(seed)
+    adapters = []
+    for number in range(4):
+        share, ranks = draw.choice((0.3, 0.8, 1.0)), {name: draw.choice((1, 2, 3, 6)) for name in shapes}
+        chosen = {name for name in shapes if draw.random() < share} or {draw.choice(sorted(shapes))}
+        adapters.append(
+            random_adapter(shapes, 100 * seed + number, rank_of=ranks.__getitem__, modules=chosen.__contains__)
+        )
+    plans = {}
+    for number in range(6):
+        parts = draw.sample(adapters, draw.randint(1, 4))
+        strategy: Strategy = draw.choice(("mixture", "fusion")) if len(parts) > 1 else "selection"
+        plans[str(number)] = plan_of(strategy, *((each, draw.choice((1.0, 0.5, -0.4, 0.0, 0.3))) for each in parts))
+    return by_digest(*adapters), plans
+
+
 def assert_follows_the_reference(
     folder: Path, make_engine: MakeEngine, pool: Mapping[str, AdapterWeights], plans: Mapping[str, Plan]
 ) -> int:
@@ -119,6 +151,13 @@ def test_every_plan_over_experts_equals_the_reference(tmp_path: Path, make_engin
     for name in names:
         folder = save(tmp_path / name, name, EQUAL[name])
         assert assert_follows_the_reference(folder, make_engine, *plans_of(shapes_of(folder))) == 12
+
+
+def test_random_plans_over_experts_equal_the_reference(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
+    for seed in range(scale.pick("batches of random plans over experts", small=1, full=85)):
+        name = WITH_EXPERTS[seed % len(WITH_EXPERTS)]
+        folder = save(tmp_path / f"{name}-{seed}", name, EQUAL[name])
+        assert assert_follows_the_reference(folder, make_engine, *random_plans(shapes_of(folder), seed)) == 12
 
 
 def moe(tmp_path: Path) -> Path:

@@ -31,6 +31,7 @@ from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.chat_templates import HERMES_TEMPLATE, LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, TEMPLATES
 from tests.gpu_worker.engine_driver import Answer, MakeEngine, ask, assert_nothing_held, greedy, run_together
 from tests.gpu_worker.front.grammar.schemas import random_schema
+from tests.soak import Scale
 from tests.tiny import TinyBase, TinyFolders, tiny_config
 
 COLOURS = Grammar("regex", "(red|green|blue)")
@@ -44,6 +45,19 @@ def sampled(grammar: Grammar, seed: int = 0, plan: Plan = BASE_PLAN, num_new: in
 def finish_of(answer: Answer) -> str | None:
     assert isinstance(answer.events[-1], Delta), answer.error
     return answer.events[-1].finish_reason
+
+
+def test_random_schemas_give_valid_json_at_temperature_1(make_engine: MakeEngine, scale: Scale) -> None:
+    engine = make_engine({}, max_model_len=512, family="llama_512_ids")
+    num_schemas = scale.pick("schemas", small=8, full=200)
+    schemas = [random_schema(seed) for seed in range(num_schemas)]
+    jobs = [
+        sampled(Grammar("json_schema", json.dumps(schema)), seed, num_new=400) for seed, schema in enumerate(schemas)
+    ]
+    for schema, answer in zip(schemas, run_together(engine, jobs), strict=True):
+        assert finish_of(answer) == "stop", answer.text
+        Draft202012Validator(schema).validate(json.loads(answer.text))
+    assert_nothing_held(engine)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,32 +1,70 @@
-"""The engine's results equal the plain model and PEFT's, row by row."""
+"""The engine's results equal the plain model with the composition merged into its weights, row by row."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.model.base_model import load_base_model
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.residency import Residency
+from gpu_worker.model.attention_plan import Segment
+from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.model.dense_mapping import dense_mapping
+from gpu_worker.model.grouped_mapping import grouped_mapping
+from gpu_worker.model.lora_kernel import LoraKernel
+from gpu_worker.model.lora_linear import LoraLinear
+from gpu_worker.model.step_context import Composition, StepContext
+from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.loop import Engine
-from lora_store import check_folder
-from lora_store.adapter import AdapterWeights
-from lora_store.peft_files import read_peft_folder
+from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, greedy, run_together
-from tests.gpu_worker.families import eager_answer, train, whole_model
-from tests.tiny import FAMILIES, TinyFolders, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
+from tests.gpu_worker.engine_driver import MakeEngine, ask, greedy, kv_shape, run_together
+from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
+
+
+def merged_delta(plan: Plan, adapters: Mapping[str, AdapterWeights], name: str, shape: tuple[int, int]) -> Tensor:
+    """Return the weight change of a plan for one module, computed in full."""
+    num_out, num_in = shape
+    rank = max(adapters[row.weights_digest].max_rank for row in plan.adapters)
+    sum_of_products = torch.zeros(num_out, num_in)
+    sum_a, sum_b = torch.zeros(rank, num_in), torch.zeros(num_out, rank)
+    for row in plan.adapters:
+        module = adapters[row.weights_digest].modules.get(name)
+        if module is None:
+            continue
+        scaled_b = module.lora_b * module.scaling
+        sum_of_products += row.weight * scaled_b @ module.lora_a
+        sum_a[: module.rank] += row.weight * module.lora_a
+        sum_b[:, : module.rank] += row.weight * scaled_b
+    return sum_b @ sum_a if plan.strategy == "fusion" else sum_of_products
+
+
+def reference(
+    folder: Path, prompt: str, plan: Plan, adapters: Mapping[str, AdapterWeights], num_new: int
+) -> tuple[Tensor, list[int]]:
+    """Return logits after the prompt and the greedy continuation: transformers in float64, weights merged, alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        for name, module in model.named_modules():
+            if plan.adapters and isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight += merged_delta(plan, adapters, name, tuple(module.weight.shape))
+        tokens = tokenizer(prompt).input_ids
+        first: Tensor | None = None
+        new: list[int] = []
+        for _ in range(num_new):
+            logits = model(torch.tensor([tokens + new]), use_cache=False).logits[0, -1]
+            first = logits if first is None else first
+            new.append(int(logits.argmax()))
+    assert first is not None
+    return first.float(), new
 
 
 def mixed_pool(shapes: Mapping[str, tuple[int, int]]) -> list[AdapterWeights]:
@@ -54,12 +92,27 @@ def plans_over(pool: Sequence[AdapterWeights]) -> list[Plan]:
     ]
 
 
+def test_long_rows_are_equal_across_windows_and_length_groups(
+    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
+) -> None:
+    weights = random_adapter(linear_shapes(tiny_base()), 6, size=0.1)
+    adapters = {weights.weights_digest: weights}
+    plan = plan_of("selection", (weights, 1.0))
+    prompts = ["z" * 3, "ab" * 30, "abc" * 40]  # below, across and above the 64-token group; beyond the 12-token window
+    jobs = [greedy(prompt, plan, i, num_new=20) for i, prompt in enumerate(prompts)]
+    engine = make_engine(adapters, max_step_tokens=32)  # prompts arrive in chunks
+    for prompt, answer in zip(prompts, run_together(engine, jobs), strict=True):
+        expected_logits, expected_tokens = reference(tiny_folders["gemma3"], prompt, plan, adapters, 20)
+        assert_equal_logits(answer.first_logits, expected_logits)
+        assert answer.tokens == expected_tokens
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_steps", [2, 5])
 def test_a_lone_prompt_of_several_steps_equals_the_plain_model(
-    family: str, make_engine: MakeEngine, tiny_folders: TinyFolders
+    num_steps: int, family: str, make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
 ) -> None:
     """The first steps have no logits: only the last chunk of the prompt yields a token."""
-    num_steps = 3
     prompt = ("0123456789abcdef" * num_steps)[: 16 * num_steps - 5]  # 16 tokens per step; the last chunk is shorter
     engine = make_engine({}, family, max_step_tokens=16)
     head_rows = rows_of_head_products(engine)
@@ -68,8 +121,7 @@ def test_a_lone_prompt_of_several_steps_equals_the_plain_model(
         engine.step()
     assert (answer.events, sum(head_rows)) == ([], 0)
     engine.run_until_idle()
-    tokens = AutoTokenizer.from_pretrained(tiny_folders[family])(prompt).input_ids
-    expected_logits, expected_tokens = eager_answer(whole_model(tiny_folders[family]), tokens, 8)
+    expected_logits, expected_tokens = reference(tiny_folders[family], prompt, BASE_PLAN, {}, 8)
     assert_equal_logits(answer.first_logits, expected_logits)
     assert answer.tokens == expected_tokens
     assert engine.num_steps == num_steps + 7
@@ -84,135 +136,69 @@ def rows_of_head_products(engine: Engine) -> list[int]:
 
 
 def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
-    make_engine: MakeEngine, tiny_folders: TinyFolders
+    make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
 ) -> None:
-    base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16"))
-    pool = mixed_pool(linear_shapes(base))
-    engine = make_engine(by_digest(*pool), base=base, prefix_cache=False)
+    def engine_over(adapters: Mapping[str, AdapterWeights]) -> Engine:
+        return make_engine(adapters, base=load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16")))
+
+    shapes = engine_over({}).bank.shapes
+    pool = mixed_pool(shapes)
+    adapters = {weights.weights_digest: weights for weights in pool}
     jobs = [greedy(PROMPTS[i % len(PROMPTS)], plan, i) for i, plan in enumerate(plans_over(pool))]
-    for job, answer in zip(jobs, run_together(engine, jobs), strict=True):
-        [alone] = run_together(engine, [job])
+    together = run_together(engine_over(adapters), jobs)
+    for job, answer in zip(jobs, together, strict=True):
+        [alone] = run_together(engine_over(adapters), [job])
         assert_equal_logits(answer.first_logits.bfloat16(), alone.first_logits.bfloat16())
 
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CONFIGS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR},
-    "attention only": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]},
-    "rank-stabilised": {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ALL_LINEAR},
-    "rank pattern": {
-        "r": 2,
-        "lora_alpha": 4,
-        "rank_pattern": {"mlp.up_proj": 5, r"layers\.1\.self_attn\.q_proj": 1, "^model.layers.2.mlp.down_proj": 6},
-        "target_modules": ALL_LINEAR,
-    },
-    "both patterns": {
-        "r": 2,
-        "lora_alpha": 4,
-        "rank_pattern": {"q_proj": 3},
-        "alpha_pattern": {"q_proj": 9, r"layers\.[01]\..*up_proj": 1},
-        "target_modules": ALL_LINEAR,
-    },
-    "patterns, rank-stabilised": {
-        "r": 2,
-        "lora_alpha": 3,
-        "use_rslora": True,
-        "rank_pattern": {"down_proj": 4},
-        "alpha_pattern": {"v_proj": 7},
-        "target_modules": ALL_LINEAR,
-    },
-    "regular expression": {"r": 4, "lora_alpha": 4, "target_modules": r".*layers\.[02]\.(self_attn\.k|mlp\.gate)_proj"},
-}
-# Settings of the training only. PEFT saves tensors of their own with the pairs.
-TRAINING: dict[str, dict[str, Any]] = {
-    "VeLoRA": {"velora_config": VeloraConfig(num_groups=4)},
-    "MonteCLoRA": {"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2)},
-}
-SHORT_PROMPTS = ["The parrot says", "x"]
+def einsum_mixture(x: Tensor, lora_a: Tensor, lora_b: Tensor, mapping: Tensor) -> Tensor:
+    """Return the paper's literal contraction. Dims: b rows, l tokens, p adapters, r rank, d in, o out."""
+    h = torch.einsum("bld,prd->blpr", x, lora_a)
+    outputs = torch.einsum("blpr,por->blpo", h, lora_b)
+    return torch.einsum("blpo,bp->blo", outputs, mapping)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A PEFT folder, and the adapter read from it."""
-
-    folder: Path
-    weights: AdapterWeights
+def einsum_fusion(x: Tensor, lora_a: Tensor, lora_b: Tensor, mapping: Tensor) -> Tensor:
+    fused_a = torch.einsum("bp,prd->brd", mapping, lora_a)
+    fused_b = torch.einsum("bp,por->bor", mapping, lora_b)
+    return torch.einsum("blr,bor->blo", torch.einsum("bld,brd->blr", x, fused_a), fused_b)
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_folders: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """Return an adapter of every config, created and saved by PEFT, with a random lora_B instead of zeros."""
-    pool = {}
-    for seed, (name, settings) in enumerate(CONFIGS.items()):
-        folder = train(tiny_folders["gemma3"], tmp_path_factory.mktemp("adapter"), seed, **settings)
-        pool[name] = Trained(folder, AdapterWeights(f"digest of {name}", read_peft_folder(folder).modules))
-    return pool
-
-
-def logits_of(model: PeftModel, tiny_folders: TinyFolders, prompt: str) -> Tensor:
-    """Return PEFT's logits for the prompt's last token."""
-    tokens = AutoTokenizer.from_pretrained(tiny_folders["gemma3"])(prompt, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=tokens).logits[0, -1]
-    return logits
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_selection_equals_the_peft_model(
-    name: str, trained: dict[str, Trained], tiny_folders: TinyFolders, make_engine: MakeEngine
-) -> None:
-    weights = trained[name].weights
-    model = PeftModel.from_pretrained(whole_model(tiny_folders["gemma3"]), trained[name].folder).eval()
-    jobs = [greedy(prompt, plan_of("selection", (weights, 1.0)), prompt, num_new=1) for prompt in SHORT_PROMPTS]
-    for answer, job in zip(run_together(make_engine(by_digest(weights)), jobs), jobs, strict=True):
-        assert isinstance(job.prompt, str)
-        expected = logits_of(model, tiny_folders, job.prompt)
-        assert_equal_logits(answer.first_logits, expected)
-        with model.disable_adapter():
-            base = logits_of(model, tiny_folders, job.prompt)
-        assert float((expected - base).abs().max()) > 0.05, "the adapter should matter"
-
-
-@pytest.mark.parametrize("kind", TRAINING)
-def test_settings_of_the_training_do_not_change_the_answer(
-    kind: str, tiny_folders: TinyFolders, make_engine: MakeEngine, tmp_path: Path
-) -> None:
-    """Trained for a step, saved by PEFT, checked as an upload, and compared with PEFT's model for generating."""
+@pytest.mark.parametrize("strategy", ["mixture", "fusion"])
+@pytest.mark.parametrize("popularity", ["same", "distinct", "skewed"])
+@pytest.mark.parametrize("by", ["dense", "grouped"])
+def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str, by: str, lora_kernel: LoraKernel) -> None:
     torch.manual_seed(0)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR, "task_type": "CAUSAL_LM", **TRAINING[kind]}
-    trained = get_peft_model(whole_model(tiny_folders["gemma3"]), LoraConfig(**settings)).train()
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.5)
-    for key, parameter in trained.named_parameters():
-        if ".lora_B." in key:
-            torch.nn.init.normal_(parameter, std=0.15)
-    tokens = torch.arange(3, 30)[None]
-    trained(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    trained.eval().save_pretrained(tmp_path)
-    checked_equals_peft(tmp_path, tiny_folders, make_engine)
-
-
-def test_float64_tensors_are_rounded_as_by_peft(
-    trained: dict[str, Trained], tiny_folders: TinyFolders, make_engine: MakeEngine, tmp_path: Path
-) -> None:
-    shutil.copytree(trained["plain"].folder, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    third = {key: tensor.double() / 3 for key, tensor in tensors.items()}
-    save_file(third, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    checked_equals_peft(tmp_path, tiny_folders, make_engine)
-
-
-def checked_equals_peft(folder: Path, tiny_folders: TinyFolders, make_engine: MakeEngine) -> None:
-    """Check the folder as an upload, and compare the engine's logits with PEFT's."""
-    base = load_base_model(tiny_config(tiny_folders["gemma3"]))
-    accepts = {str(tiny_folders["gemma3"])}
-    checked = check_folder(folder, accepts_base=accepts, module_shapes=linear_shapes(base))
-    weights = AdapterWeights("digest", checked.modules)
-    assert len(weights.modules) == 3 * len(ALL_LINEAR)
-    model = PeftModel.from_pretrained(whole_model(tiny_folders["gemma3"]), folder).eval()
-    job = greedy(SHORT_PROMPTS[0], plan_of("selection", (weights, 1.0)), num_new=1)
-    [answer] = run_together(make_engine(by_digest(weights)), [job])
-    expected = logits_of(model, tiny_folders, SHORT_PROMPTS[0])
-    assert_equal_logits(answer.first_logits, expected)
-    with model.disable_adapter():
-        assert float((expected - logits_of(model, tiny_folders, SHORT_PROMPTS[0])).abs().max()) > 0.01
+    num_rows, num_tokens, num_adapters, rank, num_in, num_out = 6, 5, 6, 4, 16, 24
+    linear = torch.nn.Linear(num_in, num_out)
+    bank = LoraBank({"m": linear}, num_adapters * rank + 7, free_fill=float("nan"))
+    residency = Residency(bank)
+    lora_a, lora_b = torch.randn(num_adapters, rank, num_in), torch.randn(num_adapters, num_out, rank)
+    pool = [AdapterWeights(str(s), {"m": ModuleWeights(lora_a[s], lora_b[s], 1.0)}) for s in range(num_adapters)]
+    chosen = {
+        "same": [[0, 1, 2]] * num_rows,
+        "distinct": [[s] for s in range(num_rows)],
+        "skewed": [[0], [0, 1], [0, 1, 2, 3, 4, 5], [0], [5], [0, 3]],
+    }[popularity]
+    plans = [plan_of(strategy, *[(pool[s], 1 / len(row)) for s in row]) for row in chosen]  # type: ignore[arg-type]
+    used = sorted({s for row in chosen for s in row})
+    assert residency.try_pin([str(s) for s in used], {str(s): bank.to_device_layout(pool[s]) for s in used})
+    residency.settle()
+    mapping = torch.zeros(num_rows, num_adapters)
+    for b, row in enumerate(chosen):
+        mapping[b, row] = 1 / len(row)
+    step = StepContext()
+    segments = [Segment(b, b * num_tokens, num_tokens, 0) for b in range(num_rows)]
+    counts = [num_tokens] * num_rows
+    lora: Composition
+    if by == "dense":
+        lora = dense_mapping(plans, counts, residency, torch.float32, torch.device("cpu"))
+    else:
+        lora = grouped_mapping(plans, counts, residency, lora_kernel)
+    step.fill(lora, HostKvCache(kv_shape(num_rows=num_rows, max_len=num_tokens)).attention(segments))
+    x = torch.randn(num_rows, num_tokens, num_in)
+    slow = einsum_mixture if strategy == "mixture" else einsum_fusion
+    with torch.inference_mode():
+        expected = linear(x) + slow(x, lora_a, lora_b, mapping)
+        found = LoraLinear(linear, bank.modules["m"], step)(x.flatten(0, 1)[None])
+    torch.testing.assert_close(found[0].view_as(expected), expected, atol=1e-4, rtol=1e-4)

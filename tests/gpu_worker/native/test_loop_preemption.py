@@ -85,7 +85,7 @@ def test_the_row_that_joined_last_is_preempted_and_resumes_first(make_engine: Ma
     assert all(answer.is_finished for answer in (young, *waiting))
 
 
-@pytest.mark.parametrize("num_prompt_tokens", [1, MAX_LEN - 1])
+@pytest.mark.parametrize("num_prompt_tokens", [1, PAGE, MAX_LEN - 1])
 def test_one_row_always_reaches_its_maximum_length(num_prompt_tokens: int, make_engine: MakeEngine) -> None:
     engine = make_engine({}, kv_tokens=MAX_LEN)
     longest = [ask(engine, job_of(num_prompt_tokens, MAX_LEN - num_prompt_tokens, i)) for i in range(6)]
@@ -107,6 +107,22 @@ def test_a_prompt_that_does_not_fit_yet_is_not_overtaken(make_engine: MakeEngine
     assert first.is_finished
     engine.run_until_idle()
     assert short.is_finished
+
+
+def test_rows_join_while_every_running_row_can_grow_by_one_page(make_engine: MakeEngine) -> None:
+    """Ten pages: with three growing rows of one page, a fourth row of 80 tokens must wait and one of 64 must not."""
+    engine = make_engine({}, kv_tokens=MAX_LEN)
+    growing = [ask(engine, job_of(8, 60, i)) for i in range(3)]
+    engine.step()
+    fits = ask(engine, job_of(64, 4, 4))
+    engine.step()
+    assert fits.row in engine.running
+    engine.cancel(fits.row)
+    too_long = ask(engine, job_of(80, 4, 5))
+    engine.step()
+    assert too_long.row in engine.waiting
+    engine.run_until_idle()
+    assert all(answer.is_finished for answer in (*growing, too_long))
 
 
 def test_preempted_rows_resume_before_any_new_row(make_engine: MakeEngine) -> None:

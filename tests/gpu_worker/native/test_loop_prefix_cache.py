@@ -28,6 +28,7 @@ from tests.gpu_worker.engine_driver import (
 )
 from tests.gpu_worker.poisoned_cache import Poisoned
 from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
+from tests.soak import Scale
 from tests.tiny import plan_of, random_adapter
 
 PAGE = 16
@@ -190,4 +191,23 @@ def test_a_conversation_in_window_layers_keeps_little_more_than_its_windows(make
     for answer in answers[::5]:
         [lone] = run_together(make_engine({}, max_model_len=400, prefix_cache=False), [jobs[answers.index(answer)]])
         assert_same(answer, lone)
+    assert_nothing_held(engine)
+
+
+def test_joins_leave_no_page_and_no_key_behind(make_engine: MakeEngine, shapes: Shapes, scale: Scale) -> None:
+    """Requests with shared prefixes of several plans and tenants in a cache that is always too small."""
+    num_joins = scale.pick("joins", small=120, full=10_000)
+    pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
+    plans = [BASE_PLAN, only(pool[0]), only(pool[1]), plan_of("fusion", (pool[0], 0.5), (pool[1], 0.5))]
+    engine = make_engine(by_digest(*pool), kv_tokens=400)
+    for start in range(0, num_joins, 12):
+        for i in range(start, start + 12):
+            text = PROMPT[: 20 + 29 * i % 60] + "ab" * (i % 7)
+            ask(engine, replace(greedy(text, plans[i // 24 % 4], i, 1 + i % 20), tenant=f"t{i // 48 % 3}"))
+        if start % 36 == 0:
+            engine.step()
+            engine.cancel(engine.running[0])
+        engine.run_until_idle()
+        assert engine.kv_cache.num_free_tokens == 400
+    assert engine.counters.num_cached_tokens > 0 and engine.counters.num_evicted_blocks > 0
     assert_nothing_held(engine)

@@ -50,6 +50,22 @@ def jobs_of(pool: Sequence[AdapterWeights]) -> list[Job]:
     ]
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_answers_are_those_without_guesses(family: str, make_engine: MakeEngine, pool: list[AdapterWeights]) -> None:
+    def answers(most: int) -> tuple[list[Answer], Engine]:
+        engine = make_engine(by_digest(*pool), family, prompt_lookup_tokens=most)
+        found = [ask(engine, job) for job in jobs_of(pool)]
+        engine.run_until_idle()
+        assert_nothing_held(engine)
+        return found, engine
+
+    expected, plain = answers(0)
+    found, guessing = answers(4)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.tokens, one.text) == (other.tokens, other.text), one.row.request_id
+    assert guessing.counters.num_new_tokens == plain.counters.num_new_tokens
+
+
 def test_an_answer_that_repeats_itself_takes_fewer_steps(make_engine: MakeEngine) -> None:
     engine = make_engine({}, prompt_lookup_tokens=4)
     [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids
@@ -60,7 +76,7 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps(make_engine: MakeEngine
     assert engine.num_steps == 8  # four single tokens, then five at a time
 
 
-@pytest.mark.parametrize("wrong_every", [1, 2, 1000])
+@pytest.mark.parametrize("wrong_every", [1, 2, 5, 1000])
 @pytest.mark.parametrize("number", range(3))
 def test_right_and_wrong_guesses_give_the_same_answer(
     number: int, wrong_every: int, make_engine: MakeEngine, pool: list[AdapterWeights]
@@ -107,7 +123,7 @@ def test_many_rows_and_prompts_in_progress_get_no_guesses(make_engine: MakeEngin
     assert all(answer.is_finished for answer in answers)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(20))
 def test_guesses_are_those_of_a_slow_search(seed: int) -> None:
     draw = random.Random(seed)
     tokens, lookup = [draw.randrange(3) for _ in range(4)], PromptLookup(4)

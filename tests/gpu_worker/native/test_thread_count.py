@@ -113,16 +113,27 @@ def test_programs_of_low_priority_take_no_core(num_cpus: int) -> None:
     assert machine.counts(threads, 30, others=num_cpus, weight=NICE_19)[-1] == num_cpus
 
 
-def test_others_that_hardly_keep_a_thread_waiting_change_nothing() -> None:
-    """Of many cores, with small shares such as those of HTTP and routing, and for half a second."""
-    many, two, burst = Machine(64), Machine(), Machine()
-    of_many, of_two, of_burst = many.threads(4), two.threads(2), burst.threads(2)
-    for others in (60, 62):
-        assert many.counts(of_many, 5, others=others) == [4] * 50
-    assert two.counts(of_two, 5, others=0.5, weight=3) == [2] * 50
+def test_few_threads_that_hardly_wait_keep_their_cores() -> None:
+    machine = Machine(64)
+    threads = machine.threads(4)
+    assert machine.counts(threads, 5, others=60) == [4] * 50
+    assert machine.counts(threads, 5, others=62) == [4] * 50
+
+
+def test_small_users_of_the_cores_change_nothing() -> None:
+    """Such as HTTP and routing, whose threads go first."""
+    machine = Machine()
+    threads = machine.threads(2)
+    assert machine.counts(threads, 5, others=0.5, weight=3) == [2] * 50
+
+
+def test_a_burst_of_half_a_second_changes_nothing() -> None:
+    """Such as the texts of many requests that arrive at once."""
+    machine = Machine()
+    threads = machine.threads(2)
     for _ in range(10):
-        assert burst.counts(of_burst, 0.5, others=1, weight=3) == [2] * 5
-        assert burst.counts(of_burst, 2, others=0.3, weight=3) == [2] * 20
+        assert machine.counts(threads, 0.5, others=1, weight=3) == [2] * 5
+        assert machine.counts(threads, 2, others=0.3, weight=3) == [2] * 20
 
 
 def test_all_threads_are_tried_again_at_growing_intervals_where_none_waits() -> None:

@@ -250,6 +250,23 @@ def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeK
         assert torch.equal(*(getattr(cache, of_layer)[0].bfloat16() for cache in caches))
 
 
+def test_the_compiled_result_of_a_token_does_not_depend_on_other_tokens() -> None:
+    torch.manual_seed(0)
+    cache = new_cache(kernel=compiled(load_decode_kernel))
+    for of_layer in (cache.keys, cache.values):
+        of_layer[0].normal_()
+    query = torch.randn(NUM_HEADS, 3, HEAD_DIM)
+    key, value = (torch.randn(NUM_KV_HEADS, 3, HEAD_DIM) for _ in range(2))
+
+    def attended(tokens: list[int]) -> Tensor:
+        segments = layout(*[((4, 1, 9), (0, 1, 150), (2, 1, 10))[token] for token in tokens])
+        parts = (x[:, tokens] for x in (query, key, value))
+        return cache.attention(segments).attend(0, *parts, scaling=SCALING, sliding_window=None)
+
+    together = attended([0, 1, 2])
+    assert torch.equal(torch.cat([attended([token]) for token in range(3)]), together)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("before", [0, 20])
 def test_a_short_chunk_has_the_compiled_results_of_its_tokens_one_by_one(before: int, window: int | None) -> None:

@@ -113,7 +113,7 @@ def jobs_over(pool: list[AdapterWeights]) -> list[Job]:
     return [greedy(prompt, plans[i % 3], i, num_new=20) for i, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama"])
+@pytest.mark.parametrize("family", ["gemma3", "llama", "qwen3"])
 def test_an_engine_over_device_pages_answers_like_one_in_host_memory(
     family: str, make_engine: MakeEngine, tiny_base: TinyBase
 ) -> None:

@@ -29,7 +29,6 @@ either = pytest.mark.parametrize("build", BUILDS, ids=["host", "device"])
 @either
 def test_the_lowest_free_row_is_allocated(build: Build) -> None:
     cache = build(kv_shape())
-    assert cache.num_bytes == 15 * (2 * 2 * 2 * 4 * 4), "whole pages"
     assert [cache.allocate(1, 1) for _ in range(3)] == [0, 1, 2]
     assert cache.num_free == 0
     cache.free(0)
@@ -70,6 +69,21 @@ def test_a_new_row_leaves_a_page_for_each_growing_row(build: Build) -> None:
     assert cache.fits(4) and not cache.fits(5), "no row grows any more"
     cache.allocate(4, 4)
     assert not cache.fits(0), "no row is free"
+
+
+@either
+def test_any_row_fits_an_empty_cache(build: Build) -> None:
+    cache = build(kv_shape(num_tokens=10, page_tokens=4, max_len=10))
+    assert cache.fits(10)
+    row = cache.allocate(10, 10)
+    assert cache.num_free_tokens == 0
+    cache.free(row)
+    assert cache.fits(10)
+
+
+@either
+def test_its_size_is_that_of_its_pages(build: Build) -> None:
+    assert build(kv_shape(num_tokens=7, page_tokens=4)).num_bytes == 8 * (2 * 2 * 2 * 4 * 4)
 
 
 PAGE, MAX_LEN, ROWS, WINDOW = 2, 16, 4, 5
@@ -246,7 +260,7 @@ def waits(cache: HostKvCache, tokens: list[int], plan: str = "") -> bool:
     return cache.is_coming(len(tokens), Prefix(tokens, plan.encode(), plan, PAGE))
 
 
-def test_a_row_waits_while_another_computes_its_prompt() -> None:
+def test_a_row_waits_for_a_prompt_that_is_being_computed() -> None:
     reference = Reference(small_cache(600, max_len=200))
     tokens = [1] * 100
     reference.join("", tokens, 120, exactly=True)
@@ -260,10 +274,15 @@ def test_a_row_waits_while_another_computes_its_prompt() -> None:
     assert cache.num_freed == num_freed, "awaited blocks are still missing"
     reference.compute(row, 60)
     assert cache.num_freed > num_freed
-    reference.join("", [2] * 100, 120, exactly=True)
-    assert waits(cache, [2] * 100)
-    reference.leave(max(reference.rows))
-    assert not waits(cache, [2] * 100), "it has left"
+
+
+def test_no_row_waits_for_one_that_left() -> None:
+    reference = Reference(small_cache(600, max_len=200))
+    reference.join("", [1] * 100, 120, exactly=True)
+    [row] = reference.rows
+    assert waits(reference.cache, [1] * 100)
+    reference.leave(row)
+    assert not waits(reference.cache, [1] * 100)
 
 
 def test_a_distrusted_row_leaves_nothing_behind() -> None:

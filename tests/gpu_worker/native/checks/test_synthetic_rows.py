@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_worker.native.checks.synthetic_rows import DIGEST, NUM_ROWS, synthetic_adapter, synthetic_rows, without_adapter
+from gpu_worker.native.checks.synthetic_rows import (
+    DIGEST,
+    NUM_ROWS,
+    synthetic_adapter,
+    synthetic_rows,
+    without_adapter,
+)
 from tests.gpu_worker.engine_driver import MakeEngine
+from tests.tiny import FAMILIES
 
 
 def test_one_row_is_without_the_adapter_and_one_samples(make_engine: MakeEngine) -> None:
@@ -21,7 +28,7 @@ def test_one_row_is_without_the_adapter_and_one_samples(make_engine: MakeEngine)
         assert max(row.tokens) < 8, "these ids exist in every vocabulary"
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapter_has_every_module_of_the_bank(family: str, make_engine: MakeEngine) -> None:
     bank = make_engine({}, family).bank
     adapter = synthetic_adapter(bank)

@@ -13,8 +13,16 @@ from gpu_worker.errors import LogitsNotFinite, WarmUpFailed
 from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.checks.warm_up import warm_up
 from gpu_worker.native.loop import Engine
-from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, assert_nothing_held, assert_same, run_together
+from tests.gpu_worker.engine_driver import (
+    BASE_JOB,
+    Alone,
+    MakeEngine,
+    assert_nothing_held,
+    assert_same,
+    run_together,
+)
 from tests.gpu_worker.faults import break_adapters
+from tests.tiny import FAMILIES
 
 NUM_PROMPT_TOKENS = 8  # per request of the warm-up
 
@@ -26,7 +34,7 @@ class NoKernel(RuntimeError):
 NO_KERNEL = NoKernel("no kernel image is available for execution on the device")
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -77,6 +85,11 @@ def passes_of(engine: Engine) -> list[Pass]:
 
     engine.base.model.register_forward_pre_hook(record, with_kwargs=True)
     return passes
+
+
+def test_a_warm_engine_answers_as_a_fresh_one(make_engine: MakeEngine, alone: Alone) -> None:
+    [answer] = run_together(warm_up(make_engine({})), [BASE_JOB])
+    assert_same(answer, alone(BASE_JOB, {}))
 
 
 def every_pass(engine: Engine) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from gpu_worker.native.kernels.kernel_build import (
+    FOLDER,
     Compiler,
     KernelUnavailable,
     file_name,
+    kernel_names,
     source_of,
 )
 from gpu_worker.native.kernels.kernel_variants import VARIANTS
@@ -34,6 +36,11 @@ def test_a_compiler_that_hangs_is_ended(tmp_path: Path) -> None:
         compiler.compile(source_of("fused"), (), tmp_path / "fused.so", limit_s=0.2)
     assert time.monotonic() - began < 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c++"]
+
+
+def test_every_source_is_a_kernel() -> None:
+    assert kernel_names() == sorted(path.stem for path in FOLDER.iterdir() if path.suffix == ".cpp")
+    assert {"decode_attention", "fused", "grouped_lora"} <= set(kernel_names())
 
 
 def test_the_name_of_a_library_depends_on_all_its_inputs() -> None:

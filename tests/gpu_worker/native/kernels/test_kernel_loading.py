@@ -22,13 +22,21 @@ from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
 from gpu_worker.native.loop import Engine
 from tests.gpu_worker.compilers import script
 from tests.gpu_worker.engine_driver import greedy, run_together
-from tests.tiny import InlineExecutor, TinyFolders, tiny_config
+from tests.tiny import InlineExecutor, tiny_config
 
 ME = os.geteuid()
 
 
 def libraries(cache: Path) -> list[Path]:
     return sorted((cache / "native").glob("*.so"))
+
+
+def test_a_kernel_is_compiled_once(tmp_path: Path, lora_kernel: LoraKernel) -> None:
+    assert load_lora_kernel(tmp_path) is not None
+    [library] = libraries(tmp_path)
+    made = library.stat().st_mtime_ns
+    assert load_lora_kernel(tmp_path) is not None
+    assert [(path, path.stat().st_mtime_ns) for path in libraries(tmp_path)] == [(library, made)]
 
 
 def test_a_compiled_kernel_needs_neither_compiler_nor_writable_folder(
@@ -57,36 +65,28 @@ def test_another_compiler_or_other_options_compile_again(
     assert len(libraries(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    ("compiler", "said", "num_left"),
-    [
-        (None, "no C++ compiler", 0),
-        ('echo "unknown option" >&2; exit 1', "unknown option", 0),
-        # This happens on a file system that is mounted without execution.
-        ('for last; do :; done; echo "not a library" > "$last"', "file too short", 1),
-    ],
-    ids=["no compiler", "it fails", "the library cannot be loaded"],
-)
-def test_without_a_library_there_is_no_kernel(
-    compiler: str | None,
-    said: str,
-    num_left: int,
-    tmp_path: Path,
-    no_options: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_without_a_compiler_there_is_no_kernel(
+    tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     no_options.setenv("PATH", str(tmp_path))
-    if compiler is not None:
-        no_options.setenv("CXX", str(script(tmp_path / "c++", compiler)))
-    assert load_fused_kernel(tmp_path / "cache") is None
+    assert load_lora_kernel(tmp_path / "cache") is None
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert "fused is disabled" in record.getMessage() and said in record.getMessage()
-    assert len(libraries(tmp_path / "cache")) == num_left
+    assert "grouped_lora is disabled" in record.getMessage() and "no C++ compiler" in record.getMessage()
+
+
+def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
+    tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')
+    no_options.setenv("PATH", str(tmp_path))
+    assert load_lora_kernel(tmp_path / "cache") is None
+    assert "unknown option" in caplog.text
+    assert libraries(tmp_path / "cache") == []
 
 
 def test_an_unusable_cache_folder_disables_only_the_kernels(
-    tmp_path: Path, tiny_folders: TinyFolders, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tiny_folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     config = tiny_config(tiny_folders["llama"], cache_dir=tmp_path / "file" / "cache")
@@ -102,6 +102,17 @@ def test_missing_kernels_are_counted(tmp_path: Path, no_options: pytest.MonkeyPa
     assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, device="cuda")) == 0
 
 
+def test_a_library_that_cannot_be_loaded_disables_only_its_kernel(
+    tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This happens on a file system that is mounted without execution."""
+    script(tmp_path / "c++", 'for last; do :; done; echo "not a library" > "$last"')
+    no_options.setenv("CXX", str(tmp_path / "c++"))
+    assert load_fused_kernel(tmp_path) is None
+    assert len(libraries(tmp_path)) == 1
+    assert "fused is disabled" in caplog.text
+
+
 def test_a_new_folder_is_accessible_to_this_user_only(tmp_path: Path, lora_kernel: LoraKernel) -> None:
     load_lora_kernel(tmp_path / "new")
     assert (tmp_path / "new" / "native").stat().st_mode & 0o777 == 0o700
@@ -113,7 +124,11 @@ def test_a_new_folder_is_accessible_to_this_user_only(tmp_path: Path, lora_kerne
 
 @pytest.mark.parametrize("mode", [0o664, 0o646], ids=oct)
 def test_a_library_that_others_can_write_is_not_loaded_but_compiled_again(
-    mode: int, tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel, caplog: pytest.LogCaptureFixture
+    mode: int,
+    tmp_path: Path,
+    no_options: pytest.MonkeyPatch,
+    lora_kernel: LoraKernel,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     load_lora_kernel(tmp_path)
     [library] = libraries(tmp_path)

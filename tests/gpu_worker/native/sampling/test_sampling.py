@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +65,9 @@ def test_a_random_batch_equals_the_slow_loop(sampler: Sampler, dtype: torch.dtyp
     "params",
     [
         SamplingParams(),
+        SamplingParams(min_p=0.02),
+        SamplingParams(top_k=50, top_p=0.95),
+        SamplingParams(top_p=0.95),
         SamplingParams(top_k=5000, top_p=0.9),
         SamplingParams(top_p=0.9, temperature=1.5),
     ],
@@ -86,8 +90,13 @@ def test_a_vocabulary_of_262144_equals_the_slow_loop(params: SamplingParams, dty
     ("params", "vocabulary", "size"),
     [
         (SamplingParams(), 50, 2.0),
+        (SamplingParams(temperature=0.3), 50, 2.0),
+        (SamplingParams(top_p=0.8), 50, 2.0),
         (SamplingParams(top_k=10, top_p=0.6), 50, 2.0),
+        (SamplingParams(top_k=10_000, top_p=0.5), 50, 2.0),
         (SamplingParams(top_p=0.9), 3000, 0.1),  # nearly flat: about 2700 ids
+        (SamplingParams(top_p=0.9), 20_000, 0.1),
+        (SamplingParams(top_k=1500, top_p=0.95), 3000, 0.1),
         (SamplingParams(min_p=0.05, top_p=0.7, top_k=12, temperature=1.5), 50, 2.0),
     ],
     ids=str,
@@ -116,6 +125,14 @@ def test_a_batch_without_rows_has_no_tokens(sampler: Sampler) -> None:
         assert sampler(torch.zeros(0, vocabulary), []) == ([], [])
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_greedy_and_sampled_rows_share_a_batch(dtype: torch.dtype, sampler: Sampler) -> None:
+    logits = torch.stack([logits_of(seed, size=20.0) for seed in range(30)]).to(dtype)
+    logits[range(30), range(10, 40)] = 300.0
+    kinds = [SamplingParams(temperature=0), SamplingParams(top_k=1, temperature=5.0), SamplingParams()]
+    assert tokens_of(sampler, logits, [Draw(kinds[i % 3], 5, i) for i in range(30)]) == list(range(10, 40))
+
+
 def test_huge_equal_logits_share_their_probability(sampler: Sampler) -> None:
     logits = torch.tensor([[3e30, 2e30, 3e30]])
     draw = Draw(SamplingParams(logprobs=2), 1, 1)
@@ -138,6 +155,14 @@ def test_a_non_finite_row_gives_none_and_others_continue(
     tokens, scores = sampler(logits, draws)
     logits[1] = break_row(logits[1])
     assert sampler(logits, draws) == ([tokens[0], None, tokens[2]], [scores[0], None, scores[2]])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_stays_so_behind_its_mask(number: float, sampler: Sampler) -> None:
+    logits = torch.zeros(1, 300)
+    logits[0, 5] = number
+    draw = Draw(SamplingParams(logprobs=1), 0, 0, allowed=np.array([0b10] * 10, np.uint32))
+    assert sampler(logits, [draw]) == ([None], [None])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 300, 512])
