@@ -48,7 +48,7 @@ def test_the_shift_is_the_largest_change_of_a_logit_in_units_of_the_largest_logi
         float((logits_of(plan_of("selection", (weights, 1.0))) - base).abs().max() / base.abs().max())
         for weights in pool
     ]
-    found = shifts_of(make_engine(by_digest(*pool)), [weights.weights_digest for weights in pool])
+    found = shifts_of(make_engine(by_digest(*pool), max_batch_size=4), [weights.weights_digest for weights in pool])
     assert found == pytest.approx(expected, rel=1e-4)
 
 
