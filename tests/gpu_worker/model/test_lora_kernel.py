@@ -44,7 +44,11 @@ def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -
     assert values["rank_starts"].tolist() == [0, 3, 4, 6]
     assert values["rank_rows"].tolist() == [7, 8, 9, 4, 1, 2]
     assert (pairs.num_adapters, pairs.num_slots, pairs.max_rank) == (3, 3, 3)
-    assert pairs.fusion is None and pairs_of([[0, 1]], [[3]], is_fusion=[False, True]).fusion is not None
+
+
+def test_fusions_are_listed_only_if_there_are_any() -> None:
+    assert pairs_of([[0, 1]], [[3]], is_fusion=[False, False]).fusion is None
+    assert pairs_of([[0, 1]], [[3]], is_fusion=[False, True]).fusion is not None
 
 
 def test_runs_have_the_last_slots() -> None:
