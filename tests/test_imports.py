@@ -53,14 +53,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"native", "vllm"},
         {"start"},
     ],
-    "benchmarks.paper": [
-        {"common"},
-        {"answering", "training"},
-        {"pool"},
-        {"retrieval"},
-        {"stages"},
-        {"__main__"},
-    ],
+    "benchmarks.paper": [{"common"}, {"answering", "training"}, {"pool"}, {"retrieval"}, {"stages"}, {"__main__"}],
 }
 NEVER = {"pickle", "dill", "shelve", "marshal"}
 

@@ -56,9 +56,7 @@ async def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Bro
         assert "A verse, please." not in await page.evaluate("JSON.stringify(localStorage)")
 
 
-async def test_the_dialog_asks_once_for_a_key_and_only_an_accepted_one_gets_a_tick(
-    browsing: Browsing,
-) -> None:
+async def test_the_dialog_asks_once_for_a_key_and_only_an_accepted_one_gets_a_tick(browsing: Browsing) -> None:
     async with look(browsing, api_key=KEY) as (page, _):
         await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
         await expect(page.locator("#connection")).to_have_text("key needed")

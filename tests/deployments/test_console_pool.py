@@ -370,10 +370,7 @@ async def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_uplo
     async with look(browsing, accepts_base=("an/alias",)) as (page, served):
         await drop_folder(page, parent)
         await expect(page.locator("#previews > li")).to_have_count(3)
-        refusals = {
-            "other": "its base model is elsewhere/tiny",
-            "unnamed": "adapter_config.json names no base model",
-        }
+        refusals = {"other": "its base model is elsewhere/tiny", "unnamed": "adapter_config.json names no base model"}
         for name, given in refusals.items():
             card = page.locator("#previews .bad").filter(has=page.get_by_label(f"Publish {name}"))
             await expect(card.locator(".problem")).to_have_text(re.compile(f"^{given}{accepted}"))

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import ROUTED_STRATEGIES
@@ -31,7 +31,7 @@ def jobs_of(served: Served) -> list[Job]:
     return [job for (job,) in served.worker.called("stream")]
 
 
-async def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Browsing) -> None:
+async def test_strategies_and_the_base_model_are_compared_side_by_side_and_one_may_fail(browsing: Browsing) -> None:
     async with look(browsing, context={"viewport": {"width": 1440, "height": 900}}) as (page, served):
         ways = ["auto", *ROUTED_STRATEGIES, "base model"]
         await go(page, "Compare")
@@ -51,9 +51,27 @@ async def test_strategies_and_the_base_model_are_compared_side_by_side(browsing:
         tops = await columns.evaluate_all("(nodes) => nodes.map((node) => node.getBoundingClientRect().top)")
         assert len(tops) == len(ways) and len(set(tops[:6])) == 1, "six are side by side"
 
+        async def fail_the_base_model(route: Route) -> None:
+            if "tiny-base" in (route.request.post_data or ""):
+                await route.fulfill(status=429, json={"error": {"message": "too many requests wait"}})
+            else:
+                await route.continue_()
 
-async def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing) -> None:
-    async with look(browsing) as (page, served):
+        for way in ROUTED_STRATEGIES:
+            await page.get_by_label(way, exact=True).uncheck()
+        await page.route("**/v1/chat/completions", fail_the_base_model)
+        await page.get_by_label("Prompt to compare").press("Enter")
+        await expect(columns).to_have_count(2)
+        await expect(page.locator("#compared .error")).to_have_text("too many requests wait")
+        await expect(columns.locator(".text").first).to_have_text("Hello")
+
+
+async def test_named_adapters_versions_and_policies_are_compared_alone(browsing: Browsing) -> None:
+    names = FakeNames()
+    store = FakeStore(pool_of(*POOL), model_names=names)
+    async with look(browsing, retriever=MappedRetriever(model_names=names), store=store) as (page, served):
+        answer = await page.request.put(f"{page.url.partition('#')[0]}v1/names/careful", data={"model": "poet"})
+        assert answer.ok, await answer.text()
         await page.goto(page.url.partition("#")[0] + "#adapter/poet")
         await page.get_by_role("button", name="Compare version").first.click()
         await expect(page.get_by_label("Prompt to compare")).to_have_value("A sample of poet.")
@@ -66,19 +84,7 @@ async def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing
         await expect(page.locator("#compare-status")).to_have_text("2 ways, 1 different answer")
         named = [choices for _, choices, *_ in served.retriever.called("plan_named")]
         assert sorted(choice for [choice] in named) == [("coder", 1.0), ("poet", 1.0)]
-
-
-async def test_a_policy_is_compared_under_its_model_name(browsing: Browsing) -> None:
-    names = FakeNames()
-    store = FakeStore(pool_of(*POOL), model_names=names)
-    async with look(browsing, retriever=MappedRetriever(model_names=names), store=store) as (page, _):
-        answer = await page.request.put(f"{page.url.partition('#')[0]}v1/names/careful", data={"model": "poet"})
-        assert answer.ok, await answer.text()
-        await go(page, "Compare")
-        for way in await page.locator("#ways input").all():
-            await way.uncheck()
-        await page.get_by_label("Adapters, versions or policies").fill("careful, coder")
-        await page.get_by_label("Prompt to compare").fill("A verse, please.")
+        await models.fill("careful, coder")
         await page.get_by_label("Prompt to compare").press("Enter")
         await expect(page.locator("#compared h3")).to_have_text(["careful by name", "coder by name"])
         await expect(page.locator("#compared .by")).to_contain_text(["poet", "coder"])
@@ -107,39 +113,12 @@ async def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_r
         await page.get_by_label("Prompts from a file").set_input_files(file)
         await expect(page.locator("#compare-status")).to_contain_text('line 1 of the file needs "input"')
         assert len(jobs_of(served)) == 6
-
-
-async def test_prompts_that_were_stopped_are_not_counted(browsing: Browsing, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("One\nTwo")
-    async with look(browsing) as (page, _):
-        await go(page, "Compare")
         await page.route("**/v1/chat/completions", lambda route: None)  # never answered
+        file.write_text('{"input": "One"}\n{"input": "Two"}')
         await page.get_by_label("Prompts from a file").set_input_files(file)
         await expect(page.locator("#tabled tbody tr")).to_have_count(2)
         await page.locator("#compare-stop").click()
-        ways = len(ROUTED_STRATEGIES) + 2
-        await expect(page.locator("#compare-status")).to_have_text(f"0 of 2 prompts, {ways} ways")
-
-
-async def test_one_way_that_fails_does_not_stop_the_others(browsing: Browsing) -> None:
-    async with look(browsing) as (page, _):
-        await go(page, "Compare")
-        for way in ROUTED_STRATEGIES:
-            await page.get_by_label(way, exact=True).uncheck()
-        await page.route(
-            "**/v1/chat/completions",
-            lambda route: (
-                route.fulfill(status=429, json={"error": {"message": "too many requests wait"}})
-                if "tiny-base" in (route.request.post_data or "")
-                else route.continue_()
-            ),
-        )
-        await page.get_by_label("Prompt to compare").fill("A verse, please.")
-        await page.get_by_label("Prompt to compare").press("Enter")
-        await expect(page.locator("#compared > li")).to_have_count(2)
-        await expect(page.locator("#compared .error")).to_have_text("too many requests wait")
-        await expect(page.locator("#compared .text").first).to_have_text("Hello")
+        await expect(page.locator("#compare-status")).to_have_text("0 of 2 prompts, 2 ways")
 
 
 @pytest.mark.parametrize("width", [320, 1440])

@@ -83,10 +83,7 @@ async def test_a_route_shows_its_tenants_nearest_samples_where_it_is_asked_to(he
     asked = [RouteRequest(text, shows_samples=True), RouteRequest(text)]
     explained, plain = await here.replica.route(asked)
     found = {candidate.ref.name: [sample.text for sample in candidate.samples] for candidate in explained.candidates}
-    assert found == {
-        "german": ["How do you say cheese in German?", "Translate to German: good morning."],
-        "sums": [],
-    }
+    assert found == {"german": ["How do you say cheese in German?", "Translate to German: good morning."], "sums": []}
     assert [candidate.samples for candidate in plain.candidates] == [(), ()]
     [other] = await here.replica.route([RouteRequest(text, tenant="acme", shows_samples=True)])
     assert {c.ref.name: len(c.samples) for c in other.candidates} == {"german": 0, "sums": 2}
