@@ -11,10 +11,10 @@ import pytest
 
 from gpu_worker.front.request.request import Delta, Job, TokenLogprob
 from tests.deployments.adapter_records import BASE
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of, post
+from tests.deployments.asking import asked, error_of, post
 from tests.deployments.fake_worker import NOTHING_CACHED, FakeWorker
 
+pytestmark = pytest.mark.anyio
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -36,17 +36,14 @@ def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def test_n_choices_of_one_plan_are_in_order_with_separate_seeds_whole_and_streamed() -> None:
+async def test_n_choices_of_one_plan_are_in_order_with_separate_seeds_whole_and_streamed() -> None:
     body = CHAT | {"n": 3, "seed": 5}
-
-    async def send(client: httpx.AsyncClient, served: Served) -> tuple[dict[str, Any], httpx.Response]:
-        answer = await client.post("/v1/chat/completions", json=body)
+    async with asked(worker=Echo()) as (client, served):
+        answer = (await client.post("/v1/chat/completions", json=body)).json()
         assert len(served.retriever.called("route")) == 1
         assert len({job.plan for (job,) in served.worker.called("stream")}) == 1
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        return answer.json(), await client.post("/v1/chat/completions", json=body | streaming)
-
-    answer, streamed = ask(send, worker=Echo())
+        streamed = await client.post("/v1/chat/completions", json=body | streaming)
     whole = [choice["message"]["content"] for choice in answer["choices"]]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     assert whole[0] == "Hi/5" and len(set(whole)) == 3
@@ -60,20 +57,18 @@ def test_n_choices_of_one_plan_are_in_order_with_separate_seeds_whole_and_stream
     assert sorted(choice["index"] for choice in choices if choice["finish_reason"]) == [0, 1, 2]
 
 
-def test_prompts_have_separate_plans_and_choices_whole_and_streamed() -> None:
+async def test_prompts_have_separate_plans_and_choices() -> None:
     body = {"prompt": ["a", "bb"], "n": 2, "seed": 0}
-
-    async def send(client: httpx.AsyncClient, served: Served) -> dict[str, Any]:
-        answer = await client.post("/v1/completions", json=body)
+    async with asked(worker=Echo()) as (client, served):
+        answer = (await client.post("/v1/completions", json=body)).json()
         assert [request.text for (requests,) in served.retriever.called("route") for request in requests] == ["a", "bb"]
-        found: dict[str, Any] = answer.json()
-        return found
-
-    answer = ask(send, worker=Echo())
     assert [choice["text"].partition("/")[0] for choice in answer["choices"]] == ["a", "a", "bb", "bb"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert all(choice["lora"]["strategy"] == "mixture" for choice in answer["choices"])
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11} | NOTHING_CACHED
+
+
+def test_prompts_are_streamed_with_the_plan_of_each_and_a_list_of_one_is_that_prompt() -> None:
     opening, *parts = chunks_of(post("/v1/completions", {"prompt": ["a", "b"], "stream": True}, worker=Echo()))
     assert [choice["lora"]["strategy"] for choice in opening["choices"]] == ["mixture", "mixture"]
     choices = [choice for part in parts for choice in part["choices"]]

@@ -240,21 +240,6 @@ async def test_forgetting_frees_everything(with_disk: bool, serve: Serve, tmp_pa
             await serving.text(serving.job(0))
 
 
-async def test_a_running_request_keeps_forgotten_weights_to_its_end(serving: Serving) -> None:
-    digest, job = serving.pool[0].weights_digest, serving.job(0, num_new=60)
-    expected = await serving.text(job)
-    assert expected
-    deltas = serving.worker.stream(job)
-    assert isinstance(await anext(deltas), ResidencyReport), "it says at once that it is there"
-    parts = [(await anext(deltas)).text]
-    await serving.worker.forget([digest])
-    serving.store.is_down = True
-    parts += [delta.text async for delta in deltas if isinstance(delta, Delta)]
-    assert "".join(parts) == expected
-    assert await serving.worker.forget([digest]) is True
-    assert (await serving.worker.load()).resident == frozenset()
-
-
 async def test_cached_weights_on_disk_survive_replica_and_store(serve: Serve, tmp_path: Path) -> None:
     cache = (tmp_path / "weights", 10**7)
     async with serve(cache) as serving:
