@@ -70,8 +70,6 @@ async def test_named_adapters_versions_and_policies_are_compared_alone(browsing:
     names = FakeNames()
     store = FakeStore(pool_of(*POOL), model_names=names)
     async with look(browsing, retriever=MappedRetriever(model_names=names), store=store) as (page, served):
-        answer = await page.request.put(f"{page.url.partition('#')[0]}v1/names/careful", data={"model": "poet"})
-        assert answer.ok, await answer.text()
         await page.goto(page.url.partition("#")[0] + "#adapter/poet")
         await page.get_by_role("button", name="Compare version").first.click()
         await expect(page.get_by_label("Prompt to compare")).to_have_value("A sample of poet.")
@@ -84,6 +82,8 @@ async def test_named_adapters_versions_and_policies_are_compared_alone(browsing:
         await expect(page.locator("#compare-status")).to_have_text("2 ways, 1 different answer")
         named = [choices for _, choices, *_ in served.retriever.called("plan_named")]
         assert sorted(choice for [choice] in named) == [("coder", 1.0), ("poet", 1.0)]
+        answer = await page.request.put(f"{page.url.partition('#')[0]}v1/names/careful", data={"model": "poet"})
+        assert answer.ok, await answer.text()
         await models.fill("careful, coder")
         await page.get_by_label("Prompt to compare").press("Enter")
         await expect(page.locator("#compared h3")).to_have_text(["careful by name", "coder by name"])
