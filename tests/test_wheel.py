@@ -102,7 +102,7 @@ def run_installed(installed: tuple[Path, Path], folder: Path, *arguments: object
     return done.stdout
 
 
-def test_the_installed_command_has_the_wheels_version_checks_an_adapter_and_reads_its_settings(
+def test_the_installed_command_knows_its_version_and_reads_adapters_and_settings(
     wheel: Path, installed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     script, adapter = installed[0] / "bin" / "loraretriever", ROOT / "examples" / "starter_pool" / "date_format"

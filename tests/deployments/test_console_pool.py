@@ -108,7 +108,7 @@ async def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsin
         await expect(page.locator("#adapter-body")).to_be_hidden()
 
 
-async def test_the_page_shows_who_answers_an_adapters_examples_best_and_since_when_it_is_live(
+async def test_the_page_shows_who_answers_its_examples_best_and_since_when_it_is_live(
     browsing: Browsing,
 ) -> None:
     now, none = datetime.now(UTC), np.empty(0, np.float32)
@@ -194,7 +194,7 @@ async def _without_older_versions(route: Route) -> None:
     await route.fulfill(json={**answer, "versions": answer["versions"][:1]})
 
 
-async def test_a_version_under_trial_is_named_in_the_table_on_its_page_and_in_its_own_form(browsing: Browsing) -> None:
+async def test_a_version_under_trial_is_named_in_the_table_on_its_page_and_in_its_form(browsing: Browsing) -> None:
     tried = {"poet": (0.1, False, "10 % to "), "coder": (0.29, True, "29 % shadow ")}
     older = {name: adapter(name, version="older").ref.digest for name in tried}
     held = [replace(adapter(name), trial=Trial(older[name], *tried[name][:2])) for name in tried]

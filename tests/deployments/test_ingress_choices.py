@@ -68,7 +68,7 @@ async def test_prompts_have_separate_plans_and_choices() -> None:
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11} | NOTHING_CACHED
 
 
-def test_prompts_are_streamed_with_the_plan_of_each_and_a_list_of_one_is_that_prompt() -> None:
+def test_prompts_are_streamed_with_their_plans_and_a_list_of_one_is_that_prompt() -> None:
     opening, *parts = chunks_of(post("/v1/completions", {"prompt": ["a", "b"], "stream": True}, worker=Echo()))
     assert [choice["lora"]["strategy"] for choice in opening["choices"]] == ["mixture", "mixture"]
     choices = [choice for part in parts for choice in part["choices"]]

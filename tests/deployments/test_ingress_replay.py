@@ -259,7 +259,7 @@ async def test_every_answer_has_an_id_of_its_own() -> None:
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
 
 
-def test_a_failed_answer_has_an_id_and_one_of_several_rows_ends_with_the_first_failing_row() -> None:
+def test_a_failed_answer_has_an_id_and_several_rows_end_with_the_first_that_fails() -> None:
     failed = post("/v1/chat/completions", CHAT, worker=FakeWorker([RuntimeError("secret")]))
     assert (failed.status_code, len(failed.headers["x-request-id"])) == (500, 32)
     assert post("/v1/chat/completions", CHAT | {"n": 3}, worker=FakeWorker(BROKEN)).status_code == 503

@@ -318,7 +318,7 @@ async def test_the_parts_of_a_kept_blob_are_read_and_put_once_one_after_the_othe
     assert [(buffer.dtype, len(buffer)) for buffer in loads.put] == [(np.uint8, size) for size in (4, 4, 2)] * 2
 
 
-async def test_the_least_recently_used_is_dropped_above_the_budget_and_a_too_large_one_not_kept() -> None:
+async def test_above_the_budget_the_least_recent_is_dropped_and_a_too_large_one_not_kept() -> None:
     loads = Loads(20)
     await get(loads, "a", "b", "a", "c")
     assert loads.cache.num_bytes == 20

@@ -72,7 +72,7 @@ def test_every_file_of_the_package_is_copied() -> None:
     assert needed <= set(copied(DOCKERFILE))
 
 
-def test_the_base_images_are_exact_versions_of_the_python_that_is_tested_and_can_be_given_a_digest() -> None:
+def test_the_base_image_is_the_tested_python_in_an_exact_version_or_by_a_digest() -> None:
     images = [image for image in bases(DOCKERFILE) if image.startswith("python:")]
     assert images != []
     for image in images:
