@@ -86,6 +86,8 @@ def test_a_plan_whose_version_is_gone_is_a_conflict(row: dict[str, Any]) -> None
         (plan_of(ROW, strategy="sideways"), "lora.plan.strategy"),
         (plan_of(*[ROW] * 17), "lora.plan.adapters"),
         (plan_of(ROW | {"digest": "d" * 63}), "lora.plan.adapters.0.digest"),
+        (plan_of(ROW | {"digest": "D" * 64}), "lora.plan.adapters.0.digest"),
+        (plan_of(ROW | {"weights_digest": "d" * 64}), "lora.plan.adapters.0.weights_digest"),
         (plan_of(ROW, generation=-1), "lora.plan.generation"),
         (plan_of(ROW, extra=1), "lora.plan.extra"),
         ("mixture", "lora.plan"),

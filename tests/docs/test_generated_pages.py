@@ -124,6 +124,13 @@ def test_every_test_of_a_client_is_in_the_table() -> None:
     assert "langchain-tests" in shown and "streaming with usage" in shown
 
 
+def test_a_test_of_a_client_without_a_docstring_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "test_x.py"
+    path.write_text('"""X"""\ndef test_chat() -> None: ...\n')
+    with pytest.raises(ValueError, match="test_chat needs a docstring"):
+        clients._row(path)
+
+
 def test_the_example_holds_every_default() -> None:
     text = settings_files.example()
     assert yaml.safe_load(text) is None

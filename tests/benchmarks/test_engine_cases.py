@@ -1,0 +1,12 @@
+"""The order of a round's cases."""
+
+from __future__ import annotations
+
+from benchmarks.engine_cases import in_turn
+
+
+def test_two_rounds_give_every_case_the_same_sum_of_places() -> None:
+    cases = ["engine", "http", "auto"]
+    rounds = [list(in_turn(cases, number)) for number in (1, 2)]
+    assert rounds[0] == cases
+    assert {case: rounds[0].index(case) + rounds[1].index(case) for case in cases} == dict.fromkeys(cases, 2)
