@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -35,6 +36,26 @@ def test_without_tenants_every_request_may_use_the_whole_budget() -> None:
     budget = ByteBudget(120)
     assert budget.take("a", 100) and budget.take("a", 20) and not budget.take("a", 1)
     budget.give("a", 120)
+    assert budget.num_bytes == 0
+
+
+def test_eight_stagers_never_exceed_the_budget() -> None:
+    budget, most, lock = ByteBudget(100), 0, threading.Lock()
+    taken = 0
+
+    def stage(num_bytes: int) -> None:
+        nonlocal taken, most
+        with budget.taken("a", num_bytes, WAIT_S):
+            with lock:
+                taken += num_bytes
+                most = max(most, taken)
+            time.sleep(0.002)
+            with lock:
+                taken -= num_bytes
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(stage, [60, 30, 45, 100, 10, 5, 70, 40] * 4))
+    assert 60 <= most <= 100
     assert budget.num_bytes == 0
 
 

@@ -117,6 +117,28 @@ def test_a_text_counts_with_the_tokens_that_the_encoder_reads(text: str, num_tok
     assert tokens_read(text) == num_tokens
 
 
+async def test_a_turn_has_one_full_text_in_any_script(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=32)
+    task = asking(queue, "a", ["語" * 256] * 100)
+    await encoder.run(1)
+    assert len(encoder.batches[0]) == BATCH_TOKENS // TURN_TOKENS
+    task.cancel()
+
+
+async def test_five_large_requests_leave_room_for_other_tenants(encoder: Encoder) -> None:
+    queue = queue_of(encoder, max_waiting=1024)
+    large = [asking(queue, "flood", [LONG] * 256) for _ in range(5)]
+    await settle()
+    assert [task.done() for task in large] == [False] * 4 + [True]  # the fifth finds no place left for its tenant
+    with pytest.raises(EncoderBusy):
+        await large[4]
+    small = [asking(queue, f"tenant {number}", ["Hi"]) for number in range(20)]
+    await encoder.run(6)
+    assert [await task for task in small] == [[f"tenant {number}: Hi"] for number in range(20)]
+    for task in large[:4]:
+        task.cancel()
+
+
 async def test_the_newest_request_of_the_tenant_with_most_texts_makes_room(encoder: Encoder) -> None:
     queue = queue_of(encoder, batch_size=1, max_waiting=10)
     running = asking(queue, "x", ["running"])

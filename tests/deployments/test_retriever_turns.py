@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,34 @@ async def test_samples_are_shown_to_the_tenant_that_published_them(here: Served)
     assert await here.replica.samples("local", "acme/theirs") == []
     with pytest.raises(AdapterNotFound):
         await here.replica.samples("local", "nosuch")
+
+
+async def test_a_tenants_prompt_does_not_wait_for_sixty_large_requests_of_another(
+    here: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await here.replica.catch_up(here.publish(*await here.embedded("sums")))
+    encoder = here.pools.current.encoder
+    batches: list[Sequence[str]] = []
+
+    def quick(texts: Sequence[str], owners: Sequence[str]) -> Any:
+        batches.append(texts)
+        return np.ones((len(texts), encoder.dim), np.float32)
+
+    monkeypatch.setattr(encoder, "encode", quick)
+    large = [
+        asyncio.ensure_future(
+            here.replica.route([RouteRequest(f"{call} {n} " + "x" * 5000, tenant="flood") for n in range(60)])
+        )
+        for call in range(60)
+    ]
+    await asyncio.sleep(0)
+    before = len(batches)
+    [route] = await here.replica.route([RouteRequest("Add 2 and 3.", tenant="small")])
+    assert route.generation == 1
+    [own] = [number for number, texts in enumerate(batches) if "Add 2 and 3." in texts]
+    assert own - before <= 2, "at most the batch in progress, and one that had already begun, come first"
+    for call in large:
+        call.cancel()
 
 
 class Gate:

@@ -142,14 +142,24 @@ async def test_only_weights_that_others_may_change_are_copied(tmp_path: Path, mo
             assert (await stores.stage(own)).ref.name == "poet"
 
 
-async def test_missing_and_forbidden_sources_are_reported(tmp_path: Path) -> None:
+async def test_a_tenant_publishes_only_from_below_its_own_prefixes(tmp_path: Path) -> None:
     stores = Stores(tmp_path, source_prefixes={"acme": (f"file://{tmp_path}",)})
     upload = PublishItem(source=f"file://{stores.adapter('elsewhere')}", name="poet", tenant="acme")
     assert (await stores.stage(upload)).ref.tenant == "acme"
     with pytest.raises(SourceRefused):
         await stores.stage(replace(upload, tenant="globex"))
+
+
+async def test_missing_and_forbidden_sources_are_reported(stores: Stores) -> None:
     with pytest.raises(SourceMissing):
-        await stores.stage(PublishItem(tmp_path / "nowhere"))
+        await stores.stage(PublishItem(stores.folder / "nowhere"))
+    with pytest.raises(SourceRefused):
+        await stores.stage(PublishItem(source=f"file://{stores.adapter()}"))
+
+
+async def test_tags_and_template_are_kept(stores: Stores) -> None:
+    staged = await stores.stage(PublishItem(stores.adapter(), tags=("b", "a"), template="chat"))
+    assert (staged.record.tags, staged.record.template) == (("a", "b"), "chat")
 
 
 async def test_a_file_sent_in_parts_is_the_same_version(stores: Stores) -> None:
@@ -183,8 +193,7 @@ async def test_a_bad_or_discarded_upload_leaves_nothing(stores: Stores) -> None:
     with pytest.raises(AdapterRefused, match="pickle"):
         await stores.stage(PublishItem(files=files_of(folder) | {"adapter_model.bin": b"pickle"}, name="poet"))
     assert stores.stored == set()
-    staged = await stores.stage(PublishItem(folder, tags=("b", "a"), template="chat"))
-    assert (staged.record.tags, staged.record.template) == (("a", "b"), "chat")
+    staged = await stores.stage(PublishItem(folder))
     assert stores.stored == set(staged.record.blobs)
     await stores.deployment.discard([staged])
     assert stores.stored == set()

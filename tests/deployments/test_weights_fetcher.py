@@ -184,6 +184,12 @@ async def test_permanent_failures_are_reported_at_once(words: str) -> None:
     assert fetching.num_calls == 1
 
 
+async def test_different_failures_in_sequence_are_survived() -> None:
+    fetching = Fetching(*list(PASSING.values())[:4])
+    assert_good(await fetching.run())
+    assert fetching.num_calls == 5
+
+
 async def test_no_attempt_starts_after_the_deadline_and_the_last_cause_is_reported() -> None:
     """The third pause would end at 0.7 s."""
     fetching = Fetching(*[StoreUnavailable("no route")] * 9, policy=RetryPolicy(total_timeout_s=0.6))
@@ -318,14 +324,21 @@ async def test_the_parts_of_a_kept_blob_are_read_and_put_once_one_after_the_othe
     assert [(buffer.dtype, len(buffer)) for buffer in loads.put] == [(np.uint8, size) for size in (4, 4, 2)] * 2
 
 
-async def test_above_the_budget_the_least_recent_is_dropped_and_a_too_large_one_not_kept() -> None:
+@pytest.mark.parametrize("budget_bytes", [0, 9])
+async def test_a_buffer_larger_than_the_budget_is_returned_and_not_kept(budget_bytes: int) -> None:
+    loads = Loads(budget_bytes)
+    await get(loads, "a", "a")
+    assert (loads.loaded, loads.cache.num_bytes) == (["a", "a"], 0)
+
+
+async def test_the_least_recently_used_is_dropped_above_the_budget() -> None:
     loads = Loads(20)
     await get(loads, "a", "b", "a", "c")
     assert loads.cache.num_bytes == 20
     await get(loads, "a", "c")
     assert loads.loaded == ["a", "b", "c"]
-    await get(loads, "b", "large", "b", "c", "large")
-    assert (loads.loaded[3:], loads.cache.num_bytes) == (["b", "large", "large"], 20)
+    await get(loads, "b", "large", "b", "c")
+    assert loads.loaded[3:] == ["b", "large"], "a buffer larger than the budget evicts nothing"
 
 
 async def test_concurrent_callers_share_one_load_that_survives_a_caller_leaving() -> None:

@@ -166,16 +166,21 @@ async def test_each_tenants_usage_is_counted_and_a_shadows_for_the_owner_of_its_
     assert usages == {"acme": Usage(0, 2, 2 * num_prompt_tokens, 8), "globex": Usage(0, 1, num_prompt_tokens, 4)}
 
 
-async def test_a_request_streams_with_the_weights_its_plan_names(
-    serving: Serving, tiny_base: Callable[..., BaseModel]
-) -> None:
+async def test_the_shapes_are_those_of_the_base_model(serving: Serving, tiny_base: Callable[..., BaseModel]) -> None:
     assert await serving.worker.module_shapes() == linear_shapes(tiny_base())
-    missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
-    jobs = [*[serving.job(number) for number in (0, 1, 0)], missing]
-    *texts, failed = await asyncio.gather(*map(serving.text, jobs), return_exceptions=True)
+
+
+async def test_a_request_streams_with_the_weights_its_plan_names(serving: Serving) -> None:
+    texts = await asyncio.gather(*[serving.text(serving.job(number)) for number in (0, 1, 0)])
     assert texts[0] and texts[1] and texts[0] == texts[2] != texts[1]
+    assert sorted(serving.store.fetched) == sorted(w.weights_digest for w in serving.pool[:2])
+
+
+async def test_missing_weights_fail_only_their_request(serving: Serving) -> None:
+    missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
+    failed, text = await asyncio.gather(serving.text(missing), serving.text(serving.job(0)), return_exceptions=True)
     assert isinstance(failed, AdapterLoadFailed) and "withdrawn" in str(failed)
-    assert sorted(serving.store.fetched) == sorted([*[w.weights_digest for w in serving.pool[:2]], "f" * 64])
+    assert text and text == await serving.text(serving.job(0))
 
 
 def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Serve) -> None:
@@ -238,6 +243,21 @@ async def test_forgetting_frees_everything(with_disk: bool, serve: Serve, tmp_pa
         serving.store.blobs.clear()
         with pytest.raises(AdapterLoadFailed):
             await serving.text(serving.job(0))
+
+
+async def test_a_running_request_keeps_forgotten_weights_to_its_end(serving: Serving) -> None:
+    digest, job = serving.pool[0].weights_digest, serving.job(0, num_new=60)
+    expected = await serving.text(job)
+    assert expected
+    deltas = serving.worker.stream(job)
+    assert isinstance(await anext(deltas), ResidencyReport), "it says at once that it is there"
+    parts = [(await anext(deltas)).text]
+    await serving.worker.forget([digest])
+    serving.store.is_down = True
+    parts += [delta.text async for delta in deltas if isinstance(delta, Delta)]
+    assert "".join(parts) == expected
+    assert await serving.worker.forget([digest]) is True
+    assert (await serving.worker.load()).resident == frozenset()
 
 
 async def test_cached_weights_on_disk_survive_replica_and_store(serve: Serve, tmp_path: Path) -> None:
