@@ -104,11 +104,11 @@ async def test_a_second_prompt_and_stop_end_the_answer_on_the_page_and_in_the_wo
 async def test_an_error_is_shown_after_the_text_so_far(browsing: Browsing) -> None:
     worker = CountingWorker()
     async with look(browsing, worker=worker) as (page, _):
-        for error, text in (
-            (EngineFull("too many requests wait"), ""),
-            (EngineStopped("the engine has stopped"), "Hel"),
+        for earlier, text, error in (
+            ((), "", EngineFull("too many requests wait")),
+            (DELTAS[:1], "Hel", EngineStopped("the engine has stopped")),
         ):
-            worker.events = [*DELTAS[: bool(text)], error]
+            worker.events = [*earlier, error]
             await ask(page)
             await expect(last_turn(page, ".error")).to_have_text(str(error))
             await expect(last_turn(page, ".text")).to_have_text(text)
@@ -146,9 +146,8 @@ async def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> No
     """Publishers choose names and tags, and the model writes the answer, so neither can be trusted."""
     hostile = replace(adapter(HOSTILE), tags=(HOSTILE,))
     worker = CountingWorker([Delta(HOSTILE, 1, 1, "stop")])
-    async with look(
-        browsing, worker=worker, retriever=MappedRetriever([hostile], near=(NearSample(HOSTILE, 0.5),))
-    ) as (page, _):
+    retriever = MappedRetriever([hostile], near=(NearSample(HOSTILE, 0.5),))
+    async with look(browsing, worker=worker, retriever=retriever) as (page, _):
         await ask(page)
         await expect(last_turn(page, ".text")).to_have_text(HOSTILE)
         await expect(page.locator("#plan li .name")).to_have_text([HOSTILE])
@@ -163,10 +162,8 @@ async def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> No
 
 
 async def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
-    async with look(browsing, retriever=MappedRetriever([adapter(f"task-{number:02}") for number in range(40)])) as (
-        page,
-        _,
-    ):
+    retriever = MappedRetriever([adapter(f"task-{number:02}") for number in range(40)])
+    async with look(browsing, retriever=retriever) as (page, _):
         await go(page, "Adapters")
         await expect(page.locator("#pool-count")).to_have_text("1–15 of 40")
         await page.get_by_role("button", name="Next page").click()

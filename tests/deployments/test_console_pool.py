@@ -108,9 +108,7 @@ async def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsin
         await expect(page.locator("#adapter-body")).to_be_hidden()
 
 
-async def test_the_page_shows_who_answers_its_examples_best_and_since_when_it_is_live(
-    browsing: Browsing,
-) -> None:
+async def test_the_page_shows_who_answers_its_examples_best_and_since_when_it_is_live(browsing: Browsing) -> None:
     now, none = datetime.now(UTC), np.empty(0, np.float32)
     rolled_back = {"created_at": now - timedelta(days=3.5), "live_since": now - timedelta(hours=2.5)}
     poet, coder = replace(adapter("poet"), **rolled_back), adapter("coder")
@@ -195,39 +193,36 @@ async def _without_older_versions(route: Route) -> None:
 
 
 async def test_a_version_under_trial_is_named_in_the_table_on_its_page_and_in_its_form(browsing: Browsing) -> None:
-    tried = {"poet": (0.1, False, "10 % to "), "coder": (0.29, True, "29 % shadow ")}
-    older = {name: adapter(name, version="older").ref.digest for name in tried}
-    held = [replace(adapter(name), trial=Trial(older[name], *tried[name][:2])) for name in tried]
-    held.append(adapter("novelist"))
+    tried = {"poet": Trial(adapter("poet", version="older").ref.digest, 0.1)}
+    tried["coder"] = Trial(adapter("coder", version="older").ref.digest, 0.29, is_shadow=True)
+    held = [replace(adapter(name), trial=tried.get(name)) for name in ("poet", "coder", "novelist")]
     async with look(browsing, retriever=MappedRetriever(held), store=FakeStore(pool_of(*held))) as (page, _):
-        await go(page, "Adapters")
-        for name, (_share, is_shadow, label) in tried.items():
+        percent = page.get_by_label("on this many % of the requests")
+        on_copies = page.get_by_label("on copies that no client sees")
+        for name, label, answers, kind, number in (
+            ("poet", "10 % to ", "10 % of the requests", "trial", "10"),
+            ("coder", "29 % shadow ", "a copy of 29 % of the requests", "shadow", "29"),
+        ):
+            digest = tried[name].digest
             await go(page, "Adapters")
-            row = page.locator("#pool-rows tr", has_text=name)
-            await expect(row).to_contain_text(label + older[name][:8])
+            await expect(page.locator("#pool-rows tr", has_text=name)).to_contain_text(label + digest[:8])
             await open_adapter(page, name)
-            percent = label.partition(" ")[0]
-            answers = f"a copy of {percent} % of the requests" if is_shadow else f"{percent} % of the requests"
-            await expect(page.locator("#adapter-facts")).to_contain_text(
-                f"Version {older[name][:12]} answers {answers}"
-            )
+            await expect(page.locator("#adapter-facts")).to_contain_text(f"Version {digest[:12]} answers {answers}")
             row = page.locator("#adapter-versions tr").nth(1)
-            await expect(row).to_contain_text("shadow" if is_shadow else "trial")
+            await expect(row).to_contain_text(kind)
             await expect(row.get_by_role("button", name="Make live")).to_be_visible()
-            await expect(page.get_by_label("on this many % of the requests")).to_have_value(percent)
-            await expect(page.get_by_label("on copies that no client sees")).to_be_checked(checked=is_shadow)
-        await open_adapter(page, "novelist")
-        await expect(page.get_by_label("on this many % of the requests")).to_have_value("10")
-        await expect(page.get_by_label("on copies that no client sees")).not_to_be_checked()
+            await expect(percent).to_have_value(number)
+            await expect(on_copies).to_be_checked(checked=tried[name].is_shadow)
+        await open_adapter(page, "novelist")  # which has no trial: nothing is left of the other's
+        await expect(percent).to_have_value("10")
+        await expect(on_copies).not_to_be_checked()
 
 
 async def test_a_kept_version_is_tried_promoted_and_its_trial_ended(browsing: Browsing) -> None:
     older = adapter("poet", version="older", generation=0)
     live = replace(adapter("poet"), trial=Trial(older.ref.digest, 0.1))
-    async with look(browsing, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live, older))) as (
-        page,
-        served,
-    ):
+    store = FakeStore(pool_of(live, older))
+    async with look(browsing, retriever=MappedRetriever([live]), store=store) as (page, served):
 
         async def press(button: str, path: str) -> None:
             async with page.expect_response(lambda answer: answer.request.url.endswith(path)) as answered:
@@ -312,7 +307,10 @@ async def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of
         await expect(page.get_by_role("button", name="Withdraw")).to_have_count(1)
 
 
-async def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["drop", "choose"])
+async def test_folders_are_previewed_and_the_ticked_ones_published(
+    browsing: Browsing, tmp_path: Path, how: str
+) -> None:
     parent = tmp_path / "many"
     config = '{"r": 16, "base_model_name_or_path": "tiny-base", "target_modules": ["q_proj", "v_proj"]}'
     folders = [folder_of(parent, "verse", ["Write a verse.", "Rhyme!"], config)]
@@ -321,7 +319,11 @@ async def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Bro
     (folder_of(parent, "pickled") / "adapter_model.safetensors").rename(parent / "pickled" / "adapter_model.bin")
     async with look(browsing) as (page, served):
         page.on("request", lambda request: bodies.append(request.post_data) if request.method == "POST" else None)
-        await drop_folder(page, parent)
+        if how == "drop":
+            await drop_folder(page, parent)
+        else:
+            await go(page, "Publish")
+            await page.locator("#folder").set_input_files(parent)
         await expect(page.locator("#drop")).to_contain_text("Before you publish, the console sends only the samples")
         cards = page.locator("#previews > li")
         await expect(cards).to_have_count(4)
@@ -402,10 +404,8 @@ async def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_
 
 async def test_tags_and_template_of_a_new_version_are_cleared_by_choice(browsing: Browsing, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "poet", ["Write a verse."])
-    async with look(browsing, store=FakeStore(pool_of(adapter("poet", version="fun", template="alpaca")))) as (
-        page,
-        served,
-    ):
+    store = FakeStore(pool_of(adapter("poet", version="fun", template="alpaca")))
+    async with look(browsing, store=store) as (page, served):
         await drop_folder(page, folder)
         await page.get_by_label("No tags").check()
         await expect(page.get_by_label("Tags of all")).to_be_disabled()

@@ -114,7 +114,7 @@ async def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_r
         await expect(page.locator("#compare-status")).to_contain_text('line 1 of the file needs "input"')
         assert len(jobs_of(served)) == 6
         await page.route("**/v1/chat/completions", lambda route: None)  # never answered
-        file.write_text('{"input": "One"}\n{"input": "Two"}')
+        file.write_text("One\nTwo")
         await page.get_by_label("Prompts from a file").set_input_files(file)
         await expect(page.locator("#tabled tbody tr")).to_have_count(2)
         await page.locator("#compare-stop").click()
@@ -147,18 +147,15 @@ async def test_nothing_overflows_the_screen(browsing: Browsing, width: int) -> N
         await check("an adapter")
         if width == 1440:
             await expect(code.last).to_be_visible()
-            assert await code.evaluate_all("(nodes) => nodes.map((node) => node.scrollWidth - node.clientWidth)") == [
-                0,
-                0,
-            ]
+            cut = "(nodes) => nodes.map((node) => node.scrollWidth - node.clientWidth)"
+            assert await code.evaluate_all(cut) == [0, 0]
 
 
 @pytest.mark.parametrize("width", [1024, 1280])
 async def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width: int) -> None:
-    held = [adapter("question_formation"), adapter("pronoun_replacement")]
-    async with look(
-        browsing, context={"viewport": {"width": width, "height": 800}}, retriever=MappedRetriever(held)
-    ) as (page, _):
+    retriever = MappedRetriever([adapter("question_formation"), adapter("pronoun_replacement")])
+    context = {"viewport": {"width": width, "height": 800}}
+    async with look(browsing, context=context, retriever=retriever) as (page, _):
         await ask(page)
         await expect(page.locator("#plan li .name").first).to_have_text("question_formation")
         lines = "(nodes) => nodes.map((node) => node.getClientRects().length)"
