@@ -52,6 +52,7 @@ async def test_n_choices_of_one_plan_are_in_order_with_separate_seeds_whole_and_
     assert [choice["index"] for choice in opening["choices"]] == [0, 1, 2]
     assert {choice["delta"]["role"] for choice in opening["choices"]} == {"assistant"}
     choices = [choice for part in parts for choice in part["choices"]]
+    assert len(choices) == len(parts), "one choice in each event"
     texts = ["".join(c["delta"]["content"] for c in choices if c["index"] == index) for index in range(3)]
     assert (texts, usage["usage"]) == (whole, answer["usage"])
     assert sorted(choice["index"] for choice in choices if choice["finish_reason"]) == [0, 1, 2]
@@ -82,7 +83,10 @@ def test_prompts_are_streamed_with_their_plans_and_a_list_of_one_is_that_prompt(
     [
         ("/v1/completions", {"prompt": ["a"] * 65, "n": 2}, "n"),
         ("/v1/completions", {"prompt": ["a"] * 129}, "prompt"),
-        *[("/v1/completions", {"prompt": prompt}, "prompt") for prompt in ("", [], [""], ["a", ""])],
+        ("/v1/completions", {"prompt": ""}, "prompt.0"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": [""]}, "prompt.0"),
+        ("/v1/completions", {"prompt": ["a", ""]}, "prompt.1"),
         ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}}, "stream_options"),
     ],
@@ -90,7 +94,7 @@ def test_prompts_are_streamed_with_their_plans_and_a_list_of_one_is_that_prompt(
 )
 def test_impossible_prompts_choices_and_options_are_refused_by_their_field(path: str, body: Any, param: str) -> None:
     response = post(path, body)
-    assert response.status_code == 400 and error_of(response)["param"].startswith(param)
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
 def test_a_request_may_have_128_rows() -> None:

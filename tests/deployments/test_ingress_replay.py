@@ -83,6 +83,7 @@ def test_a_plan_whose_version_is_gone_is_a_conflict(row: dict[str, Any]) -> None
     [
         (plan_of(ROW | {"weight": 4.5}), "lora.plan.adapters.0.weight"),
         (plan_of(ROW | {"weight": math.nan}), "lora.plan.adapters.0.weight"),
+        (plan_of(ROW | {"weight": -math.inf}), "lora.plan.adapters.0.weight"),
         (plan_of(ROW, strategy="sideways"), "lora.plan.strategy"),
         (plan_of(*[ROW] * 17), "lora.plan.adapters"),
         (plan_of(ROW | {"digest": "d" * 63}), "lora.plan.adapters.0.digest"),
@@ -100,7 +101,7 @@ def test_a_plan_whose_version_is_gone_is_a_conflict(row: dict[str, Any]) -> None
 )
 async def test_a_tampered_plan_is_refused(plan: Any, param: str | None) -> None:
     async with asked() as (client, served):
-        body = json.dumps(CHAT | {"lora": {"plan": plan}})  # Python writes NaN, which is not JSON
+        body = json.dumps(CHAT | {"lora": {"plan": plan}})  # Python writes NaN and -Infinity, which are not JSON
         headers = {"content-type": "application/json"}
         response = await client.post("/v1/chat/completions", content=body, headers=headers)
         assert (response.status_code, error_of(response)["param"]) == (400, param)
@@ -261,7 +262,10 @@ async def test_every_answer_has_an_id_of_its_own() -> None:
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
 
 
-def test_a_failed_answer_has_an_id_and_several_rows_end_with_the_first_that_fails() -> None:
+def test_a_failed_answer_has_an_id_too() -> None:
     failed = post("/v1/chat/completions", CHAT, worker=FakeWorker([RuntimeError("secret")]))
     assert (failed.status_code, len(failed.headers["x-request-id"])) == (500, 32)
+
+
+def test_an_answer_of_several_rows_ends_with_the_first_failing_row() -> None:
     assert post("/v1/chat/completions", CHAT | {"n": 3}, worker=FakeWorker(BROKEN)).status_code == 503
