@@ -16,7 +16,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from tests.k8s import general, network, placement, schemas, serving
 from tests.k8s.general import README
 from tests.k8s.manifests import Document, Manifests
-from tests.k8s.network import egress_rules
+from tests.k8s.network import METADATA, egress_rules
 from tests.k8s.rendering import ALL, K8S, OVERLAYS, build
 
 CHECKS = (schemas, general, serving, placement, network)
@@ -31,12 +31,20 @@ def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (
+            lambda m: m.group("gpu")["template"]["spec"].pop("terminationGracePeriodSeconds"),
+            "Seconds (30) is not above",
+        ),
         (lambda m: set_variable(m, "gpu", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "600"), "cuts requests of max_req"),
         (lambda m: set_variable(m, "cpu", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.1"), "as `loraretriever serve`"),
         (lambda m: m.change_args(retriever_scaling={"max_replicas_per_node": 2}), "the death of one node"),
         (lambda m: m.group("cpu").update(minReplicas=1), "Ingress: no room at the minimum"),
+        (lambda m: annotations(m).update({"nginx.ingress.kubernetes.io/proxy-read-timeout": "60"}), "timeout of 60 s"),
+        (lambda m: annotations(m).pop("nginx.ingress.kubernetes.io/proxy-body-size"), "max_upload_bytes is refused"),
+        (lambda m: annotations(m).pop("nginx.ingress.kubernetes.io/proxy-buffering"), "keeps tokens"),
         (lambda m: m.named("Ingress", "loraretriever")["spec"].pop("tls"), "without TLS"),
         (lambda m: route_rule(m).pop("timeouts"), "is not above max_request_s"),
+        (lambda m: route_rule(m)["backendRefs"][0].update(name="loraretriever"), "HTTPRoute: it does not lead to"),
         (lambda m: route_rule(m).update(timeout="1s"), "timeout"),
     ],
 )
@@ -51,6 +59,11 @@ def set_variable(manifests: Manifests, group: str, name: str, value: str) -> Non
     [container] = manifests.group(group)["template"]["spec"]["containers"]
     [entry] = [entry for entry in container["env"] if entry["name"] == name]
     entry["value"] = value
+
+
+def annotations(manifests: Manifests) -> dict[str, str]:
+    found: dict[str, str] = manifests.named("Ingress", "loraretriever")["metadata"]["annotations"]
+    return found
 
 
 def route_rule(manifests: Manifests) -> Document:
@@ -89,6 +102,17 @@ def test_every_pod_with_our_image_is_on_nodes_of_one_processor(
     pods = [pod for pod in build(kubectl, copied / "own").pods if "loraretriever" in pod.container["image"]]
     assert [pod.name for pod in pods] == ["head", "cpu", "gpu", "loraretriever-fetch-model"]
     assert {pod.spec["nodeSelector"]["kubernetes.io/arch"] for pod in pods} == {processor}
+
+
+def test_images_are_renamed_in_every_pod(kubectl: str, tmp_path: Path, rendered: Callable[[str], Manifests]) -> None:
+    """README describes this way to use another registry."""
+    documents = rendered("gpu-s3").documents
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(documents))
+    images = [{"name": f"loraretriever-{kind}", "newName": f"mine/{kind}", "newTag": "7"} for kind in ("cpu", "cuda")]
+    kustomization = {"kind": "Kustomization", "resources": ["all.yaml"], "images": images}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    pods = build(kubectl, tmp_path).pods
+    assert {pod.container["image"] for pod in pods if pod.is_ray} == {"mine/cpu:7", "mine/cuda:7"}
 
 
 def test_one_file_pins_every_image_by_digest(kubectl: str, tmp_path: Path) -> None:
@@ -144,6 +168,13 @@ def test_rays_own_autoscaler_reads_the_groups(rendered: Callable[[str], Manifest
 def test_a_rule_for_the_model_hub_opens_the_workers(rendered: Callable[[str], Manifests]) -> None:
     [rule] = egress_rules(rendered("hub").named("NetworkPolicy", "loraretriever-model-hub"))
     assert rule.reaches("203.0.113.7") and rule.has_port("TCP", 443) and not rule.has_port("TCP", 80)
+
+
+def test_an_open_rule_reaches_every_metadata_service_by_ipv4_and_none_by_ipv6() -> None:
+    document = {"metadata": {"name": "p"}, "spec": {"egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}]}}
+    [rule] = egress_rules(document)
+    assert [address for address in METADATA if rule.reaches(address)] == [a for a in METADATA if ":" not in a]
+    assert rule.reaches("203.0.113.7") and not rule.reaches("2001:db8::1")
 
 
 @pytest.fixture
