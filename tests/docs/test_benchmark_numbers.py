@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from typing import Any
 
 import pytest
@@ -34,6 +35,51 @@ def test_a_table_has_the_numbers_of_its_study_rounded(name: str) -> None:
             digits = len(number.partition(".")[2])
             assert any(number in (f"{value:.{digits}f}", f"{100 * value:.{digits}f}") for value in figures), number
     assert len(rows) == len(block.rows) and all(re.search(r"\d", " ".join(row)) for row in rows), "a row has no number"
+
+
+def test_results_of_other_vendors_have_a_column_and_an_origin_each() -> None:
+    amd, intel = results_of("throughput")
+    head, *rows = TABLES["results-throughput"]().splitlines()
+    assert [cell.split()[-1] for cell in head.split("|")[2:-1]] == ["(AMD)", "(Intel)"]
+    [base] = [row.split("|")[2:-1] for row in rows if row.startswith("| base model |")]
+    assert [cell.strip() for cell in base] == [f"{each['figures']['base_over_generate']:.2f}" for each in (amd, intel)]
+    for each in (amd, intel):
+        assert each["commit"][:7] in measured("throughput")
+
+
+def test_numbers_are_in_the_cells_of_their_rows() -> None:
+    figures, cells = result_of("throughput")["figures"], {}
+    for line in TABLES["results-throughput"]().splitlines():
+        if line.startswith("| "):
+            text, numbers = line.split("|")[1:3]
+            cells[text.strip()] = re.findall(r"[\d.]+", numbers)
+    assert cells["base model"] == [f"{figures['base_over_generate']:.2f}"]
+    names = [f"mixture{count}_over_generate" for count in (8, 32, 96)]
+    assert cells["mixture of 3, 8 / 32 / 96 active"] == [f"{figures[name]:.2f}" for name in names]
+
+
+def test_every_runtime_of_the_encoder_has_a_row_with_its_times() -> None:
+    lines = BENCHMARK_BLOCKS["results-encoder"]().splitlines()
+    rows = [found for line in lines if (found := re.findall(r"([\d.]+) ms(?= \|)", line))]
+    results = [result["figures"] for result in results_of("encoder")]
+    kinds = [kind for kind in ("server", "bfloat16", "float32") if f"encoder_{kind}_alone_p50_ms" in results[0]]
+    assert len(kinds) == sum(name.endswith("_alone_p50_ms") for name in results[0])
+    names = [[f"encoder_{kind}_{place}_p50_ms" for place in ("alone", "next_to_worker")] for kind in kinds]
+    assert rows == [[f"{figures[name]:.1f}" for figures in results for name in pair] for pair in names]
+
+
+def test_ratios_of_throughput_are_medians_over_rounds() -> None:
+    rounds = [run for run in result_of("throughput")["runs"] if "base x1" in run]
+    expected = statistics.median([found["mixture 8 x8"] / found["generate x8"] for found in rounds])
+    assert numbers_of("throughput")["mixture 8 x8 / generate x8"] == expected
+
+
+def test_load_by_clients_has_every_run_of_both_clients() -> None:
+    text = BENCHMARK_BLOCKS["load-by-clients"]()
+    runs = result_of("load")["runs"]
+    assert len(runs) == 6
+    for run in runs:
+        assert f" {run['tokens_s']:.0f} |" in text and f" {run['ttft_p50_ms']:.0f} |" in text
 
 
 @pytest.mark.parametrize("title", GENERATED)

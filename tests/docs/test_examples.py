@@ -41,7 +41,7 @@ def name_of(block: CodeBlock) -> str:
 
 def test_shell_python_and_json_are_well_formed() -> None:
     shell, python = of_language("sh", "console"), of_language("python")
-    assert len(SHELL) > 50 and len(python) > 8
+    assert len(SHELL) > 50 and len(python) > 8 and len(of_language("yaml")) > 10
     for block in shell:
         run = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
         assert run.returncode == 0, f"{name_of(block)}: {run.stderr}"

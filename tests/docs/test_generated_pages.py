@@ -19,7 +19,7 @@ from deployments.config.app import AppConfig
 from docs.generate import clients, error_codes, metrics, models, request_fields, settings_files
 from docs.generate.__main__ import DOCS, stale_pages
 from docs.generate.blocks import BLOCKS
-from docs.generate.markdown import block_names, pages_with_blocks
+from docs.generate.markdown import block_names, filled, pages_with_blocks, table
 from tests.deployments.all_routes import OPEN_ROUTES, ROLES_OF
 
 GROUPS = {"admission", "sampling_defaults", "worker", "retrieval"}
@@ -33,6 +33,15 @@ def test_no_generated_page_is_out_of_date() -> None:
 def test_every_block_is_on_exactly_one_page() -> None:
     names = [name for page in pages_with_blocks(DOCS) for name in block_names(page.read_text(encoding="utf-8"))]
     assert sorted(names) == sorted(BLOCKS)
+
+
+def test_a_block_is_replaced_and_the_rest_of_the_page_stays() -> None:
+    page = "before\n<!-- generated: a -->\nold\n<!-- end of generated -->\nafter\n"
+    assert filled(page, {"a": lambda: "new"}) == page.replace("old\n", "\nnew\n")
+
+
+def test_a_cell_with_a_bar_stays_one_cell() -> None:
+    assert table(("a", "b"), [("x|y", "two\nlines")]).splitlines()[2] == r"| x\|y | two lines |"
 
 
 def test_a_family_counts_once_however_many_variants_were_tried() -> None:
@@ -97,6 +106,13 @@ def test_fields_that_do_nothing_are_ignored_and_those_of_responses_differ_from_c
     assert ignored == {"metadata", "prompt_cache_key", "safety_identifier", "user"}
     own = re.findall(r"^\| `(\w+)` ", request_fields.responses_fields(), re.MULTILINE)
     assert {"input", "max_output_tokens", "user", "stream"} <= set(own) and "temperature" not in own
+
+
+def test_a_text_links_the_page_that_it_names() -> None:
+    assert "see [lora options](lora-options.md)" in request_fields.route_fields()
+    fields = (request_fields.chat_fields, request_fields.completion_fields, request_fields.lora_fields)
+    text = "".join(write() for write in fields)
+    assert all(f"]({target})" in text for target in request_fields._LINKS.values())
 
 
 def test_every_module_that_registers_metrics_is_described() -> None:

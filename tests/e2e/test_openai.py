@@ -1,4 +1,4 @@
-"""The OpenAI API over HTTP and a real model: plans sent back, and a parsed answer."""
+"""The OpenAI API over HTTP and a real model: plans sent back, a parsed answer, and the client's error classes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import httpx
 import openai
+import pytest
 from pydantic import BaseModel, Field
 
 from tests.e2e.starter_pool import Heldout
@@ -52,3 +53,39 @@ def test_a_parsed_answer_follows_its_model(client: openai.OpenAI) -> None:
         answer = client.chat.completions.parse(model=model, response_format=Order, n=2, **asked)
         assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
         assert all(isinstance(choice.message.parsed, Order) for choice in answer.choices)
+
+
+def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+    def ask(**fields: Any) -> None:
+        client.chat.completions.create(**{"model": "auto", "messages": messages("hi"), "max_tokens": 2, **fields})
+
+    schema = {"name": "a", "schema": {"type": "object", "properties": {"a": {"not": {}}}}}
+    with pytest.raises(openai.BadRequestError, match="at /properties/a cannot be compiled") as invalid:
+        ask(response_format={"type": "json_schema", "json_schema": schema})
+    assert (invalid.value.code, invalid.value.param) == ("invalid_request", "response_format.json_schema.schema")
+    with pytest.raises(openai.BadRequestError, match="use tools") as functions:
+        ask(functions=[{"name": "f", "parameters": {}}])
+    assert (functions.value.code, functions.value.param) == ("unsupported", "functions")
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema["schema"]}}
+    with pytest.raises(openai.BadRequestError, match="at /0/function/parameters/properties/a") as uncompiled:
+        ask(tools=[tool], tool_choice="required")
+    assert (uncompiled.value.code, uncompiled.value.param) == ("invalid_request", "tools")
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as long:
+            ask(messages=messages("word " * 4000), stream=stream)
+        assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as unknown:
+        ask(extra_body={"lora": {"strategey": "mixture"}})
+    assert unknown.value.param == "lora.strategey"
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(model="nobody/nothing")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nothing")
+    gone = {"strategy": "selection", "adapters": [{"name": heldout[0].task, "digest": "0" * 64, "weight": 1.0}]}
+    with pytest.raises(openai.ConflictError) as conflict:
+        ask(extra_body={"lora": {"plan": gone}})
+    assert conflict.value.code == "plan_gone"
+    with pytest.raises(openai.UnprocessableEntityError) as unmatched:
+        ask(extra_body={"lora": {"min_score": 1.0, "fallback": "error"}})
+    assert unmatched.value.code == "no_adapter_matched"
