@@ -56,7 +56,7 @@ async def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Bro
         assert "A verse, please." not in await page.evaluate("JSON.stringify(localStorage)")
 
 
-async def test_the_dialog_asks_once_for_a_key_and_only_an_accepted_one_gets_a_tick(browsing: Browsing) -> None:
+async def test_the_dialog_says_once_that_the_server_needs_a_key(browsing: Browsing) -> None:
     async with look(browsing, api_key=KEY) as (page, _):
         await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
         await expect(page.locator("#connection")).to_have_text("key needed")
@@ -65,8 +65,12 @@ async def test_the_dialog_asks_once_for_a_key_and_only_an_accepted_one_gets_a_ti
             await expect(page.locator(part)).to_have_text("")
         await go(page, "Adapters")
         await expect(page.locator("#pool-error")).to_be_hidden()
+        await expect(page.locator("#key-button")).to_be_visible()
+
+
+async def test_only_a_key_that_the_server_accepts_gets_a_tick(browsing: Browsing) -> None:
+    async with look(browsing, api_key=KEY) as (page, _):
         note, button = page.locator("#key-note"), page.locator("#key-button")
-        await button.click()
         await expect(note).to_have_text(NEEDS_A_KEY)
         await use(page, "a wrong one")
         await expect(note).to_have_text("This server does not accept your key. Ask its operator.")
