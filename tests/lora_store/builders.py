@@ -8,17 +8,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from lora_store import AdapterRecord, AdapterRef, Embedding, LoraStore, ModuleWeights, RankedAdapter, Ranking
+from lora_store import AdapterRecord, AdapterRef, Embedding, LoraStore, ModuleWeights, RankedAdapter, Ranking, Staged
 
 MakeFolder = Callable[..., Path]
 MakeRecord = Callable[..., AdapterRecord]
 MakeWeights = Callable[..., dict[str, ModuleWeights]]
 OpenStore = Callable[[], LoraStore]
+PublishOne = Callable[..., Staged]
 Stored = Callable[[str], dict[str, int]]
 
 BASE = "tiny-base"
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+IN_A_FOLDER = pytest.mark.parametrize("store_uri", ["folder"], indirect=True)  # for rules that hold over any storage
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (8, 6),
     "model.layers.0.mlp.up_proj": (12, 6),

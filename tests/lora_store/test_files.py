@@ -117,11 +117,7 @@ def test_a_stopped_endpoint_is_reported_in_seconds_and_restarts_with_its_data() 
     files = Files(Location(endpoint.uri("stopped")))
     files.write("a", b"one")
     endpoint.stop()
-    for attempt in (
-        lambda: files.read("a"),
-        lambda: files.write("a", b"two"),
-        lambda: files.delete(["a", "b"]),
-    ):
+    for attempt in (lambda: files.read("a"), lambda: files.write("a", b"two"), lambda: files.delete(["a", "b"])):
         started = time.monotonic()
         with pytest.raises(StoreUnavailable, match="onnect to") as caught:
             attempt()

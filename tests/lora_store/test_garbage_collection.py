@@ -188,11 +188,7 @@ def test_gc_shrinks_the_catalogue_to_one_data_file(
 
 
 def test_gc_removes_old_projections_of_no_embedding(
-    store: LoraStore,
-    make_folder: MakeFolder,
-    clock: FakeClock,
-    stored: Stored,
-    location: Location,
+    store: LoraStore, make_folder: MakeFolder, clock: FakeClock, stored: Stored, location: Location
 ) -> None:
     used = ("live+1", "older+1", "pending+1", "ranked+1")
     names = [*used, "gone+1", "live+2", "live-1.ordinary", "gone-1.ordinary"]  # live+2: fitted again, then given up

@@ -172,11 +172,7 @@ def test_without_any_data_file_there_is_nothing_to_repair_from(location: Locatio
 @pytest.mark.parametrize("change", [_cut, _empty, None], ids=["cut", "empty", "missing"])
 @pytest.mark.parametrize("name", [checkpoint_name, lambda version: LAST_CHECKPOINT], ids=["checkpoint", "hint"])
 def test_a_broken_checkpoint_costs_nothing_while_its_commits_are_there(
-    location: Location,
-    table: Location,
-    fill: Fill,
-    name: Callable[[int], str],
-    change: Callable[[bytes], bytes] | None,
+    location: Location, table: Location, fill: Fill, name: Callable[[int], str], change: Callable[[bytes], bytes] | None
 ) -> None:
     catalogue = fill(3)
     EventTable(table).compact()  # writes a checkpoint

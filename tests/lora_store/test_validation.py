@@ -60,12 +60,7 @@ def test_another_base_is_refused_with_the_names_that_the_server_accepts(make_fol
     with pytest.raises(AdapterRefused) as caught:
         check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None)
     [reason] = caught.value.reasons
-    wanted = [
-        "'/models/base'",
-        "accepts 'tiny-base'",
-        "publish it with --base-name",
-        "accepts_base",
-    ]
+    wanted = ["'/models/base'", "accepts 'tiny-base'", "publish it with --base-name", "accepts_base"]
     assert [part for part in wanted if part not in reason] == []
 
 

@@ -6,15 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from retriever_svc.calibration import (
-    MARGINS,
-    NO_THRESHOLD,
-    Abstain,
-    Candidates,
-    Judgement,
-    judge,
-    leave_one_out_scores,
-)
+from retriever_svc.calibration import MARGINS, NO_THRESHOLD, Abstain, Candidates, Judgement, judge, leave_one_out_scores
 
 POINTS: tuple[Abstain, ...] = ("lenient", "balanced", "strict")
 NONE = np.empty(0, np.float32)

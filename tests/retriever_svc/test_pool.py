@@ -176,13 +176,7 @@ def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary
         rows, adapters, asked = [unit_rows(part.astype(np.float32)) for part in parts]
         records = [record_of(f"a{n}", row, own_scores=[0.0] * 20) for n, row in enumerate(adapters)]
         centre = rows.mean(axis=0) if shared else None
-        pool = Pool.of(
-            snapshot_of(*records),
-            FakeEncoder({}, dim=9),
-            IndexSettings(),
-            ordinary=rows,
-            centre=centre,
-        )
+        pool = Pool.of(snapshot_of(*records), FakeEncoder({}, dim=9), IndexSettings(), ordinary=rows, centre=centre)
         return pool.judged(pool.nearest(asked, 3, "local"), "balanced", asked)
 
     found = list(zip(judged(0), judged(3), strict=True))
@@ -199,12 +193,6 @@ def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary
 def test_at_never_no_threshold_is_set_without_a_projection_either() -> None:
     rows = unit_rows(np.random.default_rng(6).standard_normal((9, 2)) + 3).astype(np.float32)
     centre = rows.mean(axis=0)
-    pool = Pool.of(
-        snapshot_of(record_of("a", EAST)),
-        FakeEncoder({}),
-        IndexSettings(),
-        ordinary=rows,
-        centre=centre,
-    )
+    pool = Pool.of(snapshot_of(record_of("a", EAST)), FakeEncoder({}), IndexSettings(), ordinary=rows, centre=centre)
     [[match]] = pool.judged(pool.nearest(rows[:1], 1, "local"), "never", rows[:1])
     assert match.threshold == NO_THRESHOLD

@@ -15,15 +15,7 @@ from retriever_svc import AskedPrompt, NoAdapterMatched, Page, PageRequest, Retr
 from retriever_svc.encoder import MAX_CHARS
 from retriever_svc.route import STICKY_MARGIN, Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
-from tests.retriever_svc.routing import (
-    EAST,
-    NORTH,
-    POOL,
-    SOUTHWEST,
-    TABLE,
-    retriever_of,
-    route_one,
-)
+from tests.retriever_svc.routing import EAST, NORTH, POOL, SOUTHWEST, TABLE, retriever_of, route_one
 
 
 def test_a_uniform_mixture_plans_the_best_with_equal_weights() -> None:

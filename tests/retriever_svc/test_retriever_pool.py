@@ -10,12 +10,7 @@ import pytest
 from lora_store.adapter import LOCAL_TENANT, Sample
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
-from retriever_svc import (
-    NoAdapterMatched,
-    Retriever,
-    RouteRequest,
-    embed_groups,
-)
+from retriever_svc import NoAdapterMatched, Retriever, RouteRequest, embed_groups
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, record_of
 from tests.retriever_svc.routing import EAST, NORTH, POOL, TABLE, retriever_of, route_one
 
@@ -60,11 +55,7 @@ def test_a_withdrawn_adapter_has_no_versions() -> None:
         retriever_of(*POOL).versions(LOCAL_TENANT, "gone")
 
 
-SAMPLES = {
-    "e": ("east", "northeast") * 3,
-    "n": ("north", "northeast", "north") * 2,
-    "secret": ("east", "west") * 3,
-}
+SAMPLES = {"e": ("east", "northeast") * 3, "n": ("north", "northeast", "north") * 2, "secret": ("east", "west") * 3}
 
 
 def sampled(name: str, **fields: Any) -> AdapterRecord:
