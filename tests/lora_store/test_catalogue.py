@@ -9,7 +9,9 @@ import pytest
 from deltalake import DeltaTable
 
 from lora_store import AdapterRecord, AdapterRefused, Catalogue, Event, Location, Publish, VersionConflict
+from lora_store.catalogue import History
 from lora_store.event_table import EventTable
+from lora_store.events import Fold, fold_table_of, table_of
 from lora_store.files import Files
 from lora_store.snapshot import Snapshot
 from tests.lora_store.builders import MakeRecord, embedding
@@ -64,7 +66,7 @@ def test_every_generation_can_be_seen_again_after_a_compaction(location: Locatio
     assert reopened.snapshot_at(newest.generation) is newest
 
 
-def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(
+def test_rows_of_a_commit_share_its_generation_and_the_last_one_wins(
     location: Location, make_record: MakeRecord
 ) -> None:
     catalogue = Catalogue(location)
@@ -75,7 +77,7 @@ def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(
 
 
 @pytest.mark.parametrize("same_object", [False, True], ids=["another process", "another thread"])
-def test_a_stale_writer_checks_again_and_nothing_is_lost(
+def test_a_stale_writer_checks_again_losing_nothing(
     location: Location, make_record: MakeRecord, same_object: bool
 ) -> None:
     catalogue = Catalogue(location)
@@ -155,3 +157,21 @@ def test_the_log_grows_by_less_than_2_kb_an_event(location: Location, make_recor
         catalogue.commit(_publish(make_record(f"a{number}", embedding=embedding(*range(384)))))
     grown = sum(file.num_bytes for file in log.entries()) - before
     assert 0 < grown / 10 < 2048
+
+
+def test_events_count_until_a_fold_replaces_them(make_record: MakeRecord) -> None:
+    history = History()
+    history.add(table_of([Publish(make_record("a")), Publish(make_record("b"))], 1, "one"), after=0)
+    history.add(table_of([Publish(make_record("c"))], 2, "two"), after=1)
+    assert (history.num_events, history.commits) == (3, {"one": 1, "two": 2})
+    history.add(fold_table_of([Fold(None, None)], 1, {"one": 1}), after=2)
+    assert history.num_events == 1
+    history.forget_until(2)
+    assert (history.num_events, history.commits) == (0, {"one": 1, "two": 2})
+
+
+def test_only_recent_commits_are_remembered(make_record: MakeRecord) -> None:
+    history = History()
+    for generation in range(1, 301):
+        history.add(table_of([Publish(make_record())], generation, f"c{generation}"), after=generation - 1)
+    assert list(history.commits.values()) == list(range(45, 301))

@@ -16,7 +16,7 @@ from lora_store import Catalogue, Event, GenerationGone, Location, Publish, Snap
 from lora_store.event_table import EventTable
 from lora_store.events import dated_events_of, table_of
 from lora_store.files import Files
-from tests.lora_store.builders import LATER, NOON, MakeRecord, draw_events, embedding
+from tests.lora_store.builders import IN_A_FOLDER, LATER, NOON, MakeRecord, draw_events, embedding
 
 
 def _check_equal(found: Snapshot, wanted: Snapshot) -> None:
@@ -51,7 +51,7 @@ def history(location: Location, make_record: MakeRecord) -> Commit:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_folded_pool_equals_the_pool_of_all_events(
+def test_a_fold_equals_the_pool_of_all_events(
     location: Location, tmp_path: Path, make_record: MakeRecord, seed: int
 ) -> None:
     folding, slow = Catalogue(location, min_tail=8), Snapshot(0, {})
@@ -72,6 +72,7 @@ def test_a_folded_pool_equals_the_pool_of_all_events(
         _check_equal(found, Snapshot(found.generation, slow.records, slow.previous, slow.encoder, slow.pending))
 
 
+@IN_A_FOLDER
 def test_opening_reads_live_adapters_and_no_withdrawn_embedding(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location, min_tail=20)
     for number in range(15):
@@ -95,9 +96,7 @@ def test_opening_reads_live_adapters_and_no_withdrawn_embedding(location: Locati
     _check_equal(Catalogue(location).snapshot(), catalogue.snapshot())
 
 
-def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(
-    location: Location, history: Commit, make_record: MakeRecord
-) -> None:
+def test_an_idle_replica_catches_up_over_folds(location: Location, history: Commit, make_record: MakeRecord) -> None:
     writer, idle, fresh = (Catalogue(location, min_tail=5) for _ in range(3))
     writer.commit(lambda snapshot: [Publish(make_record(f"untouched{number}")) for number in range(4)])
     history(writer, 4)
@@ -117,6 +116,7 @@ def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(
     _check_equal(Catalogue(location).snapshot(), writer.snapshot())
 
 
+@IN_A_FOLDER
 def test_an_up_to_date_replica_does_not_read_the_fold(location: Location, make_record: MakeRecord) -> None:
     writer, replica = Catalogue(location, min_tail=5), Catalogue(location)
     for number in range(6):
@@ -129,6 +129,7 @@ def test_an_up_to_date_replica_does_not_read_the_fold(location: Location, make_r
     assert replica.snapshot().records == writer.snapshot().records
 
 
+@IN_A_FOLDER
 def test_every_generation_is_readable_after_folds_until_a_vacuum(location: Location, history: Commit) -> None:
     catalogue = Catalogue(location, min_tail=4)
     seen = history(catalogue, 9)

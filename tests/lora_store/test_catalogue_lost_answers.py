@@ -12,7 +12,7 @@ import pytest
 from lora_store import AdapterNotFound, AdapterRecord, Catalogue, Event, Location, LoraStore, Snapshot, StoreUnavailable
 from lora_store.event_table import EventTable
 from lora_store.rules import publish_events, withdraw_events
-from tests.lora_store.builders import BASE, NOON, MakeFolder, MakeRecord, embedding
+from tests.lora_store.builders import BASE, IN_A_FOLDER, NOON, MakeFolder, MakeRecord, OpenStore, embedding
 from tests.s3 import S3Endpoint
 
 
@@ -80,9 +80,12 @@ def test_a_call_repeated_with_its_id_happens_once(location: Location, make_recor
     assert first.commit(_publish(make_record("new")), uuid4().hex) == first.snapshot().generation
 
 
-def test_a_change_of_the_store_repeated_with_its_id_happens_once(location: Location, make_folder: MakeFolder) -> None:
+@IN_A_FOLDER
+def test_a_change_of_the_store_repeated_with_its_id_happens_once(
+    open_store: OpenStore, make_folder: MakeFolder
+) -> None:
     """The repetition may come from another process, which has other leases."""
-    first, second = (LoraStore(location.uri, accepts_base=[BASE]) for _ in range(2))
+    first, second = open_store(), open_store()
     staged, published, gone = first.stage(make_folder()), uuid4().hex, uuid4().hex
     for store in (first, second):
         assert store.commit([staged], [embedding()], [1.0], "me", commit_id=published) == 1
@@ -93,9 +96,7 @@ def test_a_change_of_the_store_repeated_with_its_id_happens_once(location: Locat
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_an_endpoint_that_loses_answers_to_commits(
-    s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int
-) -> None:
+def test_an_endpoint_that_loses_commits_answers(s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int) -> None:
     """The PUT of the log's next version succeeds but its answer is an error, so the retry finds its own write."""
     lost = []
 

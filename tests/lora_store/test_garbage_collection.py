@@ -12,7 +12,17 @@ import pytest
 from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, StoreUnavailable
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
-from tests.lora_store.builders import BASE, FakeClock, MakeFolder, OpenStore, PublishOne, Stored, embedding, ranking
+from tests.lora_store.builders import (
+    BASE,
+    IN_A_FOLDER,
+    FakeClock,
+    MakeFolder,
+    OpenStore,
+    PublishOne,
+    Stored,
+    embedding,
+    ranking,
+)
 
 BlobNames = Callable[[], set[str]]
 
@@ -23,7 +33,7 @@ def blob_names(stored: Stored) -> BlobNames:
     return lambda: {name.partition("/")[2] for name in stored("blobs")}
 
 
-def test_after_a_withdrawal_a_sweep_removes_its_blobs(
+def test_a_sweep_removes_withdrawn_blobs(
     store: LoraStore, publish: PublishOne, blob_names: BlobNames, stored: Stored
 ) -> None:
     stays, goes = publish("stays", seed=1), publish()
@@ -50,6 +60,7 @@ def test_only_blobs_of_a_version_pushed_out_of_the_kept_three_are_swept(
     assert store.load(versions[1].weights_digest)
 
 
+@IN_A_FOLDER
 def test_weights_shared_with_another_tenant_stay(store: LoraStore, make_folder: MakeFolder) -> None:
     ours, theirs = (store.stage(make_folder(), tenant=tenant, visibility="private") for tenant in ("us", "them"))
     store.commit([ours, theirs], [embedding()] * 2, [1.0] * 2, "me")
@@ -59,6 +70,7 @@ def test_weights_shared_with_another_tenant_stay(store: LoraStore, make_folder: 
     assert sorted(store.sweep(ours.record.blobs)) == sorted(ours.record.blobs)
 
 
+@IN_A_FOLDER
 def test_discard_releases_the_lease_and_keeps_blobs_that_others_use(
     store: LoraStore, publish: PublishOne, make_folder: MakeFolder, stored: Stored, blob_names: BlobNames
 ) -> None:
@@ -70,7 +82,8 @@ def test_discard_releases_the_lease_and_keeps_blobs_that_others_use(
     assert blob_names() == set(live.record.blobs)
 
 
-def test_a_failed_stage_releases_its_lease(
+@IN_A_FOLDER
+def test_a_failed_stage_leaves_no_lease(
     store: LoraStore, store_uri: str, make_folder: MakeFolder, stored: Stored
 ) -> None:
     class FullDisk(BlobStore):
@@ -104,9 +117,7 @@ def test_gc_removes_only_remains_of_crashes(
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_gc_keeps_files_younger_than_its_retention(
-    store: LoraStore, publish: PublishOne, clock: FakeClock, blob_names: BlobNames
-) -> None:
+def test_gc_keeps_younger_files(store: LoraStore, publish: PublishOne, clock: FakeClock, blob_names: BlobNames) -> None:
     publish()
     store.withdraw("local", ["poet"], "me")
     assert store.gc(3600) == Collected(0, 0)
@@ -116,6 +127,7 @@ def test_gc_keeps_files_younger_than_its_retention(
     assert blob_names() == set()
 
 
+@IN_A_FOLDER
 def test_gc_keeps_parts_of_uploads_for_an_hour_or_its_longer_retention(store: LoraStore, clock: FakeClock) -> None:
     upload, hour = "0" * 32, 3600
     store.uploads.put(upload, 0, b"data")
@@ -145,6 +157,7 @@ def test_gc_shrinks_the_catalogue_to_one_data_file_and_leaves_a_rivals_young_one
         assert (dict(snapshot.records), dict(snapshot.previous)) == (dict(before.records), dict(before.previous))
 
 
+@IN_A_FOLDER
 def test_gc_removes_old_projections_of_no_embedding(
     store: LoraStore, make_folder: MakeFolder, clock: FakeClock, stored: Stored, location: Location
 ) -> None:
@@ -171,6 +184,7 @@ def test_gc_removes_old_projections_of_no_embedding(
     assert store.gc(0) == Collected(0, 0)
 
 
+@IN_A_FOLDER
 def test_the_projection_of_the_active_encoder_outlives_the_adapters(
     store: LoraStore, clock: FakeClock, stored: Stored, location: Location
 ) -> None:
@@ -202,6 +216,7 @@ def test_verify_reads_every_needed_blob_once_and_names_damaged_and_missing_ones(
     assert problems[weights].startswith(f"blob {weights} is corrupted")
 
 
+@IN_A_FOLDER
 def test_verify_does_not_report_blobs_withdrawn_meanwhile(
     store: LoraStore, open_store: OpenStore, publish: PublishOne, location: Location
 ) -> None:

@@ -86,9 +86,7 @@ def test_a_lease_written_after_the_intent_and_before_the_check_is_seen(location:
     assert (len(pool.holds.entries()), pool.blobs.get(DIGEST)) == (1, DATA)
 
 
-def test_a_commit_that_releases_its_lease_just_before_the_check_is_seen_in_the_catalogue(
-    location: Location, clock: FakeClock
-) -> None:
+def test_a_commit_whose_lease_ends_just_before_the_check_is_seen(location: Location, clock: FakeClock) -> None:
     pool = Pool(location, clock, leases=RivalFirst)
     lease = pool.stage()
     pool.leases.rival = lambda: pool.commit(lease)
@@ -96,9 +94,7 @@ def test_a_commit_that_releases_its_lease_just_before_the_check_is_seen_in_the_c
     assert pool.blobs.get(DIGEST) == DATA
 
 
-def test_a_stage_that_starts_after_the_check_waits_and_writes_its_blobs_again(
-    location: Location, clock: FakeClock
-) -> None:
+def test_a_stage_after_the_check_waits_and_writes_its_blobs_again(location: Location, clock: FakeClock) -> None:
     waits, swept = threading.Event(), threading.Event()
 
     def sleep(_: float) -> None:
@@ -137,9 +133,7 @@ def test_a_stage_waits_until_the_intent_of_a_crashed_sweep_expires(location: Loc
     assert (clock.at - before).total_seconds() == INTENT_S
 
 
-def test_a_sweep_that_took_too_long_or_failed_deletes_nothing_and_leaves_no_intent(
-    pool: Pool, clock: FakeClock, stored: Stored
-) -> None:
+def test_a_sweep_that_is_late_or_fails_deletes_nothing(pool: Pool, clock: FakeClock, stored: Stored) -> None:
     pool.blobs.put(DATA)
 
     def look() -> set[str]:
@@ -167,9 +161,7 @@ def test_a_lease_expires_and_is_unsafe_long_before(pool: Pool, clock: FakeClock)
     assert pool.sweep() == [DIGEST]
 
 
-def test_leases_and_intents_of_crashed_processes_are_deleted_once_they_expire(
-    pool: Pool, clock: FakeClock, stored: Stored
-) -> None:
+def test_leases_and_intents_of_crashes_are_deleted_in_time(pool: Pool, clock: FakeClock, stored: Stored) -> None:
     pool.stage()
     pool.sweeps.write(pool.stamp(), b"")
     pool.leases.delete_expired()

@@ -94,9 +94,7 @@ def test_an_adapter_cannot_have_a_model_name_that_its_tenant_uses(
     publish("support", tenant=tenant)
 
 
-def test_what_others_publish_or_approve_later_stops_an_approval_and_no_change_of_a_name(
-    store: LoraStore, publish: PublishOne
-) -> None:
+def test_what_others_publish_later_stops_an_approval_and_no_change(store: LoraStore, publish: PublishOne) -> None:
     store.set_name(OWN, "a", "me")
     publish("support", tenant="third")
     with pytest.raises(NameTaken, match="an adapter"):
@@ -110,9 +108,7 @@ def test_what_others_publish_or_approve_later_stops_an_approval_and_no_change_of
         assert policies(store, "local", name) == [("b", False), ("a", False)]
 
 
-def test_a_tenants_own_adapter_comes_before_an_approved_name_and_stays_private(
-    store: LoraStore, publish: PublishOne
-) -> None:
+def test_an_own_adapter_comes_before_an_approved_name_and_stays_private(store: LoraStore, publish: PublishOne) -> None:
     publish("support", tenant="them", visibility="private")
     store.set_name(OWN, "a", "me")
     store.approve_name(ref_of(OWN, "a"))

@@ -187,9 +187,7 @@ def test_a_blob_that_a_damaged_pool_lacks_ends_the_export(pool: LoraStore, store
         export_pool(StoredPool(store_uri), StoreTarget(new))
 
 
-def test_an_interrupted_export_is_no_pool_and_continues(
-    pool: LoraStore, store_uri: str, new: str, tmp_path: Path
-) -> None:
+def test_a_cut_export_is_no_pool_and_continues(pool: LoraStore, store_uri: str, new: str, tmp_path: Path) -> None:
     target = StoreTarget(new)
     target.num_threads = 1
     with pytest.raises(Interrupted):
@@ -205,9 +203,7 @@ def test_an_interrupted_export_is_no_pool_and_continues(
     assert list(tmp_path.glob("pool.tar*")) == []
 
 
-def test_an_exported_store_collects_blobs_that_are_older_than_its_catalogue(
-    pool: LoraStore, store_uri: str, new: str
-) -> None:
+def test_a_copy_collects_blobs_that_are_older_than_its_catalogue(pool: LoraStore, store_uri: str, new: str) -> None:
     export_pool(StoredPool(store_uri), StoreTarget(new))
     unused = Path(new, blob_file("0" * 64))
     unused.parent.mkdir(exist_ok=True)
@@ -217,9 +213,7 @@ def test_an_exported_store_collects_blobs_that_are_older_than_its_catalogue(
 
 
 @pytest.mark.parametrize("how", ["export", "import", "dry import"])
-def test_a_store_that_lost_its_catalogue_is_never_written_to(
-    how: str, pool: LoraStore, store_uri: str, tmp_path: Path
-) -> None:
+def test_a_store_without_its_catalogue_stays_as_is(how: str, pool: LoraStore, store_uri: str, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(Path(store_uri) / "blobs", damaged / "blobs")
     before = sorted(damaged.rglob("*"))
@@ -244,9 +238,7 @@ def test_an_interrupted_import_continues_with_what_is_missing(
     assert import_pool(StoredPool(store_uri), new)["generation"] == done["generation"]
 
 
-def test_conflicts_are_refused_before_anything_is_stored_or_skipped_or_replaced(
-    pool: LoraStore, archive: Path, put: Put, new: str
-) -> None:
+def test_conflicts_are_refused_or_skipped_or_replaced(pool: LoraStore, archive: Path, put: Put, new: str) -> None:
     store = opened(new)
     for name in ("poet", "mine"):
         put(store, name)
@@ -270,18 +262,14 @@ def test_conflicts_are_refused_before_anything_is_stored_or_skipped_or_replaced(
 
 
 @pytest.mark.parametrize("on_conflict", ["refuse", "replace"])
-def test_a_public_name_of_another_tenant_is_never_taken(
-    store: LoraStore, store_uri: str, put: Put, new: str, on_conflict: Any
-) -> None:
+def test_a_public_name_is_never_taken(store: LoraStore, store_uri: str, put: Put, new: str, on_conflict: Any) -> None:
     put(store, "poet", tenant="acme")
     put(opened(new), "poet")
     with pytest.raises(ValueError, match="acme/poet is public, and its name belongs to tenant 'local'"):
         import_pool(StoredPool(store_uri), new, on_conflict)
 
 
-def test_a_model_name_that_an_adapter_of_the_store_has_is_left_out(
-    pool: LoraStore, archive: Path, put: Put, new: str
-) -> None:
+def test_a_model_name_that_an_adapter_has_is_left_out(pool: LoraStore, archive: Path, put: Put, new: str) -> None:
     store = opened(new)
     put(store, "support")
     store.set_name(("acme", "secret"), '{"k": 3}', ADMIN)
@@ -318,9 +306,7 @@ def test_replace_keeps_who_may_use_the_adapter(pool: LoraStore, store_uri: str, 
     assert store.snapshot().public["poet"].ref.tenant == "acme"
 
 
-def test_a_name_published_during_the_import_is_not_overwritten(
-    pool: LoraStore, store_uri: str, put: Put, new: str
-) -> None:
+def test_a_name_published_meanwhile_is_not_overwritten(pool: LoraStore, store_uri: str, put: Put, new: str) -> None:
     target = opened(new)
 
     def publish(at: int, name: str) -> None:
@@ -434,7 +420,7 @@ def test_the_active_encoder_comes_with_a_new_pool_and_its_projection(pool: LoraS
     assert sorted(path.name for path in Path(new, "projections").iterdir()) == projections
 
 
-def test_adapters_of_another_encoder_are_counted(
+def test_those_of_another_encoder_are_counted(
     pool: LoraStore, store_uri: str, make_folder: MakeFolder, new: str
 ) -> None:
     other = opened(new)

@@ -34,9 +34,7 @@ def live(*records: AdapterRecord) -> Snapshot:
     return Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
 
 
-def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(
-    records: MakeRecords, make_record: MakeRecord
-) -> None:
+def test_a_tenant_holds_names_and_the_weights_of_kept_versions(records: MakeRecords, make_record: MakeRecord) -> None:
     [a, b] = records("a", "b")
     older = make_record("a", "acme", "f" * 64, weights_digest="w older", num_bytes=7)
     same = make_record("a", "acme", "e" * 64, weights_digest="w b")
@@ -66,9 +64,7 @@ def test_a_publish_above_the_quota_is_refused_as_a_whole(records: MakeRecords, q
     assert caught.value.wanted > caught.value.limit
 
 
-def test_a_tenant_above_a_reduced_quota_may_still_replace_adapters(
-    records: MakeRecords, make_record: MakeRecord
-) -> None:
+def test_a_tenant_above_a_reduced_quota_may_replace_adapters(records: MakeRecords, make_record: MakeRecord) -> None:
     snapshot = live(*records("a", "b"))
     newer = make_record("a", "acme", "e" * 64, weights_digest="w a", visibility="private")
     quota = TenantQuota(max_adapters=1, max_bytes=50)
@@ -79,9 +75,7 @@ def test_a_tenant_above_a_reduced_quota_may_still_replace_adapters(
 
 
 @IN_A_FOLDER
-def test_two_concurrent_publishes_cannot_exceed_the_quota_together(
-    open_store: OpenStore, make_folder: MakeFolder
-) -> None:
+def test_concurrent_publishes_cannot_exceed_the_quota_together(open_store: OpenStore, make_folder: MakeFolder) -> None:
     """The quota is checked against the state after the rival's commit, not against that at the start of the publish."""
     ours, rival, quota = open_store(), open_store(), TenantQuota(max_adapters=1)
     staged = [store.stage(make_folder(f"a{n}", n), tenant="acme") for n, store in enumerate((ours, rival))]

@@ -77,9 +77,7 @@ def _repaired(location: Location) -> Repaired:
 
 
 @pytest.mark.parametrize("how", BREAKS)
-def test_a_publish_whose_commit_is_broken_is_named_and_then_restored(
-    location: Location, table: Location, fill: Fill, how: str
-) -> None:
+def test_a_publish_with_a_broken_commit_is_restored(location: Location, table: Location, fill: Fill, how: str) -> None:
     """Its rows are whole in its data file."""
     before = fill(4).snapshot()
     _break(table, commit_name(4), how)
@@ -94,10 +92,9 @@ def test_a_publish_whose_commit_is_broken_is_named_and_then_restored(
     assert {file.name: file.written_at for file in Files(location).entries()} == whole, "it is not touched"
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("how", [*BREAKS, MISSING])
-def test_a_broken_data_file_is_named_and_costs_its_publish_only(
-    location: Location, table: Location, fill: Fill, how: str
-) -> None:
+def test_a_broken_data_file_costs_its_publish_only(location: Location, table: Location, fill: Fill, how: str) -> None:
     fill(4)
     file = _data_file(table, 3)
     _break(table, file, how)
@@ -151,6 +148,7 @@ def test_without_any_data_file_there_is_nothing_to_repair_from(location: Locatio
     assert Files(location).entries() == []
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("how", ["cut", "empty", MISSING])
 @pytest.mark.parametrize("name", [checkpoint_name, lambda version: LAST_CHECKPOINT], ids=["checkpoint", "hint"])
 def test_a_broken_checkpoint_costs_nothing_while_its_commits_are_there(
@@ -183,6 +181,7 @@ def test_a_broken_fold_costs_nothing_while_the_files_that_it_replaced_are_there(
         assert _names(Catalogue(table).snapshot()) == ["a7"]
 
 
+@IN_A_FOLDER
 def test_rows_of_a_writer_whom_a_rival_preceded_are_not_restored(
     location: Location, table: Location, fill: Fill, make_record: MakeRecord
 ) -> None:
@@ -202,10 +201,9 @@ def _commit_of(table: Location, generation: int) -> str:
     return next(row["commit_id"] for row in rows if row["generation"] == generation)
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_file_breaks_every_whole_publish_is_kept(
-    location: Location, table: Location, fill: Fill, seed: int
-) -> None:
+def test_any_broken_file_costs_no_whole_publish(location: Location, table: Location, fill: Fill, seed: int) -> None:
     """A file of the log or a data file, after folds and compactions."""
     draw = random.Random(seed)
     catalogue = fill(9, min_tail=draw.choice([3, 4096]))

@@ -25,7 +25,7 @@ from tests.lora_store.builders import IN_A_FOLDER, FakeClock, MakeFolder, OpenSt
 pytestmark = IN_A_FOLDER
 
 
-def test_a_withdrawal_of_several_names_is_one_commit_and_returns_all_versions(
+def test_a_withdrawal_is_one_commit_and_returns_all_versions(
     store: LoraStore, publish: PublishOne, clock: FakeClock
 ) -> None:
     first, second, other = publish(seed=0), publish(seed=1), publish("other", seed=2)
@@ -84,9 +84,7 @@ def test_a_version_whose_blobs_are_gone_or_damaged_cannot_be_staged_again(
     assert stored("holds") == {}
 
 
-def test_a_commit_with_an_old_lease_checks_its_blobs_again(
-    store: LoraStore, make_folder: MakeFolder, clock: FakeClock
-) -> None:
+def test_a_commit_with_an_old_lease_checks_again(store: LoraStore, make_folder: MakeFolder, clock: FakeClock) -> None:
     kept, lost = store.stage(make_folder()), store.stage(make_folder("lost", 1, inputs=("x",)))
     clock.sleep(LEASE_S)
     assert store.sweep(lost.record.blobs) == list(lost.record.blobs)
@@ -97,7 +95,7 @@ def test_a_commit_with_an_old_lease_checks_its_blobs_again(
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(
+def test_an_encoder_is_activated_once_all_are_embedded(
     store: LoraStore, publish: PublishOne, make_folder: MakeFolder
 ) -> None:
     first, second = publish("a", seed=0), publish("b", seed=1)
@@ -143,9 +141,7 @@ def test_an_encoder_is_not_activated_if_a_publish_came_first(
     assert caught.value.missing == (staged.ref,)
 
 
-def test_a_publish_with_precondition_live_skips_updated_and_withdrawn_names(
-    store: LoraStore, publish: PublishOne
-) -> None:
+def test_a_publish_of_a_live_version_skips_updated_and_withdrawn_names(store: LoraStore, publish: PublishOne) -> None:
     old = publish(seed=0)
     new = publish(seed=1)
     generation = store.snapshot().generation
@@ -175,9 +171,7 @@ def states(store: LoraStore) -> list[tuple[str, bool]]:
     return [(record.ref.digest, record.is_offered) for record in store.snapshot().versions(("local", "poet"))]
 
 
-def test_an_offered_version_is_kept_with_its_share_while_the_live_one_stays(
-    store: LoraStore, publish: PublishOne
-) -> None:
+def test_an_offered_version_is_kept_with_its_share_beside_the_live_one(store: LoraStore, publish: PublishOne) -> None:
     older, live = publish(seed=0), publish(seed=1)
     offered = publish(seed=2, share=0.1)
     assert store.snapshot().records["local", "poet"].trial == Trial(offered.ref.digest, 0.1)
@@ -207,9 +201,7 @@ def test_a_trial_ends(change: str, store: LoraStore, publish: PublishOne) -> Non
     assert [record.trial for record in kept] == [None] * {"publish": 3, "withdraw": 0}.get(change, 2)
 
 
-def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
-    store: LoraStore, publish: PublishOne
-) -> None:
+def test_a_kept_version_can_take_a_share_and_a_repetition_is_nothing(store: LoraStore, publish: PublishOne) -> None:
     first, live = publish(seed=0), publish(seed=1)
     trial = Trial(first.ref.digest, 0.25)
     generation = store.set_trial("local", "poet", trial, "me")

@@ -130,9 +130,7 @@ def test_a_publish_into_a_large_pool_copies_no_part_of_it(make_record: MakeRecor
         ("us", "a/b/c", None),
     ],
 )
-def test_a_name_means_the_own_adapter_first_then_the_public_one(
-    make_record: MakeRecord, tenant: str, name: str, owner: str | None
-) -> None:
+def test_a_name_means_the_own_adapter_first(make_record: MakeRecord, tenant: str, name: str, owner: str | None) -> None:
     public = [make_record("poet", "us"), make_record("both", "us")]
     private = [make_record(name, "them", visibility="private") for name in ("secret", "both")]
     snapshot = _fold(*map(Publish, [*public, *private]))

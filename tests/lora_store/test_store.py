@@ -92,7 +92,7 @@ def test_the_template_that_the_folder_brings_is_recorded(store: LoraStore, make_
     assert named.ref == brought.ref, "a named one and a brought one are the same version"
 
 
-def test_a_commit_is_made_of_what_differs_from_the_live_version(
+def test_only_what_differs_from_the_live_version_commits(
     store: LoraStore, open_store: OpenStore, make_folder: MakeFolder
 ) -> None:
     first, second = store.stage(make_folder(seed=0)), store.stage(make_folder(seed=1))
@@ -133,7 +133,7 @@ def test_an_adapter_without_samples_is_kept_without_an_encoder(store: LoraStore,
 
 
 @IN_A_FOLDER
-def test_a_batch_with_one_public_name_of_two_tenants_or_too_few_vectors_is_refused(
+def test_a_batch_with_one_name_of_two_tenants_or_too_few_vectors_fails(
     store: LoraStore, make_folder: MakeFolder
 ) -> None:
     staged = [store.stage(make_folder(), tenant=tenant) for tenant in ("us", "them")]
@@ -170,9 +170,7 @@ def test_a_stopped_endpoint_is_reported_and_the_store_continues_afterwards(make_
     endpoint.stop()
 
 
-def test_a_commit_succeeds_although_its_leases_cannot_be_released(
-    store: LoraStore, make_folder: MakeFolder, stored: Stored
-) -> None:
+def test_a_commit_succeeds_although_its_leases_stay(store: LoraStore, make_folder: MakeFolder, stored: Stored) -> None:
     class Stuck(Leases):
         def release(self, leases: Collection[str]) -> None:
             raise StoreUnavailable("the endpoint stopped")

@@ -66,9 +66,7 @@ def test_an_edit_of_a_version_that_is_not_live_any_more_is_refused(store: LoraSt
         store.resample(first, [ACCEPTED])
 
 
-def test_the_same_samples_twice_are_one_version_without_the_approval_of_the_first(
-    store: LoraStore, make_folder: MakeFolder
-) -> None:
+def test_the_same_samples_twice_are_one_version_that_is_not_approved(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder(), visibility="public"))
     store.approve([first.ref], "admin")
     twice = [store.resample(live(store), [Sample("a"), ACCEPTED]) for _ in range(2)]
@@ -85,9 +83,7 @@ def test_a_withdrawal_deletes_the_proposals_for_the_adapter(store: LoraStore, ma
     assert store.feedback.all("local", "proposed", "poet") == []
 
 
-def test_an_edit_makes_a_version_of_the_same_weights_and_keeps_the_rest(
-    store: LoraStore, make_folder: MakeFolder
-) -> None:
+def test_an_edit_makes_a_version_of_the_same_weights_and_the_rest(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder(), tags=["fun"], template="alpaca"))
     second = commit(store, store.edit(first, Edit(tags=("b", "a", "b"))))
     assert (second.tags, second.template, second.samples_digest) == (("a", "b"), "alpaca", first.samples_digest)

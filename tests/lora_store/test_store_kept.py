@@ -74,7 +74,7 @@ def test_an_empty_contract_clears(store: LoraStore, make_folder: MakeFolder) -> 
     ],
     ids=str,
 )
-def test_a_given_field_replaces_or_clears(
+def test_given_fields_replace(
     store: LoraStore, make_folder: MakeFolder, given: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     commit(store, store.stage(make_folder(), **GIVEN))
@@ -87,9 +87,7 @@ def described(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_a_description_replaces_a_description_and_never_several_samples(
-    store: LoraStore, make_folder: MakeFolder
-) -> None:
+def test_a_description_replaces_a_description_and_no_samples(store: LoraStore, make_folder: MakeFolder) -> None:
     commit(store, store.stage(described(make_folder(inputs=()), "It writes poems.")))
     new = store.stage(described(make_folder(seed=1, inputs=()), "It writes songs."))
     assert new.samples == (Sample("It writes songs."),)
@@ -142,9 +140,7 @@ def test_a_rivals_first_version_of_a_new_name_is_taken_over(store: LoraStore, ma
     assert commit(store, *store.take_over([ours])).tags == ("support",)
 
 
-def test_a_rollback_keeps_the_time_and_the_label_of_the_first_publish(
-    store: LoraStore, make_folder: MakeFolder, clock: FakeClock
-) -> None:
+def test_a_rollback_keeps_the_time_and_the_label(store: LoraStore, make_folder: MakeFolder, clock: FakeClock) -> None:
     first = commit(store, store.stage(make_folder(), tags=["old"], template="alpaca"))
     published_at = clock.at
     clock.sleep(60)

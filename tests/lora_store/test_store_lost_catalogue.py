@@ -57,9 +57,7 @@ def test_only_the_store_that_creates_the_pool_says_that_it_is_new(folder_uri: st
 
 
 @pytest.mark.parametrize("part", ["catalogue", "catalogue/_delta_log"])
-def test_a_process_that_runs_meanwhile_names_what_is_missing(
-    folder_uri: str, make_folder: MakeFolder, part: str
-) -> None:
+def test_a_process_that_runs_then_names_what_is_missing(folder_uri: str, make_folder: MakeFolder, part: str) -> None:
     """It neither writes a new catalogue nor takes the missing one for a rival."""
     store, blobs = LoraStore(folder_uri, accepts_base=[BASE]), BlobStore(Location(folder_uri).child("blobs"))
     published = store.stage(make_folder())
@@ -73,7 +71,7 @@ def test_a_process_that_runs_meanwhile_names_what_is_missing(
     assert all(digest in blobs for digest in published.record.blobs)
 
 
-def test_a_catalogue_that_is_younger_than_its_blobs_collects_none(
+def test_a_catalogue_younger_than_its_blobs_spares_them(
     folder_uri: str, make_folder: MakeFolder, stored: Stored
 ) -> None:
     """A release before this one created a new catalogue where the old one was gone."""

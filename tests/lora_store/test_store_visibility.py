@@ -65,9 +65,7 @@ def test_a_rollback_never_makes_a_private_adapter_public(store: LoraStore, publi
     assert (store.snapshot().records["local", "poet"].ref, seen(store, "other")) == (old.ref, [])
 
 
-def test_making_a_name_private_includes_its_older_versions_and_making_it_public_does_not(
-    store: LoraStore, publish: PublishOne
-) -> None:
+def test_a_name_is_made_private_with_older_versions_and_public_without(store: LoraStore, publish: PublishOne) -> None:
     publish(visibility="public")
     publish(seed=1, visibility="public")
     for change, expected in (("private", ["private"] * 2), ("public", ["public", "private"])):
@@ -78,9 +76,7 @@ def test_making_a_name_private_includes_its_older_versions_and_making_it_public_
             store.set_visibility("other", "poet", visibility, "me")
 
 
-def test_a_private_version_makes_the_older_ones_private_too(
-    store: LoraStore, publish: PublishOne, open_store: OpenStore
-) -> None:
+def test_a_private_version_hides_the_older_ones(store: LoraStore, publish: PublishOne, open_store: OpenStore) -> None:
     """Otherwise plans of other tenants that pin an older version would still be answered."""
     publish(visibility="public")
     live = store.snapshot().records["local", "poet"]
@@ -114,9 +110,7 @@ def test_an_approval_is_for_one_version(store: LoraStore, publish: PublishOne, o
         store.approve([publish("secret", visibility="private").ref], "boss")
 
 
-def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(
-    store: LoraStore, publish: PublishOne
-) -> None:
+def test_names_of_others_cost_the_same_look_ups_if_they_exist_or_not(store: LoraStore, publish: PublishOne) -> None:
     """Look-ups are counted, because times vary; `test_isolation.py` counts the work of whole requests."""
     publish(tenant="acme", visibility="private")
     snapshot = store.snapshot()
