@@ -43,30 +43,21 @@ def test_the_packaged_prompts_differ_and_are_not_empty() -> None:
     prompts = ordinary_prompts()
     assert len(set(prompts)) == len(prompts) == 535
     assert all(prompt.strip() for prompt in prompts)
-
-
-def test_the_digest_is_that_of_the_packaged_file() -> None:
     data = files("retriever_svc").joinpath("data/ordinary_prompts.jsonl").read_bytes()
     assert prompts_digest() == hashlib.sha256(data).hexdigest()
     kinds = [json.loads(line)["kind"] for line in data.decode().splitlines()]
     assert follow_ups().tolist() == [kind == "follow-up" for kind in kinds]
     assert follow_ups().sum() == 56
+    assert not refers_back(rows_of(1)[0], rows_of(30)), "other prompts recognise no turn"
 
 
-def test_the_nearness_equals_a_slow_loop() -> None:
+def test_the_nearness_equals_a_slow_loop_in_any_batch() -> None:
     prompts, queries = rows_of(30), rows_of(20, seed=1)
     for query, found in zip(queries, nearness(queries, prompts), strict=True):
         assert found == pytest.approx(slow_nearness(query, [*prompts]), abs=1e-5)
-
-
-def test_the_nearness_of_a_query_does_not_depend_on_its_batch() -> None:
-    ordinary, queries = rows_of(50), rows_of(9, seed=2)
-    alone = [nearness(queries[n : n + 1], ordinary)[0] for n in range(9)]
-    np.testing.assert_array_equal(nearness(queries, ordinary), alone)
-
-
-def test_nothing_is_near_to_very_few_ordinary_prompts() -> None:
-    np.testing.assert_array_equal(nearness(rows_of(4), rows_of(3)), np.full(4, -1.0))
+    alone = [nearness(queries[n : n + 1], prompts)[0] for n in range(20)]
+    np.testing.assert_array_equal(nearness(queries, prompts), alone)
+    np.testing.assert_array_equal(nearness(rows_of(4), rows_of(3)), np.full(4, -1.0), "too few to be near to")
 
 
 def test_a_mean_of_ordinary_prompts_is_no_nearer_than_its_own_members_allow() -> None:
@@ -89,15 +80,9 @@ def test_a_mean_of_ordinary_prompts_is_no_nearer_than_its_own_members_allow() ->
         ("Classify the ticket: my invoice is wrong.", False),
     ],
 )
-def test_turns_that_mean_an_earlier_one_are_recognised_in_any_language(
-    projected: Encoder, text: str, expected: bool
-) -> None:
+def test_turns_that_refer_back_are_recognised_in_any_language(projected: Encoder, text: str, expected: bool) -> None:
     [query] = projected.encode([text])
     assert refers_back(query, ProjectionFiles().ordinary(projected)) is expected
-
-
-def test_other_prompts_than_the_packaged_ones_recognise_no_turn() -> None:
-    assert not refers_back(rows_of(1)[0], rows_of(30))
 
 
 def test_the_nearness_to_the_others_is_that_without_the_prompt_itself() -> None:
