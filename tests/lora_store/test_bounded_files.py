@@ -56,9 +56,13 @@ def test_large_tensors_are_mapped_with_the_values_of_the_file(tmp_path: Path, is
 
 def test_a_change_of_a_file_that_is_not_private_does_not_reach_what_was_read(tmp_path: Path) -> None:
     file, tensor = large_file(tmp_path)
-    with pytest.raises(FileRefused, match=r"this server takes 1 MiB \(admission\.max_weights_bytes\)"):
-        read_tensors(file, Limits(max_weights_bytes=1 << 20))
     found = read_tensors(file, Limits())["a"]
     with file.open("r+b") as changed:
         changed.truncate(100)
     assert torch.equal(found.tensor(), tensor)
+
+
+def test_a_limit_on_the_weights_names_its_setting(tmp_path: Path) -> None:
+    file, _ = large_file(tmp_path)
+    with pytest.raises(FileRefused, match=r"this server takes 1 MiB \(admission\.max_weights_bytes\)"):
+        read_tensors(file, Limits(max_weights_bytes=1 << 20))

@@ -34,7 +34,7 @@ def test_a_record_comes_back_as_it_was_committed(location: Location, make_record
     assert after.records["local", "poet"] == replace(full, generation=1)
     assert after.records["local", "bare"] == replace(bare, generation=1)
     travelled = pickle.loads(pickle.dumps(after))
-    assert travelled == after
+    assert travelled == after and pickle.loads(pickle.dumps(before)) == before
     with pytest.raises(TypeError):
         travelled.records["local", "x"] = full
 
@@ -77,7 +77,7 @@ def test_rows_of_a_commit_share_its_generation_and_the_last_one_wins(
 
 
 @pytest.mark.parametrize("same_object", [False, True], ids=["another process", "another thread"])
-def test_a_stale_writer_checks_again_losing_nothing(
+def test_a_stale_writer_checks_again_and_nothing_is_lost(
     location: Location, make_record: MakeRecord, same_object: bool
 ) -> None:
     catalogue = Catalogue(location)

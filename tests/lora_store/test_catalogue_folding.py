@@ -51,7 +51,7 @@ def history(location: Location, make_record: MakeRecord) -> Commit:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_fold_equals_the_pool_of_all_events(
+def test_a_folded_pool_equals_the_pool_of_all_events(
     location: Location, tmp_path: Path, make_record: MakeRecord, seed: int
 ) -> None:
     folding, slow = Catalogue(location, min_tail=8), Snapshot(0, {})
@@ -136,13 +136,20 @@ def test_every_generation_is_readable_after_folds_until_a_vacuum(location: Locat
     reopened = Catalogue(location)
     for snapshot in seen:
         _check_equal(reopened.snapshot_at(snapshot.generation), snapshot)
-    EventTable(location).compact()  # merges a fold with later events
-    for found in (Catalogue(location).snapshot(), reopened.snapshot(), catalogue.snapshot()):
-        _check_equal(found, catalogue.snapshot())
     catalogue.vacuum(LATER)
     newest = catalogue.snapshot().generation
     with pytest.raises(GenerationGone, match=f"generation {seen[0].generation} .* the newest is {newest}"):
         reopened.snapshot_at(seen[0].generation)
+
+
+def test_rows_survive_a_compaction_that_merges_a_fold_with_later_events(location: Location, history: Commit) -> None:
+    catalogue = Catalogue(location, min_tail=8)
+    history(catalogue, 12)
+    idle = Catalogue(location)
+    history(catalogue, 3, seed=1, start=12)
+    EventTable(location).compact()
+    for found in (Catalogue(location).snapshot(), idle.snapshot(), catalogue.snapshot()):
+        _check_equal(found, catalogue.snapshot())
 
 
 def test_writers_that_fold_at_the_same_time_lose_nothing(location: Location, make_record: MakeRecord) -> None:

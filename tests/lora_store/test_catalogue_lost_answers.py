@@ -9,7 +9,17 @@ from wsgiref.types import WSGIEnvironment
 import pyarrow as pa
 import pytest
 
-from lora_store import AdapterNotFound, AdapterRecord, Catalogue, Event, Location, LoraStore, Snapshot, StoreUnavailable
+from lora_store import (
+    AdapterNotFound,
+    AdapterRecord,
+    Catalogue,
+    Event,
+    Location,
+    LoraStore,
+    Publish,
+    Snapshot,
+    StoreUnavailable,
+)
 from lora_store.event_table import EventTable
 from lora_store.rules import publish_events, withdraw_events
 from tests.lora_store.builders import BASE, IN_A_FOLDER, NOON, MakeFolder, MakeRecord, OpenStore, embedding
@@ -67,6 +77,19 @@ def test_a_commit_that_did_not_land_is_still_an_error(location: Location, make_r
     assert Catalogue(location).snapshot().generation == 0
 
 
+def test_a_rivals_commit_is_not_mistaken_for_the_own(location: Location, make_record: MakeRecord) -> None:
+    catalogue, rival = Catalogue(location, open_table=Losing), Catalogue(location)
+    asked = []
+
+    def events(snapshot: Snapshot) -> list[Event]:
+        if not asked:
+            rival.commit(_publish(make_record("rival")))
+        asked.append(snapshot.generation)
+        return [Publish(make_record("ours"))]
+
+    assert (catalogue.commit(events), asked) == (2, [0, 1])
+
+
 def test_a_call_repeated_with_its_id_happens_once(location: Location, make_record: MakeRecord) -> None:
     """The repetition may come from another process, or after a fold."""
     first, second = Catalogue(location, min_tail=2), Catalogue(location)
@@ -96,7 +119,9 @@ def test_a_change_of_the_store_repeated_with_its_id_happens_once(
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_an_endpoint_that_loses_commits_answers(s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int) -> None:
+def test_an_endpoint_that_loses_answers_to_commits(
+    s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int
+) -> None:
     """The PUT of the log's next version succeeds but its answer is an error, so the retry finds its own write."""
     lost = []
 

@@ -73,7 +73,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 @pytest.mark.parametrize(("conditional", "plain"), [(200, 200), (501, 200), (400, 200)])
-def test_an_endpoint_without_conditions_is_refused_and_cleaned_up(
+def test_an_endpoint_without_conditional_writes_is_refused_and_cleaned_up(
     endpoint: Endpoint, conditional: int, plain: int
 ) -> None:
     endpoint.conditional, endpoint.plain = conditional, plain
@@ -82,8 +82,8 @@ def test_an_endpoint_without_conditions_is_refused_and_cleaned_up(
     assert endpoint.stored == {}
 
 
-@pytest.mark.parametrize("status", [400, 503])
-def test_an_endpoint_without_writes_proves_nothing(
+@pytest.mark.parametrize("status", [400, 403, 501, 503])
+def test_an_endpoint_that_refuses_all_writes_proves_nothing(
     status: int, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     """S3 answers 400 for a wrong region and for an expired token, too."""

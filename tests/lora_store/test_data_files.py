@@ -51,7 +51,9 @@ def test_a_flipped_bit_is_found(location: Location) -> None:
     ("row", "has_unknown"),
     [({}, False), ({"license": None}, False), ({"license": "MIT"}, True), ({"event": "pin"}, True)],
 )
-def test_values_and_events_of_a_newer_release_are_noticed(row: dict[str, object], has_unknown: bool) -> None:
+def test_a_value_or_an_event_that_only_a_newer_release_knows_is_noticed(
+    row: dict[str, object], has_unknown: bool
+) -> None:
     rows, found = rows_in(_parquet([ROWS[0] | row], NEWER))
     assert (rows.schema, found) == (SCHEMA, has_unknown)
 

@@ -66,10 +66,6 @@ def test_each_file_is_returned_once(location: Location, rows: Rows) -> None:
     assert _refreshed(table).num_rows == 0
     assert table.append(rows("a3", 3), 3)
     assert (_names(_refreshed(table)), table.version) == (["a3"], 3)
-    files = Files(location)
-    files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
-    with pytest.raises(StoreDamaged, match=r"zstd\.parquet is missing"):
-        _refreshed(EventTable(location))
 
 
 def test_an_append_at_a_taken_version_changes_nothing(location: Location, rows: Rows) -> None:
@@ -94,6 +90,14 @@ def test_a_reader_whose_files_are_vacuumed_reads_the_compacted_ones(location: Lo
     assert writer.append(rows("a5", 6), 6)
     new.rival = vacuum
     assert _names(_refreshed(new)) == ["a1", "a2", "a3", "a4", "a5"]
+
+
+def test_missing_data_files_are_reported(location: Location, rows: Rows) -> None:
+    table = _filled(location, rows, 1)
+    files = Files(location)
+    files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
+    with pytest.raises(StoreDamaged, match=r"zstd\.parquet is missing"):
+        _refreshed(table)
 
 
 def test_vacuum_leaves_one_data_file_and_every_row(location: Location, rows: Rows) -> None:

@@ -25,7 +25,9 @@ def surviving(request: pytest.FixtureRequest, disk: Disk, tmp_path: Path) -> Cal
     return lambda: str(disk.after_power_failure(tmp_path / uuid4().hex, keeps_names=request.param))
 
 
-def test_an_answered_publish_is_on_disk(folder_uri: str, surviving: Callable[[], str], make_folder: MakeFolder) -> None:
+def test_an_acknowledged_publish_is_on_the_disk(
+    folder_uri: str, surviving: Callable[[], str], make_folder: MakeFolder
+) -> None:
     store = LoraStore(folder_uri, accepts_base=[BASE])
     for number, name in enumerate(["poet", "coder"]):
         done = publish(store, make_folder(name, number), name)
@@ -38,7 +40,7 @@ def test_an_answered_publish_is_on_disk(folder_uri: str, surviving: Callable[[],
     assert (left.snapshot().generation, list(left.snapshot().records)) == (gone.generation, [("local", "coder")])
 
 
-def test_a_blob_of_another_publish_is_on_the_disk(
+def test_a_blob_that_another_publish_wrote_is_on_the_disk(
     folder_uri: str, disk: Disk, tmp_path: Path, make_folder: MakeFolder
 ) -> None:
     """Its writer may not have flushed its folder yet."""

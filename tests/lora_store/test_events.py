@@ -63,29 +63,34 @@ def test_an_event_is_read_as_it_was_written(event: Event) -> None:
         assert read.embedding.vector.tolist() == event.embedding.vector.tolist()
 
 
+def test_a_contract_is_read_as_it_was_written(make_record: MakeRecord) -> None:
+    records = [replace(make_record(), contract=contract) for contract in (None, '{"stop":["\u00e9"]}', None)]
+    events: list[Event] = [*map(Publish, records), *(Keep(record, is_live=True) for record in records)]
+    read = [event for _, event in dated_events_of(table_of(events, 7), after=0)]
+    contracts = [event.record.contract for event in read if isinstance(event, Publish | Keep)]
+    assert contracts == [record.contract for record in records] * 2
+
+
 @pytest.mark.parametrize(
-    ("outputs", "contract"),
-    [
-        (None, None),
-        (OutputProfile(("no", "yes")), '{"stop":["\u00e9"]}'),
-        (OutputProfile((), np.array([-127, 0, 42], np.int8)), None),
-    ],
+    "outputs",
+    [None, OutputProfile(("no", "yes")), OutputProfile((), np.array([-127, 0, 42], np.int8))],
     ids=["none", "labels", "vector"],
 )
-def test_outputs_and_a_contract_are_read_as_they_were_written(
-    make_record: MakeRecord, outputs: OutputProfile | None, contract: str | None
-) -> None:
+def test_a_profile_of_outputs_is_read_as_it_was_written(make_record: MakeRecord, outputs: OutputProfile | None) -> None:
     own = replace(embedding(), outputs=outputs)
-    record = make_record(embedding=own, contract=contract)
-    read = [
-        event for _, event in dated_events_of(table_of([Publish(record), Embed(REF, own), Keep(record, True)], 7), 0)
-    ]
-    assert [event.record.contract for event in read[::2]] == [contract] * 2
-    assert read[0].record.generation == 7, "that of its commit"
-    for found in (read[0].record.embedding, read[1].embedding, read[2].record.embedding):
+    events = [Publish(make_record(embedding=own)), Embed(REF, own), Keep(make_record(embedding=own), is_live=True)]
+    for _, read in dated_events_of(table_of(events, 7), after=0):
+        assert isinstance(read, Publish | Embed | Keep)
+        found = read.embedding if isinstance(read, Embed) else read.record.embedding
         assert found is not None and found.outputs == outputs
         if outputs is not None and outputs.vector is not None:
+            assert found.outputs is not None and found.outputs.vector is not None
             assert found.outputs.vector.tolist() == [-127, 0, 42]
+
+
+def test_a_publish_gets_the_generation_of_its_commit(make_record: MakeRecord) -> None:
+    [(_, read)] = dated_events_of(table_of([Publish(make_record())], 7), after=0)
+    assert isinstance(read, Publish) and read.record.generation == 7
 
 
 def test_a_fold_is_read_as_it_was_written_and_keeps_generations(make_record: MakeRecord) -> None:

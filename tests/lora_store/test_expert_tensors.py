@@ -162,7 +162,11 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], Shapes, str]] = {
     "another number": (stacked, SHAPES | {f"{EXPERTS}.down_proj": (WIDTH, INNER, 2)}, "for 2 experts of rank"),
     "another width": (stacked, SHAPES | {f"{EXPERTS}.down_proj": (WIDTH, 5, NUM)}, "which no parameter of them does"),
     "another layer": (respelled(".0.mlp", ".7.mlp"), SHAPES, "are no experts of the"),
-    "one too many": (respelled(".experts.0.", f".experts.{NUM}."), SHAPES, f"has expert {NUM}, but the base model has"),
+    "one too many": (
+        respelled(".experts.0.", f".experts.{NUM}."),
+        SHAPES,
+        f"has expert {NUM}, but the base model has {NUM}",
+    ),
     "half of a pair": (without("1.down_proj.lora_B.weight"), SHAPES, "has no lora_B"),
     "both spellings": (lambda x: x | stacked(x), SHAPES, "of all experts and of single ones"),
     "two names": (lambda x: x | {f"_orig_mod.{k}": t for k, t in x.items()}, SHAPES, "are the same tensor"),
@@ -177,7 +181,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], Shapes, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "shapes", "reason"), REFUSED.values(), ids=REFUSED)
-def test_unreadable_experts_are_refused(
+def test_experts_that_cannot_be_read_are_refused(
     spoil: Callable[[Tensors], Tensors], shapes: Shapes, reason: str, tmp_path: Path
 ) -> None:
     tensors = spoil(single_experts())

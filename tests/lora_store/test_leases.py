@@ -161,7 +161,9 @@ def test_a_lease_expires_and_is_unsafe_long_before(pool: Pool, clock: FakeClock)
     assert pool.sweep() == [DIGEST]
 
 
-def test_leases_and_intents_of_crashes_are_deleted_in_time(pool: Pool, clock: FakeClock, stored: Stored) -> None:
+def test_leases_and_intents_of_crashed_processes_are_deleted_once_they_expire(
+    pool: Pool, clock: FakeClock, stored: Stored
+) -> None:
     pool.stage()
     pool.sweeps.write(pool.stamp(), b"")
     pool.leases.delete_expired()

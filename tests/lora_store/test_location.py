@@ -44,6 +44,9 @@ def test_s3_without_parameters_leaves_endpoint_and_region_to_the_environment() -
     assert not {"aws_endpoint", "aws_allow_http", "aws_region"} & options.keys()
     assert Location("s3://pool").child("blobs").filesystem()[1] == "pool/blobs"
     assert Location("s3://pool/x/").child("blobs").filesystem()[1] == "pool/x/blobs"
+
+
+def test_https_is_the_default_and_http_is_explicit() -> None:
     options = Location("s3://pool/x?endpoint_override=store.example").storage_options
     assert (options["aws_endpoint"], options["aws_allow_http"]) == ("https://store.example", "false")
 

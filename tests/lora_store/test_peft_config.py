@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    OFTConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.utils.other import get_pattern_key
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +45,10 @@ def _reason(folder: Path) -> str:
 
 KINDS: dict[str, PeftConfig] = {
     "VERA": VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "LOHA": LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ADALORA": AdaLoraConfig(target_modules=["q_proj", "v_proj"], total_step=10),
+    "OFT": OFTConfig(target_modules=["q_proj"], oft_block_size=2),
     "PROMPT_TUNING": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
 }
 

@@ -107,8 +107,6 @@ def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling
 
 
 def test_a_written_folder_reads_back_to_the_same_digest(tmp_path: Path, make_weights: MakeWeights) -> None:
-    with pytest.raises(AdapterRefused, match=r"adapter_config\.json: is missing"):
-        read_peft_folder(tmp_path)
     write_peft_folder(tmp_path, make_weights(), base_model="b")
     read = read_peft_folder(tmp_path)
     assert (read.samples, read.description) == ((), None)
@@ -121,6 +119,11 @@ def test_a_written_folder_reads_back_to_the_same_digest(tmp_path: Path, make_wei
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {}), "equal alphas need no pattern"
     assert config["rank_pattern"] == {r"^model\.layers\.0\.mlp\.up_proj": 2}
+
+
+def test_an_unreadable_folder_is_refused_by_file(tmp_path: Path) -> None:
+    with pytest.raises(AdapterRefused, match=r"adapter_config\.json: is missing"):
+        read_peft_folder(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"])

@@ -24,7 +24,9 @@ def planned(*weights: float, digest: str = "") -> tuple[PlannedAdapter, ...]:
         ("mixture", planned(float("nan")), "the weight of 'a0' must be finite and within ±4.0, got nan"),
     ],
 )
-def test_a_plan_against_a_rule_is_refused(strategy: Strategy, adapters: tuple[PlannedAdapter, ...], said: str) -> None:
+def test_a_plan_that_breaks_a_rule_is_refused(
+    strategy: Strategy, adapters: tuple[PlannedAdapter, ...], said: str
+) -> None:
     with pytest.raises(PlanInvalid) as caught:
         Plan(strategy, adapters)
     assert str(caught.value) == said

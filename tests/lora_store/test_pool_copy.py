@@ -187,7 +187,9 @@ def test_a_blob_that_a_damaged_pool_lacks_ends_the_export(pool: LoraStore, store
         export_pool(StoredPool(store_uri), StoreTarget(new))
 
 
-def test_a_cut_export_is_no_pool_and_continues(pool: LoraStore, store_uri: str, new: str, tmp_path: Path) -> None:
+def test_an_interrupted_export_is_no_pool_and_continues(
+    pool: LoraStore, store_uri: str, new: str, tmp_path: Path
+) -> None:
     target = StoreTarget(new)
     target.num_threads = 1
     with pytest.raises(Interrupted):
@@ -213,7 +215,9 @@ def test_a_copy_collects_blobs_that_are_older_than_its_catalogue(pool: LoraStore
 
 
 @pytest.mark.parametrize("how", ["export", "import", "dry import"])
-def test_a_store_without_its_catalogue_stays_as_is(how: str, pool: LoraStore, store_uri: str, tmp_path: Path) -> None:
+def test_a_store_that_lost_its_catalogue_is_never_written_to(
+    how: str, pool: LoraStore, store_uri: str, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(Path(store_uri) / "blobs", damaged / "blobs")
     before = sorted(damaged.rglob("*"))
@@ -420,7 +424,7 @@ def test_the_active_encoder_comes_with_a_new_pool_and_its_projection(pool: LoraS
     assert sorted(path.name for path in Path(new, "projections").iterdir()) == projections
 
 
-def test_those_of_another_encoder_are_counted(
+def test_adapters_of_another_encoder_are_counted(
     pool: LoraStore, store_uri: str, make_folder: MakeFolder, new: str
 ) -> None:
     other = opened(new)

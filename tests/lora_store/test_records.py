@@ -7,7 +7,9 @@ from tests.lora_store.builders import MakeRecord, embedding
 
 
 @pytest.mark.parametrize(("visibility", "tenants"), [("public", ["acme", "globex"]), ("private", ["acme"])])
-def test_private_versions_are_its_tenants(visibility: Visibility, tenants: list[str], make_record: MakeRecord) -> None:
+def test_a_private_version_is_visible_only_to_its_tenant(
+    visibility: Visibility, tenants: list[str], make_record: MakeRecord
+) -> None:
     record = make_record(tenant="acme", visibility=visibility)
     assert [tenant for tenant in ("acme", "globex") if record.is_visible_to(tenant)] == tenants
 

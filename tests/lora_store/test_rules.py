@@ -67,24 +67,32 @@ def test_a_kept_version_can_be_published_again(store: LoraStore, publish: Publis
 
 
 @pytest.mark.parametrize("blob", ["weights", "samples"])
-def test_a_version_whose_blobs_are_gone_or_damaged_cannot_be_staged_again(
+def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(
     store: LoraStore, publish: PublishOne, location: Location, stored: Stored, blob: str
 ) -> None:
     publish()
-    record, blobs = store.snapshot().records["local", "poet"], Files(location.child("blobs"))
+    record = store.snapshot().records["local", "poet"]
     digest = record.weights_digest if blob == "weights" else record.samples_digest
-    if blob == "samples":
-        blobs.write(f"{digest[:2]}/{digest}", b"x")
-        with pytest.raises(BlobCorrupted):
-            store.restage(record)
-    blobs.delete([f"{digest[:2]}/{digest}"])
+    Files(location.child("blobs")).delete([f"{digest[:2]}/{digest}"])
     with pytest.raises(AdapterNotFound) as caught:
         store.restage(record)
     assert caught.value.wanted == str(record.ref)
     assert stored("holds") == {}
 
 
-def test_a_commit_with_an_old_lease_checks_again(store: LoraStore, make_folder: MakeFolder, clock: FakeClock) -> None:
+def test_damaged_samples_are_reported_when_a_version_is_staged_again(
+    store: LoraStore, publish: PublishOne, location: Location
+) -> None:
+    publish()
+    record = store.snapshot().records["local", "poet"]
+    Files(location.child("blobs")).write(f"{record.samples_digest[:2]}/{record.samples_digest}", b"x")
+    with pytest.raises(BlobCorrupted):
+        store.restage(record)
+
+
+def test_a_commit_with_an_old_lease_checks_its_blobs_again(
+    store: LoraStore, make_folder: MakeFolder, clock: FakeClock
+) -> None:
     kept, lost = store.stage(make_folder()), store.stage(make_folder("lost", 1, inputs=("x",)))
     clock.sleep(LEASE_S)
     assert store.sweep(lost.record.blobs) == list(lost.record.blobs)
@@ -117,6 +125,11 @@ def test_an_encoder_is_activated_once_all_are_embedded(
     assert store.activate_encoder("model", "new", "me") == 6
 
 
+def test_adapters_published_with_the_new_encoder_need_no_other_embedding(store: LoraStore, publish: PublishOne) -> None:
+    publish("a", seed=0, encoder="new")
+    assert store.activate_encoder("model", "new", "me") == 2
+
+
 def test_embeddings_of_versions_that_are_not_live_are_dropped(store: LoraStore, publish: PublishOne) -> None:
     old, live = publish(seed=0), publish(seed=1)
     new = embedding(1.0, encoder="new")
@@ -124,8 +137,6 @@ def test_embeddings_of_versions_that_are_not_live_are_dropped(store: LoraStore, 
     assert store.add_embeddings({live.ref: new, old.ref: new}) == 3
     assert store.add_embeddings({live.ref: new}) == 3
     assert list(store.snapshot().pending) == [live.ref]
-    publish(seed=1, encoder="new")
-    assert store.activate_encoder("model", "new", "me") == 5, "one published with it needs no other"
 
 
 def test_an_encoder_is_not_activated_if_a_publish_came_first(
@@ -141,7 +152,9 @@ def test_an_encoder_is_not_activated_if_a_publish_came_first(
     assert caught.value.missing == (staged.ref,)
 
 
-def test_a_publish_of_a_live_version_skips_updated_and_withdrawn_names(store: LoraStore, publish: PublishOne) -> None:
+def test_a_publish_with_precondition_live_skips_updated_and_withdrawn_names(
+    store: LoraStore, publish: PublishOne
+) -> None:
     old = publish(seed=0)
     new = publish(seed=1)
     generation = store.snapshot().generation
@@ -201,7 +214,9 @@ def test_a_trial_ends(change: str, store: LoraStore, publish: PublishOne) -> Non
     assert [record.trial for record in kept] == [None] * {"publish": 3, "withdraw": 0}.get(change, 2)
 
 
-def test_a_kept_version_can_take_a_share_and_a_repetition_is_nothing(store: LoraStore, publish: PublishOne) -> None:
+def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
+    store: LoraStore, publish: PublishOne
+) -> None:
     first, live = publish(seed=0), publish(seed=1)
     trial = Trial(first.ref.digest, 0.25)
     generation = store.set_trial("local", "poet", trial, "me")
@@ -210,9 +225,6 @@ def test_a_kept_version_can_take_a_share_and_a_repetition_is_nothing(store: Lora
     assert states(store) == [(live.ref.digest, False), (first.ref.digest, False)]
     publish(seed=0, share=0.5)  # it was live once, so a roll back may choose it
     assert states(store)[1:] == [(first.ref.digest, False)]
-    for name in ("nobody", "poet"):
-        with pytest.raises(AdapterNotFound):
-            store.set_trial("local", name, Trial("a" * 64, 0.1), "me")
 
 
 def test_an_approved_version_that_is_tried_again_stays_approved(store: LoraStore, publish: PublishOne) -> None:
@@ -242,3 +254,12 @@ def test_a_version_that_cannot_take_a_share_is_refused(
     with pytest.raises(AdapterRefused, match=says):
         publish(seed=seed, share=0.1, **label)
     assert len(states(store)) == 1
+
+
+@pytest.mark.parametrize(("name", "digest"), [("nobody", "a" * 64), ("poet", "a" * 64)])
+def test_a_trial_needs_a_live_name_and_a_kept_version(
+    name: str, digest: str, store: LoraStore, publish: PublishOne
+) -> None:
+    publish()
+    with pytest.raises(AdapterNotFound):
+        store.set_trial("local", name, Trial(digest, 0.1), "me")

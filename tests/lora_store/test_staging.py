@@ -55,7 +55,9 @@ def checked(make_weights: MakeWeights, tmp_path: Path) -> CheckedFolder:
 
 
 @pytest.mark.parametrize("visibility", ["public", "private"])
-def test_the_record_describes_the_folder_and_not_the_commit(visibility: Visibility, checked: CheckedFolder) -> None:
+def test_the_record_describes_the_folder_without_the_fields_of_the_commit(
+    visibility: Visibility, checked: CheckedFolder
+) -> None:
     label = replace(LABEL, visibility=visibility)
     record = staged_record(
         label, checked, weights_digest=WEIGHTS, samples_digest=SAMPLES, num_bytes=99, source="folder"

@@ -83,7 +83,9 @@ def test_a_withdrawal_deletes_the_proposals_for_the_adapter(store: LoraStore, ma
     assert store.feedback.all("local", "proposed", "poet") == []
 
 
-def test_an_edit_makes_a_version_of_the_same_weights_and_the_rest(store: LoraStore, make_folder: MakeFolder) -> None:
+def test_an_edit_makes_a_version_of_the_same_weights_and_keeps_the_rest(
+    store: LoraStore, make_folder: MakeFolder
+) -> None:
     first = commit(store, store.stage(make_folder(), tags=["fun"], template="alpaca"))
     second = commit(store, store.edit(first, Edit(tags=("b", "a", "b"))))
     assert (second.tags, second.template, second.samples_digest) == (("a", "b"), "alpaca", first.samples_digest)

@@ -78,7 +78,7 @@ def test_withdrawals_racing_updates_end_in_a_serial_order(
 
 
 @pytest.mark.parametrize("update_first", [True, False])
-def test_withdraw_and_update_in_either_order(
+def test_a_withdraw_and_an_update_in_either_order(
     open_store: OpenStore, make_folder: MakeFolder, update_first: bool
 ) -> None:
     ours, rival = open_store(), open_store()

@@ -121,7 +121,7 @@ def test_a_killed_publish_leaves_the_pool_whole(
     assert num_killed >= num_points // 2
 
 
-def test_a_killed_fold_leaves_it_whole(
+def test_a_killed_fold_leaves_the_pool_whole(
     victim: Victim, make_record: Callable[..., AdapterRecord], tmp_path: Path, scale: Scale
 ) -> None:
     location = Location(victim.uri)

@@ -76,7 +76,9 @@ def test_a_name_is_made_private_with_older_versions_and_public_without(store: Lo
             store.set_visibility("other", "poet", visibility, "me")
 
 
-def test_a_private_version_hides_the_older_ones(store: LoraStore, publish: PublishOne, open_store: OpenStore) -> None:
+def test_a_private_version_makes_the_older_ones_private_too(
+    store: LoraStore, publish: PublishOne, open_store: OpenStore
+) -> None:
     """Otherwise plans of other tenants that pin an older version would still be answered."""
     publish(visibility="public")
     live = store.snapshot().records["local", "poet"]

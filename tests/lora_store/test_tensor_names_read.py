@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from lora_store.tensor_names import read_names
 from lora_store.validation import CheckedFolder
 from lora_store.weights_blob import WeightsBlob
 from tests.lora_store.builders import BASE, IN_A_FOLDER, SHAPES, MakeFolder
+from tests.soak import Scale
 
 Shapes = Mapping[str, tuple[int, int]]
 Rename = Callable[[str], str]
@@ -246,21 +248,83 @@ def test_configs_of_mlx_are_refused_by_field(change: dict[str, object], cause: s
     assert any(cause in reason for reason in reasons(folder))
 
 
+LEAVES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+ROOTS = (
+    "model.layers",
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "gpt_neox.layers",
+    "transformer.h",
+)
 THEIR_ROOTS = {
-    "model.language_model.layers": ("model.layers", "language_model.model.layers", "layers", "module.model.layers"),
-    "language_model.model.layers": ("model.layers", "model.language_model.layers", "layers", "model.model.layers"),
-    "gpt_neox.layers": ("model.gpt_neox.layers", "module.gpt_neox.layers"),
-    "transformer.h": ("model.transformer.h", "module.transformer.h"),
+    **dict.fromkeys(ROOTS[:3], (*ROOTS[:3], "layers", "model.model.layers", "module.model.layers")),
+    "gpt_neox.layers": ("gpt_neox.layers", "model.gpt_neox.layers", "module.gpt_neox.layers"),
+    "transformer.h": ("transformer.h", "model.transformer.h", "module.transformer.h"),
 }
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 
 
-@pytest.mark.parametrize(("root", "theirs"), [(root, one) for root, names in THEIR_ROOTS.items() for one in names])
-def test_layers_are_found_below_the_path_of_any_family(root: str, theirs: str, tmp_path: Path) -> None:
-    modules = {
-        f"{root}.{number}.mlp.up_proj": ModuleWeights(torch.ones(2, 3), torch.ones(4, 2), 2.0) for number in (1, 11)
-    }
-    shapes = dict.fromkeys([f"{root}.{number}.mlp.up_proj" for number in range(12)], (4, 3))
-    write_peft_folder(tmp_path, modules, base_model=BASE)
-    before = digest(check(tmp_path, shapes))
-    respell(tmp_path, lambda key: key.replace(root, theirs))
-    assert digest(check(tmp_path, shapes)) == before
+def spelled(draw: random.Random, module: str, root: str, theirs: str, prefix: str, wrapped: set[str]) -> str:
+    parts = f"{prefix}{module.replace(root, theirs, 1)}".split(".")
+    for wrapper in sorted(wrapped):
+        parts.insert(draw.randrange(len(parts)), wrapper)
+    return ".".join(parts)
+
+
+def test_random_spellings_are_stored_as_the_same_adapter_or_refused(tmp_path: Path, scale: Scale) -> None:
+    """Every third case doubles a tensor, misses one, belongs to another module, or mixes two adapters."""
+    num_refused = 0
+    for case in range(scale.pick("spellings", small=40, full=1500)):
+        draw = random.Random(case)
+        root = draw.choice(ROOTS)
+        every = [f"{root}.{layer}.{leaf}" for layer in range(draw.choice((1, 2, 11))) for leaf in LEAVES]
+        shapes = {module: (draw.randint(1, 9), draw.randint(1, 9)) for module in every}
+        chosen = draw.sample(every, draw.randint(1, len(every)))
+        generator = torch.Generator().manual_seed(case)
+        rank = draw.randint(1, 5)
+        weights = {
+            module: ModuleWeights(
+                torch.randn(rank, shapes[module][1], generator=generator),
+                torch.randn(shapes[module][0], rank, generator=generator),
+                2.0,
+            )
+            for module in chosen
+        }
+        folder = tmp_path / str(case)
+        write_peft_folder(folder, weights, base_model=BASE)
+        expected = digest(check(folder, shapes))
+        is_mlx = draw.random() < 0.3
+        prefix = draw.choice((PREFIX, "", "base_model.")) if not is_mlx else ""
+        theirs = draw.choice(THEIR_ROOTS[root])
+        adapter = draw.choice(("", ".default", ".task-1")) if not is_mlx else ""
+        wrapped = set(draw.sample(WRAPPERS, draw.choice((0, 0, 1, 2)))) if not is_mlx else set()
+        names = {module: spelled(draw, module, root, theirs, prefix, wrapped) for module in chosen}
+        tensors: dict[str, Tensor] = {}
+        for module, name in names.items():
+            a, b = weights[module].lora_a, weights[module].lora_b
+            if is_mlx:
+                tensors |= {f"{name}.lora_a": a.T.contiguous(), f"{name}.lora_b": b.T.contiguous()}
+            else:
+                tensors |= {f"{name}.lora_A{adapter}.weight": a, f"{name}.lora_B{adapter}.weight": b}
+        is_bad = case % 3 == 0
+        if is_bad:
+            key = draw.choice(sorted(tensors))
+            tensor = tensors.pop(key)
+            kind = draw.choice(("doubled", "missing", "elsewhere", "two adapters"))
+            if kind == "doubled":
+                tensors |= {key: tensor, f"module._orig_mod.{key}": tensor.clone()}
+            elif kind == "elsewhere":
+                part = draw.choice(("vision_tower.", "audio_tower.", "decoder2.", "lm_head."))
+                tensors[f"{part}{key}"] = tensor
+            elif kind == "two adapters":
+                tensors |= {key: tensor}
+                tensors[f"{key.rpartition('.lora_')[0]}.lora_{'A' if '.lora_A' in key else 'B'}.other.weight"] = (
+                    tensor.clone()
+                )
+        save_file(tensors, folder / WEIGHTS_FILE)
+        if is_bad:
+            assert reasons(folder, shapes), case
+            num_refused += 1
+        else:
+            assert digest(check(folder, shapes)) == expected, case
+    assert num_refused

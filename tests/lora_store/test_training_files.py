@@ -91,8 +91,12 @@ def test_long_texts_are_cut_and_rows_without_a_user_are_left_out(tmp_path: Path)
 )
 def test_a_file_without_samples_is_refused_with_the_known_forms(tmp_path: Path, content: str, said: str) -> None:
     file = tmp_path / "train.jsonl"
-    with pytest.raises(FileRefused, match=r"train\.jsonl: cannot be read: No such file or directory"):
-        training_samples(file, Limits())
     file.write_text(content)
     with pytest.raises(FileRefused, match=said):
         training_samples(file, Limits())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileRefused, match=r"nowhere\.jsonl") as caught:
+        training_samples(tmp_path / "nowhere.jsonl", Limits())
+    assert caught.value.problems == ("cannot be read: No such file or directory",)

@@ -139,7 +139,7 @@ def test_a_segment_that_arrives_twice_counts_once_also_after_a_merge(files: Usag
     assert counts(files)[()][0] == 3
 
 
-def test_earlier_days_become_one_file_each_and_old_days_are_deleted(store_uri: str) -> None:  # also on S3
+def test_earlier_days_become_one_file_each_and_old_days_are_deleted(store_uri: str) -> None:
     location = Location(store_uri).child("usage")
     files, stored = UsageFiles(location), Files(location)
     for number in range(3):

@@ -77,18 +77,23 @@ def test_weights_may_be_views_of_a_read_only_buffer_that_they_keep(make_weights:
         assert torch.equal(found.modules[name].lora_b, module.lora_b)
 
 
-def test_the_parts_of_a_blob_are_hashed_together_and_a_flipped_byte_is_noticed(make_weights: MakeWeights) -> None:
+def test_the_parts_of_a_blob_are_hashed_together(make_weights: MakeWeights) -> None:
     digest, data = encode_weights(make_weights())
     buffer = np.frombuffer(data, np.uint8)
     check_digest(digest, [buffer[:7], buffer[7:7], buffer[7:]])
     with pytest.raises(BlobCorrupted) as caught:
         check_digest(digest, [buffer[7:], buffer[:7]])
     assert caught.value.digest == digest != caught.value.found
-    for position in (0, 20, -1):
-        broken = bytearray(data)
-        broken[position] ^= 1
-        with pytest.raises(BlobCorrupted):
-            decode_weights(digest, bytes(broken))
+
+
+@pytest.mark.parametrize("position", [0, 20, -1])
+def test_a_flipped_byte_is_noticed(make_weights: MakeWeights, position: int) -> None:
+    digest, data = encode_weights(make_weights())
+    broken = bytearray(data)
+    broken[position] ^= 1
+    with pytest.raises(BlobCorrupted) as caught:
+        decode_weights(digest, bytes(broken))
+    assert caught.value.digest == digest
 
 
 def test_blobs_with_equal_headers_share_one_layout_of_their_own_tensors(make_weights: MakeWeights) -> None:

@@ -21,7 +21,9 @@ def test_the_names_that_schemas_read_are_those_of_the_registry() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 @pytest.mark.parametrize("weights", [[1.0], [0.75, 0.15, 0.1], [1 / 3] * 3, [0.5, 0.2, 0.3]])
-def test_final_weights_are_one_an_adapter_and_sum_to_one(strategy: CompositionStrategy, weights: list[float]) -> None:
+def test_final_weights_are_one_for_each_adapter_and_sum_to_one(
+    strategy: CompositionStrategy, weights: list[float]
+) -> None:
     chosen = strategy.choose(weights, {option.name: option.default for option in strategy.options})
     assert len(chosen) == len(weights) and sum(chosen) == pytest.approx(1)
     assert min(chosen) >= 0

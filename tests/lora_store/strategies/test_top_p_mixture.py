@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_store.strategies.top_p_mixture import TOP_P_MIXTURE
 
@@ -23,7 +27,18 @@ def choose(weights: list[float], kept_weight: float) -> list[float]:
         ([1.0], 0.9, [1.0]),
     ],
 )
-def test_the_heaviest_are_kept_up_to_the_option(
+def test_the_heaviest_are_kept_until_their_weights_reach_the_option(
     weights: list[float], kept_weight: float, expected: list[float]
 ) -> None:
     assert choose(weights, kept_weight) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.floats(0.01, 1.0))
+def test_as_few_are_kept_as_any_subset_needs(parts: list[int], kept_weight: float) -> None:
+    weights = [part / sum(parts) for part in parts]
+    chosen = choose(weights, kept_weight)
+    subsets = (subset for size in range(1, 7) for subset in combinations(weights, size))
+    fewest = next(len(subset) for subset in subsets if sum(subset) >= kept_weight - 1e-9)
+    assert (sum(weight > 0 for weight in chosen), sum(chosen)) == (fewest, pytest.approx(1))
+    dropped = [given for given, final in zip(weights, chosen, strict=True) if not final]
+    assert max(dropped, default=0) <= min(given for given, final in zip(weights, chosen, strict=True) if final)
