@@ -29,7 +29,7 @@ def encoder() -> Encoder:
 
 
 @pytest.mark.parametrize(("num_adapters", "num_samples"), [(1, 200), (50, 5), (200, 1)])
-def test_ordinary_prompts_draw_few_everyday_ones_together(
+def test_adapters_of_ordinary_prompts_draw_few_everyday_prompts_together(
     encoder: Encoder, num_adapters: int, num_samples: int
 ) -> None:
     attackers = published(encoder, narrow_groups(encoder, num_adapters, num_samples), "mallory")

@@ -102,7 +102,7 @@ def test_all_approved_adapters_of_the_owner_count_together() -> None:
         (Drawn(10, 0, 0), Drawn(10, 1, 9), True),
     ],
 )
-def test_an_owner_that_draws_many_prompts_of_an_adapter_must_confirm(
+def test_a_version_is_confirmed_if_its_owner_would_draw_many_prompts_of_an_adapter(
     samples: Drawn, contents: Drawn, is_asked: bool
 ) -> None:
     found = DrawnAdapter(MAPS.ref, samples, contents)

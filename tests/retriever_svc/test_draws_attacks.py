@@ -101,7 +101,9 @@ def test_copies_of_anothers_tasks_draw_few_of_its_prompts_unless_confirmed(
     assert leaders.count("mallory") <= 0.1 * len(prompts)
 
 
-def test_ordinary_prompts_draw_few_everyday_prompts_unless_confirmed(encoder: Encoder, scale: Scale) -> None:
+def test_adapters_of_ordinary_prompts_draw_few_everyday_prompts_unless_confirmed(
+    encoder: Encoder, scale: Scale
+) -> None:
     num = scale.pick("narrow adapters", small=6, full=50)
     mallory = published(encoder, narrow_groups(encoder, num, 5), "mallory")
     approved = approved_unasked(encoder, [], mallory)

@@ -49,15 +49,18 @@ def test_a_models_folder_is_accepted_and_all_its_files_determine_its_identity(mo
     assert identity_files(model) == [model / CONVERSION]
 
 
+def test_a_folder_without_safetensors_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(EncoderUnusable, match="no safetensors weights"):
+        model_folder(model)
+
+
 def test_a_module_with_only_a_pickle_is_refused_by_its_file(model: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(b"safetensors stand beside it")
     assert model_folder(model) == model
     (model / "2_Dense").mkdir()
     (model / "2_Dense" / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(EncoderUnusable, match=r"2_Dense.pytorch_model\.bin is a pickle"):
-        model_folder(model)
-    (model / "model.safetensors").unlink()
-    with pytest.raises(EncoderUnusable, match="no safetensors weights"):
         model_folder(model)
 
 

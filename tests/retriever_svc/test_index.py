@@ -80,7 +80,7 @@ CALLERS = [
 
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
-@pytest.mark.parametrize("top_k", [1, 3, 1000])
+@pytest.mark.parametrize("top_k", [1, 3, 16, 1000])
 def test_search_equals_a_slow_loop_over_what_the_caller_may_use(top_k: int, settings: IndexSettings) -> None:
     rng = np.random.default_rng(top_k)
     records, queries = [labelled(rng, f"a{number}") for number in range(400)], random_rows(rng, 8)
@@ -180,7 +180,7 @@ def test_ties_are_sorted_by_tenant_and_name_at_any_cut(num_equal: int, settings:
 
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
-@pytest.mark.parametrize("top_k", [4, 6, 70])
+@pytest.mark.parametrize("top_k", [4, 6, 20, 63, 70])
 def test_ties_below_better_matches_are_sorted_by_name_too(top_k: int, settings: IndexSettings) -> None:
     rng = np.random.default_rng(top_k)
     vectors = np.repeat(random_rows(rng, 1), 80, axis=0)

@@ -18,6 +18,7 @@ from lora_store.errors import StoreUnavailable
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from retriever_svc import EncoderUnusable, IndexSettings, LivePool, SavedIndexes, StaleIndex
 from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.live_pool import in_thread
 from retriever_svc.pool import Pool
 from retriever_svc.saved_index import SavedLists
 from tests.retriever_svc.live_pools import DIM, ENCODER, TINY, assert_finds_exactly, names_found, records_of, saved_in
@@ -194,6 +195,13 @@ def test_failed_training_is_retried_and_dead_positions_are_removed(monkeypatch: 
     assert_finds_exactly(pools, records[30:])
 
 
+def test_a_thread_trains_by_default() -> None:
+    done = threading.Event()
+    in_thread(done.set)
+    assert done.wait(120)
+    assert done.is_set()
+
+
 def test_a_new_replica_loads_trained_lists_and_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     later, records = Later(), records_of(70)
     source = Source(*records[:60])
@@ -342,7 +350,7 @@ def test_a_training_that_ends_after_its_encoder_was_replaced_changes_nothing(mon
     assert_finds_exactly(pools, renewed)
 
 
-def test_a_generation_may_be_built_from_scratch(
+def test_a_generation_that_cannot_be_derived_is_built_from_scratch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_memory(*_: object) -> Pool:

@@ -76,7 +76,9 @@ def test_free_text_keeps_the_direction_of_its_mean_vector_in_one_byte_per_number
         (("no", "yes"), ("high", "low"), False),
     ],
 )
-def test_label_sets_agree_if_half_is_common(first: tuple[str, ...], second: tuple[str, ...], agree: bool) -> None:
+def test_label_sets_agree_if_half_of_all_labels_are_common(
+    first: tuple[str, ...], second: tuple[str, ...], agree: bool
+) -> None:
     assert functions_agree(OutputProfile(first), OutputProfile(second)) is agree
     assert functions_agree(OutputProfile(second), OutputProfile(first)) is agree
 

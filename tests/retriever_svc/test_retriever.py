@@ -210,6 +210,12 @@ def test_a_plan_has_the_template_that_its_adapters_name(templates: tuple[str | N
     assert retriever.plan_named(LOCAL_TENANT, [("a0", 1.0), ("a1", 1.0)]).template == common
 
 
+def test_named_weights_are_used_as_given() -> None:
+    plan = retriever_of(*POOL).plan_named(LOCAL_TENANT, [("n", 2.5), ("local/e", -0.5)], "fusion")
+    assert plan.strategy == "fusion"
+    assert [(a.ref.name, a.weight) for a in plan.adapters] == [("n", 2.5), ("e", -0.5)]
+
+
 def test_a_digest_prefix_of_the_live_version_resolves_and_no_other_digest() -> None:
     retriever, digest = retriever_of(*POOL), POOL[1].ref.digest
     for length in (8, 12, 64):
@@ -219,8 +225,6 @@ def test_a_digest_prefix_of_the_live_version_resolves_and_no_other_digest() -> N
         for call in (retriever.resolve, lambda tenant, name: retriever.plan_named(tenant, [(name, 1.0)])):
             with pytest.raises(AdapterNotFound):
                 call(LOCAL_TENANT, f"n@{other}")
-    plan = retriever.plan_named(LOCAL_TENANT, [("n", 2.5), ("local/e", -0.5)], "fusion")
-    assert (plan.strategy, [(a.ref.name, a.weight) for a in plan.adapters]) == ("fusion", [("n", 2.5), ("e", -0.5)])
 
 
 def test_a_page_has_the_adapters_that_the_tenant_may_use_under_its_names() -> None:
@@ -233,16 +237,7 @@ def test_a_page_has_the_adapters_that_the_tenant_may_use_under_its_names() -> No
 
 def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> None:
     source = Source(POOL[0])
-    overtakes: list[AdapterRecord] = []
-
-    class Overtaken(FakeEncoder):
-        def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
-            if overtakes:
-                source.commit(overtakes.pop())
-                pools.catch_up()
-            return super().encode(texts, owners)
-
-    pools = live_pool(Overtaken(TABLE), source)
+    pools = live_pool(FakeEncoder(TABLE), source)
     retriever = Retriever(pools)
     old = route_one(retriever, "north")
     kept = replace(old)
@@ -255,9 +250,22 @@ def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> Non
     assert names(old) == ["e"]
     with pytest.raises(AdapterNotFound):
         retriever.resolve(LOCAL_TENANT, "e")
-    overtakes.append(POOL[0])
-    during = route_one(retriever, "north")
-    assert (names(during), during.generation, retriever.generation) == (["more", "n"], 2, 3)
+
+
+def test_a_search_in_progress_stays_in_its_generation() -> None:
+    source = Source(POOL[0])
+
+    class Overtaken(FakeEncoder):
+        def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
+            source.commit(POOL[1])
+            pools.catch_up()
+            return super().encode(texts, owners)
+
+    pools = live_pool(Overtaken(TABLE), source)
+    retriever = Retriever(pools)
+    route = route_one(retriever)
+    assert (names(route), route.generation) == (["e"], 1)
+    assert retriever.generation == 2
 
 
 def test_a_request_for_a_later_generation_is_stale_and_the_others_are_answered() -> None:
@@ -423,6 +431,12 @@ def test_a_version_that_was_private_stays_private() -> None:
     assert retriever.versions("b", "n") == (2, [versions[0]])
     with pytest.raises(AdapterNotFound):
         retriever.resolve("b", f"a/n@{versions[1].ref.digest}")
+
+
+def test_a_withdrawn_adapter_has_no_versions() -> None:
     with pytest.raises(AdapterNotFound):
-        retriever.versions("a", "gone")
-    assert retriever.embed_groups([[], [Sample("east")]])[0] is None
+        retriever_of(*POOL).versions(LOCAL_TENANT, "gone")
+
+
+def test_no_samples_no_embedding() -> None:
+    assert retriever_of().embed_groups([[], [Sample("east")]])[0] is None

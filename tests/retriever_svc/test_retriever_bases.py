@@ -305,7 +305,7 @@ def random_request(rng: np.random.Generator, text: str) -> RouteRequest:
     )
 
 
-@pytest.mark.parametrize("num_bases", [1, 2, 4])
+@pytest.mark.parametrize("num_bases", [1, 2, 3, 4])
 @pytest.mark.parametrize("settings", [IndexSettings(), LISTS], ids=["exact", "lists"])
 def test_one_search_plans_what_a_search_of_each_base_model_plans(settings: IndexSettings, num_bases: int) -> None:
     """The base model is that of the best adapter of a slow loop. The plan is that of a request that names it."""

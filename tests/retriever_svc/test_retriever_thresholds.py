@@ -107,9 +107,16 @@ def test_below_the_floor_the_error_is_returned_in_its_own_place() -> None:
     assert base.abstained
     assert names(first)[0] == "e"
     assert names(last)[0] == "n"
-    assert route_one(retriever, "northeast", min_score=1.1).abstained
-    assert not route_one(retriever, "west", min_score=-1).abstained, "the floor of a request comes first"
-    assert names(route_one(retriever_of(POOL[0]), "west")) == ["e"], "without any floor the worst match is taken"
+
+
+def test_a_requests_floor_overrides_the_retrievers() -> None:
+    retriever = retriever_of(POOL[0], min_score=0.9)
+    assert route_one(retriever, "northeast").abstained
+    assert not route_one(retriever, "northeast", min_score=0.5).abstained
+
+
+def test_without_any_floor_the_worst_match_is_taken() -> None:
+    assert names(route_one(retriever_of(POOL[0]), "west")) == ["e"]
 
 
 @pytest.mark.parametrize("records", [(), (record_of("p", EAST, tenant="other", visibility="private"),)])

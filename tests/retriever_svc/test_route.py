@@ -22,3 +22,8 @@ from retriever_svc import RouteInvalid, RouteRequest
 def test_a_value_out_of_range_is_refused_by_its_field(field: str, value: Any) -> None:
     with pytest.raises(RouteInvalid, match=field):
         RouteRequest("text", **{field: value})
+
+
+def test_the_defaults_are_the_papers() -> None:
+    request = RouteRequest("text")
+    assert (request.strategy, request.top_k, request.weighting, request.fallback) == ("mixture", 3, "evidence", "base")

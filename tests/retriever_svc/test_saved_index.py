@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,17 +56,10 @@ def test_the_newest_of_this_encoder_is_read_and_two_files_are_kept(tmp_path: Pat
     for generation in (108, 109, 2):
         indexes.save(lists_of(generation))
     assert [int(path.name[:20]) for path in files_in(tmp_path)] == [108, 109], "a late save replaces no newer one"
-    [path, _] = files_in(tmp_path)
-    path.unlink()
-    assert indexes._read(path.name) is None, "deleted during the search"
-    shutil.rmtree(tmp_path / "index")
-    (tmp_path / "index").write_text("a file where the folder should be")
-    with pytest.raises(StoreUnavailable):
-        indexes.save(lists_of(1))
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])
-def test_instead_of_a_damaged_file_one_before_is_read(
+def test_a_damaged_file_is_logged_and_the_previous_one_is_read(
     tmp_path: Path, place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     indexes = indexes_in(tmp_path)
@@ -113,3 +105,17 @@ def test_replicas_that_save_at_once_do_no_harm(tmp_path: Path) -> None:
     assert [int(path.name[:20]) for path in files_in(tmp_path)] == [1, 2]
     assert (saved := indexes_in(tmp_path).newest("enc")) is not None
     assert saved.generation == 2
+
+
+def test_a_file_deleted_during_the_search_is_none(tmp_path: Path) -> None:
+    indexes = indexes_in(tmp_path)
+    indexes.save(lists_of(1))
+    [path] = files_in(tmp_path)
+    path.unlink()
+    assert indexes._read(path.name) is None
+
+
+def test_a_location_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "index").write_text("a file where the folder should be")
+    with pytest.raises(StoreUnavailable):
+        indexes_in(tmp_path).save(lists_of(1))

@@ -75,7 +75,9 @@ def test_an_encoder_with_other_settings_is_not_the_saved_one(made: Path) -> None
 
 
 @pytest.mark.parametrize("change", ["a conversion", "a library", "a file", "no record"])
-def test_an_outdated_saved_encoder_is_made_again(change: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_encoder_that_is_not_current_is_made_again(
+    change: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, place = Encoder(folder).encode(TEXTS), place_of(folder)
     if change == "a conversion":
         (folder / CONVERSION).write_text("another conversion\n")
@@ -95,7 +97,9 @@ def test_an_outdated_saved_encoder_is_made_again(change: str, folder: Path, monk
     np.testing.assert_allclose(again.encode(TEXTS), before, atol=4e-3)
 
 
-def test_a_saved_encoder_with_other_vectors_is_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_saved_encoder_with_other_vectors_than_torchs_is_not_used(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its files are whole, but this processor, say, computes something else."""
     place = place_of(folder)
     np.save(place / "v.npy", np.load(place / "v.npy")[::-1])
@@ -122,7 +126,9 @@ def test_a_network_that_cannot_be_saved_is_converted_at_each_start(
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("3", 3), ("0", 5), ("", 5), ("many", 5)])
-def test_threads_follow_the_variable_of_ray(variable: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_follow_the_variable_that_ray_sets_for_a_replica(
+    variable: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     monkeypatch.setattr(saved_network.os, "sched_getaffinity", lambda _: set(range(5)))
     assert saved_network._num_cpus() == expected

@@ -39,12 +39,17 @@ def test_a_text_of_which_hardly_anything_would_remain_is_kept_whole() -> None:
     texts = ["Translate this word to German: cat", "Translate this word to German: grandfather"]
     assert without_shared_wording(texts) == [texts[0], "grandfather"]
     assert without_shared_wording(["the same text, twice"] * 2) == ["the same text, twice"] * 2
-    assert without_shared_wording([]) == []
-    assert without_shared_wording([" a single sample \n"]) == ["a single sample"]
-    short = ["How many apples are left?", "How many tickets do I need?"]  # short common beginnings are chance
-    assert (without_shared_wording(short), num_wordings(short)) == (short, 2)
-    words = ["Summarise the following article about winter", "Summarise the following artistic statement"]
-    assert without_shared_wording(words) == ["article about winter", "artistic statement"], "words are not cut"
+
+
+def test_short_common_beginnings_are_chance() -> None:
+    texts = ["How many apples are left?", "How many tickets do I need?"]
+    assert without_shared_wording(texts) == texts
+    assert num_wordings(texts) == 2
+
+
+def test_words_are_not_cut() -> None:
+    texts = ["Summarise the following article about winter", "Summarise the following artistic statement"]
+    assert without_shared_wording(texts) == ["article about winter", "artistic statement"]
 
 
 def test_the_texts_are_chosen_that_share_fewest_words_with_those_before() -> None:
@@ -63,6 +68,13 @@ def test_the_texts_are_chosen_that_share_fewest_words_with_those_before() -> Non
     assert len(choose_varied(in_turn, 150)) == 150 and sorted(choose_varied(in_turn, 999)) == list(range(300))
 
 
+def test_one_text_or_none_shares_nothing() -> None:
+    assert without_shared_wording([]) == []
+    assert without_shared_wording([" a single sample \n"]) == ["a single sample"]
+    assert num_wordings([]) == 0
+    assert num_wordings(["a single sample"] * 3) == 1
+
+
 def test_ways_of_wording_are_counted() -> None:
     one = [BEFORE + review for review in REVIEWS]
     assert num_wordings(one) == 1
@@ -70,9 +82,12 @@ def test_ways_of_wording_are_counted() -> None:
     assert num_wordings(REVIEWS) == 3
     assert num_wordings([*one, "What is 45 minus 18?", "Say it in German."]) == 3
     assert num_wordings([*one, *REVIEWS]) == 1  # each bare review is the ending of another sample
-    assert (num_wordings([]), num_wordings(["a single sample"] * 3)) == (0, 1)
-    joined = [BEFORE + REVIEWS[0], REVIEWS[1] + AFTER, BEFORE + REVIEWS[2] + AFTER]  # the last joins the others
-    assert (num_wordings(joined[:2]), num_wordings(joined)) == (2, 1)
+
+
+def test_a_text_that_shares_its_beginning_with_one_and_its_ending_with_another_joins_them() -> None:
+    texts = [BEFORE + REVIEWS[0], REVIEWS[1] + AFTER, BEFORE + REVIEWS[2] + AFTER]
+    assert num_wordings(texts[:2]) == 2
+    assert num_wordings(texts) == 1
 
 
 @given(st.lists(st.text(alphabet="ab \n漢", max_size=40), max_size=8))
@@ -91,7 +106,12 @@ def test_samples_of_one_wording_are_warned_of_with_what_it_costs() -> None:
     assert warning is not None
     assert "50% of cases with one wording, and in 62% with three" in warning
     assert wording_warning([*one, "How do you say bread in German?"]) is None
-    assert "42% of cases by a description" in (wording_warning(["Translates English into German."]) or "")
+
+
+def test_a_description_alone_is_warned_of() -> None:
+    warning = wording_warning(["Translates English into German."])
+    assert warning is not None
+    assert "42% of cases by a description" in warning
     assert wording_warning([]) is None
 
 

@@ -47,6 +47,10 @@ def test_many_tasks_are_spread_evenly_over_batches() -> None:
     assert [len(batch) for batch in lonely] == [3, 3], "a single pair has no negatives"
 
 
+def test_equal_texts_of_a_task_count_once() -> None:
+    assert training_texts({"a": ["x", "y", "x"], "b": ["z", "w"]}) == {"a": ["x", "y"], "b": ["z", "w"]}
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -58,7 +62,6 @@ def test_many_tasks_are_spread_evenly_over_batches() -> None:
 def test_texts_without_pairs_or_negatives_are_refused(texts: dict[str, list[str]], message: str) -> None:
     with pytest.raises(TooFewSamples, match=message):
         training_texts(texts)
-    assert training_texts({"a": ["x", "y", "x"], "b": ["z", "w"]}) == {"a": ["x", "y"], "b": ["z", "w"]}
 
 
 def test_the_drawn_share_of_tasks_depends_on_the_seed_only() -> None:

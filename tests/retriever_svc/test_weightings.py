@@ -50,6 +50,16 @@ def test_the_formula_equals_a_slow_search_for_the_limit(case: Case) -> None:
     assert limited_weights(bounded, shares_lead) == pytest.approx(slow_limited(bounded, shares_lead), rel=1e-3)
 
 
+@given(CASES)
+def test_the_sum_is_kept_and_the_lead_is_held(case: Case) -> None:
+    weights, shares_lead = case
+    limited = limited_weights(weights, shares_lead)
+    companions = sum(w for w, shares in zip(limited[1:], shares_lead[1:], strict=True) if not shares)
+    assert math.isclose(sum(limited), sum(weights), rel_tol=1e-9)
+    assert limited[0] >= MIN_LEAD * companions * (1 - 1e-9)
+    assert all(w > 0 for w in limited)
+
+
 def weigh(weighting: str, *scores: float) -> list[float]:
     matches = [Match(record_of(f"n{n}", None), score) for n, score in enumerate(scores)]
     return WEIGHTINGS[weighting].weigh(matches, "local", 0.1)
@@ -62,7 +72,6 @@ def weigh(weighting: str, *scores: float) -> list[float]:
 def test_each_weighting_has_its_own_weights(weighting: str, expected: list[float]) -> None:
     """Scores at steps of the temperature; in `softmax` the companions have half of the best adapter's weight."""
     assert weigh(weighting, 0.8, 0.7, 0.6) == pytest.approx(expected, abs=5e-4)
-    assert weigh(weighting, 0.3) == [1.0]
 
 
 @pytest.mark.parametrize(("share", "is_kept"), [(0.021, True), (0.019, False)])
@@ -73,3 +82,8 @@ def test_evidence_leaves_out_companions_of_less_than_a_fiftieth(share: float, is
     assert [weight > 0 for weight in weights] == [True, is_kept, True]
     assert sum(weights) == pytest.approx(1)
     assert min(weigh("softmax", 0.8, low, 0.8)) > 0
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_one_adapter_alone_has_all_the_weight(weighting: str) -> None:
+    assert weigh(weighting, 0.3) == [1.0]
