@@ -23,7 +23,7 @@ from retriever_svc import PageRequest, ReindexStep, RouteRequest
 from tests.deployments.adapter_records import adapter, digest_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
-from tests.virtual_time import run_in_virtual_time
+from tests.virtual_time import in_virtual_time
 
 Ask = Callable[[StoreClient], Awaitable[Any]]
 REF = adapter("poet").ref
@@ -57,14 +57,14 @@ SENT_ONCE: dict[str, Ask] = {
 
 @dataclass
 class Dying:
-    """A Store whose replicas die `num_deaths` times in every method; then it answers "answer"."""
+    """A deployment whose replicas die in the first `num_deaths` calls; the others get "answer"."""
 
     num_deaths: int
-    asked: list[str] = field(default_factory=list)
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[str]]:
-        async def method(*_: object) -> str:
-            self.asked.append(name)
+        async def method(*args: Any) -> str:
+            self.asked.append((name, *args))
             if len(self.asked) <= self.num_deaths:
                 raise RayActorError()
             return "answer"
@@ -73,51 +73,41 @@ class Dying:
 
 
 @pytest.mark.parametrize("method", REPEATED)
-def test_a_call_that_is_safe_to_repeat_survives_two_deaths(method: str) -> None:
+async def test_a_call_that_is_safe_to_repeat_survives_two_deaths(method: str) -> None:
     store = Dying(num_deaths=2)
-    asyncio.run(_ask(REPEATED[method], FakeHandle(store)))
-    assert store.asked == [method] * 3
+    await REPEATED[method](serve_store(FakeHandle(store)))
+    assert [name for name, *_ in store.asked] == [method] * 3
     with pytest.raises(PoisonRequest):
-        asyncio.run(_ask(REPEATED[method], FakeHandle(Dying(num_deaths=3))))
+        await REPEATED[method](serve_store(FakeHandle(Dying(num_deaths=3))))
 
 
 @pytest.mark.parametrize("method", SENT_ONCE)
-def test_any_other_call_is_sent_once(method: str) -> None:
+async def test_any_other_call_is_sent_once(method: str) -> None:
     store = Dying(num_deaths=1)
     with pytest.raises(RayActorError):
-        asyncio.run(_ask(SENT_ONCE[method], FakeHandle(store)))
-    assert store.asked == [method]
+        await SENT_ONCE[method](serve_store(FakeHandle(store)))
+    assert [name for name, *_ in store.asked] == [method]
 
 
 @pytest.mark.parametrize("method", [*REPEATED, *SENT_ONCE])
-def test_large_files_and_references_go_over_the_object_store(method: str) -> None:
-    handle = FakeHandle(dying := Dying(num_deaths=3))
+async def test_large_files_and_references_go_over_the_object_store(method: str) -> None:
+    handle = FakeHandle(Dying(num_deaths=3))
     with pytest.raises((RayActorError, PoisonRequest)):
-        asyncio.run(_ask({**SENT_ONCE, **REPEATED}[method], handle))
-    assert dying.asked
+        await {**SENT_ONCE, **REPEATED}[method](serve_store(handle))
     assert {call.by_reference for call in handle.calls} == {True if method in ("stage", "edit", "fetch") else None}
 
 
 @pytest.mark.parametrize("method", ["ping", "active_encoder", "versions"])
-def test_the_first_call_of_a_change_waits_a_minute_for_a_replica(method: str) -> None:
+@in_virtual_time
+async def test_the_first_call_of_a_change_waits_a_minute_for_a_replica(method: str) -> None:
     class Absent:
-        def __getattr__(self, name: str) -> Callable[..., Awaitable[None]]:
-            async def method(*_: object) -> None:
-                await asyncio.Event().wait()
+        def __getattr__(self, name: str) -> Callable[..., Awaitable[bool]]:
+            return lambda *_: asyncio.Event().wait()
 
-            return method
-
-    async def main() -> float:
-        loop = asyncio.get_running_loop()
-        with pytest.raises(StoreUnavailable, match="no replica answered within 60 s"):
-            await REPEATED[method](serve_store(FakeHandle(Absent())))
-        return loop.time()
-
-    assert run_in_virtual_time(main()) == 60.0
-
-
-async def _ask(call: Ask, handle: FakeHandle) -> None:
-    await call(serve_store(handle))
+    loop = asyncio.get_running_loop()
+    with pytest.raises(StoreUnavailable, match="no replica answered within 60 s"):
+        await REPEATED[method](serve_store(FakeHandle(Absent())))
+    assert loop.time() == 60.0
 
 
 REQUEST, PAGE = RouteRequest("Rhyme"), PageRequest(10)
@@ -140,40 +130,16 @@ READS: dict[str, tuple[Callable[[RetrieverClient], Awaitable[Any]], tuple[Any, .
 }
 
 
-@dataclass
-class Mortal:
-    """Dies in the first call of any method, then answers "answer"."""
-
-    asked: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[str]]:
-        async def method(*args: Any) -> str:
-            self.asked.append((name, args))
-            if len(self.asked) == 1:
-                raise RayActorError()
-            return "answer"
-
-        return method
-
-
 @pytest.mark.parametrize("method", READS)
-def test_a_read_is_repeated_with_the_same_arguments(method: str) -> None:
-    replica, (read, args) = Mortal(), READS[method]
-
-    async def main() -> Any:
-        return await read(serve_retriever(FakeHandle(replica)))
-
-    assert asyncio.run(main()) == "answer"
-    assert replica.asked == [(method, args)] * 2
+async def test_a_read_is_repeated_with_the_same_arguments(method: str) -> None:
+    replica, (read, args) = Dying(num_deaths=1), READS[method]
+    assert await read(serve_retriever(FakeHandle(replica))) == "answer"
+    assert replica.asked == [(method, *args)] * 2
 
 
-def test_leaving_a_stream_cancels_the_work() -> None:
+async def test_leaving_a_stream_cancels_the_work() -> None:
     steps = [ReindexStep(number, 3, {}) for number in range(1, 4)]
     handle = FakeHandle(FakeRetriever(steps=[list(steps)]))
-
-    async def main() -> ReindexStep:
-        async with aclosing(serve_retriever(handle).reindex("model")) as items:
-            return await anext(items)
-
-    assert asyncio.run(main()) == steps[0]
+    async with aclosing(serve_retriever(handle).reindex("model")) as items:
+        assert await anext(items) == steps[0]
     assert [response.num_cancels for response in handle.responses] == [1]

@@ -15,7 +15,7 @@ from deployments.calls.worker_client import HeartbeatStream, StreamEnd
 from deployments.scaling.residency import HEARD, ResidencyReport
 from gpu_worker.errors import DeadlineExceeded
 from tests.fakes import FakeResponse
-from tests.virtual_time import run_in_virtual_time
+from tests.virtual_time import in_virtual_time, run_in_virtual_time
 
 TIMEOUT_S = 30.0
 
@@ -107,19 +107,17 @@ def test_a_broken_call_counts_as_a_death(error: BaseException) -> None:
         run_in_virtual_time(all_of(items()))
 
 
-def test_a_cancelled_caller_does_not_count_as_a_death() -> None:
+@in_virtual_time
+async def test_a_cancelled_caller_does_not_count_as_a_death() -> None:
     async def items() -> AsyncIterator[str | None]:
         yield "a"
         await asyncio.Event().wait()
 
-    async def main() -> None:
-        task = asyncio.create_task(all_of(items()))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    run_in_virtual_time(main())
+    task = asyncio.create_task(all_of(items()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 def test_another_timeout_does_not_count_as_silence() -> None:
@@ -141,15 +139,13 @@ def test_the_deadline_ends_a_stream_that_is_alive() -> None:
         run_in_virtual_time(all_of(items(), deadline=100 * TIMEOUT_S))
 
 
-def test_cancelling_a_stream_cancels_the_call() -> None:
+@in_virtual_time
+async def test_cancelling_a_stream_cancels_the_call() -> None:
     async def items() -> AsyncIterator[str | None]:
         yield "a"
         yield "b"
 
-    async def main() -> None:
-        response = FakeResponse(items())
-        stream: HeartbeatStream[str] = HeartbeatStream(response, TIMEOUT_S)
-        stream.cancel()
-        assert response.num_cancels == 1
-
-    run_in_virtual_time(main())
+    response = FakeResponse(items())
+    stream: HeartbeatStream[str] = HeartbeatStream(response, TIMEOUT_S)
+    stream.cancel()
+    assert response.num_cancels == 1

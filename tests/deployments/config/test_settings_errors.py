@@ -102,9 +102,6 @@ def test_every_mistake_has_one_line_without_classes_or_websites(tmp_path: Path) 
     message = message_for(tmp_path, "worker: {max_batch: 8, dtype: int4}\nretrieval: {k: 0}\n")
     assert message.count("\n") == 2
     assert not any(word in message for word in ("AppConfig", "http", "pydantic", "input_value"))
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsInvalid, match=r"nofile\.yaml: no such file$"):
         load_config(tmp_path / "nofile.yaml")
 
@@ -113,16 +110,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("old", "new"),
     [
         ("min_replicas", "autoscaling_config.min_replicas"),
-        ("max_replicas", "autoscaling_config.max_replicas"),
-        ("initial_replicas", "autoscaling_config.initial_replicas"),
-        ("target_ongoing_requests", "autoscaling_config.target_ongoing_requests"),
-        ("upscale_delay_s", "autoscaling_config.upscale_delay_s"),
-        ("downscale_delay_s", "autoscaling_config.downscale_delay_s"),
         ("look_back_s", "autoscaling_config.look_back_period_s"),
-        ("metrics_interval_s", "autoscaling_config.metrics_interval_s"),
         ("num_cpus", "ray_actor_options.num_cpus"),
-        ("num_gpus", "ray_actor_options.num_gpus"),
-        ("resources", "ray_actor_options.resources"),
     ],
 )
 def test_an_option_of_serves_mappings_is_refused_with_its_place(tmp_path: Path, old: str, new: str) -> None:
@@ -135,9 +124,6 @@ def test_an_option_of_serves_mappings_is_refused_with_its_place(tmp_path: Path, 
 def test_an_empty_key_does_not_start_a_server_without_keys(tmp_path: Path, name: str, value: str) -> None:
     message = message_for(tmp_path, f"template: chat\n{name}:{value}\n")
     assert message == f"settings.yaml: {name} is empty; remove the line to run without a key"
-
-
-def test_null_is_no_key(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("api_key: null\nkeys_file: ~\n")
     assert not load_config(tmp_path / "settings.yaml").has_keys
 
