@@ -47,7 +47,7 @@ def test_a_doctors_report_names_adapters() -> None:
     }
 
 
-def test_adapters_that_are_not_served_come_first_in_the_advice() -> None:
+def test_adapters_that_are_not_served_or_have_no_samples_are_named_with_the_remedy() -> None:
     own = adapter("poet", tenant="us").ref
     report = DoctorReport(7, 3, (), (), (), (), unserved={"org/old": (own, POET.ref)})
     text = (
@@ -56,6 +56,11 @@ def test_adapters_that_are_not_served_come_first_in_the_advice() -> None:
     )
     advice = doctor_object(report, "us")["advice"]
     assert advice == [{"problem": "unserved", "adapters": ["poet", "local/poet"], "text": text}]
+    report = DoctorReport(7, 3, (), (), (), (), by_name_only=(POET.ref, CODER.ref))
+    [advised] = doctor_object(report, "local")["advice"]
+    assert (advised["problem"], advised["adapters"]) == ("no_samples", ["poet", "coder"])
+    assert advised["text"].startswith("poet and coder have no samples, so only their names find them.")
+    assert "lora_samples.jsonl" in advised["text"]
 
 
 def test_adapters_of_another_tenant_have_their_unambiguous_names() -> None:
@@ -73,14 +78,6 @@ def test_adapters_of_another_tenant_have_their_unambiguous_names() -> None:
     assert reported["always_shadowed"] == [{"name": "poet", "by": "local/poet"}]
     assert reported["never_chosen"] == reported["unreadable"] == ["local/poet"]
     assert [item["adapters"] for item in reported["advice"]] == [["poet", "local/poet"], ["poet"]]
-
-
-def test_adapters_without_samples_are_named_with_the_remedy() -> None:
-    report = DoctorReport(7, 3, (), (), (), (), by_name_only=(POET.ref, CODER.ref))
-    [advised] = doctor_object(report, "local")["advice"]
-    assert (advised["problem"], advised["adapters"]) == ("no_samples", ["poet", "coder"])
-    assert advised["text"].startswith("poet and coder have no samples, so only their names find them.")
-    assert "lora_samples.jsonl" in advised["text"]
 
 
 def test_a_healthy_pool_gets_no_advice() -> None:

@@ -60,24 +60,17 @@ def refusal(**fields: Any) -> RequestInvalid | Unsupported:
 )
 def test_tools_and_the_choice_among_them(fields: dict[str, Any], expected: Tools | None) -> None:
     assert chat(**{"tools": [WEATHER, NOW], **fields}).used_tools() == expected
-
-
-def test_completions_have_no_tools() -> None:
     assert CompletionRequest.model_validate({"prompt": "Hi"}).used_tools() is None
 
 
 def test_calls_and_results_are_turns_of_the_conversation() -> None:
-    [question] = chat(messages=[USER, ASSISTANT, RESULT]).questions()
+    [question] = chat(messages=[USER, ASSISTANT, RESULT], tools=[WEATHER]).questions()
+    assert question.text == "Hi", "the user and not the tools finds the adapters"
     assert question.prompt == (
         Message("user", "Hi"),
         Message("assistant", "", (ToolCall("c1", "get_weather", '{"city": "Rome"}'),)),
         Message("tool", "Rain", (), "c1", "get_weather"),
     )
-
-
-def test_the_user_and_not_the_tools_finds_the_adapters() -> None:
-    [question] = chat(messages=[USER, ASSISTANT, RESULT], tools=[WEATHER]).questions()
-    assert question.text == "Hi"
 
 
 @pytest.mark.parametrize(
