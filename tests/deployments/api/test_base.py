@@ -81,11 +81,7 @@ def test_only_collections_are_counted(value: object) -> None:
         (LoraOptions, {"strategy_options": {"kept_weight": "much"}}, "strategy_options"),
         (LoraOptions, {"strategy_options": dict.fromkeys(map(str, range(17)), "x")}, "holds 17 items, at most 16"),
         (LoraOptions, {"strategy": "base"}, "strategy"),
-        (
-            MergedAdapters,
-            {"ids": ["a", "b"], "weights": [1.0]},
-            "weights has 1 items and ids has 2; they must",
-        ),
+        (MergedAdapters, {"ids": ["a", "b"], "weights": [1.0]}, "weights has 1 items and ids has 2; they must"),
         (MergedAdapters, {"ids": ["a"], "merge_strategy": "ties"}, "other than 'linear'"),
         (MergedAdapters, {"ids": ["a"], "density": 0.5}, "density"),
     ],

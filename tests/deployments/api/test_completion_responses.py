@@ -47,11 +47,7 @@ def test_a_whole_answer_has_the_openai_shape(explain: bool) -> None:
     assert whole == shared | {"id": "chatcmpl-r1", "object": "chat.completion", "choices": choices}
     ChatCompletion.model_validate(whole)
     whole = answer("text", explain=explain).whole([Completion("Hello", 5, 3, "stop")])
-    assert whole == shared | {
-        "id": "cmpl-r1",
-        "object": "text_completion",
-        "choices": [choice("stop", text="Hello")],
-    }
+    assert whole == shared | {"id": "cmpl-r1", "object": "text_completion", "choices": [choice("stop", text="Hello")]}
     TextCompletion.model_validate(whole)
 
 

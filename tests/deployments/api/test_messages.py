@@ -26,10 +26,7 @@ USER = {"role": "user", "content": "Hi"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Return it", "parameters": CITY}}
 NOW = {"type": "function", "function": {"name": "now", "strict": True}}
-FUNCTIONS = (
-    Function("get_weather", "Return it", json.dumps(CITY)),
-    Function("now", "", NO_PARAMETERS, strict=True),
-)
+FUNCTIONS = (Function("get_weather", "Return it", json.dumps(CITY)), Function("now", "", NO_PARAMETERS, strict=True))
 CALLED = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
 ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [CALLED]}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "Rain"}

@@ -46,8 +46,7 @@ def test_a_key_is_added_to_a_file_that_only_its_owner_reads(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [("--role", "root"), ("--id", "a/b"), ("--tenant", "acme corp"), ("--requests-per-minute", "0")],
+    "options", [("--role", "root"), ("--id", "a/b"), ("--tenant", "acme corp"), ("--requests-per-minute", "0")]
 )
 def test_a_bad_key_is_refused_before_anything_is_written(file: Path, options: tuple[str, str]) -> None:
     result = new("--file", file, *options)

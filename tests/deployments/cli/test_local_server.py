@@ -23,14 +23,7 @@ from ray.serve.schema import (
 
 from deployments.cli import local_server
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import (
-    APP_NAME,
-    Server,
-    _fewer_processes,
-    _inherited,
-    _shut_down_serve,
-    causes_in,
-)
+from deployments.cli.local_server import APP_NAME, Server, _fewer_processes, _inherited, _shut_down_serve, causes_in
 from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener

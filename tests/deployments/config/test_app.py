@@ -12,12 +12,7 @@ from ray import serve
 from deployments.config.app import OTHER_FILES_BYTES, AppConfig
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import RetrieverScaling, WorkerScaling
-from gpu_worker.config import (
-    NativeSettings,
-    NativeWorkerConfig,
-    VllmSettings,
-    VllmWorkerConfig,
-)
+from gpu_worker.config import NativeSettings, NativeWorkerConfig, VllmSettings, VllmWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 
 
@@ -179,12 +174,7 @@ COMMON = {
         (
             VllmSettings,
             VllmWorkerConfig,
-            {
-                "tensor_parallel_size": 2,
-                "enforce_eager": True,
-                "fusion_rank_rows": 9,
-                "model_check_max_parameters": 7,
-            },
+            {"tensor_parallel_size": 2, "enforce_eager": True, "fusion_rank_rows": 9, "model_check_max_parameters": 7},
         ),
     ],
 )

@@ -41,11 +41,7 @@ LONG = "And the king said to his people that the war was over and that they coul
         ([TASK, "again"], [f"{TASK}\nagain"], [TASK]),
         ([TASK, "the dogs bark"], ["the dogs bark", f"{TASK}\nthe dogs bark"], [TASK]),
         (["the dogs bark"], ["the dogs bark"], []),
-        (
-            [OTHER, TASK, "and tea?", "and milk?"],
-            [f"{TASK}\nand tea?\nand milk?"],
-            [f"{TASK}\nand tea?", TASK, OTHER],
-        ),
+        ([OTHER, TASK, "and tea?", "and milk?"], [f"{TASK}\nand tea?\nand milk?"], [f"{TASK}\nand tea?", TASK, OTHER]),
     ],
 )
 def test_a_turn_is_read_alone_if_it_is_complete_and_with_earlier_ones_otherwise(

@@ -119,13 +119,6 @@ def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str, sca
     assert not scale.is_full or abs(share - 0.1) <= 0.01
 
 
-async def test_5000_requests_give_a_tenth_to_the_version_under_trial() -> None:
-    trial = Trial(OTHER.ref.digest, 0.1)
-    plan = await TrialRetriever(trial=trial).plan_named("local", [("poet", 1.0)], "selection")
-    drawn = Counter(Planned(plan).drawn(f"r{number}/0").plan.adapters[0].ref for number in range(5000))
-    assert 450 <= drawn[OTHER.ref] <= 550 and drawn.total() == drawn[LIVE.ref] + drawn[OTHER.ref]
-
-
 @pytest.mark.parametrize("pinned", [LIVE, OTHER])
 def test_a_pinned_version_is_never_replaced(pinned: AdapterRecord, scale: Scale) -> None:
     options = {"retriever": TrialRetriever(trial=Trial(OTHER.ref.digest, 1.0))}
