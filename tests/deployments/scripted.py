@@ -122,20 +122,26 @@ def run_with(answers: Any, *arguments: object, input: str | None = None) -> Outc
     return Outcome(result.exit_code, words(result.stdout), words(result.stderr), server, result.stdout)
 
 
-def run_alone(packages: Sequence[str], *arguments: object) -> tuple[int, str, str, list[str]]:
-    """Run the command in a process. Return its status, stdout and stderr, and which of the packages it imported."""
+def run_alone(packages: Sequence[str], *commands: Sequence[object]) -> list[tuple[int, str, str, list[str]]]:
+    """Run commands in one process. Return each status, stdout and stderr, and the packages imported until then."""
     script = f"""if True:
-        import json, sys
+        import contextlib, io, json, sys
         from deployments.cli.main import cli
-        try:
-            cli(sys.argv[1:])
-        finally:
-            print(json.dumps([name for name in {packages!r} if name in sys.modules]), file=sys.stderr)
+        for command in json.loads(sys.argv[1]):
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    cli(command)
+                except SystemExit as end:
+                    code = end.code
+            imported = [name for name in {packages!r} if name in sys.modules]
+            print(json.dumps([code, out.getvalue().strip(), err.getvalue().strip(), imported]))
     """
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    *said, imported = done.stderr.splitlines()
-    return done.returncode, done.stdout.strip(), "\n".join(said), json.loads(imported)
+    lines = json.dumps([list(map(str, command)) for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", script, lines], capture_output=True, text=True, check=True, timeout=100
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def words(text: str) -> str:

@@ -64,5 +64,5 @@ def test_a_missing_base_model_is_refused_unless_a_cluster_has_it(given: str, row
 
 
 def test_a_missing_input_is_refused_without_the_engines_packages(tmp_path: Path) -> None:
-    refused = run_alone(("torch", "ray.data"), "batch", "nofile.parquet", tmp_path / "out")
-    assert refused == (1, "", "no parquet file at nofile.parquet", [])
+    refused = run_alone(("torch", "ray.data"), ("batch", "nofile.parquet", tmp_path / "out"))
+    assert refused == [(1, "", "no parquet file at nofile.parquet", [])]

@@ -135,7 +135,7 @@ def test_what_prevents_the_comparison_is_said_without_a_traceback(
 def test_a_dry_run_without_a_server_needs_no_ray_torch_and_transformers(folder: Path, config: Path) -> None:
     """Each of them takes seconds to import."""
     heavy = ("ray", "torch", "transformers", "fastapi", "huggingface_hub")
-    code, out, _, imported = run_alone(heavy, "publish", "--dry-run", folder, "--config", config)
+    [(code, out, _, imported)] = run_alone(heavy, ("publish", "--dry-run", folder, "--config", config))
     assert (code, imported) == (0, []) and "fit to publish" in words(out)
 
 

@@ -134,23 +134,16 @@ def test_ray_starts_without_processes_that_nobody_needs_and_others_have_them_aga
     assert (parameter.RayParams, services.start_api_server) == before
 
 
-def test_the_start_waits_for_ready() -> None:
+def test_the_start_waits_for_ready_and_reports_the_last_answer_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with ready_server(503, 200) as server:
         assert server.wait_ready(timeout_s=120) == {"status": 200}
-
-
-def test_the_last_answer_is_reported_if_ready_never_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = Server(config_of(), port=free_port("127.0.0.1"))
+    with pytest.raises(ServerFailed, match="not ready after 0 s"):
+        silent.wait_ready(timeout_s=0.1)
     seconds = iter(range(10))
-    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None)
-    monkeypatch.setattr(local_server, "time", clock)
+    monkeypatch.setattr(local_server, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
     with ready_server(503) as server, pytest.raises(ServerFailed, match=r"not ready after 3 s.*503"):
         server.wait_ready(timeout_s=3)
-
-
-def test_no_answer_at_all_is_reported() -> None:
-    server = Server(config_of(), port=free_port("127.0.0.1"))
-    with pytest.raises(ServerFailed, match="not ready after 0 s"):
-        server.wait_ready(timeout_s=0.1)
 
 
 @pytest.mark.parametrize(

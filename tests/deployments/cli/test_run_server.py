@@ -32,6 +32,7 @@ from lora_store import LoraStore
     ("settings", "host", "says"),
     [
         ({}, "127.0.0.1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
+        ({}, "::1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
         ({}, "0.0.0.0", "no keys: anyone who reaches 0.0.0.0 may send requests; only this machine may publish"),
         (
             {"allow_remote_publish": True},
@@ -40,6 +41,7 @@ from lora_store import LoraStore
         ),
         ({"keys_file": Path("/k.yaml")}, "0.0.0.0", "keys from /k.yaml: every request needs one"),
         ({"api_key": "secret-key"}, "0.0.0.0", "one API key, from the settings: every request needs it"),
+        ({"keys_file": Path("/k.yaml")}, "127.0.0.1", "keys from /k.yaml: every request needs one"),
     ],
 )
 def test_the_start_prints_who_has_access(settings: dict[str, Any], host: str, says: str) -> None:

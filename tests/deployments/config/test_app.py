@@ -19,15 +19,11 @@ from gpu_worker.errors import WorkerConfigInvalid
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"basemodel": "x"}, "basemodel"),
-        ({"worker": {"bank_rows": 1}}, "worker.native.bank_rows"),
         ({"retrieval": {"top_k": 1}}, "retrieval.top_k"),
         ({"store_scaling": {"replicas": 1}}, "store_scaling.replicas"),
         ({"worker": {"bank_rank_rows": 0}}, "worker.native.bank_rank_rows"),
         ({"worker": {"dtype": "int4"}}, "worker.native.dtype"),
-        ({"retrieval": {"k": 17}}, "retrieval.k"),
         ({"retrieval": {"weights": "heavy"}}, "retrieval.weights"),
-        ({"template": "jinja"}, "template"),
         (
             {"worker_scaling": {"autoscaling_config": {"min_replicas": -1}}},
             "worker_scaling.autoscaling_config.min_replicas",
@@ -194,6 +190,7 @@ def test_a_worker_plans_with_its_share_of_the_gpu(num_gpus: float, share: float)
     config = AppConfig(worker=NativeSettings(device="cuda"), worker_scaling=scaling)
     assert config.worker_config().device_share == share
     assert AppConfig().worker_config().device_share == 1.0
+    assert AppConfig().worker_config().num_threads is None, "they are counted on the worker's machine"
 
 
 def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:

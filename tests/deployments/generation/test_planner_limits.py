@@ -50,7 +50,10 @@ def test_more_new_tokens_than_the_servers_limit_are_refused() -> None:
         assert post("/v1/chat/completions", chat("Hi", **{field: 300}), max_new_tokens=300).status_code == 200
 
 
-def test_numbers_of_messages_and_prompts_have_limits() -> None:
+def test_numbers_of_tokens_messages_and_prompts_have_limits() -> None:
+    for field in ("max_tokens", "min_tokens"):
+        status, error = refused("/v1/chat/completions", chat("Hi", **{field: 2**70}))
+        assert (status, error["type"]) == (400, "invalid_request_error")
     assert refused("/v1/chat/completions", chat(*["x"] * 1025))[0] == 400
     assert refused("/v1/route", {"prompt": ["x"] * 257})[0] == 400
     assert refused("/v1/loras", {"path": "/x", "tags": ["x"] * 33})[0] == 400
