@@ -43,22 +43,6 @@ def test_the_program_prints_its_version_and_its_help_if_there_is_no_command() ->
         assert (run(group).exit_code, run(group).stdout) == (0, run(group, "-h").stdout)
 
 
-def test_the_commands_are_eighteen_on_two_levels() -> None:
-    assert list(COMMAND.commands) == [
-        *("serve", "ask", "route", "status", "publish", "list", "show", "withdraw", "rollback", "compose", "batch"),
-        *("usage", "trial", "access", "name", "pool", "keys", "samples"),
-    ]
-    groups = {name: list(COMMAND.commands[name].commands) for name in ("samples", "trial", "access", "keys")}
-    assert groups == {
-        "samples": ["list", "accept", "reject", "undo"],
-        "trial": ["start", "stop", "promote"],
-        "access": ["public", "private", "approve"],
-        "keys": ["new", "list", "rotate", "expire", "revoke"],
-    }
-    pool = {"verify", "repair", "gc", "doctor", "evaluate", "reindex", "train", "export", "import"}
-    assert set(COMMAND.commands["pool"].commands) == pool
-
-
 def test_an_old_or_foreign_name_is_answered_with_the_one_to_type() -> None:
     for old, hint in MOVED.items():
         result = run(old, "x")
