@@ -139,7 +139,7 @@ def run_alone(packages: Sequence[str], *commands: Sequence[object]) -> list[tupl
     """
     lines = json.dumps([list(map(str, command)) for command in commands])
     done = subprocess.run(
-        [sys.executable, "-c", script, lines], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", script, lines], capture_output=True, text=True, check=True, timeout=300
     )
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
