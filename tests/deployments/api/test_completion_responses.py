@@ -42,6 +42,7 @@ def choice(finish_reason: str | None, index: int = 0, **fields: Any) -> dict[str
 def test_a_whole_answer_has_the_openai_shape(explain: bool) -> None:
     """Candidates and the generation are included on request."""
     shared = IDENTITY | {"usage": USAGE, "lora": EXPLAINED if explain else LORA}
+    assert answer(explain=explain).opening()["lora"] == shared["lora"]
     whole = answer(explain=explain).whole([Completion("Hello", 5, 3, "length")])
     choices = [choice("length", message={"role": "assistant", "content": "Hello"})]
     assert whole == shared | {"id": "chatcmpl-r1", "object": "chat.completion", "choices": choices}
@@ -189,8 +190,12 @@ def test_an_echoed_prompt_comes_before_the_answer_with_its_log_probabilities() -
     ends = [Completion("!", 3, 1, "length", (LAST,), SCORED)] * 4
     whole = both.whole(ends)
     assert [choice["text"] for choice in whole["choices"]] == ["On!", "On!", "Other!", "Other!"]
-    assert whole["choices"][0]["logprobs"]["token_logprobs"] == [None, -2.0, -0.25, -3.0]
-    assert whole["choices"][0]["logprobs"]["text_offset"] == [0, 0, 1, 2]
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["<s>", "O", "n", "!"],
+        "token_logprobs": [None, -2.0, -0.25, -3.0],
+        "top_logprobs": [None, {"P": -0.5, "O": -2.0}, {"n": -0.25}, {"?": -0.5, "!": -3.0}],
+        "text_offset": [0, 0, 1, 2],
+    }
     unscored = answer("text", plans=[BASE], echo=("On",)).whole([Completion("!", 3, 1, "length")])
     assert (unscored["choices"][0]["text"], unscored["choices"][0]["logprobs"]) == ("On!", None)
 

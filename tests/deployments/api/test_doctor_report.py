@@ -47,7 +47,7 @@ def test_a_doctors_report_names_adapters() -> None:
     }
 
 
-def test_adapters_that_are_not_served_or_have_no_samples_are_named_with_the_remedy() -> None:
+def test_adapters_that_are_not_served_come_first_in_the_advice() -> None:
     own = adapter("poet", tenant="us").ref
     report = DoctorReport(7, 3, (), (), (), (), unserved={"org/old": (own, POET.ref)})
     text = (
@@ -56,11 +56,6 @@ def test_adapters_that_are_not_served_or_have_no_samples_are_named_with_the_reme
     )
     advice = doctor_object(report, "us")["advice"]
     assert advice == [{"problem": "unserved", "adapters": ["poet", "local/poet"], "text": text}]
-    report = DoctorReport(7, 3, (), (), (), (), by_name_only=(POET.ref, CODER.ref))
-    [advised] = doctor_object(report, "local")["advice"]
-    assert (advised["problem"], advised["adapters"]) == ("no_samples", ["poet", "coder"])
-    assert advised["text"].startswith("poet and coder have no samples, so only their names find them.")
-    assert "lora_samples.jsonl" in advised["text"]
 
 
 def test_adapters_of_another_tenant_have_their_unambiguous_names() -> None:
@@ -80,49 +75,48 @@ def test_adapters_of_another_tenant_have_their_unambiguous_names() -> None:
     assert [item["adapters"] for item in reported["advice"]] == [["poet", "local/poet"], ["poet"]]
 
 
+def test_adapters_without_samples_are_named_with_the_remedy() -> None:
+    report = DoctorReport(7, 3, (), (), (), (), by_name_only=(POET.ref, CODER.ref))
+    [advised] = doctor_object(report, "local")["advice"]
+    assert (advised["problem"], advised["adapters"]) == ("no_samples", ["poet", "coder"])
+    assert advised["text"].startswith("poet and coder have no samples, so only their names find them.")
+    assert "lora_samples.jsonl" in advised["text"]
+
+
 def test_a_healthy_pool_gets_no_advice() -> None:
     apart = Collision(POET.ref, CODER.ref, 0.3, 1, 1)
     assert advice(finding("a"), finding("b", num_below=4), collisions=(apart,), refit=RefitGain(100, 90, 1, 1)) == []
 
 
-@pytest.mark.parametrize(
-    ("findings", "problem", "names", "parts"),
-    [
+def test_few_samples_are_named_with_the_remedy() -> None:
+    assert advice(finding("a", 9), finding("b", 10), finding("c", 1)) == [
         (
-            (finding("a", 9), finding("b", 10), finding("c", 1)),
             "few_samples",
             ["a", "c"],
-            (
-                "a and c have few samples, and prompts find an adapter better with more of them. Publish again with 20 "
-                "samples of the kind that clients send.",
-            ),
-        ),
-        ((finding("a", 3),), "few_samples", ["a"], ("a has few samples,",)),
-        ((finding("a", 4, num_wordings=1),), "few_samples", ["a"], ()),
-        (
-            (finding("loose", num_below=5), finding("tight", num_below=4)),
-            "unlike_samples",
-            ["loose"],
-            ("loose has samples that are unlike each other", "publish it once for each of them"),
-        ),
-        (
-            (finding("a", num_wordings=1), finding("b", num_wordings=2), finding("c", 12, num_wordings=1)),
-            "one_wording",
-            ["a", "c"],
-            (
-                "a and c have samples of one wording: requests in other words get the right adapter in about",
-                "Give the samples three wordings or more, as clients write, and publish again.",
-            ),
-        ),
-    ],
-)
-def test_samples_that_mislead_are_named_with_the_remedy(
-    findings: tuple[AdapterFinding, ...], problem: str, names: list[str], parts: tuple[str, ...]
-) -> None:
-    [(found, named, text)] = advice(*findings)
-    assert (found, named) == (problem, names)
-    assert text.startswith(parts[:1]) or not parts
-    assert all(part in text for part in parts)
+            "a and c have few samples, and prompts find an adapter better with more of them. Publish again with 20 "
+            "samples of the kind that clients send.",
+        )
+    ]
+    [(_, _, text)] = advice(finding("a", 3))
+    assert text.startswith("a has few samples,")
+
+
+def test_samples_that_are_unlike_each_other_are_named_with_the_remedy() -> None:
+    [(problem, names, text)] = advice(finding("loose", num_below=5), finding("tight", num_below=4))
+    assert (problem, names) == ("unlike_samples", ["loose"])
+    assert text.startswith("loose has samples that are unlike each other")
+    assert "publish it once for each of them" in text
+
+
+def test_samples_that_repeat_one_instruction_are_named_with_the_remedy() -> None:
+    some = finding("a", num_wordings=1), finding("b", num_wordings=2), finding("c", 12, num_wordings=1)
+    [(problem, names, text)] = advice(*some)
+    assert (problem, names) == ("one_wording", ["a", "c"])
+    assert text.startswith(
+        "a and c have samples of one wording: requests in other words get the right adapter in about"
+    )
+    assert "Give the samples three wordings or more, as clients write, and publish again." in text
+    assert [problem for problem, _, _ in advice(finding("few", 4, num_wordings=1))] == ["few_samples"]
 
 
 @pytest.mark.parametrize(("agree", "remedy"), [(True, "the same function: withdraw one"), (False, "tags to filter by")])

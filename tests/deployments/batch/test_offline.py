@@ -139,6 +139,15 @@ def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(offline: LoraRe
     assert unknown.error is not None and unknown.error["code"] == "model_not_found"
 
 
+def test_adapters_of_another_base_do_not_answer(pool: AppConfig) -> None:
+    config = AppConfig.model_validate(pool.model_dump() | {"base_model_name": "another-base"})
+    with LoraRetriever(config) as offline:
+        [found] = offline.generate(["Explain the sea"], **SHORT)
+        [named] = offline.generate(["Explain the sea"], model="the-sea")
+    assert (found.strategy, list(found.adapters)) == ("base", [])
+    assert named.error is not None and named.error["code"] == "adapter_incompatible"
+
+
 def test_the_real_model_answers_with_the_adapter_that_fits(tmp_path: Path) -> None:
     config = AppConfig(
         store_uri=str(tmp_path / "pool"),

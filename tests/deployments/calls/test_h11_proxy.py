@@ -81,22 +81,24 @@ def test_a_node_without_the_callback_is_reported_with_the_remedy(caplog: pytest.
 CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
+async def test_a_request_of_common_size_is_answered() -> None:
+    answer = await answer_to(GOOD, b"X-A: ", b"a" * 8000, b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
-    ("pieces", "status"),
+    "pieces",
     [
-        ((GOOD, b"X-A: ", b"a" * 8000, b"\r\n\r\n"), b"200"),
-        ((GOOD, b"X-A: ", b"a" * 20_000), b"400"),
-        ((GOOD, b"".join(b"X-%d: a\r\n" % number for number in range(3000))), b"400"),
-        ((b"GET /", b"a" * 20_000), b"400"),
-        ((CHUNKED, b"1\r\na\r\n0\r\nX-A: ", b"a" * 20_000), b"400"),
+        (GOOD, b"X-A: ", b"a" * 20_000),
+        (GOOD, b"".join(b"X-%d: a\r\n" % number for number in range(3000))),
+        (b"GET /", b"a" * 20_000),
+        (CHUNKED, b"1\r\na\r\n0\r\nX-A: ", b"a" * 20_000),
     ],
-    ids=["a common size", "a header", "many headers", "an address", "a trailer"],
+    ids=["a header", "many headers", "an address", "a trailer"],
 )
-async def test_oversized_parts_around_a_body_are_refused_before_they_end(
-    pieces: tuple[bytes, ...], status: bytes
-) -> None:
+async def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces: tuple[bytes, ...]) -> None:
     """None of these ends: without a limit the server would wait for more."""
-    assert (await answer_to(*pieces)).startswith(b"HTTP/1.1 " + status)
+    assert (await answer_to(*pieces)).startswith(b"HTTP/1.1 400")
 
 
 def code_of(answer: bytes) -> str:
@@ -179,7 +181,7 @@ async def test_half_open_connections_do_not_block_other_requests(address: str) -
     """The process may open few files, and the slow clients would use far more. Their deadline does not help here."""
     async with server_of(ProxyLimits(head_timeout_s=60, connections_per_address=20)) as (port, book):
         slow = []
-        for _ in range(100):
+        for _ in range(200):
             slow.append(await connect(port))
             slow[-1][1].write(b"GET / HTTP/1.1\r\nX-A: ")
             await asyncio.sleep(0)

@@ -33,7 +33,8 @@ def test_the_version_with_the_given_digest_is_approved_and_can_be_confirmed() ->
     draws_many = refusal("confirmed: must be true to approve this version. poet would answer 75.0% of …")
     refused = run_with((400, draws_many), *given)
     assert (refused.code, "--confirmed: must be true" in refused.err) == (1, True)
-    assert run_with(APPROVED, *given, "--confirmed").sent == [{"digest": DIGEST, "confirmed": True}]
+    confirmed = run_with(APPROVED | {"draws": MANY}, *given, "--confirmed")
+    assert (confirmed.code, confirmed.sent) == (0, [{"digest": DIGEST, "confirmed": True}])
 
 
 @pytest.mark.parametrize("given", [(), ("--digest", DIGEST)])

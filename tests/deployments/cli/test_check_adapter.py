@@ -47,8 +47,9 @@ def test_every_reason_against_a_bad_folder_is_printed(folder: Path, check: Check
     said = check(folder)
     first, second = sorted(said.err.split("refused: ")[1:])
     assert said.code == 1 and "another-base" in first + second and "lora_samples.jsonl" in first + second
-    [outcome] = check(folder, "--json").json["data"]
-    assert (outcome["is_fit"], len(outcome["reasons"])) == (False, 2)
+    printed = check(folder, "--json")
+    [outcome] = printed.json["data"]
+    assert (printed.code, outcome["is_fit"], len(outcome["reasons"])) == (1, False, 2)
 
 
 def test_a_place_without_an_adapter_is_refused(folder: Path, tmp_path: Path, check: Check) -> None:

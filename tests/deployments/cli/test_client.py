@@ -35,7 +35,8 @@ def test_the_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     "command",
     [
         *(("ask", "Hi"), ("route", "Hi"), ("list",), ("show", "poet"), ("publish", "."), ("withdraw", "poet")),
-        *(("rollback", "poet"), ("status",), ("pool", "verify"), ("pool", "gc")),
+        *(("rollback", "poet"), ("status",), ("pool", "verify"), ("pool", "gc"), ("pool", "doctor")),
+        ("pool", "reindex", "--encoder", "other"),
     ],
 )
 def test_no_server_at_the_url_is_reported(command: tuple[str, ...]) -> None:
@@ -146,7 +147,7 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_after_two_dashes_the_key_is_part_of_the_prompt() -> None:
     with scripted(NO) as server:
-        run("ask", "--url", server.url, "--", "--key", "k")
+        run("ask", "-u", server.url, "--", "--key", "k")
     assert server.authorizations == [None]
     assert server.sent[0]["messages"][0]["content"] == "--key k"
 

@@ -70,6 +70,7 @@ def test_a_port_or_an_address_that_cannot_be_listened_at_is_named_before_ray_sta
     host, _, chosen = Server(config_of(), port=0).url.removeprefix("http://").partition(":")
     assert host == "127.0.0.1"
     check_free(host, int(chosen))
+    assert Server(config_of(), host="::1", port=8000).url == "http://[::1]:8000"
 
 
 def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:

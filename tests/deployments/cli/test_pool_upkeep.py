@@ -140,12 +140,14 @@ def test_the_doctor_takes_real_prompts(tmp_path: Path) -> None:
     listed = {"generation": 4, "data": [{"id": "poet"}, {"id": "coder"}], "last_id": "", "has_more": False}
     said = run_with([(200, listed), (200, lines({"result": report}))], "pool", "doctor", "--prompts", file)
     assert said.code == 0, said.err
-    assert said.sent[-1]["prompts"] == [
-        {"prompt": "a verse", "adapters": ["poet"]},
-        {"prompt": "hello", "adapters": []},
-        {"prompt": "an ode", "adapters": ["coder", "poet"]},
-        {"prompt": "and this"},
-    ]
+    assert said.sent[-1] == {
+        "prompts": [
+            {"prompt": "a verse", "adapters": ["poet"]},
+            {"prompt": "hello", "adapters": []},
+            {"prompt": "an ode", "adapters": ["coder", "poet"]},
+            {"prompt": "and this"},
+        ]
+    }
     assert "poet │ 8 │ 50.0% │ 12.5% │ 37.5% │ coder 1" in said.out
     assert "the base model │ 2 │ 100.0% │ 0.0% │ 0.0%" in said.out
     assert "all │ 10 │ 60.0% │ 10.0% │ 30.0%" in said.out
@@ -238,8 +240,10 @@ def test_an_encoder_is_trained_on_a_file(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_is_trained_on_the_adapters_that_a_tenant_sees(tiny: Path, tmp_path: Path) -> None:
-    options = ("--store", store_of(tmp_path, TEXTS), "--encoder", tiny, "--epochs", 1, "--tenant", "other", "--json")
-    printed = json.loads(run("pool", "train", tmp_path / "own", *options).stdout)
-    assert printed["encoder"] == str(tmp_path / "own")
-    assert printed["tasks"] == ["boat", "local/cake", "local/debt", "local/goat"]
-    assert record_of(tmp_path / "own")["num_texts_of_task"] == dict.fromkeys(printed["tasks"], 3)
+    options = ("--store", store_of(tmp_path, TEXTS), "--encoder", tiny, "--epochs", 1)
+    printed = json.loads(run("pool", "train", tmp_path / "local", *options, "--json").stdout)
+    assert (printed["encoder"], printed["tasks"]) == (str(tmp_path / "local"), ["cake", "debt", "goat"])
+    assert record_of(tmp_path / "local")["num_texts_of_task"] == {"cake": 3, "debt": 3, "goat": 3}
+    assert run("pool", "train", tmp_path / "other", *options, "--tenant", "other").exit_code == 0
+    names = ("boat", "local/cake", "local/debt", "local/goat")
+    assert record_of(tmp_path / "other")["num_texts_of_task"] == dict.fromkeys(names, 3)

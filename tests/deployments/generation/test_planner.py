@@ -86,7 +86,7 @@ def route_request(handle: FakeHandle) -> RouteRequest:
     return request
 
 
-def test_a_requests_options_override_the_config() -> None:
+def test_options_come_from_the_config_unless_the_request_sets_them() -> None:
     settings = {"strategy": "fusion", "k": 5, "weights": "softmax", "fallback": "error"}
     plan(handle := handle_of(), **settings, min_score=0.9)
     expected = RouteRequest("Rhyme", "local", "fusion", 5, "softmax", 0.9, "error", abstain="balanced")

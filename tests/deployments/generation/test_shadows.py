@@ -150,23 +150,38 @@ def test_the_answer_of_a_shadow_never_reaches_a_client(failure: Exception | None
     assert len(kinds["trial_request_seconds"].seen[other, "shadow"]) == len(shadowed)
 
 
-def test_shadows_beyond_the_bound_are_dropped_and_no_stream_waits_for_or_contains_one() -> None:
-    worker, kinds = NamingWorker(), FakeMetrics()
+def test_a_stream_has_no_chunk_of_a_shadow_and_does_not_wait_for_it() -> None:
+    worker = NamingWorker()
 
-    async def send(client: httpx.AsyncClient, served: Served) -> list[str]:
+    async def send(client: httpx.AsyncClient, served: Served) -> str:
         worker.goes_on = asyncio.Event()
-        bodies = [CHAT | {"stream": True}] * (MAX_SHADOWS + 3)
-        texts = [(await client.post("/v1/chat/completions", json=body)).text for body in bodies]
+        answer = await client.post("/v1/chat/completions", json=CHAT | {"stream": True})
         worker.goes_on.set()
         await shadows_end(served)
-        return texts
+        return answer.text
 
     trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
-    for text in ask(send, retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds):
-        assert LIVE.weights_digest in text and text.endswith("[DONE]\n\n")
-        assert OTHER.weights_digest not in text and OTHER.ref.digest not in text
-    other, counts = OTHER.ref.digest[:12], kinds["trial_requests_total"].counts
-    assert (counts[other, "shadow", "dropped"], counts[other, "shadow", "200"]) == (3, MAX_SHADOWS)
+    text = ask(send, retriever=TrialRetriever(trial=trial), worker=worker)
+    assert LIVE.weights_digest in text and text.endswith("[DONE]\n\n")
+    assert OTHER.weights_digest not in text and OTHER.ref.digest not in text
+
+
+def test_shadows_beyond_the_bound_are_dropped_and_counted() -> None:
+    worker, kinds = NamingWorker(), FakeMetrics()
+
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        worker.goes_on = asyncio.Event()
+        for _ in range(MAX_SHADOWS + 3):
+            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        worker.goes_on.set()
+        await shadows_end(served)
+
+    trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
+    ask(send, retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds)
+    other = OTHER.ref.digest[:12]
+    counts = kinds["trial_requests_total"].counts
+    assert counts[other, "shadow", "dropped"] == 3
+    assert counts[other, "shadow", "200"] == MAX_SHADOWS
 
 
 def test_the_metrics_of_a_share_are_by_version() -> None:
