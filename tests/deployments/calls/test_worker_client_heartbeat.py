@@ -71,7 +71,6 @@ async def test_an_answer_arrives_whatever_the_reports_of_another_version_are(rep
         assert HEARD.held_by("w-of-a-later-version") == {b"abcdef"}
 
 
-
 @pytest.mark.parametrize("said", [(None,), ("a",), (None, "a", None)])
 @in_virtual_time
 async def test_silence_after_the_first_item_counts_as_a_death(said: tuple[str | None, ...]) -> None:
