@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,22 @@ from deployments import retriever_factory
 from tests.browsing import Browsing
 from tests.shared_encoders import shared_encoder
 
-TEST_TIMEOUT_S = 120.0
+TEST_TIMEOUT_S = 300.0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine function in an event loop of its own, or in the browser's if it has one."""
+    test = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(test):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(test).parameters}
+    browsing = pyfuncitem.funcargs.get("browsing")
+    if isinstance(browsing, Browsing):
+        browsing.run(test(**arguments))
+    else:
+        asyncio.run(asyncio.wait_for(test(**arguments), TEST_TIMEOUT_S))
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,28 +36,3 @@ def shared_networks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retriever_factory, "Encoder", shared_encoder)
         yield
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    """Return the event loop of asynchronous tests, which are those marked `anyio`."""
-    return "asyncio"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run an asynchronous test with a browser on the browser's loop, and let another one fail instead of hang."""
-    test = pyfuncitem.obj
-
-    async def limited(**arguments: Any) -> None:
-        async with asyncio.timeout(TEST_TIMEOUT_S):
-            await test(**arguments)
-
-    if not inspect.iscoroutinefunction(test):
-        return None
-    browsing = pyfuncitem.funcargs.get("browsing")
-    if isinstance(browsing, Browsing):
-        browsing.run(test(**{name: pyfuncitem.funcargs[name] for name in inspect.signature(test).parameters}))
-        return True
-    pyfuncitem.obj = limited
-    return None

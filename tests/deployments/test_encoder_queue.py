@@ -11,7 +11,6 @@ from deployments.encoder_queue import BATCH_TOKENS, TURN_TOKENS, EncoderLoad, En
 from deployments.errors import EncoderBusy
 from retriever_svc.encoder import tokens_read
 
-pytestmark = pytest.mark.anyio
 LONG = "x" * 16_000  # as long as the encoder reads
 
 

@@ -19,7 +19,6 @@ from tests.deployments.adapter_records import POOL
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.fake_worker import DELTAS, NOTHING_CACHED, FakeWorker
 
-pytestmark = pytest.mark.anyio
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop": ["a"]}
 DEATH = ActorDiedError()

@@ -14,7 +14,6 @@ from tests.deployments.adapter_records import BASE
 from tests.deployments.asking import asked, error_of, post
 from tests.deployments.fake_worker import NOTHING_CACHED, FakeWorker
 
-pytestmark = pytest.mark.anyio
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 

@@ -22,7 +22,6 @@ from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 
-pytestmark = pytest.mark.anyio
 Request = tuple[str, dict[str, Any]]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 

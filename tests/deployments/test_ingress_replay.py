@@ -15,7 +15,6 @@ from tests.deployments.asking import asked, error_of, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 
-pytestmark = pytest.mark.anyio
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 POET, CODER = POOL
 ROW = {"name": "poet", "digest": POET.ref.digest, "weight": 0.5, "score": None}

@@ -22,8 +22,6 @@ from retriever_svc.encoder_files import ENGLISH_MODEL, model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
 from tests.retriever_svc.pool_fakes import record_of
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture
 async def here(tmp_path: Path) -> AsyncIterator[Served]:

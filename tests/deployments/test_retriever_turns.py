@@ -19,8 +19,6 @@ from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS, Vectors
 from retriever_svc.map_layout import Layout
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture
 async def here(tmp_path: Path) -> AsyncIterator[Served]:

@@ -41,7 +41,6 @@ from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_worker import SHAPES
 from tests.deployments.publishing.local_hub import local_hub
 
-pytestmark = pytest.mark.anyio
 UNIT = np.array([1.0, 0.0], np.float32)
 POET = ("local", "poet")
 

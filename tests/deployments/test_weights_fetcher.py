@@ -25,7 +25,6 @@ from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWei
 from lora_store.disk_cache import DiskCache
 from tests.fakes import FakeHandle
 
-pytestmark = pytest.mark.anyio
 DIGEST, DATA = encode_weights({"m": ModuleWeights(torch.ones(2, 3), torch.ones(4, 2), 0.5)})
 DAMAGED = DATA[:-1] + b"x"
 

@@ -33,7 +33,6 @@ from tests.fakes import FakeHandle
 from tests.gpu_worker.engine_driver import greedy
 from tests.tiny import linear_shapes, plan_of, random_adapter, tiny_config
 
-pytestmark = pytest.mark.anyio
 RANK = 4
 
 
