@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +82,19 @@ def test_only_the_first_sentence_that_describes_the_assistant_is_left_out() -> N
 def test_a_long_system_text_is_read_to_the_bound() -> None:
     system = "Negate each statement. " + "x" * MAX_SYSTEM_CHARS
     assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"{system[:MAX_SYSTEM_CHARS]}\n{TASK}")
+
+
+@pytest.mark.parametrize("repeated", [" ", "\n", "i am "])
+def test_no_system_text_takes_long_to_read(repeated: str) -> None:
+    system = "Negate each statement." + repeated * (8_000 // len(repeated)) + "x"
+    began = time.thread_time()
+    reading_of([Message("system", system), *said(TASK)])
+    assert time.thread_time() - began < 0.2
+
+
+def test_a_description_after_many_blank_lines_is_left_out() -> None:
+    system = "\n" * 5_000 + "You are a helpful assistant.\n\nNegate each statement."
+    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"Negate each statement.\n{TASK}")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
