@@ -247,6 +247,14 @@ def test_adapters_are_named_in_one_way(fields: dict[str, Any], param: str) -> No
     assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("names", [[], ["poet", "coder"]], ids=str)
+def test_one_conversation_takes_one_lora_path(path: str, names: list[str]) -> None:
+    conversation = {"input": "Hi"} if path == "/v1/responses" else CHAT
+    response = post(path, {**conversation, "max_tokens": 5, "lora_path": names})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_path")
+
+
 HEADERS = {
     "x-lora-strategy": "mixture",
     "x-lora-adapters": f"poet@{POET.ref.digest[:12]};weight=0.5, coder@{CODER.ref.digest[:12]};weight=0.5",
