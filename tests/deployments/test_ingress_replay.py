@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from typing import Any
 
@@ -67,6 +68,14 @@ def test_the_plans_of_route_can_be_sent_back() -> None:
     ask(run)
 
 
+@pytest.mark.parametrize("unread", [["\ud800"], json.loads("[" * 600 + "]" * 600)], ids=["surrogate", "deep"])
+def test_candidates_and_contract_of_a_plan_are_not_read(unread: list[Any]) -> None:
+    plan = plan_of(ROW, candidates=unread, contract={"instruction": unread})
+    content = json.dumps(CHAT | {"lora": {"plan": plan}})  # ASCII, which httpx would not write
+    sent = {"content": content, "headers": {"content-type": "application/json"}}
+    assert request("POST", "/v1/chat/completions", sent=sent).json()["lora"]["adapters"] == [ROW]
+
+
 def test_a_base_plan_and_its_abstention_are_replayed() -> None:
     plan = post("/v1/route", {"prompt": "a"}, retriever=FakeRetriever(abstains=True)).json()["data"][0]
     assert (plan["strategy"], plan["abstained"]) == ("base", True)
@@ -110,8 +119,8 @@ def test_a_plan_whose_version_is_gone_is_a_conflict(row: dict[str, Any]) -> None
 def test_a_tampered_plan_is_refused(plan: Any, param: str | None) -> None:
     async def send(client: httpx.AsyncClient, served: Served) -> httpx.Response:
         body = str(CHAT | {"lora": {"plan": plan}})  # Python writes nan and inf, which are not JSON
-        for python, json in (("'", '"'), ("None", "null"), ("nan", "NaN"), ("-inf", "-Infinity")):
-            body = body.replace(python, json)
+        for python, spelling in (("'", '"'), ("None", "null"), ("nan", "NaN"), ("-inf", "-Infinity")):
+            body = body.replace(python, spelling)
         headers = {"content-type": "application/json"}
         response = await client.post("/v1/chat/completions", content=body, headers=headers)
         assert served.worker.called("stream") == []
