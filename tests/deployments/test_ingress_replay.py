@@ -58,6 +58,14 @@ async def test_the_plans_of_route_can_be_sent_back() -> None:
             assert route.json()["data"] == [reported]
 
 
+@pytest.mark.parametrize("unread", [["\ud800"], json.loads("[" * 600 + "]" * 600)], ids=["surrogate", "deep"])
+def test_candidates_and_contract_of_a_plan_are_not_read(unread: list[Any]) -> None:
+    plan = plan_of(ROW, candidates=unread, contract={"instruction": unread})
+    content = json.dumps(CHAT | {"lora": {"plan": plan}})  # ASCII, which httpx would not write
+    sent = {"content": content, "headers": {"content-type": "application/json"}}
+    assert request("POST", "/v1/chat/completions", sent=sent).json()["lora"]["adapters"] == [ROW]
+
+
 def test_a_base_plan_and_its_abstention_are_replayed() -> None:
     plan = post("/v1/route", {"prompt": "a"}, retriever=FakeRetriever(abstains=True)).json()["data"][0]
     assert (plan["strategy"], plan["abstained"]) == ("base", True)
@@ -219,6 +227,14 @@ async def test_sglangs_lora_path_is_one_adapter_or_one_per_prompt(model: dict[st
 def test_adapters_are_named_in_one_way(fields: dict[str, Any], param: str) -> None:
     response = post("/v1/chat/completions", CHAT | fields)
     assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("names", [[], ["poet", "coder"]], ids=str)
+def test_one_conversation_takes_one_lora_path(path: str, names: list[str]) -> None:
+    conversation = {"input": "Hi"} if path == "/v1/responses" else CHAT
+    response = post(path, {**conversation, "max_tokens": 5, "lora_path": names})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_path")
 
 
 HEADERS = {

@@ -200,10 +200,14 @@ def test_files_that_an_operator_rewrote_with_other_types_are_read_and_merged(
     assert len([*stored.entries()]) == 1
 
 
-def test_a_file_merged_while_it_is_read_is_found_again(files: UsageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", [("tenant",), ("tenant", "adapter")], ids=str)
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_day_that_is_merged_or_deleted_while_it_is_read_is_read_as_it_is_then(
+    is_deleted: bool, by: tuple[Dimension, ...], files: UsageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b"):
         files.put(name * 32, lines(event(name)), NOON, KEPT)
-    read, merges = Files.read, [lambda: files.tidy(NOON + timedelta(1), KEPT)]
+    read, merges = Files.read, [lambda: files.tidy(NOON + timedelta(1), timedelta(0) if is_deleted else KEPT)]
 
     def merging(self: Files, name: str) -> bytes | None:
         if merges:
@@ -211,4 +215,5 @@ def test_a_file_merged_while_it_is_read_is_found_again(files: UsageFiles, monkey
         return read(self, name)
 
     monkeypatch.setattr(Files, "read", merging)
-    assert counts(files, "tenant") == {("a",): [1, 0, 5, 2, 3], ("b",): [1, 0, 5, 2, 3]}
+    found = {tenant: sums for (tenant, *_), sums in counts(files, *by).items()}
+    assert found == ({} if is_deleted else {"a": [1, 0, 5, 2, 3], "b": [1, 0, 5, 2, 3]})

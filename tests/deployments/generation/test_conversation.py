@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +84,19 @@ def test_an_instruction_in_the_system_text_is_tried_last(system: str, read: str 
     """A first sentence that describes the assistant is left out, and so is what exceeds the bound."""
     expected = (TASK,) if read is None else (TASK, f"{read}\n{TASK}")
     assert reading_of([Message("system", system), *said(TASK)]).texts == expected
+
+
+@pytest.mark.parametrize("repeated", [" ", "\n", "i am "])
+def test_no_system_text_takes_long_to_read(repeated: str) -> None:
+    system = "Negate each statement." + repeated * (8_000 // len(repeated)) + "x"
+    began = time.thread_time()
+    reading_of([Message("system", system), *said(TASK)])
+    assert time.thread_time() - began < 0.2
+
+
+def test_a_description_after_many_blank_lines_is_left_out() -> None:
+    system = "\n" * 5_000 + "You are a helpful assistant.\n\nNegate each statement."
+    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"Negate each statement.\n{TASK}")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
