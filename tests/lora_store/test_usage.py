@@ -202,7 +202,7 @@ def test_files_that_an_operator_rewrote_with_other_types_are_read_and_merged(
 
 @pytest.mark.parametrize("by", [("tenant",), ("tenant", "adapter")], ids=str)
 @pytest.mark.parametrize("is_deleted", [False, True])
-def test_a_day_that_is_merged_or_deleted_while_it_is_read_is_read_as_it_is_then(
+def test_a_day_merged_or_deleted_while_it_is_read_is_read_as_it_is_then(
     is_deleted: bool, by: tuple[Dimension, ...], files: UsageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):
