@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,10 +161,27 @@ def _header_problems(header: bytes, limits: Limits) -> list[str]:
     for key, entry in entries.items():
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         dtypes[key] = dtype if isinstance(dtype, str) else "none"
+    return group_problems(
+        "tensor",
+        (
+            (key, f"has dtype {dtype[:20]}, must be one of {', '.join(ALLOWED_DTYPES)}")
+            for key, dtype in dtypes.items()
+            if dtype not in ALLOWED_DTYPES
+        ),
+    )
+
+
+def group_problems(kind: str, found: Iterable[tuple[str, str]]) -> list[str]:
+    """Return one sentence for each problem, with the first name that has it and how many more have it.
+
+    `kind`: what the names are of. `found`: names with their problems.
+    """
+    names: dict[str, list[str]] = {}
+    for name, problem in found:
+        names.setdefault(problem, []).append(name)
     return [
-        f"tensor {key[:200]!r} has dtype {dtype[:20]}, must be one of {', '.join(ALLOWED_DTYPES)}"
-        for key, dtype in dtypes.items()
-        if dtype not in ALLOWED_DTYPES
+        f"{kind} {first[:200]!r} {problem}" + (f" (and {len(others)} more)" if others else "")
+        for problem, (first, *others) in names.items()
     ]
 
 

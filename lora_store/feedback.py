@@ -72,7 +72,8 @@ class FeedbackFiles:
     def put(self, tenant: str, kind: Kind, feedback: Feedback, now: datetime) -> None:
         """Store it in place of an earlier one with its id, and drop what is too old, of every tenant, or too much.
 
-        A proposal that was made before changes nothing, so that a rejected one does not return.
+        A proposal whose id is kept changes nothing. So a rejected one does not return until it is dropped itself, by
+        its age or for `MAX_PER_KEY` newer ones of its key.
         """
         folder = _folder(tenant, kind, feedback.adapter)
         name = f"{folder}/{feedback.id}"

@@ -118,10 +118,10 @@ class Files:
             paths = [Path(self._root, name) for name in names]
             for path in paths:
                 with suppress(FileNotFoundError):
-                    _sync(path)
+                    flush_to_disk(path)
             for folder in {folder for path in paths for folder in (path.parent, path.parent.parent)}:
                 with suppress(FileNotFoundError):
-                    _sync(folder)
+                    flush_to_disk(folder)
 
     def entries(self, folder: str = "") -> list[StoredFile]:
         """Return every file below this location, or a folder of it, including what a crash left half-written."""
@@ -193,7 +193,7 @@ def create_file(path: Path, data: bytes) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    flush_to_disk(path.parent)
     return True
 
 
@@ -207,8 +207,8 @@ def _write_local(path: Path, pieces: Iterable[bytes | memoryview], *, durable: b
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        _sync(path.parent)
-        _sync(path.parent.parent)  # another process may have created the folder a moment ago
+        flush_to_disk(path.parent)
+        flush_to_disk(path.parent.parent)  # another process may have created the folder a moment ago
 
 
 def _write_private(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
@@ -226,14 +226,14 @@ def make_private_folder(folder: Path) -> None:
     for part in reversed([folder, *folder.parents]):
         if not part.is_dir():
             part.mkdir(mode=0o700, exist_ok=True)
-            _sync(part.parent)
+            flush_to_disk(part.parent)
 
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _sync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -156,8 +156,8 @@ def _owner(snapshot: Snapshot, name: str, claimant: str) -> str:
 
 
 def _check_unnamed(snapshot: Snapshot, key: Key) -> None:
-    """Raises: PublicNameTaken for a new adapter that is called like a model name that its tenant uses."""
-    if snapshot.policies(*key):
+    """Raises: PublicNameTaken for a new adapter that is called like a model name of its tenant."""
+    if key in snapshot.names:
         reason = f"{key[1]!r} is a model name: choose another name for the adapter, or remove the model name first"
         raise PublicNameTaken(key[1], [reason])
 

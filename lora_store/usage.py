@@ -129,11 +129,11 @@ class UsageFiles:
         return found
 
     def _read_day(self, folder: str, files: Sequence[StoredFile]) -> pa.Table:
-        """Return the day's events. If a file was merged into another one meanwhile, list them again."""
+        """Return the day's events. If a file was merged or deleted meanwhile, list them again."""
         while True:
             tables = [self._read(file.name, _READ) for file in files]
             if all(table is not None for table in tables):
-                return _first_of_each(pa.concat_tables(tables), ["id"])
+                return _first_of_each(pa.concat_tables([_schema_of(_READ).empty_table(), *tables]), ["id"])
             files = self._by_day().get(folder, [])
 
     def _merge(self, folder: str, files: Sequence[StoredFile]) -> None:
@@ -155,7 +155,7 @@ class UsageFiles:
         if content is None or columns is None:
             return None if content is None else pq.read_table(pa.BufferReader(content))
         table = pq.read_table(pa.BufferReader(content), columns=[*columns]).select([*columns])
-        return table.cast(pa.schema([SCHEMA.field(column) for column in columns]), safe=False)
+        return table.cast(_schema_of(columns), safe=False)
 
     def _write(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -171,6 +171,10 @@ def parse_events(segment: str, lines: bytes) -> Iterator[dict[str, Any]]:
         except ValueError:
             continue
         yield {**event, "id": f"{segment}-{number}"}
+
+
+def _schema_of(columns: Iterable[str]) -> pa.Schema:
+    return pa.schema([SCHEMA.field(column) for column in columns])
 
 
 def _folder(day: date) -> str:

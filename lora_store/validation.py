@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from lora_store.adapter import LOCAL_TENANT, ModuleWeights, Sample, Shapes, is_valid_name
-from lora_store.bounded_files import Limits, read_tensors
+from lora_store.bounded_files import Limits, group_problems, read_tensors
 from lora_store.contract_files import GIVEN, MAX_CONTRACT_BYTES, ReadContract, read_contract_file
 from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.expert_tensors import read_experts
@@ -179,7 +179,7 @@ def check_folder(
         known = {name: pair for name, pair in pairs.items() if module_shapes is None or name in module_shapes}
         if config is not None:
             paths |= {name: f"{name}.weight" for name in known if config.targets_weight_of(name)}
-            reasons += _scaling_problems(config, known, paths)
+            reasons += group_problems("module", _scaling_problems(config, known, paths))
             reasons += _pattern_problems(config, paths, [*known, *expert_paths])
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
@@ -329,16 +329,20 @@ def _read_names(
 
 def _tensor_problems(
     tensors: Mapping[str, StoredTensor], pairs: Pairs, shapes: Shapes | None, limits: Limits
-) -> Iterator[str]:
-    for key, tensor in tensors.items():
-        if is_only_for_training(key):
-            continue
-        if split_key(key) is None:
-            yield f"tensor {key[:200]!r} {_unsupported_kind(key)}"
-        elif not all(np.isfinite(part).all() for part in tensor.numbers()):
-            yield f"tensor {key[:200]!r} contains NaN or infinity"
-    for module, pair in pairs.items():
-        yield from (f"module {module[:200]!r} {problem}" for problem in _pair_problems(module, pair, shapes, limits))
+) -> list[str]:
+    def of_tensors() -> Iterator[tuple[str, str]]:
+        for key, tensor in tensors.items():
+            if is_only_for_training(key):
+                continue
+            if split_key(key) is None:
+                yield key, _unsupported_kind(key)
+            elif not all(np.isfinite(part).all() for part in tensor.numbers()):
+                yield key, "contains NaN or infinity"
+
+    of_modules = (
+        (module, problem) for module, pair in pairs.items() for problem in _pair_problems(module, pair, shapes, limits)
+    )
+    return [*group_problems("tensor", of_tensors()), *group_problems("module", of_modules)]
 
 
 def _largest(tensor: StoredTensor) -> float:
@@ -377,17 +381,17 @@ def _pair_problems(
         yield f"maps {a[-1]} to {b[-2]}, but the base model's layer maps {shapes[module][1]} to {shapes[module][0]}"
 
 
-def _scaling_problems(config: PeftConfig, pairs: Pairs, paths: Mapping[str, str]) -> Iterator[str]:
+def _scaling_problems(config: PeftConfig, pairs: Pairs, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name, pair in pairs.items():
         if len(pair) < 2 or pair["lora_a"].ndim not in (2, 3) or not pair["lora_a"].shape[-2]:
             continue  # reported by _pair_problems
         path = paths.get(name, name)
         rank, wanted = pair["lora_a"].shape[-2], config.rank_of(path, name)
         if rank != wanted:
-            yield f"module {name[:200]!r} has rank {rank}, but {CONFIG_FILE} gives it {wanted}"
+            yield name, f"has rank {rank}, but {CONFIG_FILE} gives it {wanted}"
         largest = _largest(pair["lora_b"])
         if not abs(config.scaling_of(rank, path, name)) * largest <= pair["lora_b"].largest_finite:
-            yield f"module {name[:200]!r} overflows its dtype once scaled by lora_alpha / rank"
+            yield name, "overflows its dtype once scaled by lora_alpha / rank"
 
 
 def _pattern_problems(config: PeftConfig, paths: Mapping[str, str], modules: Sequence[str]) -> Iterator[str]:

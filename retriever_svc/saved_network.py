@@ -12,9 +12,7 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from lora_store.built_folder import build_folder
 from retriever_svc.unigram_tokenizer import RULES, Tokens, UnigramTokenizer, save_unigram
 
 logger = logging.getLogger(__name__)
@@ -109,22 +108,16 @@ def save_network(
     `source`: a text that identifies the files it was made from. `expected`: torch's vectors of the probes.
     """
     try:
-        with (
-            FileLock(place.with_name(f".{place.name}.lock")),
-            tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch,
-        ):
+        with FileLock(place.with_name(f".{place.name}.lock")):
             if _is_current(place, source):
                 return  # another process has saved it
-            target = Path(scratch, "saved")
-            target.mkdir()
-            import_openvino().save_model(network, target / _NETWORK)  # in 16 bits, which the weights came in
-            if not save_unigram(target, tokenizer):
-                tokenizer.save(str(target / _TOKENIZER), pretty=False)
-            np.save(target / _VECTORS, expected)
-            (target / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            (target / _RECORD).write_text(json.dumps(_record(target, source)), encoding="utf-8")
-            shutil.rmtree(place, ignore_errors=True)
-            target.rename(place)
+            with build_folder(place) as target:
+                import_openvino().save_model(network, target / _NETWORK)  # in 16 bits, which the weights came in
+                if not save_unigram(target, tokenizer):
+                    tokenizer.save(str(target / _TOKENIZER), pretty=False)
+                np.save(target / _VECTORS, expected)
+                (target / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+                (target / _RECORD).write_text(json.dumps(_record(target, source)), encoding="utf-8")
     except Exception as exc:  # OpenVINO's errors have no common base
         logger.warning("the converted encoder cannot be saved in %s: %s", place, short(exc))
 

@@ -40,9 +40,14 @@ ON_A_CLUSTER = ("cluster", "e2e", "servers")  # folders
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Give what tests and their processes leave in the temporary folder one that is removed at the end."""
+    """Give what tests and their processes leave in the temporary folder one that is removed at the end.
+
+    Forget the server that the commands of this terminal use.
+    """
     if hasattr(session.config, "workerinput"):
         return  # a process of pytest-xdist has the environment of the one that started it
+    for name in ("LORARETRIEVER_URL", "LORARETRIEVER_KEY"):
+        os.environ.pop(name, None)
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # of failed tests
     folder = tempfile.mkdtemp(prefix="lr-")  # short, for paths of sockets
     os.environ["TMPDIR"] = tempfile.tempdir = folder

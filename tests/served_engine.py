@@ -18,7 +18,6 @@ HEAD_DIM = 32 if ENGINE == "vllm" else 8  # vLLM's attention supports no smaller
 WORKER: Mapping[str, Any] = {"engine": ENGINE} | ({"enforce_eager": True} if ENGINE == "vllm" else {})
 START_S = 300.0 if ENGINE == "native" else 600.0  # the longest start of a test's application
 
-needs_native = pytest.mark.skipif(ENGINE != "native", reason="it is a promise of the native engine only")
 needs_own_process = pytest.mark.skipif(ENGINE != "vllm", reason="the native engine has no process of its own")
 
 

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
+def test_the_wheel_holds_every_source_and_data_file_and_the_licence(wheel: Path) -> None:
     in_repository = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
@@ -47,14 +47,10 @@ def test_the_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     }
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = {name for name in archive.namelist() if ".dist-info/" not in name}
+        [licence] = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
     assert in_wheel == in_repository
     assert {path.suffix for path in map(Path, in_wheel)} == DATA_SUFFIXES | {".py"}
-
-
-def test_the_wheel_carries_its_licence(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
-        assert archive.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
 def dependencies(name: str, extra: str = "") -> Iterator[tuple[str, str]]:
@@ -106,28 +102,19 @@ def run_installed(installed: tuple[Path, Path], folder: Path, *arguments: object
     return done.stdout
 
 
-def test_the_installed_command_prints_the_version_of_the_wheel(
+def test_the_installed_command_knows_its_version_and_reads_adapters_and_settings(
     wheel: Path, installed: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    printed = run_installed(installed, tmp_path, installed[0] / "bin" / "loraretriever", "--version")
-    assert wheel.name.split("-")[1] in printed.split()
-
-
-def test_the_installed_command_lists_its_subcommands(installed: tuple[Path, Path], tmp_path: Path) -> None:
-    script = installed[0] / "bin" / "loraretriever"
-    help_text = run_installed(installed, tmp_path, script, "--help")
-    commands = {"ask", "batch", "keys", "publish", "route", "serve", "pool"}
-    assert commands <= set(re.findall(r"[a-z-]+", help_text))
-
-
-def test_the_installed_command_checks_an_adapter_and_reads_its_settings(
-    installed: tuple[Path, Path], tmp_path: Path
-) -> None:
     script, adapter = installed[0] / "bin" / "loraretriever", ROOT / "examples" / "starter_pool" / "date_format"
-    assert "fit to publish" in run_installed(
-        installed, tmp_path, script, "publish", "--dry-run", "--config", "/dev/null", adapter
-    )
-    printed = run_installed(installed, tmp_path, script, "serve", "--print-config", "--store", "own-pool")
+
+    def run(*arguments: object) -> str:
+        return run_installed(installed, tmp_path, script, *arguments)
+
+    assert wheel.name.split("-")[1] in run("--version").split()
+    commands = {"ask", "batch", "keys", "publish", "route", "serve", "pool"}
+    assert commands <= set(re.findall(r"[a-z-]+", run("--help")))
+    assert "fit to publish" in run("publish", "--dry-run", "--config", "/dev/null", adapter)
+    printed = run("serve", "--print-config", "--store", "own-pool")
     assert f"store_uri: {tmp_path / 'own-pool'}" in printed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from gpu_worker.model.inject import target_linears
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights, Shapes
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 
+TinyFolders = Mapping[str, Path]  # the fixture `tiny_folders`
+TinyBase = Callable[..., BaseModel]  # the fixture `tiny_base`
 VOCABULARY = 300
 SHAPE = {
     "vocab_size": VOCABULARY,

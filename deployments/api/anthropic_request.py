@@ -222,6 +222,11 @@ class MessagesRequest(Conversation, GenerationRequest):
     n: Literal[1] = 1
     """A message has one answer."""
 
+    @model_validator(mode="after")
+    def _one_path(self) -> Self:
+        self._check_paths(1)
+        return self
+
     @property
     def set_fields(self) -> Set[str]:
         has_format = self.output_config is not None and self.output_config.format is not None
@@ -243,7 +248,6 @@ class MessagesRequest(Conversation, GenerationRequest):
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
-        self._check_paths(1)
         (options, alias), turns = self._options(0), self.turns()
         return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]
 

@@ -232,11 +232,11 @@ class PlanGiven(ApiRequest):
     generation: int = Field(default=0, ge=0, lt=2**63)
     base_model: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
     abstained: bool = False
-    candidates: list[Any] = Field(default=[], max_length=64)
+    candidates: list[Any] = Field(default=[], max_length=64, exclude=True)  # may hold what cannot be serialized
     reason: str | None = Field(default=None, max_length=64)
     why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
     policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
-    contract: dict[str, Any] | None = Field(default=None, max_length=2)
+    contract: dict[str, Any] | None = Field(default=None, max_length=2, exclude=True)
 
 
 OptionValues = Annotated[

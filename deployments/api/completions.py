@@ -77,7 +77,8 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 Paths = Annotated[list[AdapterName | None], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASED_IDS), BeforeValidator(at_most(MAX_BIASED_IDS))]
+IdGiven = Annotated[int, Field(ge=0, lt=2**31)]
+LogitBias = Annotated[dict[IdGiven, Bias], Field(max_length=MAX_BIASED_IDS), BeforeValidator(at_most(MAX_BIASED_IDS))]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=MAX_METADATA),
@@ -170,7 +171,7 @@ class PolicyFields(ApiRequest):
     the batch and a cached prefix change which kernels run, and with them the last bits of the logits."""
     stop: StopStrings = Field(default=[])
     """One string or a list. The answer ends before the first of them."""
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=64)] | None = None
+    stop_token_ids: Annotated[list[IdGiven], Field(fail_fast=True, max_length=64)] | None = None
     """Token ids that end the answer."""
     ignore_eos: bool = False
     """Continue past the end token."""

@@ -14,10 +14,11 @@ from typing_extensions import TypedDict
 
 from deployments.api import error_table
 from deployments.api.base import ApiRequest, LoraOptions, problem
-from deployments.api.completions import GenerationRequest, PolicyFields, Question
+from deployments.api.completions import ChatCompletionRequest, GenerationRequest, PolicyFields, Question
 from deployments.api.responses import Planned
 from deployments.errors import RequestInvalid
 from deployments.json_types import JsonObject
+from gpu_worker.front.request.request import SamplingParams
 from lora_store import NamedPolicy
 
 R = TypeVar("R", bound=GenerationRequest)
@@ -29,6 +30,7 @@ _REPLACES = {  # the field of the policy that goes with another one of it, by th
     "response_format": "structured_outputs",
     "structured_outputs": "response_format",
 }
+_LEAST_REQUEST = {"messages": [{"role": "user", "content": "Hi"}]}
 _SHOWN_DIGEST_CHARS = 12
 _DRAWN_BITS = 64
 
@@ -43,6 +45,10 @@ class _Policy(PolicyFields):
             if field in self.lora.model_fields_set:
                 raise problem(f"lora.{field}", "belongs to a single request; leave it out of the policy")
         return self
+
+    def sampling(self) -> SamplingParams:
+        """Return the sampling of a request that sets nothing itself. Raises: SamplingInvalid, GrammarInvalid."""
+        return BoundName(self, "").filled(ChatCompletionRequest.model_validate(_LEAST_REQUEST)).sampling()
 
 
 class Variant(_Policy):
@@ -62,17 +68,22 @@ class NamePolicy(_Policy):
         """Return the fields that are set, always in the same order. Raises: RequestInvalid."""
         try:
             return self.model_dump_json(exclude_unset=True, by_alias=True)
-        except PydanticSerializationError as exc:  # half of a character in a JSON schema, which nothing else reads
+        except PydanticSerializationError as exc:
             raise RequestInvalid(
-                "the policy has text that is not Unicode; remove lone surrogates such as \\ud800"
+                "the policy is nested too deeply, or has text that is not Unicode; flatten its JSON schema, or remove"
+                " lone surrogates such as \\ud800"
             ) from exc
+
+    @property
+    def both(self) -> list[_Policy]:
+        """This policy and its variant, if it has one."""
+        return [self] if self.variant is None else [self, self.variant]
 
     @property
     def adapter_names(self) -> list[str]:
         """The adapters that it names, as `owner/name`."""
-        both = [self, *([] if self.variant is None else [self.variant])]
-        named = [choice.name for policy in both for choice in policy.lora.adapters or ()]
-        return named + [policy.model for policy in both if "/" in policy.model]
+        named = [choice.name for policy in self.both for choice in policy.lora.adapters or ()]
+        return named + [policy.model for policy in self.both if "/" in policy.model]
 
     def chosen(self, question: Question, salt: str) -> _Policy:
         """Return the variant for its share of the conversations, this policy for the others."""

@@ -92,9 +92,10 @@ class RetrievalSettings(Settings):
     fallback: Literal["base", "error"] = "base"
     """What happens to a prompt that no adapter fits: the base model answers, or the request is refused with 422. Set
     `error` where an answer of the base model would be wrong."""
-    max_waiting: int = Field(default=4096, ge=256)
-    """Texts in the queue of one replica's encoder, which tenants share fairly. Above it the answer is 503. Raise it for
-    bursts; prompts then wait longer."""
+    max_waiting: int = Field(default=4096, ge=1280)
+    """Texts in the queue of one replica's encoder, which tenants share fairly. A request to `/v1/route` brings up to
+    1280, five for each of 256 long prompts. Above it the answer is 503. Raise it for bursts; prompts then wait
+    longer."""
 
     def changed(self, user_config: JsonMapping) -> RetrievalSettings:
         """Return these settings with those of `user_config: {retrieval: ...}`, which requests could set too.

@@ -28,6 +28,7 @@ from gpu_worker.front.request.prompts import Message
 
 MAX_JOINED = 4  # user turns, including the last
 MAX_SYSTEM_CHARS = 500  # read of a system text
+_SEARCHED_CHARS = 2000  # of a system text, for the sentence that is left out
 _SHORT_WORDS, _SHORT_CHARS = 3, 24
 _ELLIPTIC_WORDS = 12
 _WINDOW = 700  # characters at either end in which a client's template says what it wants
@@ -48,8 +49,9 @@ _ABOUT_CHAT = re.compile(
     r"\b(this|the|our|entire) (chat|conversation|discussion|dialog|dialogue)\b|\bchat[ _]history\b", re.IGNORECASE
 )
 _AUTOCOMPLETION = re.compile(r"\s*#+ ?task:\s+you are an autocompletion system\b", re.IGNORECASE)
-_DESCRIPTION = re.compile(
-    r"\s*(you are|you're|act as|i am|my name is)\b[^.\n]*\b(assistant|chatbot|ai|model)\b[^.\n]*[.\n]?", re.IGNORECASE
+_DESCRIPTION = re.compile(  # with a bounded gap, as an unbounded one would be searched again from each "i am"
+    r"(you are|you're|act as|i am|my name is)\b[^.\n]{0,200}\b(assistant|chatbot|ai|model)\b[^.\n]*[.\n]?",
+    re.IGNORECASE,
 )
 
 
@@ -73,7 +75,7 @@ def reading_of(messages: Sequence[Message]) -> Reading:
     if is_housekeeping(users[-1]) or is_housekeeping(system):
         return Reading((users[-1],), is_housekeeping=True)
     texts = _texts(users)
-    order = _DESCRIPTION.sub("", system, count=1).strip()[:MAX_SYSTEM_CHARS]
+    order = _DESCRIPTION.sub("", system.strip()[:_SEARCHED_CHARS], count=1).strip()[:MAX_SYSTEM_CHARS]
     if order and len(users) < len(messages):
         texts.append(f"{order}\n{texts[0]}")
     earlier = range(len(users) - 1, max(0, len(users) - 1 - MAX_JOINED), -1)

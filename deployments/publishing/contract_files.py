@@ -175,6 +175,8 @@ def _converted(instruction: Any) -> str:
         pieces = list(Formatter().parse(str(instruction)))
     except ValueError as exc:
         raise ValueError(f"instruction: {exc}; write a brace that is text twice") from exc
+    if "\0" in str(instruction):
+        raise ValueError(f"instruction: has the character NUL; {_REMEDY}")
     fields = {field for _, field, *_ in pieces} - {None, _LAST_MESSAGE}
     text = "".join(literal + ("" if field is None else "\0") for literal, field, *_ in pieces)
     if fields or INPUT in text:

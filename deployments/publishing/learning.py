@@ -68,7 +68,9 @@ class Learning:
         return published, list(resampled.left_out)
 
     async def reject(self, key: Key, ids: Collection[str] | None) -> int:
-        """Drop these proposals, or all. The same prompts of the same keys do not return. Return how many there were.
+        """Drop these proposals, or all, and return how many there were.
+
+        The same prompts of the same keys do not return until newer ones need their places, see `FeedbackFiles.put`.
 
         Raises: AdapterNotFound; RequestInvalid for an unknown id.
         """

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import io
 import logging
-import tempfile
 from collections.abc import Collection
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -31,6 +30,7 @@ from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.gguf_blocks import KINDS, read_integers
 from gpu_worker.model.quantization import QuantizedWeight
 from gpu_worker.model.quantized_checkpoint import METHOD, OFFSET, PACKED, pack_words
+from lora_store.built_folder import build_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,8 @@ def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
     with FileLock(cache_dir / f".{folder.name}.lock"):
         if not folder.exists():
             logger.info("converting %s into %s, once; this takes about a minute", gguf, folder)
-            with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{folder.name}-") as scratch:
-                target = Path(scratch, "converted")
-                target.mkdir()
+            with build_folder(folder) as target:
                 convert_gguf(gguf, target)
-                target.rename(folder)
     return folder
 
 

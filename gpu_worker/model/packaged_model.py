@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
@@ -24,6 +23,7 @@ from filelock import FileLock
 
 from gpu_worker.config import CONVERTER, PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
+from lora_store.built_folder import build_folder
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +78,10 @@ def flag_markers(tokenizer: Any) -> None:
 
 
 def _convert_into(folder: Path, convert: Callable[[Path, Path], None]) -> None:
-    """Convert in a temporary folder and rename it, so that `folder` is never incomplete."""
+    """Convert, and write the checksums of the files. `folder` is never incomplete."""
     logger.info("converting %s into %s, once; this takes about a minute", PACKAGED_MODEL, folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{PACKAGED_MODEL}-") as scratch:
-        gguf, target = Path(scratch, "model.gguf"), Path(scratch, "converted")
+    with build_folder(folder) as target:
+        gguf = target.with_name("model.gguf")
         assemble(gguf)
         hidden = io.StringIO()  # progress bars of other libraries
         try:
@@ -92,7 +92,6 @@ def _convert_into(folder: Path, convert: Callable[[Path, Path], None]) -> None:
             raise
         lines = [f"{_sha256(path)}  {path.name}" for path in sorted(target.iterdir())]
         (target / _CHECKSUMS).write_text("\n".join(lines) + "\n")
-        target.rename(folder)
 
 
 def assemble(gguf: Path) -> None:
@@ -139,7 +138,6 @@ def _folder(cache_dir: Path, *, keeps_integers: bool) -> Path:
 def _keep_integers(gguf: Path, target: Path) -> None:
     from gpu_worker.model.gguf_model import convert_gguf
 
-    target.mkdir()
     convert_gguf(gguf, target)
 
 

@@ -6,176 +6,82 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
-CHAT, TEXT, RESPONSES = "chat/completions", "completions", "responses"
-PART = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
-CALL = {"id": "c1", "type": "function", "index": 0, "function": {"name": "read_file", "arguments": "{}"}}
-STREAM = {"stream": True, "stream_options": {"include_usage": True}}
-SYSTEM = {"role": "system", "content": "You write code."}
-TURNS = [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
 # By client: the path, and the fields that its sources and documentation say it sends.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Open WebUI, a chat": (
-        CHAT,
-        STREAM
-        | {
-            "chat_id": "c",
-            "session_id": "s",
-            "id": "m",
-            "features": {"web_search": False, "image_generation": False},
-            "variables": {"{{USER_NAME}}": "A"},
-            "background_tasks": {"title_generation": True},
-            "model_item": {"id": "auto"},
-            "params": {},
-            "tool_servers": [],
-            "messages": [{"role": "user", "content": "Hi", "id": "1"}],
-        },
-    ),
-    "Open WebUI, a title": (
-        CHAT,
-        {
-            "stream": False,
-            "max_completion_tokens": 1000,
-            "metadata": {"task": "title_generation"},
-            "messages": [{"role": "user", "content": "Generate a title"}],
-        },
-    ),
-    "Open WebUI with the options of a local runner": (
-        CHAT,
-        {
-            "keep_alive": "5m",
-            "options": {"num_ctx": 4096},
-            "think": False,
-            "messages": [{"role": "user", "content": "Hi"}],
-        },
-    ),
-    "LibreChat": (
-        CHAT,
-        {
-            "stream": True,
-            "user": "u",
-            "temperature": 1,
-            "top_p": 1,
-            "presence_penalty": 0,
-            "frequency_penalty": 0,
-            "messages": [SYSTEM, {"role": "user", "content": "Hi", "name": "A"}],
-        },
-    ),
-    "Continue, a chat": (
-        CHAT,
-        STREAM | {"max_tokens": 4096, "temperature": 0.5, "messages": TURNS},
-    ),
-    "Continue, an autocompletion": (
-        TEXT,
-        {
-            "stream": True,
-            "prompt": "def add(a, b):",
-            "suffix": "",
-            "max_tokens": 64,
-            "temperature": 0.01,
-            "stop": ["\n\n", "```"],
-        },
-    ),
-    "Cline": (
-        CHAT,
-        STREAM
-        | {
-            "temperature": 0,
-            "reasoning_effort": "medium",
-            "tools": [{"type": "function", "function": {"name": "read_file", "parameters": {"type": "object"}}}],
-            "tool_choice": "auto",
-            "messages": [
-                {"role": "developer", "content": [PART]},
-                {"role": "user", "content": [PART]},
-                {"role": "assistant", "content": "Hm", "reasoning_content": "think", "tool_calls": [CALL]},
-                {"role": "tool", "tool_call_id": "c1", "content": [PART], "name": "read_file"},
-            ],
-        },
-    ),
-    "CodeCompanion": (
-        CHAT,
-        {
-            "stream": True,
-            "tool_choice": "auto",
-            "parallel_tool_calls": False,
-            "messages": [{"role": "user", "content": "Hi", "id": 1, "opts": {"visible": True}, "cycle": 1}],
-        },
-    ),
-    "Cursor": (
-        CHAT,
-        STREAM | {"temperature": 0, "user": "u", "metadata": {"cursorConversationId": "c"}, "messages": TURNS},
-    ),
-    "Copilot, chats": (
-        CHAT,
-        STREAM
-        | {
-            "temperature": 0.1,
-            "top_p": 1,
-            "n": 1,
-            "messages": [*TURNS, {"role": "user", "content": "Hi", "copilot_cache_control": {"type": "ephemeral"}}],
-        },
-    ),
-    "vllm bench serve": (
-        TEXT,
-        STREAM
-        | {
-            "prompt": "Hi",
-            "repetition_penalty": 1.0,
-            "max_tokens": 64,
-            "logprobs": None,
-            "ignore_eos": True,
-            "temperature": 0.0,
-            "lora": {"strategy": "mixture", "k": 3},
-        },
-    ),
-    "lm-eval, the score of a prompt": (
-        TEXT,
-        {"prompt": [[72, 101, 108]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True},
-    ),
-    "lm-eval, an answer": (
-        TEXT,
-        {"prompt": [[79, 110]], "temperature": 0.0, "max_tokens": 20, "stop": ["\n", "</s>"], "seed": 1234},
-    ),
-    "guidellm": (
-        CHAT,
-        {
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
-            "max_completion_tokens": 64,
-            "stop": None,
-            "ignore_eos": True,
-            "lora": {"k": 2},
-        },
-    ),
-    "Copilot, responses": (
-        RESPONSES,
-        {
-            "stream": True,
-            "store": True,
-            "truncation": "disabled",
-            "include": ["reasoning.encrypted_content"],
-            "reasoning": {"effort": "medium", "summary": "detailed"},
-            "tools": None,
-            "input": [
-                {"role": "system", "content": [{"type": "input_text", "text": "You write code."}]},
-                {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
-                {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"},
-                {
-                    "type": "message",
-                    "role": "assistant",
-                    "id": "msg_123",
-                    "status": "completed",
-                    "content": [{"type": "output_text", "text": "Hm", "annotations": []}],
-                },
-                {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
-            ],
-        },
-    ),
-}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = yaml.safe_load("""
+Open WebUI, a chat:
+- chat/completions
+- {stream: true, stream_options: &usage {include_usage: true}, chat_id: c, session_id: s, id: m,
+   features: {web_search: false, image_generation: false}, variables: {"{{USER_NAME}}": A},
+   background_tasks: {title_generation: true}, model_item: {id: auto}, params: {}, tool_servers: [],
+   messages: [{role: user, content: Hi, id: "1"}]}
+Open WebUI, a title:
+- chat/completions
+- {stream: false, max_completion_tokens: 1000, metadata: {task: title_generation},
+   messages: [{role: user, content: Generate a title}]}
+Open WebUI with the options of a local runner:
+- chat/completions
+- {keep_alive: 5m, options: {num_ctx: 4096}, think: false, messages: [{role: user, content: Hi}]}
+LibreChat:
+- chat/completions
+- {stream: true, user: u, temperature: 1, top_p: 1, presence_penalty: 0, frequency_penalty: 0,
+   messages: [&system {role: system, content: You write code.}, {role: user, content: Hi, name: A}]}
+Continue, a chat:
+- chat/completions
+- {stream: true, stream_options: *usage, max_tokens: 4096, temperature: 0.5,
+   messages: &turns [*system, &turn {role: user, content: [{type: text, text: Hi}]}]}
+Continue, an autocompletion:
+- completions
+- {stream: true, prompt: "def add(a, b):", suffix: "", max_tokens: 64, temperature: 0.01, stop: ["\\n\\n", "```"]}
+Cline:
+- chat/completions
+- {stream: true, stream_options: *usage, temperature: 0, reasoning_effort: medium, tool_choice: auto,
+   tools: [{type: function, function: {name: read_file, parameters: {type: object}}}],
+   messages: [{role: developer, content: [&part {type: text, text: Hi, cache_control: &kind {type: ephemeral}}]},
+     {role: user, content: [*part]},
+     {role: assistant, content: Hm, reasoning_content: think,
+      tool_calls: [{id: c1, type: function, index: 0, function: {name: read_file, arguments: "{}"}}]},
+     {role: tool, tool_call_id: c1, content: [*part], name: read_file}]}
+CodeCompanion:
+- chat/completions
+- {stream: true, tool_choice: auto, parallel_tool_calls: false,
+   messages: [{role: user, content: Hi, id: 1, opts: {visible: true}, cycle: 1}]}
+Cursor:
+- chat/completions
+- {stream: true, stream_options: *usage, temperature: 0, user: u, metadata: {cursorConversationId: c}, messages: *turns}
+Copilot, chats:
+- chat/completions
+- {stream: true, stream_options: *usage, temperature: 0.1, top_p: 1, n: 1,
+   messages: [*system, *turn, {role: user, content: Hi, copilot_cache_control: *kind}]}
+vllm bench serve:
+- completions
+- {stream: true, stream_options: *usage, prompt: Hi, repetition_penalty: 1.0, max_tokens: 64, logprobs: null,
+   ignore_eos: true, temperature: 0.0, lora: {strategy: mixture, k: 3}}
+lm-eval, the score of a prompt:
+- completions
+- {prompt: [[72, 101, 108]], temperature: 0, max_tokens: 1, logprobs: 1, seed: 1234, echo: true}
+lm-eval, an answer:
+- completions
+- {prompt: [[79, 110]], temperature: 0.0, max_tokens: 20, stop: ["\\n", </s>], seed: 1234}
+guidellm:
+- chat/completions
+- {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, max_completion_tokens: 64,
+   stop: null, ignore_eos: true, lora: {k: 2}, messages: [*turn]}
+Copilot, responses:
+- responses
+- {stream: true, store: true, truncation: disabled, include: [reasoning.encrypted_content], tools: null,
+   reasoning: {effort: medium, summary: detailed},
+   input: [{role: system, content: [{type: input_text, text: You write code.}]},
+     {role: user, content: &said [{type: input_text, text: Hi}]},
+     {type: reasoning, id: r, summary: [], encrypted_content: x},
+     {type: message, role: assistant, id: msg_123, status: completed,
+      content: [{type: output_text, text: Hm, annotations: []}]},
+     {role: user, content: *said}]}
+""")
 
 
-@pytest.mark.parametrize("path, body", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("path", "body"), SHAPES.values(), ids=SHAPES.keys())
 def test_a_known_shape_is_answered(server_url: str, path: str, body: dict[str, Any]) -> None:
     """chats, completions and responses with the fields that these clients are known to send"""
     response = httpx.post(f"{server_url}/{path}", json={"model": "auto", **body}, timeout=30)
@@ -197,5 +103,5 @@ def test_a_name_is_picked_from_the_list(server_url: str, model_name: str) -> Non
 def test_a_response_that_cannot_be_continued_is_refused_by_the_code_that_clients_know(server_url: str) -> None:
     """continued responses are refused with the code after which clients send the whole conversation"""
     body = {"model": "auto", "input": "Hi", "previous_response_id": "resp_1"}
-    response = httpx.post(f"{server_url}/{RESPONSES}", json=body, timeout=30)
+    response = httpx.post(f"{server_url}/responses", json=body, timeout=30)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "previous_response_not_found")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -12,22 +13,24 @@ import httpx
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 
 
-def ask(
-    question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]],
-    *,
-    host: str = "127.0.0.1",
-    headers: dict[str, str] | None = None,
-    **options: Any,
-) -> Any:
-    """Return the result of `question`, called after the preload; afterwards wait for background work."""
+@asynccontextmanager
+async def asked(
+    *, host: str = "127.0.0.1", headers: dict[str, str] | None = None, **options: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Served]]:
+    """Yield a client after the preload; afterwards wait for background work."""
+    served = serve_plainly(**options)
+    await served.services.preload.wait()
+    async with http_of(served, host=host, headers=headers or {}) as client:
+        yield client, served
+    await served.services.background.idle()
+
+
+def ask(question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], **options: Any) -> Any:
+    """Return the result of `question`."""
 
     async def run() -> Any:
-        served = serve_plainly(**options)
-        await served.services.preload.wait()
-        async with http_of(served, host=host, headers=headers or {}) as client:
-            answer = await question(client, served)
-        await served.services.background.idle()
-        return answer
+        async with asked(**options) as (client, served):
+            return await question(client, served)
 
     return asyncio.run(run())
 

@@ -100,12 +100,7 @@ class FakeRetriever:
         return named_policies(self.model_names.snapshot, tenant, model)[:limit]
 
     async def names(
-        self,
-        tenant: str,
-        min_generation: int = 0,
-        after: str = "",
-        limit: int | None = None,
-        is_short: bool = False,
+        self, tenant: str, min_generation: int = 0, after: str = "", limit: int | None = None, is_short: bool = False
     ) -> list[NamedPolicy]:
         return visible_names(self.model_names.snapshot, tenant, after, limit, is_short=is_short)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,17 @@ from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 
 CONFIG = json.dumps({"r": 8, "base_model_name_or_path": BASE})
-Look = Callable[[Page, Served], Awaitable[None]]
 
 
-def look(browsing: Browsing, question: Look, *, context: dict[str, Any] | None = None, **options: Any) -> None:
-    """Open the console over an Ingress with these fakes, and let `question` inspect it."""
-
-    async def run() -> None:
-        options.setdefault("retriever", MappedRetriever())
-        served = serve_plainly(**{"worker": CountingWorker(), **options})
-        async with address_of(served) as url, browsing.page(url, **(context or {})) as page:
-            await question(page, served)
-
-    browsing.run(run())
+@asynccontextmanager
+async def look(
+    browsing: Browsing, *, context: dict[str, Any] | None = None, **options: Any
+) -> AsyncIterator[tuple[Page, Served]]:
+    """Open the console over an Ingress with these fakes."""
+    options.setdefault("retriever", MappedRetriever())
+    served = serve_plainly(**{"worker": CountingWorker(), **options})
+    async with address_of(served) as url, browsing.page(url, **(context or {})) as page:
+        yield page, served
 
 
 async def ask(page: Page, prompt: str = "A verse, please.") -> None:

@@ -10,10 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from deployments.calls.h11_proxy import (
-    AddressBook,
-    protocol_within,
-)
+from deployments.calls.h11_proxy import AddressBook, protocol_within
 from deployments.calls.proxy_limits import ProxyLimits
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
+from unittest.mock import patch
 
+import typer.testing
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from deployments.cli.main import cli
 
-COMMAND: Any = get_command(cli)  # to look at; a runner builds its own
+COMMAND: Any = get_command(cli)  # built once, which takes longer than most commands, for lines without CHOICES
+CHOICES = {"-h", "--help", "--strategy", "--weights"}  # a command fills them in before its first use only
 Answer = tuple[int, Any]  # status; JSON body, text body, or a function of the JSON that was sent
 
 
@@ -78,9 +83,65 @@ def scripted(*answers: Answer) -> Iterator[Script]:
 
 def run(*arguments: object, input: str | None = None) -> Result:
     """Run the command and return the outcome. Its error must be a message, no traceback. `input`: the user's input."""
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], terminal_width=400, input=input)
+    typed = [str(argument) for argument in arguments]
+    with patch.object(typer.testing, "_get_command", get_command if CHOICES & set(typed) else lambda _: COMMAND):
+        result = CliRunner().invoke(cli, typed, terminal_width=400, input=input)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     return result
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed, its words apart from each other by one space, and what it sent to the server."""
+
+    code: int
+    out: str
+    err: str
+    server: Script
+    stdout: str  # as it was printed
+
+    @property
+    def asked(self) -> list[tuple[str, str]]:
+        return self.server.asked
+
+    @property
+    def sent(self) -> list[Any]:
+        return self.server.sent
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def run_with(answers: Any, *arguments: object, input: str | None = None) -> Outcome:
+    """Run the command against a server with these answers: one body of status 200, one answer, or a list of answers."""
+    several = answers if isinstance(answers, list) else [answers]
+    with scripted(*(answer if isinstance(answer, tuple) else (200, answer) for answer in several)) as server:
+        url = ["--url", server.url] if "--" not in arguments else []
+        result = run(*arguments, *url, input=input)
+    return Outcome(result.exit_code, words(result.stdout), words(result.stderr), server, result.stdout)
+
+
+def run_alone(packages: Sequence[str], *commands: Sequence[object]) -> list[tuple[int, str, str, list[str]]]:
+    """Run commands in one process. Return each status, stdout and stderr, and the packages imported until then."""
+    script = f"""if True:
+        import contextlib, io, json, sys
+        from deployments.cli.main import cli
+        for command in json.loads(sys.argv[1]):
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    cli(command)
+                except SystemExit as end:
+                    code = end.code
+            imported = [name for name in {packages!r} if name in sys.modules]
+            print(json.dumps([code, out.getvalue().strip(), err.getvalue().strip(), imported]))
+    """
+    lines = json.dumps([list(map(str, command)) for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", script, lines], capture_output=True, text=True, check=True, timeout=300
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def words(text: str) -> str:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import expect
 
 from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta
-from lora_store import AdapterRecord
 from retriever_svc import NearSample
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
-from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_worker import DELTAS
 from tests.deployments.looking import ask, go, last_turn, look, show_options
@@ -27,14 +24,9 @@ pytestmark = pytest.mark.browser
 HOSTILE = '<img src=x onerror="document.title=\'taken\'"><script>document.title="taken"</script>'
 
 
-def adapters_of(names: Sequence[str]) -> list[AdapterRecord]:
-    return [adapter(name) for name in names]
-
-
-def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
+async def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, worker=CountingWorker(goes_on=goes_on)) as (page, served):
         await expect(page.locator("#map-list li")).to_have_count(2)
         await ask(page)
         await expect(last_turn(page, ".text")).to_have_text("Hel")
@@ -54,11 +46,9 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
         located = served.retriever.called("place")  # again if the page has loaded the map again meanwhile
         assert located and all(one == ("local", "A verse, please.", ["poet", "coder"], 7) for one in located)
 
-    look(browsing, question, worker=CountingWorker(goes_on=goes_on))
 
-
-def test_the_controls_determine_the_request(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_the_controls_determine_the_request(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
         await show_options(page)
         await page.get_by_label("Strategy").select_option("fusion")
         await page.get_by_label("Most adapters (k)").fill("5")
@@ -79,79 +69,55 @@ def test_the_controls_determine_the_request(browsing: Browsing) -> None:
         assert (request.abstain, request.tags) == ("strict", ("one", "two"))
         sampling = served.job.sampling
         assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (17, 0.5, 0.9, 7)
-
-    look(browsing, question)
-
-
-def test_a_named_model_disables_the_retrieval_options(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
         await page.get_by_label("Model", exact=True).fill("coder")
-        await show_options(page)
         for option in ("Strategy", "Most adapters (k)", "Abstain", "Only with tags"):
             await expect(page.get_by_label(option)).to_be_disabled()
         await ask(page)
         await expect(page.locator("#plan li .name")).to_have_text(["coder"])
-        assert served.retriever.called("route") == []
+        assert len(served.retriever.called("route")) == 1
         await page.get_by_label("Model", exact=True).fill("tiny-base")
         await ask(page)
         await expect(page.locator("#plan-note")).to_have_text("The base model answers, as requested.")
 
-    look(browsing, question)
 
-
-def test_stop_ends_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
-        await ask(page)
-        await expect(last_turn(page, ".text")).to_have_text("Hel")
-        await page.get_by_role("button", name="Stop").click()
-        await expect(last_turn(page, ".note")).to_contain_text("stopped")
-        await expect(last_turn(page, ".text")).to_have_text("Hel")
-        [response] = [r for r in served.worker.responses if hasattr(r.answer, "__aiter__")]
-        async with asyncio.timeout(60):
-            while not response.num_cancels:
-                await asyncio.sleep(0)
-
-    look(browsing, question, worker=CountingWorker(goes_on=asyncio.Event()))
-
-
-def test_a_second_prompt_stops_the_first(browsing: Browsing) -> None:
+async def test_a_second_prompt_and_stop_end_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, worker=CountingWorker(goes_on=goes_on)) as (page, served):
         await ask(page, "first")
         await expect(last_turn(page, ".text")).to_have_text("Hel")
         await ask(page, "second")
         await expect(page.locator("#turns .note").first).to_have_text(re.compile("stopped$"))
         goes_on.set()
         await expect(last_turn(page, ".note")).to_contain_text("3 tokens")
-        await expect(page.locator("#turns .text")).to_have_text(["Hel", "Hello"])
-
-    look(browsing, question, worker=CountingWorker(goes_on=goes_on))
-
-
-@pytest.mark.parametrize(
-    ("events", "text", "shown"),
-    [
-        ((EngineFull("too many requests wait"),), "", "too many requests wait"),
-        ((DELTAS[0], EngineStopped("the engine has stopped")), "Hel", "the engine has stopped"),
-    ],
-    ids=["before", "amid"],
-)
-def test_an_error_is_shown_after_the_text_so_far(
-    browsing: Browsing, events: Sequence[Delta | Exception], text: str, shown: str
-) -> None:
-    async def question(page: Page, served: Served) -> None:
-        await ask(page)
-        await expect(last_turn(page, ".error")).to_have_text(shown)
-        await expect(last_turn(page, ".text")).to_have_text(text)
-        await expect(page.locator("#plan-note")).not_to_contain_text("Choosing")
-        await expect(page.get_by_label("Prompt", exact=True)).to_have_value("A verse, please.")  # to be sent again
-
-    look(browsing, question, worker=CountingWorker(events))
+        goes_on.clear()
+        await ask(page, "third")
+        await expect(last_turn(page, ".text")).to_have_text("Hel")
+        await page.get_by_role("button", name="Stop").click()
+        await expect(last_turn(page, ".note")).to_contain_text("stopped")
+        await expect(page.locator("#turns .text")).to_have_text(["Hel", "Hello", "Hel"])
+        first, _, third = [r for r in served.worker.responses if hasattr(r.answer, "__aiter__")]
+        async with asyncio.timeout(60):
+            while not (first.num_cancels and third.num_cancels):
+                await asyncio.sleep(0)
 
 
-def test_a_refused_prompt_leaves_no_plan_of_an_earlier_one(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_an_error_is_shown_after_the_text_so_far(browsing: Browsing) -> None:
+    worker = CountingWorker()
+    async with look(browsing, worker=worker) as (page, _):
+        for earlier, text, error in (
+            ((), "", EngineFull("too many requests wait")),
+            (DELTAS[:1], "Hel", EngineStopped("the engine has stopped")),
+        ):
+            worker.events = [*earlier, error]
+            await ask(page)
+            await expect(last_turn(page, ".error")).to_have_text(str(error))
+            await expect(last_turn(page, ".text")).to_have_text(text)
+            await expect(page.locator("#plan-note")).not_to_contain_text("Choosing")
+            await expect(page.get_by_label("Prompt", exact=True)).to_have_value("A verse, please.")  # to be sent again
+
+
+async def test_a_refused_prompt_leaves_no_plan_of_an_earlier_one(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
         await ask(page)
         await expect(page.locator("#map .spot.chosen")).to_have_count(2)
         await expect(page.locator("#map .prompt")).to_have_count(1)
@@ -165,11 +131,9 @@ def test_a_refused_prompt_leaves_no_plan_of_an_earlier_one(browsing: Browsing) -
         await expect(page.locator("#plan li")).to_have_count(2)
         await expect(page.locator("#map .spot.chosen")).to_have_count(2)
 
-    look(browsing, question)
 
-
-def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> None:
+    async with look(browsing, retriever=MappedRetriever(abstains=True)) as (page, _):
         await ask(page)
         await expect(page.locator("#plan-note")).to_contain_text("No adapter fits, so the base model answers")
         await expect(page.locator("#plan-note")).to_contain_text("poet is the nearest, with a score of 1.000")
@@ -177,14 +141,13 @@ def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> N
         await expect(page.locator("#changes-list")).to_contain_text("Abstain never")
         await expect(page.locator("#plan li")).to_have_count(0)
 
-    look(browsing, question, retriever=MappedRetriever(abstains=True))
 
-
-def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
+async def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
     """Publishers choose names and tags, and the model writes the answer, so neither can be trusted."""
     hostile = replace(adapter(HOSTILE), tags=(HOSTILE,))
-
-    async def question(page: Page, served: Served) -> None:
+    worker = CountingWorker([Delta(HOSTILE, 1, 1, "stop")])
+    retriever = MappedRetriever([hostile], near=(NearSample(HOSTILE, 0.5),))
+    async with look(browsing, worker=worker, retriever=retriever) as (page, _):
         await ask(page)
         await expect(last_turn(page, ".text")).to_have_text(HOSTILE)
         await expect(page.locator("#plan li .name")).to_have_text([HOSTILE])
@@ -197,12 +160,10 @@ def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
         assert await page.title() == f"{HOSTILE} · LoraRetriever"
         assert await page.locator("img, body script").count() == 0
 
-    worker = CountingWorker([Delta(HOSTILE, 1, 1, "stop")])
-    look(browsing, question, worker=worker, retriever=MappedRetriever([hostile], near=(NearSample(HOSTILE, 0.5),)))
 
-
-def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
+    retriever = MappedRetriever([adapter(f"task-{number:02}") for number in range(40)])
+    async with look(browsing, retriever=retriever) as (page, _):
         await go(page, "Adapters")
         await expect(page.locator("#pool-count")).to_have_text("1–15 of 40")
         await page.get_by_role("button", name="Next page").click()
@@ -222,8 +183,6 @@ def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
             "no adapters found; under Ask, Find on the map also searches samples"
         )
 
-    look(browsing, question, retriever=MappedRetriever(adapters_of([f"task-{number:02}" for number in range(40)])))
-
 
 class GeneratingWorker(CountingWorker):
     """Has 100 tokens more each time that it is asked for its state."""
@@ -234,10 +193,9 @@ class GeneratingWorker(CountingWorker):
         return replace(status, counters=counters)
 
 
-def test_the_metrics_are_live(browsing: Browsing) -> None:
+async def test_the_metrics_are_live(browsing: Browsing) -> None:
     worker = GeneratingWorker()
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, worker=worker) as (page, _):
         await go(page, "Status")
         await expect(page.locator("#metric-running")).to_have_text("3 of 32")
         await expect(page.locator("#metric-waiting")).to_have_text("2")
@@ -249,11 +207,9 @@ def test_the_metrics_are_live(browsing: Browsing) -> None:
         await expect(page.locator("#metric-running")).to_have_text("4 of 32")
         await expect(page.locator("#metric-rate")).to_have_text(re.compile("[1-9]"))
 
-    look(browsing, question, worker=worker)
 
-
-def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
         await expect(page.locator("#map-list li")).to_have_count(2)
         await expect(page.locator("#examples button")).to_have_count(2)  # nothing else changes the layout
         frames = "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })"
@@ -269,5 +225,3 @@ def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
         await expect(page.locator("#map-spoken")).to_have_text("poet")
         await page.keyboard.press("Enter")
         await expect(page.locator("#adapter-title")).to_have_text("poet")
-
-    look(browsing, question)

@@ -10,7 +10,6 @@ from playwright.async_api import Page, expect
 
 from tests.browsing import Browsing, drop_folder
 from tests.clients.processes import node_file
-from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import LaidOutRetriever
 from tests.deployments.looking import ask, folder_of, go, last_turn, look, show_options
 
@@ -33,12 +32,14 @@ async def check(page: Page, view: str) -> None:
 
 @pytest.mark.parametrize("width", [1280, 320])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Literal["light", "dark"], width: int) -> None:
+async def test_no_view_violates_wcag(
+    browsing: Browsing, tmp_path: Path, theme: Literal["light", "dark"], width: int
+) -> None:
     axe = node_file("axe-core/axe.min.js").read_text(encoding="utf-8")
     good, bad = folder_of(tmp_path / "all", "verse", ["Write a verse."]), folder_of(tmp_path / "all", "pickled")
     (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
-
-    async def question(page: Page, served: Served) -> None:
+    context = {"color_scheme": theme, "viewport": {"width": width, "height": 800}, "bypass_csp": True}
+    async with look(browsing, context=context, api_key="of good news") as (page, _):
         await page.evaluate(axe)
         await page.get_by_label("API key", exact=True).fill("of good news")
         await check(page, "a key is needed")
@@ -94,15 +95,12 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
         await page.locator("#operations summary").first.click()
         await check(page, "API")
 
-    context = {"color_scheme": theme, "viewport": {"width": width, "height": 800}, "bypass_csp": True}
-    look(browsing, question, context=context, api_key="of good news")
-
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_large_map_violates_no_wcag_rule(browsing: Browsing, width: int) -> None:
+async def test_a_large_map_violates_no_wcag_rule(browsing: Browsing, width: int) -> None:
     axe = node_file("axe-core/axe.min.js").read_text(encoding="utf-8")
-
-    async def question(page: Page, served: Served) -> None:
+    context: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "bypass_csp": True}
+    async with look(browsing, context=context, retriever=LaidOutRetriever(300, 12)) as (page, _):
         await page.evaluate(axe)
         await expect(page.locator("#map-count")).to_have_text("In view: 300 of 300")
         await page.locator("#map-count").click()
@@ -111,6 +109,3 @@ def test_a_large_map_violates_no_wcag_rule(browsing: Browsing, width: int) -> No
         await page.get_by_label("Find").press("Enter")
         await expect(page.locator("#map-list small").first).to_be_visible()
         await check(page, "a search")
-
-    context: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "bypass_csp": True}
-    look(browsing, question, context=context, retriever=LaidOutRetriever(300, 12))

@@ -36,8 +36,8 @@ async def answered(page: Page, num_turns: int) -> None:
     await expect(last_turn(page, ".note")).to_contain_text("tokens")
 
 
-def test_a_conversation_sends_its_system_prompt_and_earlier_turns(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_a_conversation_sends_its_system_prompt_and_earlier_turns(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
         await show_options(page)
         await page.get_by_label("System prompt", exact=True).fill("Rhyme.")
         for number, prompt in enumerate(["A verse, please.", "Another one."], start=1):
@@ -50,19 +50,15 @@ def test_a_conversation_sends_its_system_prompt_and_earlier_turns(browsing: Brow
         await answered(page, 1)
         assert prompts_of(served)[2] == (system, first)
 
-    look(browsing, question)
 
-
-def test_an_example_is_a_sample_of_the_pool_and_is_asked_by_a_click(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_an_example_is_a_sample_of_the_pool_and_is_asked_by_a_click(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
         examples = page.locator("#examples button")
         await expect(examples).to_have_text(["A sample of coder.coder", "A sample of poet.poet"])
         await examples.last.click()
         await answered(page, 1)
         await expect(last_turn(page, ".asked")).to_contain_text("A sample of poet.")
         await expect(page.locator("#welcome")).to_be_hidden()
-
-    look(browsing, question)
 
 
 @dataclass
@@ -88,12 +84,11 @@ def _kind(name: str) -> str:
     return name.rpartition("-")[2]
 
 
-def test_the_examples_of_a_large_pool_differ_in_kind(browsing: Browsing) -> None:
+async def test_the_examples_of_a_large_pool_differ_in_kind(browsing: Browsing) -> None:
     kinds = ["negate", "translate", "sum", "date", "rhyme", "unit"]
     held = [adapter(f"a{number:03}-label") for number in range(300)]
     held += [adapter(f"b{number}-{kind}") for number, kind in enumerate(kinds)]
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, retriever=ClusteredRetriever(held)) as (page, _):
         names = page.locator("#examples button small")
         await expect(names).to_have_count(6)
         shown = [_kind(name) for name in await names.all_inner_texts()]
@@ -102,23 +97,18 @@ def test_the_examples_of_a_large_pool_differ_in_kind(browsing: Browsing) -> None
         await expect(names).to_have_count(6)
         assert [_kind(name) for name in await names.all_inner_texts()] == shown, "chosen in the same way every time"
 
-    look(browsing, question, retriever=ClusteredRetriever(held))
 
-
-@pytest.mark.parametrize("long", ["word " * 30, "Who is it?\nOPTIONS:\n- this one\n- that one\n- someone else"])
-def test_samples_that_a_button_cannot_show_whole_come_last(browsing: Browsing, long: str) -> None:
-    held = [adapter("a-who"), adapter("b-negate"), adapter("c-date")]
-
-    async def question(page: Page, served: Served) -> None:
+async def test_samples_that_a_button_cannot_show_whole_come_last(browsing: Browsing) -> None:
+    long = {"who": "word " * 30, "options": "Who is it?\nOPTIONS:\n- this one\n- that one\n- someone else"}
+    held = [adapter(name) for name in ("a-who", "b-options", "c-negate", "d-date")]
+    async with look(browsing, retriever=ClusteredRetriever(held, samples_by_kind=long)) as (page, _):
         names = page.locator("#examples button small")
-        await expect(names).to_have_count(3)
-        assert (await names.all_inner_texts())[-1] == "a-who"
-
-    look(browsing, question, retriever=ClusteredRetriever(held, samples_by_kind={"who": long}))
+        await expect(names).to_have_count(4)
+        assert set((await names.all_inner_texts())[2:]) == {"a-who", "b-options"}
 
 
-def test_history_survives_a_reload_and_can_be_deleted(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_history_survives_a_reload_and_can_be_deleted(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
         await ask(page, "first")
         await answered(page, 1)
         await page.get_by_role("button", name="New conversation").click()
@@ -148,24 +138,20 @@ def test_history_survives_a_reload_and_can_be_deleted(browsing: Browsing) -> Non
         await page.reload()
         await expect(page.locator("#welcome")).to_be_visible()
 
-    look(browsing, question)
+
+async def test_history_of_another_form_is_left_out(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
+        for stored in ("{", "[1, null, {}]", '[{"id": "a", "system": "", "turns": [{"prompt": 1}]}]'):
+            await page.evaluate("(text) => localStorage.setItem('loraretriever-history', text)", stored)
+            await page.reload()
+            await expect(page.locator("#history")).to_be_hidden()
+            await ask(page)
+            await answered(page, 1)
+            await expect(page.locator("#history-list .earlier")).to_have_text(["A verse, please."])
 
 
-@pytest.mark.parametrize("stored", ["{", "[1, null, {}]", '[{"id": "a", "system": "", "turns": [{"prompt": 1}]}]'])
-def test_history_of_another_form_is_left_out(browsing: Browsing, stored: str) -> None:
-    async def question(page: Page, served: Served) -> None:
-        await page.evaluate("(text) => localStorage.setItem('loraretriever-history', text)", stored)
-        await page.reload()
-        await expect(page.locator("#history")).to_be_hidden()
-        await ask(page)
-        await answered(page, 1)
-        await expect(page.locator("#history-list .earlier")).to_have_text(["A verse, please."])
-
-    look(browsing, question)
-
-
-def test_a_failed_turn_is_not_sent_again_as_history(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_a_failed_turn_is_not_sent_again_as_history(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
         await page.get_by_label("Model", exact=True).fill("nosuch")
         await ask(page, "lost")
         await expect(last_turn(page, ".error")).to_be_visible()
@@ -174,14 +160,11 @@ def test_a_failed_turn_is_not_sent_again_as_history(browsing: Browsing) -> None:
         await expect(last_turn(page, ".note")).to_contain_text("tokens")
         assert prompts_of(served) == [(Message("user", "found"),)]
 
-    look(browsing, question)
 
-
-def test_requests_as_code_do_what_the_page_does(browsing: Browsing) -> None:
+async def test_requests_as_code_do_what_the_page_does(browsing: Browsing) -> None:
     """The snippets run as they are shown, quotes and line breaks included."""
     prompt = 'It\'s "quoted" $HOME `x`\nsecond \\ line é'
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing) as (page, served):
         await page.evaluate("sessionStorage.setItem('loraretriever-key', 'top secret')")
         await show_options(page)
         await page.get_by_label("Strategy").select_option("fusion")
@@ -200,11 +183,9 @@ def test_requests_as_code_do_what_the_page_does(browsing: Browsing) -> None:
         assert [(r.text, r.strategy, r.tags) for r in requests] == [(prompt, "fusion", ("one",))] * 2
         assert [job.sampling.max_tokens for (job,) in served.worker.called("stream")] == [128, 128]
 
-    look(browsing, question)
 
-
-def test_code_is_copied(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_code_is_copied(browsing: Browsing) -> None:
+    async with look(browsing, context={"permissions": ["clipboard-read", "clipboard-write"]}) as (page, _):
         await ask(page)
         await answered(page, 1)
         await page.get_by_role("button", name="Code", exact=True).click()
@@ -215,5 +196,3 @@ def test_code_is_copied(browsing: Browsing) -> None:
         copied = await page.evaluate("navigator.clipboard.readText()")
         assert re.match(r"curl http://127\.0\.0\.1:\d+/v1/chat/completions ", copied)
         assert "A verse, please." in copied
-
-    look(browsing, question, context={"permissions": ["clipboard-read", "clipboard-write"]})

@@ -8,7 +8,6 @@ import pytest
 from playwright.async_api import Page, Request, Response, expect
 
 from tests.browsing import Browsing, drop_folder
-from tests.deployments.app_fakes import Served
 from tests.deployments.looking import ask, folder_of, go, last_turn, look
 
 pytestmark = pytest.mark.browser
@@ -23,7 +22,7 @@ async def use(page: Page, key: str) -> None:
     await page.get_by_role("button", name="Use", exact=True).click()
 
 
-def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing, tmp_path: Path) -> None:
+async def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "verse")
     answered: list[Request] = []
 
@@ -31,7 +30,7 @@ def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing,
         if response.ok and "/v1/" in response.url:
             answered.append(response.request)
 
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, api_key=KEY) as (page, _):
         await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
         page.on("response", note)
         await use(page, KEY)
@@ -56,11 +55,9 @@ def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing,
         await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
         assert "A verse, please." not in await page.evaluate("JSON.stringify(localStorage)")
 
-    look(browsing, question, api_key=KEY)
 
-
-def test_the_dialog_says_once_that_the_server_needs_a_key(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_the_dialog_says_once_that_the_server_needs_a_key(browsing: Browsing) -> None:
+    async with look(browsing, api_key=KEY) as (page, _):
         await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
         await expect(page.locator("#connection")).to_have_text("key needed")
         await page.get_by_role("button", name="Cancel").click()
@@ -70,11 +67,9 @@ def test_the_dialog_says_once_that_the_server_needs_a_key(browsing: Browsing) ->
         await expect(page.locator("#pool-error")).to_be_hidden()
         await expect(page.locator("#key-button")).to_be_visible()
 
-    look(browsing, question, api_key=KEY)
 
-
-def test_only_a_key_that_the_server_accepts_gets_a_tick(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_only_a_key_that_the_server_accepts_gets_a_tick(browsing: Browsing) -> None:
+    async with look(browsing, api_key=KEY) as (page, _):
         note, button = page.locator("#key-note"), page.locator("#key-button")
         await expect(note).to_have_text(NEEDS_A_KEY)
         await use(page, "a wrong one")
@@ -89,13 +84,9 @@ def test_only_a_key_that_the_server_accepts_gets_a_tick(browsing: Browsing) -> N
         await use(page, "a wrong one")
         await expect(button).to_have_text("API key")
 
-    look(browsing, question, api_key=KEY)
 
-
-def test_a_server_without_keys_has_no_button_for_one(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_a_server_without_keys_has_no_button_for_one(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
         await expect(page.locator("#connection")).to_have_text("live")
         await expect(page.locator("#map-list li")).to_have_count(2)
         await expect(page.locator("#key-button")).to_be_hidden()
-
-    look(browsing, question)

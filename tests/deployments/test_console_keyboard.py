@@ -10,7 +10,6 @@ from playwright.async_api import Page, expect
 from lora_store import Edit
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter, pool_of
-from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.looking import folder_of, last_turn, look
@@ -58,11 +57,11 @@ async def replace_text(page: Page, text: str) -> None:
     await page.keyboard.type(text)
 
 
-def test_every_task_is_done_with_the_keyboard_alone(browsing: Browsing, tmp_path: Path) -> None:
+async def test_every_task_is_done_with_the_keyboard_alone(browsing: Browsing, tmp_path: Path) -> None:
     own, theirs = adapter("poet", version="fun"), adapter("sums", tenant="globex")
     folder = folder_of(tmp_path, "verse", ["Write a verse."])
-
-    async def question(page: Page, served: Served) -> None:
+    retriever = MappedRetriever([own, theirs])
+    async with look(browsing, retriever=retriever, store=FakeStore(pool_of(own, theirs))) as (page, served):
         await expect(page.locator("#prompt")).to_be_focused()
         await page.keyboard.type("A verse, please.")
         await page.keyboard.press("Enter")
@@ -111,6 +110,3 @@ def test_every_task_is_done_with_the_keyboard_alone(browsing: Browsing, tmp_path
         await expect(page.locator("#view-adapters")).to_be_visible()
         assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
         assert [names for _, names, *_ in served.store.called("withdraw")] == [["poet"]]
-
-    retriever = MappedRetriever([own, theirs])
-    look(browsing, question, retriever=retriever, store=FakeStore(pool_of(own, theirs)))

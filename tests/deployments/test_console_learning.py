@@ -8,7 +8,6 @@ from playwright.async_api import Page, expect
 from lora_store import Feedback
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import POOL, pool_of
-from tests.deployments.app_fakes import Served
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.looking import ask, go, last_turn, look
 
@@ -30,10 +29,9 @@ async def open_adapter(page: Page, name: str) -> None:
     await expect(page.locator("#adapter-body")).to_be_visible()
 
 
-def test_proposed_samples_are_accepted_and_rejected_one_by_one_or_together(browsing: Browsing) -> None:
+async def test_proposed_samples_are_accepted_and_rejected_one_by_one_or_together(browsing: Browsing) -> None:
     store = proposing_store()
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, store=store) as (page, _):
         await open_adapter(page, "poet")
         rows = page.locator("#adapter-proposed > li")
         await expect(rows).to_have_count(3)
@@ -48,23 +46,14 @@ def test_proposed_samples_are_accepted_and_rejected_one_by_one_or_together(brows
         await page.get_by_role("button", name="Accept all").click()
         await expect(page.locator("#adapter-proposed-part")).to_be_hidden()
         assert len(store.live["local", "poet"]) == 3
-
-    look(browsing, question, store=store)
-
-
-def test_an_adapter_without_proposals_shows_none(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "coder")
         await expect(page.locator("#adapter-code pre")).to_have_count(2)
         await expect(page.locator("#adapter-proposed-part")).to_be_hidden()
 
-    look(browsing, question, store=proposing_store())
 
-
-def test_an_answer_of_auto_is_judged_by_a_button(browsing: Browsing) -> None:
+async def test_an_answer_of_auto_is_judged_by_a_button(browsing: Browsing) -> None:
     store = FakeStore(pool_of(*POOL))
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, store=store, learning="observe") as (page, _):
         await ask(page)
         bad = last_turn(page).get_by_role("button", name="Bad", exact=True)
         await bad.click()
@@ -74,15 +63,11 @@ def test_an_answer_of_auto_is_judged_by_a_button(browsing: Browsing) -> None:
         await last_turn(page).get_by_role("button", name="Good", exact=True).click()
         await expect(bad).to_have_attribute("aria-pressed", "false")
 
-    look(browsing, question, store=store, learning="observe")
-
 
 @pytest.mark.parametrize(("learning", "model"), [("off", "auto"), ("observe", "poet")])
-def test_there_are_no_buttons_where_nothing_is_learnt(browsing: Browsing, learning: str, model: str) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_there_are_no_buttons_where_nothing_is_learnt(browsing: Browsing, learning: str, model: str) -> None:
+    async with look(browsing, learning=learning) as (page, _):
         await page.get_by_label("Model", exact=True).fill(model)
         await ask(page)
         await expect(last_turn(page).get_by_role("button", name="Again", exact=True)).to_be_visible()
         await expect(last_turn(page).get_by_role("button", name="Bad", exact=True)).to_be_hidden()
-
-    look(browsing, question, learning=learning)

@@ -10,7 +10,6 @@ from playwright.async_api import Page, Route, expect
 
 from retriever_svc import NoAdapterMatched
 from tests.browsing import Browsing
-from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import LaidOutRetriever
 from tests.deployments.looking import look
 
@@ -41,11 +40,10 @@ async def check_labels(page: Page, kind: str, least: int) -> None:
 
 
 @pytest.mark.parametrize(("count", "num_kinds"), [(300, 12), (10_000, 24)])
-def test_an_adapter_is_found_on_the_map_of_a_large_pool(browsing: Browsing, count: int, num_kinds: int) -> None:
+async def test_an_adapter_is_found_on_the_map_of_a_large_pool(browsing: Browsing, count: int, num_kinds: int) -> None:
     retriever = LaidOutRetriever(count, num_kinds)
     name = retriever.names[7]
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, context=WIDE, retriever=retriever) as (page, _):
         summary, listed = page.locator("#map-count"), page.locator("#map-list li")
         await expect(summary).to_have_text(f"In view: {count:,} of {count:,}")
         await expect(page.locator("#map-note")).to_have_text(f"{count:,} adapters in {num_kinds} clusters.")
@@ -90,15 +88,12 @@ def test_an_adapter_is_found_on_the_map_of_a_large_pool(browsing: Browsing, coun
         await page.keyboard.press("Enter")
         await expect(page.locator("#adapter-title")).to_have_text(min(retriever.names))
 
-    look(browsing, question, context=WIDE, retriever=retriever)
-
 
 @pytest.mark.parametrize("width", [1400, 390])
-def test_an_adapter_is_found_by_what_it_does_with_the_keyboard(browsing: Browsing, width: int) -> None:
+async def test_an_adapter_is_found_by_what_it_does_with_the_keyboard(browsing: Browsing, width: int) -> None:
     retriever = LaidOutRetriever(300, 12)
     first, second = retriever.names[:2]
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, context={"viewport": {"width": width, "height": 1000}}, retriever=retriever) as (page, _):
         spoken = page.locator("#map-spoken")
         await expect(page.locator("#map-count")).to_have_text("In view: 300 of 300")
         await page.get_by_label("Find").focus()
@@ -125,17 +120,15 @@ def test_an_adapter_is_found_by_what_it_does_with_the_keyboard(browsing: Browsin
         await page.get_by_label("Find").fill(second)
         await expect(page.locator("#map-note")).to_have_text("300 adapters in 12 clusters.")
 
-    look(browsing, question, context={"viewport": {"width": width, "height": 1000}}, retriever=retriever)
 
-
-def test_enter_waits_for_a_search_that_has_not_come_back(browsing: Browsing) -> None:
+async def test_enter_waits_for_a_search_that_has_not_come_back(browsing: Browsing) -> None:
     retriever, answers = LaidOutRetriever(300, 12), asyncio.Event()
 
     async def answer_later(route: Route) -> None:
         await answers.wait()
         await route.continue_()
 
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, context=WIDE, retriever=retriever) as (page, _):
         await page.route("**/v1/route", answer_later)
         await page.clock.install()
         await page.get_by_label("Find").fill("a verse on the weather")
@@ -144,11 +137,9 @@ def test_enter_waits_for_a_search_that_has_not_come_back(browsing: Browsing) -> 
         answers.set()
         await expect(page.locator("#map-spoken")).to_have_text(retriever.names[0])
 
-    look(browsing, question, context=WIDE, retriever=retriever)
 
-
-def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing) -> None:
+    async with look(browsing, context=WIDE | {"has_touch": True}, retriever=LaidOutRetriever(300, 12)) as (page, _):
         await expect(page.locator("#map-count")).to_have_text("In view: 300 of 300")
         map_, whole = page.locator("#map"), await moved(page)
         box = await map_.bounding_box()
@@ -183,8 +174,6 @@ def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing)
         seen.append(whole)
         await pinch(page, x, y)
         await check_moved()
-
-    look(browsing, question, context=WIDE | {"has_touch": True}, retriever=LaidOutRetriever(300, 12))
 
 
 async def pinch(page: Page, x: float, y: float) -> None:

@@ -17,7 +17,6 @@ from lora_store import AdapterRecord, Edit, RankedAdapter, Ranking, Sample, Tria
 from retriever_svc import Drawn, DrawnAdapter, Draws
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
-from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.looking import ask, folder_of, go, look
@@ -33,8 +32,9 @@ async def open_adapter(page: Page, name: str) -> None:
     await expect(page.locator("#adapter-code pre")).to_have_count(2)
 
 
-def test_the_table_is_one_tab_stop_with_arrow_keys(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_the_table_is_one_tab_stop_with_arrow_keys(browsing: Browsing) -> None:
+    held = [adapter("poet"), adapter("coder"), adapter("novelist")]
+    async with look(browsing, retriever=MappedRetriever(held)) as (page, _):
         await go(page, "Adapters")
         link = page.locator("#pool-rows").get_by_role("link")
         await expect(link).to_have_text(["coder", "novelist", "poet"])
@@ -53,17 +53,13 @@ def test_the_table_is_one_tab_stop_with_arrow_keys(browsing: Browsing) -> None:
         await page.keyboard.press("Enter")
         await expect(page.locator("#adapter-title")).to_have_text("novelist")
 
-    held = [adapter("poet"), adapter("coder"), adapter("novelist")]
-    look(browsing, question, retriever=MappedRetriever(held))
 
-
-def test_filters_and_order_are_kept_in_the_address(browsing: Browsing) -> None:
+async def test_filters_and_order_are_kept_in_the_address(browsing: Browsing) -> None:
     def at(day: int, name: str, tenant: str = "local") -> AdapterRecord:
         return replace(adapter(name, version="fun", tenant=tenant), created_at=datetime(2026, 1, day, tzinfo=UTC))
 
     held = [at(1, "poet"), at(3, "novelist"), at(2, "bard", tenant="them"), adapter("coder")]
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, retriever=MappedRetriever(held)) as (page, _):
         await go(page, "Adapters")
         links = page.locator("#pool-rows").get_by_role("link")
         await expect(links).to_have_count(4)
@@ -86,11 +82,9 @@ def test_filters_and_order_are_kept_in_the_address(browsing: Browsing) -> None:
         await go(page, "Adapters")
         await expect(links).to_have_count(4)
 
-    look(browsing, question, retriever=MappedRetriever(held))
 
-
-def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
         await open_adapter(page, "poet")
         facts = page.locator("#adapter-facts")
         for fact in ("Rank2, 4", "Size9 B", "Found by autoyes, by 2 samples", "Visibilitypublic"):
@@ -113,38 +107,24 @@ def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Bro
         await expect(page.locator("#adapter-error")).to_contain_text("nosuch")
         await expect(page.locator("#adapter-body")).to_be_hidden()
 
-    look(browsing, question)
 
-
-def test_the_page_of_an_evaluated_adapter_shows_who_answers_its_examples_best(browsing: Browsing) -> None:
-    poet, coder = adapter("poet"), adapter("coder")
+async def test_the_page_shows_who_answers_its_examples_best_and_since_when_it_is_live(browsing: Browsing) -> None:
+    now, none = datetime.now(UTC), np.empty(0, np.float32)
+    rolled_back = {"created_at": now - timedelta(days=3.5), "live_since": now - timedelta(hours=2.5)}
+    poet, coder = replace(adapter("poet"), **rolled_back), adapter("coder")
     measured = (RankedAdapter(poet.ref, 0.75, 8, False), RankedAdapter(coder.ref, 0.125, 8, True))
-    none = np.empty(0, np.float32)
-
-    async def question(page: Page, served: Served) -> None:
+    evaluated = Ranking(poet.ref, measured, "fake-encoder", none, none)
+    async with look(browsing, retriever=MappedRetriever([poet, coder], evaluated=evaluated)) as (page, _):
         await open_adapter(page, "poet")
         rows = page.locator("#adapter-evaluation li")
         await expect(rows).to_have_text(["poet75 % of 8", "coder clearly worse13 % of 8"])
+        await expect(page.locator("#adapter-facts")).to_contain_text("Published3 d ago by testerLive since2 h ago")
         await open_adapter(page, "coder")
         await expect(page.locator("#adapter-evaluation-part")).to_be_hidden()
 
-    evaluated = Ranking(poet.ref, measured, "fake-encoder", none, none)
-    look(browsing, question, retriever=MappedRetriever([poet, coder], evaluated=evaluated))
 
-
-def test_a_version_that_was_rolled_back_to_shows_since_when_it_is_live(browsing: Browsing) -> None:
-    now = datetime.now(UTC)
-    record = replace(adapter("poet"), created_at=now - timedelta(days=3.5), live_since=now - timedelta(hours=2.5))
-
-    async def question(page: Page, served: Served) -> None:
-        await open_adapter(page, "poet")
-        await expect(page.locator("#adapter-facts")).to_contain_text("Published3 d ago by testerLive since2 h ago")
-
-    look(browsing, question, retriever=MappedRetriever([record]), store=FakeStore(pool_of(record)))
-
-
-def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
         await open_adapter(page, "poet")
         withdraw = page.get_by_role("button", name="Withdraw…")
         await withdraw.click()
@@ -165,14 +145,12 @@ def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
         assert withdrawn == ["local", ["poet"], "local"]
         await expect(page.locator("#view-adapters")).to_be_visible()
 
-    look(browsing, question)
 
-
-def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing) -> None:
+async def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing) -> None:
     theirs, own = adapter("poet", tenant="globex"), adapter("coder")
     drawn = Draws(Drawn(535, 0, 0), (DrawnAdapter(own.ref, Drawn(16, 8, 12), Drawn(16, 0, 0)),))
-
-    async def question(page: Page, served: Served) -> None:
+    retriever = MappedRetriever([theirs, own], drawn=drawn)
+    async with look(browsing, retriever=retriever, store=FakeStore(pool_of(theirs, own))) as (page, served):
         await open_adapter(page, "coder")
         approve = page.get_by_role("button", name="Approve…")
         await expect(approve).to_be_hidden()  # its own
@@ -187,14 +165,10 @@ def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing) -> No
         assert (await answered.value).status == 200
         assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
 
-    retriever = MappedRetriever([theirs, own], drawn=drawn)
-    look(browsing, question, retriever=retriever, store=FakeStore(pool_of(theirs, own)))
 
-
-def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsing) -> None:
+async def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsing) -> None:
     live, older = adapter("poet"), adapter("poet", version="older", generation=0)
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, store=FakeStore(pool_of(live, older))) as (page, served):
         await open_adapter(page, "poet")
         await page.get_by_role("button", name=f"Make live: version {older.ref.digest[:12]}").click()
         await expect(page.locator("#confirm-title")).to_have_text("Make another version of poet live?")
@@ -206,19 +180,11 @@ def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsin
             await page.locator("#confirm-yes").click()
         assert (await answered.value).status == 201
         assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
-
-    look(browsing, question, store=FakeStore(pool_of(live, older)))
-
-
-def test_only_a_kept_version_can_be_made_live(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
         await page.route("**/v1/loras/poet?*", _without_older_versions)
         await open_adapter(page, "poet")
         await expect(page.locator("#adapter-versions tr")).to_have_count(1)
         await expect(page.get_by_role("button", name="Make live")).to_have_count(0)
         await page.unroute_all(behavior="wait")  # an answer that is still being changed would fail with the page
-
-    look(browsing, question)
 
 
 async def _without_older_versions(route: Route) -> None:
@@ -226,31 +192,38 @@ async def _without_older_versions(route: Route) -> None:
     await route.fulfill(json={**answer, "versions": answer["versions"][:1]})
 
 
-@pytest.mark.parametrize(("is_shadow", "label"), [(False, "10 % to "), (True, "10 % shadow ")])
-def test_a_version_under_trial_is_named_in_the_table_and_on_its_page(
-    browsing: Browsing, is_shadow: bool, label: str
-) -> None:
-    other = adapter("poet", version="older").ref.digest
-    live = replace(adapter("poet"), trial=Trial(other, 0.1, is_shadow))
+async def test_a_version_under_trial_is_named_in_the_table_on_its_page_and_in_its_form(browsing: Browsing) -> None:
+    tried = {"poet": Trial(adapter("poet", version="older").ref.digest, 0.1)}
+    tried["coder"] = Trial(adapter("coder", version="older").ref.digest, 0.29, is_shadow=True)
+    held = [replace(adapter(name), trial=tried.get(name)) for name in ("poet", "coder", "novelist")]
+    async with look(browsing, retriever=MappedRetriever(held), store=FakeStore(pool_of(*held))) as (page, _):
+        percent = page.get_by_label("on this many % of the requests")
+        on_copies = page.get_by_label("on copies that no client sees")
+        for name, label, answers, kind, number in (
+            ("poet", "10 % to ", "10 % of the requests", "trial", "10"),
+            ("coder", "29 % shadow ", "a copy of 29 % of the requests", "shadow", "29"),
+        ):
+            digest = tried[name].digest
+            await go(page, "Adapters")
+            await expect(page.locator("#pool-rows tr", has_text=name)).to_contain_text(label + digest[:8])
+            await open_adapter(page, name)
+            await expect(page.locator("#adapter-facts")).to_contain_text(f"Version {digest[:12]} answers {answers}")
+            row = page.locator("#adapter-versions tr").nth(1)
+            await expect(row).to_contain_text(kind)
+            await expect(row.get_by_role("button", name="Make live")).to_be_visible()
+            await expect(percent).to_have_value(number)
+            await expect(on_copies).to_be_checked(checked=tried[name].is_shadow)
+        await open_adapter(page, "novelist")  # which has no trial: nothing is left of the other's
+        await expect(percent).to_have_value("10")
+        await expect(on_copies).not_to_be_checked()
 
-    async def question(page: Page, served: Served) -> None:
-        await go(page, "Adapters")
-        await expect(page.locator("#pool-rows tr").first).to_contain_text(label + other[:8])
-        await open_adapter(page, "poet")
-        answers = "a copy of 10 % of the requests" if is_shadow else "10 % of the requests"
-        await expect(page.locator("#adapter-facts")).to_contain_text(f"Version {other[:12]} answers {answers}")
-        row = page.locator("#adapter-versions tr").nth(1)
-        await expect(row).to_contain_text("shadow" if is_shadow else "trial")
-        await expect(row.get_by_role("button", name="Make live")).to_be_visible()
 
-    look(browsing, question, retriever=MappedRetriever([live]))
-
-
-def test_a_kept_version_is_tried_promoted_and_its_trial_ended(browsing: Browsing) -> None:
+async def test_a_kept_version_is_tried_promoted_and_its_trial_ended(browsing: Browsing) -> None:
     older = adapter("poet", version="older", generation=0)
     live = replace(adapter("poet"), trial=Trial(older.ref.digest, 0.1))
+    store = FakeStore(pool_of(live, older))
+    async with look(browsing, retriever=MappedRetriever([live]), store=store) as (page, served):
 
-    async def question(page: Page, served: Served) -> None:
         async def press(button: str, path: str) -> None:
             async with page.expect_response(lambda answer: answer.request.url.endswith(path)) as answered:
                 await page.get_by_role("button", name=button, exact=True).click()
@@ -269,27 +242,11 @@ def test_a_kept_version_is_tried_promoted_and_its_trial_ended(browsing: Browsing
         await press("Make live", "/rollback")
         assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
 
-    look(browsing, question, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live, older)))
 
-
-def test_the_form_of_a_trial_keeps_nothing_of_another_adapter(browsing: Browsing) -> None:
-    older = {name: adapter(name, version="older", generation=0) for name in ("poet", "coder")}
-    tried = replace(adapter("poet"), trial=Trial(older["poet"].ref.digest, 0.29, True))
-
-    async def question(page: Page, served: Served) -> None:
-        for name, percent, is_shadow in [("poet", "29", True), ("coder", "10", False)]:
-            await open_adapter(page, name)
-            await expect(page.get_by_label("on this many % of the requests")).to_have_value(percent)
-            await expect(page.get_by_label("on copies that no client sees")).to_be_checked(checked=is_shadow)
-
-    store = FakeStore(pool_of(tried, adapter("coder"), *older.values()))
-    look(browsing, question, retriever=MappedRetriever([tried, adapter("coder")]), store=store)
-
-
-def test_tags_template_visibility_and_samples_are_edited_without_an_upload(browsing: Browsing) -> None:
+async def test_tags_template_visibility_and_samples_are_edited_without_an_upload(browsing: Browsing) -> None:
     live = replace(adapter("poet", version="fun", template="alpaca"), contract='{"stop": ["."]}')
+    async with look(browsing, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live))) as (page, served):
 
-    async def question(page: Page, served: Served) -> None:
         async def save(status: int) -> None:
             async with page.expect_response(lambda answer: answer.request.method == "PATCH") as answered:
                 await page.get_by_role("button", name="Save").click()
@@ -333,13 +290,10 @@ def test_tags_template_visibility_and_samples_are_edited_without_an_upload(brows
         assert served.store.called("set_visibility") == [("local", "poet", "private", "local")]
         assert len(served.store.called("edit")) == 1
 
-    look(browsing, question, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live)))
 
-
-def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:
+async def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:
     held = [adapter("poet"), adapter("poet", version="theirs", tenant="them")]
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, retriever=MappedRetriever(held)) as (page, served):
         await open_adapter(page, "them/poet")
         for what in ("Withdraw", "Make live", "Edit"):
             await expect(page.get_by_role("button", name=what)).to_have_count(0)
@@ -352,19 +306,18 @@ def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_n
         await open_adapter(page, "poet")
         await expect(page.get_by_role("button", name="Withdraw")).to_have_count(1)
 
-    look(browsing, question, retriever=MappedRetriever(held))
-
 
 @pytest.mark.parametrize("how", ["drop", "choose"])
-def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing, tmp_path: Path, how: str) -> None:
+async def test_folders_are_previewed_and_the_ticked_ones_published(
+    browsing: Browsing, tmp_path: Path, how: str
+) -> None:
     parent = tmp_path / "many"
     config = '{"r": 16, "base_model_name_or_path": "tiny-base", "target_modules": ["q_proj", "v_proj"]}'
     folders = [folder_of(parent, "verse", ["Write a verse.", "Rhyme!"], config)]
     folders += [folder_of(parent, name) for name in ("bad-one", "left-out")]
     bodies: list[str | None] = []
     (folder_of(parent, "pickled") / "adapter_model.safetensors").rename(parent / "pickled" / "adapter_model.bin")
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing) as (page, served):
         page.on("request", lambda request: bodies.append(request.post_data) if request.method == "POST" else None)
         if how == "drop":
             await drop_folder(page, parent)
@@ -407,42 +360,33 @@ def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing,
         await page.get_by_role("button", name="Try it").click()
         await expect(page.get_by_label("Prompt", exact=True)).to_have_value("Write a verse.")
 
-    look(browsing, question)
 
-
-@pytest.mark.parametrize(
-    ("config", "given"),
-    [
-        ('{"r": 8, "base_model_name_or_path": "elsewhere/tiny"}', "its base model is elsewhere/tiny"),
-        ('{"r": 8}', "adapter_config.json names no base model"),
-    ],
-)
-def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_upload(
-    browsing: Browsing, tmp_path: Path, config: str, given: str
+async def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_upload(
+    browsing: Browsing, tmp_path: Path
 ) -> None:
-    folder_of(tmp_path / "all", "alias", config='{"base_model_name_or_path": "an/alias"}')
-    folder_of(tmp_path / "all", "other", config=config)
-
-    async def question(page: Page, served: Served) -> None:
-        await drop_folder(page, tmp_path / "all")
-        await expect(page.locator("#previews > li")).to_have_count(2)
-        await expect(page.locator("#previews .bad .problem")).to_have_text(
-            [re.compile(f"^{given}; this server accepts an/alias, somewhere/tiny-base, tiny-base. If they are")]
-        )
-        await expect(page.get_by_label("Publish other")).to_be_disabled()
-        await expect(page.get_by_label("Publish other")).not_to_be_checked()
+    parent = tmp_path / "all"
+    folder_of(parent, "alias", config='{"base_model_name_or_path": "an/alias"}')
+    folder_of(parent, "other", config='{"r": 8, "base_model_name_or_path": "elsewhere/tiny"}')
+    folder_of(parent, "unnamed", config='{"r": 8}')
+    accepted = "; this server accepts an/alias, somewhere/tiny-base, tiny-base. If they are"
+    async with look(browsing, accepts_base=("an/alias",)) as (page, served):
+        await drop_folder(page, parent)
+        await expect(page.locator("#previews > li")).to_have_count(3)
+        refusals = {"other": "its base model is elsewhere/tiny", "unnamed": "adapter_config.json names no base model"}
+        for name, given in refusals.items():
+            card = page.locator("#previews .bad").filter(has=page.get_by_label(f"Publish {name}"))
+            await expect(card.locator(".problem")).to_have_text(re.compile(f"^{given}{accepted}"))
+            await expect(page.get_by_label(f"Publish {name}")).to_be_disabled()
+            await expect(page.get_by_label(f"Publish {name}")).not_to_be_checked()
         await expect(page.get_by_label("Publish alias")).to_be_checked()
         await page.get_by_role("button", name="Publish 1 adapter").click()
         await expect(page.locator("#previews .good")).to_have_count(1)
         assert [upload.name for (upload, _) in served.store.called("stage")] == ["alias"]
 
-    look(browsing, question, accepts_base=("an/alias",))
 
-
-def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: Path) -> None:
+async def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "verses", ["Write a verse."])
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing, store=FakeStore(pool_of(adapter("poet", version="fun")))) as (page, served):
         await drop_folder(page, folder)
         notes = page.get_by_label("Checks of verses")
         await expect(notes).to_contain_text("a new name in the pool")
@@ -457,13 +401,11 @@ def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: 
         [(upload, _)] = served.store.called("stage")
         assert (upload.name, upload.tags, upload.template) == ("poet", None, None)
 
-    look(browsing, question, store=FakeStore(pool_of(adapter("poet", version="fun"))))
 
-
-def test_tags_and_template_of_a_new_version_are_cleared_by_choice(browsing: Browsing, tmp_path: Path) -> None:
+async def test_tags_and_template_of_a_new_version_are_cleared_by_choice(browsing: Browsing, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "poet", ["Write a verse."])
-
-    async def question(page: Page, served: Served) -> None:
+    store = FakeStore(pool_of(adapter("poet", version="fun", template="alpaca")))
+    async with look(browsing, store=store) as (page, served):
         await drop_folder(page, folder)
         await page.get_by_label("No tags").check()
         await expect(page.get_by_label("Tags of all")).to_be_disabled()
@@ -474,14 +416,11 @@ def test_tags_and_template_of_a_new_version_are_cleared_by_choice(browsing: Brow
         [(upload, _)] = served.store.called("stage")
         assert (upload.tags, upload.template) == ((), "server")
 
-    look(browsing, question, store=FakeStore(pool_of(adapter("poet", version="fun", template="alpaca"))))
 
-
-def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Browsing, tmp_path: Path) -> None:
+async def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Browsing, tmp_path: Path) -> None:
     for step in (50, 100, 1000):
         folder_of(tmp_path / "my run (v2)", f"checkpoint-{step}")
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing) as (page, served):
         await drop_folder(page, tmp_path / "my run (v2)")
         for step, ticked in ((50, False), (100, False), (1000, True)):
             await expect(page.get_by_label(f"Publish checkpoint-{step}", exact=True)).to_be_checked(checked=ticked)
@@ -493,13 +432,10 @@ def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Br
         assert upload.name == "my-run-v2"
         assert upload.files["lora_samples.jsonl"] == b'{"input":"First prompt"}\n{"input":"Second prompt"}\n'
 
-    look(browsing, question)
 
-
-def test_a_folder_gets_the_name_that_the_command_line_gives(browsing: Browsing) -> None:
+async def test_a_folder_gets_the_name_that_the_command_line_gives(browsing: Browsing) -> None:
     names = ["c--d", "-x", "my run - (v2)", "émotion FR", "Straße 3", "x" * 70, "日本"]
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing) as (page, _):
         found = await page.evaluate(
             """async (names) => {
               const { src } = document.querySelector("script[type=module]");
@@ -510,16 +446,11 @@ def test_a_folder_gets_the_name_that_the_command_line_gives(browsing: Browsing) 
         )
         assert found == [*map(nearest_name, names), "a b", "a-b"]  # two would be called a-b
 
-    look(browsing, question)
 
-
-def test_a_dropped_file_is_refused_with_the_remedy(browsing: Browsing, tmp_path: Path) -> None:
+async def test_a_dropped_file_is_refused_with_the_remedy(browsing: Browsing, tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(b"12345")
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing) as (page, _):
         await drop_folder(page, file)
         await expect(page.locator("#publish-error")).to_have_text("drop the folder of the adapter, not its files")
         await expect(page.locator("#publish-form")).to_be_hidden()
-
-    look(browsing, question)

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Route, expect
 
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import ROUTED_STRATEGIES
@@ -31,8 +31,8 @@ def jobs_of(served: Served) -> list[Job]:
     return [job for (job,) in served.worker.called("stream")]
 
 
-def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_strategies_and_the_base_model_are_compared_side_by_side_and_one_may_fail(browsing: Browsing) -> None:
+    async with look(browsing, context={"viewport": {"width": 1440, "height": 900}}) as (page, served):
         ways = ["auto", *ROUTED_STRATEGIES, "base model"]
         await go(page, "Compare")
         await expect(page.locator("#ways label")).to_have_text(ways)
@@ -51,11 +51,25 @@ def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Brows
         tops = await columns.evaluate_all("(nodes) => nodes.map((node) => node.getBoundingClientRect().top)")
         assert len(tops) == len(ways) and len(set(tops[:6])) == 1, "six are side by side"
 
-    look(browsing, question, context={"viewport": {"width": 1440, "height": 900}})
+        async def fail_the_base_model(route: Route) -> None:
+            if "tiny-base" in (route.request.post_data or ""):
+                await route.fulfill(status=429, json={"error": {"message": "too many requests wait"}})
+            else:
+                await route.continue_()
+
+        for way in ROUTED_STRATEGIES:
+            await page.get_by_label(way, exact=True).uncheck()
+        await page.route("**/v1/chat/completions", fail_the_base_model)
+        await page.get_by_label("Prompt to compare").press("Enter")
+        await expect(columns).to_have_count(2)
+        await expect(page.locator("#compared .error")).to_have_text("too many requests wait")
+        await expect(columns.locator(".text").first).to_have_text("Hello")
 
 
-def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_named_adapters_versions_and_policies_are_compared_alone(browsing: Browsing) -> None:
+    names = FakeNames()
+    store = FakeStore(pool_of(*POOL), model_names=names)
+    async with look(browsing, retriever=MappedRetriever(model_names=names), store=store) as (page, served):
         await page.goto(page.url.partition("#")[0] + "#adapter/poet")
         await page.get_by_role("button", name="Compare version").first.click()
         await expect(page.get_by_label("Prompt to compare")).to_have_value("A sample of poet.")
@@ -68,36 +82,21 @@ def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing) -> N
         await expect(page.locator("#compare-status")).to_have_text("2 ways, 1 different answer")
         named = [choices for _, choices, *_ in served.retriever.called("plan_named")]
         assert sorted(choice for [choice] in named) == [("coder", 1.0), ("poet", 1.0)]
-
-    look(browsing, question)
-
-
-def test_a_policy_is_compared_under_its_model_name(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
         answer = await page.request.put(f"{page.url.partition('#')[0]}v1/names/careful", data={"model": "poet"})
         assert answer.ok, await answer.text()
-        await go(page, "Compare")
-        for way in await page.locator("#ways input").all():
-            await way.uncheck()
-        await page.get_by_label("Adapters, versions or policies").fill("careful, coder")
-        await page.get_by_label("Prompt to compare").fill("A verse, please.")
+        await models.fill("careful, coder")
         await page.get_by_label("Prompt to compare").press("Enter")
         await expect(page.locator("#compared h3")).to_have_text(["careful by name", "coder by name"])
         await expect(page.locator("#compared .by")).to_contain_text(["poet", "coder"])
 
-    names = FakeNames()
-    store = FakeStore(pool_of(*POOL), model_names=names)
-    look(browsing, question, retriever=MappedRetriever(model_names=names), store=store)
 
-
-def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_answers(
+async def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_answers(
     browsing: Browsing, tmp_path: Path
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     lines = ['{"input": "One", "output": "Hello"}', "", '{"input": "Two", "output": "Bye"}', "Three"]
     file.write_text("\n".join(lines))
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing) as (page, served):
         await go(page, "Compare")
         for way in ("auto", *ROUTED_STRATEGIES):
             await page.get_by_label(way, exact=True).uncheck()
@@ -114,74 +113,49 @@ def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_a
         await page.get_by_label("Prompts from a file").set_input_files(file)
         await expect(page.locator("#compare-status")).to_contain_text('line 1 of the file needs "input"')
         assert len(jobs_of(served)) == 6
-
-    look(browsing, question)
-
-
-def test_prompts_that_were_stopped_are_not_counted(browsing: Browsing, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("One\nTwo")
-
-    async def question(page: Page, served: Served) -> None:
-        await go(page, "Compare")
         await page.route("**/v1/chat/completions", lambda route: None)  # never answered
+        file.write_text("One\nTwo")
         await page.get_by_label("Prompts from a file").set_input_files(file)
         await expect(page.locator("#tabled tbody tr")).to_have_count(2)
         await page.locator("#compare-stop").click()
-        ways = len(ROUTED_STRATEGIES) + 2
-        await expect(page.locator("#compare-status")).to_have_text(f"0 of 2 prompts, {ways} ways")
-
-    look(browsing, question)
-
-
-def test_one_way_that_fails_does_not_stop_the_others(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
-        await go(page, "Compare")
-        for way in ROUTED_STRATEGIES:
-            await page.get_by_label(way, exact=True).uncheck()
-        await page.route(
-            "**/v1/chat/completions",
-            lambda route: (
-                route.fulfill(status=429, json={"error": {"message": "too many requests wait"}})
-                if "tiny-base" in (route.request.post_data or "")
-                else route.continue_()
-            ),
-        )
-        await page.get_by_label("Prompt to compare").fill("A verse, please.")
-        await page.get_by_label("Prompt to compare").press("Enter")
-        await expect(page.locator("#compared > li")).to_have_count(2)
-        await expect(page.locator("#compared .error")).to_have_text("too many requests wait")
-        await expect(page.locator("#compared .text").first).to_have_text("Hello")
-
-    look(browsing, question)
+        await expect(page.locator("#compare-status")).to_have_text("0 of 2 prompts, 2 ways")
 
 
 @pytest.mark.parametrize("width", [320, 1440])
-def test_nothing_overflows_the_screen(browsing: Browsing, width: int) -> None:
+async def test_nothing_overflows_the_screen(browsing: Browsing, width: int) -> None:
     long = replace(adapter("x" * 64), tags=("y" * 64, "z" * 64))
+    fakes = {
+        "worker": CountingWorker([Delta("v" * 500, 5, 1, "stop")]),
+        "retriever": MappedRetriever([adapter("poet"), long]),
+    }
+    async with look(browsing, context={"viewport": {"width": width, "height": 800}}, **fakes) as (page, _):
 
-    async def question(page: Page, served: Served) -> None:
+        async def check(view: str) -> None:
+            inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+            assert inside <= outside, view
+
         await ask(page, "w" * 200)
         await expect(page.locator("#plan li")).to_have_count(2)
         await expect(last_turn(page, ".note")).to_contain_text("tokens")
         for view in VIEWS:
             await go(page, view)
-            inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-            assert inside <= outside, view
+            await check(view)
         await go(page, "Adapters")
         await page.locator("#pool-rows a").last.click()
-        await expect(page.locator("#adapter-code pre")).to_have_count(2)
-        inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-        assert inside <= outside
-
-    worker = CountingWorker([Delta("v" * 500, 5, 1, "stop")])
-    retriever = MappedRetriever([adapter("poet"), long])
-    look(browsing, question, context={"viewport": {"width": width, "height": 800}}, worker=worker, retriever=retriever)
+        code = page.locator("#adapter-code pre")
+        await expect(code).to_have_count(2)
+        await check("an adapter")
+        if width == 1440:
+            await expect(code.last).to_be_visible()
+            cut = "(nodes) => nodes.map((node) => node.scrollWidth - node.clientWidth)"
+            assert await code.evaluate_all(cut) == [0, 0]
 
 
 @pytest.mark.parametrize("width", [1024, 1280])
-def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width: int) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width: int) -> None:
+    retriever = MappedRetriever([adapter("question_formation"), adapter("pronoun_replacement")])
+    context = {"viewport": {"width": width, "height": 800}}
+    async with look(browsing, context=context, retriever=retriever) as (page, _):
         await ask(page)
         await expect(page.locator("#plan li .name").first).to_have_text("question_formation")
         lines = "(nodes) => nodes.map((node) => node.getClientRects().length)"
@@ -196,12 +170,11 @@ def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width:
         rows = await page.locator("#metrics > div").evaluate_all(tops)
         assert len({rows.count(top) for top in rows}) == 1, "every row has as many tiles as the others"
 
-    held = [adapter("question_formation"), adapter("pronoun_replacement")]
-    look(browsing, question, context={"viewport": {"width": width, "height": 800}}, retriever=MappedRetriever(held))
 
-
-def test_on_a_phone_the_prompt_is_in_view_and_the_links_take_two_lines(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_on_a_phone_the_prompt_is_in_view_and_the_links_take_two_lines(browsing: Browsing) -> None:
+    held = [adapter(f"a-task-of-the-number-{number}") for number in range(8)]
+    context = {"viewport": {"width": 390, "height": 844}}
+    async with look(browsing, context=context, retriever=MappedRetriever(held)) as (page, _):
         await expect(page.locator("#examples button")).to_have_count(6)
         await expect(page.locator("#examples button:visible")).to_have_count(2)
         bottom = "(node) => node.getBoundingClientRect().bottom"
@@ -213,35 +186,15 @@ def test_on_a_phone_the_prompt_is_in_view_and_the_links_take_two_lines(browsing:
         links = await page.locator("nav a").evaluate_all(tops)
         assert len(links) == 6 and len(set(links)) <= 2
 
-    held = [adapter(f"a-task-of-the-number-{number}") for number in range(8)]
-    context = {"viewport": {"width": 390, "height": 844}}
-    look(browsing, question, context=context, retriever=MappedRetriever(held))
 
-
-def test_code_is_whole_on_the_page_of_an_adapter(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
-        await go(page, "Adapters")
-        await page.locator("#pool-rows a").first.click()
-        code = page.locator("#adapter-code pre")
-        await expect(code).to_have_count(2)
-        await expect(code.last).to_be_visible()
-        cut = "(nodes) => nodes.map((node) => node.scrollWidth - node.clientWidth)"
-        assert await code.evaluate_all(cut) == [0, 0]
-
-    held = [adapter("a" * 64)]
-    context = {"viewport": {"width": 1400, "height": 900}}
-    look(browsing, question, context=context, retriever=MappedRetriever(held))
-
-
-def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
+async def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
     nameless = """(nodes) => nodes.filter((node) => node.checkVisibility())
         .filter((node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim())
         .map((node) => node.outerHTML)"""
     small = """(nodes) => nodes.filter((node) => node.checkVisibility() && !node.closest('.spoken, .skip'))
         .filter((node) => Math.min(node.offsetHeight, node.offsetWidth) < 24 && node.type !== 'checkbox')
         .map((node) => node.outerHTML)"""
-
-    async def question(page: Page, served: Served) -> None:
+    async with look(browsing) as (page, _):
         await ask(page)
         await expect(last_turn(page, ".note")).to_contain_text("tokens")
         for view in VIEWS:
@@ -251,11 +204,9 @@ def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
             assert await controls.evaluate_all(nameless) == []
             assert await controls.evaluate_all(small) == []
 
-    look(browsing, question)
 
-
-def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
+async def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
         await page.evaluate("sessionStorage.setItem('loraretriever-key', 'any')")  # so that it has the button
         await page.reload()
         await expect(page.locator("#examples button")).to_have_count(2)
@@ -276,13 +227,11 @@ def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Brow
         await page.go_back()
         await expect(page.get_by_role("heading", name="Publish", exact=True)).to_be_visible()
 
-    look(browsing, question)
 
-
-def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsing: Browsing, tmp_path: Path) -> None:
+async def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsing: Browsing, tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("user", roles=["infer"]), entry("admin", "ops"))
+    async with look(browsing, keys_file=keys, cache_dir=tmp_path) as (page, served):
 
-    async def question(page: Page, served: Served) -> None:
         async def use(key: str) -> None:
             await page.evaluate(f"sessionStorage.setItem('loraretriever-key', '{key}')")
             await page.reload()
@@ -321,5 +270,3 @@ def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsing: Br
         version = rows.filter(has_text="local/poet@")
         await expect(version.get_by_role("rowheader")).to_have_text(re.compile("^local/poet@[0-9a-f]{12}$"))
         await expect(version.locator("td").nth(len(SUMS))).to_have_text(re.compile(r"^[\d.]+ s$"))
-
-    look(browsing, question, keys_file=keys, cache_dir=tmp_path)

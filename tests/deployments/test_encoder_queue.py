@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
@@ -42,11 +41,9 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def run(scenario: Callable[[Encoder], Coroutine[Any, Any, None]]) -> None:
-    async def main() -> None:
-        await asyncio.wait_for(scenario(Encoder()), 120)
-
-    asyncio.run(main())
+@pytest.fixture
+def encoder() -> Encoder:
+    return Encoder()
 
 
 def queue_of(encoder: Encoder, batch_size: int = 32, max_waiting: int = 4096) -> EncoderQueue[str]:
@@ -57,84 +54,58 @@ def asking(queue: EncoderQueue[str], tenant: str, texts: Sequence[str]) -> async
     return asyncio.create_task(queue.encoded(tenant, texts))
 
 
-def test_answers_have_the_order_of_the_texts_over_several_batches() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=2)
-        asked = asking(queue, "a", ["1", "2", "3", "4", "5"])
-        await encoder.run(4)
-        assert await asked == ["a: 1", "a: 2", "a: 3", "a: 4", "a: 5"]
-        assert [len(batch) for batch in encoder.batches] == [2, 2, 1]
-        assert await queue.encoded("a", []) == []
-
-    run(scenario)
+async def test_answers_have_the_order_of_the_texts_over_several_batches(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=2)
+    asked = asking(queue, "a", ["1", "2", "3", "4", "5"])
+    await encoder.run(4)
+    assert await asked == ["a: 1", "a: 2", "a: 3", "a: 4", "a: 5"]
+    assert [len(batch) for batch in encoder.batches] == [2, 2, 1]
+    assert await queue.encoded("a", []) == []
 
 
-def test_texts_that_arrive_together_form_one_batch() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder)
-        asked = [asking(queue, tenant, [tenant]) for tenant in "abc"]
-        await encoder.run()
-        assert [await task for task in asked] == [["a: a"], ["b: b"], ["c: c"]]
-        assert len(encoder.batches) == 1
-
-    run(scenario)
-
-
-def test_a_tenant_waits_for_the_current_batch_and_not_for_anothers_queue() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder)
-        flood = [asking(queue, "flood", [LONG] * 60) for _ in range(60)]
-        await settle()
-        small = asking(queue, "small", ["Hi"])
-        await encoder.run(2)
-        assert await small == ["small: Hi"]
-        assert len(encoder.batches) <= 3
-        for task in flood:
-            task.cancel()
-
-    run(scenario)
+async def test_a_tenant_waits_for_the_current_batch_and_not_for_anothers_queue(encoder: Encoder) -> None:
+    queue = queue_of(encoder)
+    flood = [asking(queue, "flood", [LONG] * 60) for _ in range(60)]
+    await settle()
+    small = asking(queue, "small", ["Hi"])
+    await encoder.run(2)
+    assert await small == ["small: Hi"]
+    assert len(encoder.batches) <= 3
+    for task in flood:
+        task.cancel()
 
 
-def test_the_requests_of_one_tenant_take_turns_too() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder)
-        large = asking(queue, "a", [LONG] * 256)
-        await settle()
-        small = asking(queue, "a", ["Hi"])
-        await encoder.run(2)
-        assert await small == ["a: Hi"]
-        large.cancel()
-
-    run(scenario)
+async def test_the_requests_of_one_tenant_take_turns_too(encoder: Encoder) -> None:
+    queue = queue_of(encoder)
+    large = asking(queue, "a", [LONG] * 256)
+    await settle()
+    small = asking(queue, "a", ["Hi"])
+    await encoder.run(2)
+    assert await small == ["a: Hi"]
+    large.cancel()
 
 
-def test_each_tenant_has_a_part_of_every_batch() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=12)
-        tasks = [asking(queue, tenant, [f"{LONG}{n}" for n in range(100)]) for tenant in "abc"]
-        await encoder.run(5)
-        for batch in encoder.batches[1:]:
-            counts = [sum(tenant == name for tenant, _ in batch) for name in "abc"]
-            assert max(counts) - min(counts) <= 1, counts
-        for task in tasks:
-            task.cancel()
-
-    run(scenario)
+async def test_each_tenant_has_a_part_of_every_batch(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=12)
+    tasks = [asking(queue, tenant, [f"{LONG}{n}" for n in range(100)]) for tenant in "abc"]
+    await encoder.run(5)
+    for batch in encoder.batches[1:]:
+        counts = [sum(tenant == name for tenant, _ in batch) for name in "abc"]
+        assert max(counts) - min(counts) <= 1, counts
+    for task in tasks:
+        task.cancel()
 
 
-def test_a_batch_of_long_texts_is_short_and_one_of_short_texts_is_full() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=32)
-        tasks = [asking(queue, "a", [LONG] * 100), asking(queue, "b", ["Hi"] * 200)]
-        await encoder.run(1)
-        tasks[0].cancel()
-        await encoder.run(1)
-        first, _, last = encoder.batches
-        assert sum(text == LONG for _, text in first) <= BATCH_TOKENS // TURN_TOKENS
-        assert len(last) == 32
-        tasks[1].cancel()
-
-    run(scenario)
+async def test_a_batch_of_long_texts_is_short_and_one_of_short_texts_is_full(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=32)
+    tasks = [asking(queue, "a", [LONG] * 100), asking(queue, "b", ["Hi"] * 200)]
+    await encoder.run(1)
+    tasks[0].cancel()
+    await encoder.run(1)
+    first, _, last = encoder.batches
+    assert sum(text == LONG for _, text in first) <= BATCH_TOKENS // TURN_TOKENS
+    assert len(last) == 32
+    tasks[1].cancel()
 
 
 @pytest.mark.parametrize(
@@ -145,150 +116,121 @@ def test_a_text_counts_with_the_tokens_that_the_encoder_reads(text: str, num_tok
     assert tokens_read(text) == num_tokens
 
 
-def test_a_turn_has_one_full_text_in_any_script() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=32)
-        task = asking(queue, "a", ["語" * 256] * 100)
-        await encoder.run(1)
-        assert len(encoder.batches[0]) == BATCH_TOKENS // TURN_TOKENS
+async def test_a_turn_has_one_full_text_in_any_script(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=32)
+    task = asking(queue, "a", ["語" * 256] * 100)
+    await encoder.run(1)
+    assert len(encoder.batches[0]) == BATCH_TOKENS // TURN_TOKENS
+    task.cancel()
+
+
+async def test_five_large_requests_leave_room_for_other_tenants(encoder: Encoder) -> None:
+    queue = queue_of(encoder, max_waiting=1024)
+    large = [asking(queue, "flood", [LONG] * 256) for _ in range(5)]
+    await settle()
+    assert [task.done() for task in large] == [False] * 4 + [True]  # the fifth finds no place left for its tenant
+    with pytest.raises(EncoderBusy):
+        await large[4]
+    small = [asking(queue, f"tenant {number}", ["Hi"]) for number in range(20)]
+    await encoder.run(6)
+    assert [await task for task in small] == [[f"tenant {number}: Hi"] for number in range(20)]
+    for task in large[:4]:
         task.cancel()
 
-    run(scenario)
+
+async def test_the_newest_request_of_the_tenant_with_most_texts_makes_room(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=1, max_waiting=10)
+    running = asking(queue, "x", ["running"])
+    await settle()
+    old, middle, new = asking(queue, "a", ["1"] * 3), asking(queue, "b", ["2"] * 3), asking(queue, "a", ["3"] * 4)
+    await settle()
+    assert queue.num_waiting == 10
+    comer = asking(queue, "c", ["4"] * 2)
+    await settle()
+    assert new.done() and isinstance(new.exception(), EncoderBusy)
+    assert not any(task.done() for task in (running, old, middle, comer))
+    assert queue.num_waiting == 8
+    late = asking(queue, "c", ["5"] * 3)  # c itself would then have most
+    await settle()
+    assert isinstance(late.exception(), EncoderBusy)
+    await encoder.run(9)
+    assert [len(await task) for task in (running, old, middle, comer)] == [1, 3, 3, 2]
+    assert queue.num_waiting == 0
 
 
-def test_five_large_requests_leave_room_for_other_tenants() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, max_waiting=1024)
-        large = [asking(queue, "flood", [LONG] * 256) for _ in range(5)]
-        await settle()
-        assert [task.done() for task in large] == [False] * 4 + [True]  # the fifth finds no place left for its tenant
-        with pytest.raises(EncoderBusy):
-            await large[4]
-        small = [asking(queue, f"tenant {number}", ["Hi"]) for number in range(20)]
-        await encoder.run(6)
-        assert [await task for task in small] == [[f"tenant {number}: Hi"] for number in range(20)]
-        for task in large[:4]:
-            task.cancel()
-
-    run(scenario)
+async def test_a_single_tenant_may_use_every_place_and_no_more(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=1, max_waiting=4)
+    asking(queue, "a", ["1"])
+    await settle()
+    full = asking(queue, "a", ["2"] * 4)
+    await settle()
+    with pytest.raises(EncoderBusy, match="4 prompts already wait"):
+        await queue.encoded("a", ["3"])
+    await encoder.run(5)
+    assert len(await full) == 4
 
 
-def test_the_newest_request_of_the_tenant_with_most_texts_makes_room() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=1, max_waiting=10)
-        running = asking(queue, "x", ["running"])
-        await settle()
-        old, middle, new = asking(queue, "a", ["1"] * 3), asking(queue, "b", ["2"] * 3), asking(queue, "a", ["3"] * 4)
-        await settle()
-        assert queue.num_waiting == 10
-        comer = asking(queue, "c", ["4"] * 2)
-        await settle()
-        assert new.done() and isinstance(new.exception(), EncoderBusy)
-        assert not any(task.done() for task in (running, old, middle, comer))
-        assert queue.num_waiting == 8
-        late = asking(queue, "c", ["5"] * 3)  # c itself would then have most
-        await settle()
-        assert isinstance(late.exception(), EncoderBusy)
-        await encoder.run(9)
-        assert [len(await task) for task in (running, old, middle, comer)] == [1, 3, 3, 2]
-        assert queue.num_waiting == 0
-
-    run(scenario)
-
-
-def test_a_single_tenant_may_use_every_place_and_no_more() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=1, max_waiting=4)
-        asking(queue, "a", ["1"])
-        await settle()
-        full = asking(queue, "a", ["2"] * 4)
-        await settle()
-        with pytest.raises(EncoderBusy, match="4 prompts already wait"):
-            await queue.encoded("a", ["3"])
-        await encoder.run(5)
-        assert len(await full) == 4
-
-    run(scenario)
+async def test_texts_of_a_caller_that_left_are_not_encoded(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=1)
+    asking(queue, "a", ["1"])
+    await settle()
+    leaves, stays = asking(queue, "a", ["2", "3"]), asking(queue, "a", ["4"])
+    await settle()
+    leaves.cancel()
+    await encoder.run(3)
+    assert await stays == ["a: 4"]
+    assert [text for batch in encoder.batches for _, text in batch] == ["1", "4"]
+    assert queue.num_waiting == 0
+    encoder = Encoder()
+    encoder.fails_on = "bad"
+    queue = queue_of(encoder)
+    leaves, stays = asking(queue, "a", ["1", "bad"]), asking(queue, "b", ["2"])
+    await settle()
+    leaves.cancel()
+    await encoder.run(9)
+    assert await stays == ["b: 2"]
+    assert encoder.batches[1:] == [[("b", "2")]], "nor encoded again after a failure"
 
 
-def test_texts_of_a_caller_that_left_are_not_encoded() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=1)
-        asking(queue, "a", ["1"])
-        await settle()
-        leaves, stays = asking(queue, "a", ["2", "3"]), asking(queue, "a", ["4"])
-        await settle()
-        leaves.cancel()
-        await encoder.run(3)
-        assert await stays == ["a: 4"]
-        assert [text for batch in encoder.batches for _, text in batch] == ["1", "4"]
-        assert queue.num_waiting == 0
-
-    run(scenario)
-
-
-def test_a_text_that_fails_fails_its_own_call_and_no_other_of_its_batch() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        encoder.fails_on = "bad"
-        queue = queue_of(encoder)
-        broken = asking(queue, "a", ["1", "bad", "2", "3"])
-        own, others = asking(queue, "a", ["4", "5"]), [asking(queue, tenant, [tenant, "6"]) for tenant in "bc"]
-        await encoder.run(20)
-        assert len(encoder.batches[0]) == 10  # all texts together
-        with pytest.raises(ValueError, match="bad"):
-            await broken
-        assert await own == ["a: 4", "a: 5"]
-        assert [await task for task in others] == [["b: b", "b: 6"], ["c: c", "c: 6"]]
-        after = [text for batch in encoder.batches[1:] for _, text in batch]
-        assert after.count("6") == 2 and after.count("2") == 1  # texts of other tenants once; none of a failed call
-        assert queue.num_waiting == 0
-
-    run(scenario)
+async def test_a_text_that_fails_fails_its_own_call_and_no_other_of_its_batch(encoder: Encoder) -> None:
+    encoder.fails_on = "bad"
+    queue = queue_of(encoder)
+    broken = asking(queue, "a", ["1", "bad", "2", "3"])
+    own, others = asking(queue, "a", ["4", "5"]), [asking(queue, tenant, [tenant, "6"]) for tenant in "bc"]
+    await encoder.run(20)
+    assert len(encoder.batches[0]) == 10  # all texts together
+    with pytest.raises(ValueError, match="bad"):
+        await broken
+    assert await own == ["a: 4", "a: 5"]
+    assert [await task for task in others] == [["b: b", "b: 6"], ["c: c", "c: 6"]]
+    after = [text for batch in encoder.batches[1:] for _, text in batch]
+    assert after.count("6") == 2 and after.count("2") == 1  # texts of other tenants once; none of a failed call
+    assert queue.num_waiting == 0
 
 
-def test_a_broken_encoder_gets_one_text_of_each_call_and_is_used_again() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        encoder.fails_on = ""
-        queue = queue_of(encoder)
-        broken = [asking(queue, tenant, ["x"] * 10) for tenant in "aab"]
-        await encoder.run(20)
-        assert [type(task.exception()) for task in broken] == [ValueError] * 3
-        assert len(encoder.batches) == 1 + 2 + 3
-        encoder.fails_on = None
-        asked = asking(queue, "a", ["y"])
-        await encoder.run()
-        assert await asked == ["a: y"]
-
-    run(scenario)
+async def test_a_broken_encoder_gets_one_text_of_each_call_and_is_used_again(encoder: Encoder) -> None:
+    encoder.fails_on = ""
+    queue = queue_of(encoder)
+    broken = [asking(queue, tenant, ["x"] * 10) for tenant in "aab"]
+    await encoder.run(20)
+    assert [type(task.exception()) for task in broken] == [ValueError] * 3
+    assert len(encoder.batches) == 1 + 2 + 3
+    encoder.fails_on = None
+    asked = asking(queue, "a", ["y"])
+    await encoder.run()
+    assert await asked == ["a: y"]
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_wrong_number_of_rows_fails_the_call_without_a_hang(change: int) -> None:
-    async def scenario(_: Encoder) -> None:
-        async def wrong(texts: Sequence[tuple[str, str]]) -> list[str]:
-            return ["row"] * (len(texts) + change)
+async def test_a_wrong_number_of_rows_fails_the_call_without_a_hang(encoder: Encoder, change: int) -> None:
+    async def wrong(texts: Sequence[tuple[str, str]]) -> list[str]:
+        return ["row"] * (len(texts) + change)
 
-        queue = EncoderQueue[str](wrong, batch_size=32, max_waiting=4096)
-        async with asyncio.timeout(120):
-            found = await asyncio.gather(*(queue.encoded(name, ["1", "2"]) for name in "ab"), return_exceptions=True)
-        assert [type(answer) for answer in found] == [ValueError] * 2
-        assert queue.num_waiting == 0
-
-    run(scenario)
-
-
-def test_a_caller_that_left_is_not_encoded_again() -> None:
-    async def scenario(encoder: Encoder) -> None:
-        encoder.fails_on = "bad"
-        queue = queue_of(encoder)
-        leaves, stays = asking(queue, "a", ["1", "bad"]), asking(queue, "b", ["2"])
-        await settle()
-        leaves.cancel()
-        await encoder.run(9)
-        assert await stays == ["b: 2"]
-        assert encoder.batches[1:] == [[("b", "2")]]
-
-    run(scenario)
+    queue = EncoderQueue[str](wrong, batch_size=32, max_waiting=4096)
+    async with asyncio.timeout(120):
+        found = await asyncio.gather(*(queue.encoded(name, ["1", "2"]) for name in "ab"), return_exceptions=True)
+    assert [type(answer) for answer in found] == [ValueError] * 2
+    assert queue.num_waiting == 0
 
 
 def test_the_load_of_an_encoder_is_its_busy_time_and_the_cost_of_waiting_texts() -> None:

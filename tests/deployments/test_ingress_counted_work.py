@@ -17,26 +17,28 @@ from gpu_worker.front.request.tools import Tools
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of
+from tests.deployments.asking import asked, error_of
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 
+Request = tuple[str, dict[str, Any]]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
 
-def asked(
-    tmp_path: Path, limits: dict[str, int], *requests: tuple[str, dict[str, Any]], **options: Any
-) -> list[httpx.Response]:
+async def served_to(
+    tmp_path: Path, limits: dict[str, int], *requests: Request, **options: Any
+) -> tuple[list[httpx.Response], Served]:
     """Return the responses to these requests, one after the other, by a key with these limits."""
     keys = write(tmp_path / "keys.json", entry("k", limits=limits))
-
-    async def question(client: httpx.AsyncClient, _: Served) -> list[httpx.Response]:
-        return [await client.post(path, json=body) for path, body in requests]
-
     options.setdefault("retriever", MappedRetriever())
-    answers: list[httpx.Response] = ask(question, keys_file=keys, headers=bearer("k"), **options)
-    return answers
+    async with asked(keys_file=keys, headers=bearer("k"), **options) as (client, served):
+        return [await client.post(path, json=body) for path, body in requests], served
+
+
+async def statuses(tmp_path: Path, limits: dict[str, int], *requests: Request, **options: Any) -> list[int]:
+    answers, _ = await served_to(tmp_path, limits, *requests, **options)
+    return [answer.status_code for answer in answers]
 
 
 @pytest.mark.parametrize(
@@ -50,49 +52,32 @@ def asked(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_more_text_than_the_key_may_use_never_reaches_the_encoder(
+async def test_more_text_than_the_key_may_use_never_reaches_the_encoder(
     tmp_path: Path, path: str, body: dict[str, Any]
 ) -> None:
-    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 10}))
-
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        response = await client.post(path, json=body)
-        assert not served.retriever.called("route") and not served.retriever.called("place")
-        return response
-
-    response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
+    [response], served = await served_to(tmp_path, {"tokens_per_minute": 10}, (path, body))
     assert response.status_code == 400
     assert "the key allows 10 per minute" in error_of(response)["message"]
+    assert not served.retriever.called("route") and not served.retriever.called("place")
 
 
-def test_each_text_is_charged_a_third_of_its_bytes(tmp_path: Path) -> None:
-    limits = {"tokens_per_minute": 10}
+async def test_each_text_is_charged_a_third_of_its_bytes_as_far_as_the_encoder_reads_it(tmp_path: Path) -> None:
     route = ("/v1/route", {"prompt": ["x" * 3, "語x", "x"]})  # 1 + 2 + 1
     place = ("/v1/pool/map", {"prompt": "x" * 13})  # 5
     last = ("/v1/route", {"prompt": "xxxx"})  # 2, and 1 is left
-    assert [a.status_code for a in asked(tmp_path, limits, route, place, last)] == [200, 200, 429]
+    assert await statuses(tmp_path, {"tokens_per_minute": 10}, route, place, last) == [200, 200, 429]
+    long = ("/v1/route", {"prompt": "x" * (8 * MAX_TOKENS)})
+    assert await statuses(tmp_path, {"tokens_per_minute": MAX_TOKENS}, long, long) == [200, 429]
+    named = ("/v1/route", {"prompt": "x" * 400, "lora": {"adapters": [{"name": "poet"}]}})
+    assert await statuses(tmp_path, {"tokens_per_minute": 10}, named, named) == [200, 200], "it is not encoded"
 
 
-def test_no_more_is_charged_than_the_encoder_reads(tmp_path: Path) -> None:
-    limits = {"tokens_per_minute": MAX_TOKENS}
-    route = ("/v1/route", {"prompt": "x" * (8 * MAX_TOKENS)})
-    assert [a.status_code for a in asked(tmp_path, limits, route, route)] == [200, 429]
-
-
-def test_a_long_prompt_is_charged_for_every_part_that_is_read(tmp_path: Path) -> None:
-    prompt = "\n\n".join(
-        letter * 300 for letter in "xyz"
-    )  # the whole, 256; each end, 100; each end with the middle, 201
+async def test_a_long_prompt_is_charged_for_every_part_that_is_read(tmp_path: Path) -> None:
+    prompt = "\n\n".join(letter * 300 for letter in "xyz")
+    num_tokens = 256 + 2 * 100 + 2 * 201  # the whole; each end; each end with the middle
     route, place = ("/v1/route", {"prompt": prompt}), ("/v1/pool/map", {"prompt": "x" * 4})
-    for limit, code in ((256 + 2 * 100 + 2 * 201 + 1, 429), (256 + 2 * 100 + 2 * 201 + 2, 200)):
-        answers = asked(tmp_path, {"tokens_per_minute": limit}, route, place)
-        assert [answer.status_code for answer in answers] == [200, code]
-
-
-def test_named_adapters_are_not_charged_for_the_encoder(tmp_path: Path) -> None:
-    named = {"prompt": "x" * 400, "lora": {"adapters": [{"name": "poet"}]}}
-    answers = asked(tmp_path, {"tokens_per_minute": 10}, ("/v1/route", named), ("/v1/route", named))
-    assert [answer.status_code for answer in answers] == [200, 200]
+    assert await statuses(tmp_path, {"tokens_per_minute": num_tokens + 1}, route, place) == [200, 429]
+    assert await statuses(tmp_path, {"tokens_per_minute": num_tokens + 2}, route, place) == [200, 200]
 
 
 @pytest.mark.parametrize(
@@ -104,59 +89,46 @@ def test_named_adapters_are_not_charged_for_the_encoder(tmp_path: Path) -> None:
         ("/v1/route", {"prompt": ["a"] * 3}, "prompt"),
     ],
 )
-def test_a_request_with_more_rows_than_the_keys_limit_is_refused(
+async def test_a_request_with_more_rows_than_the_keys_limit_is_refused(
     tmp_path: Path, path: str, body: dict[str, Any], param: str
 ) -> None:
-    [response] = asked(tmp_path, {"concurrent_requests": 2}, (path, body))
-    assert response.status_code == 400
+    [[response], _] = await served_to(tmp_path, {"concurrent_requests": 2}, (path, body))
     error = error_of(response)
-    assert (error["param"], "the key allows 2 at once" in error["message"]) == (param, True)
+    assert (response.status_code, error["param"]) == (400, param) and "the key allows 2 at once" in error["message"]
 
 
-def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:
-    keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 4}))
-
-    async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
-        worker: Any = served.worker.replicas[0]
+async def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:
+    keys, worker = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 4})), CountingWorker()
+    fakes: dict[str, Any] = {"worker": worker, "retriever": MappedRetriever()}
+    requests = [("/v1/route", {"prompt": "a"}), ("/v1/pool/map", {"prompt": "a"}), ("/v1/chat/completions", CHAT)]
+    async with asked(keys_file=keys, headers=bearer("k"), **fakes) as (client, served):
         worker.goes_on = asyncio.Event()
         running = asyncio.create_task(client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2}))
         while len(served.worker.called("stream")) < 4:
             await asyncio.sleep(0)
-        requests = [("/v1/route", {"prompt": "a"}), ("/v1/pool/map", {"prompt": "a"}), ("/v1/chat/completions", CHAT)]
-        refused = [(await client.post(path, json=body)).status_code for path, body in requests]
+        assert [(await client.post(path, json=body)).status_code for path, body in requests] == [429] * 3
         worker.goes_on.set()
         assert (await running).status_code == 200
-        return [*refused, *[(await client.post(path, json=body)).status_code for path, body in requests]]
-
-    options: dict[str, Any] = {"worker": CountingWorker(), "retriever": MappedRetriever()}
-    statuses = ask(question, keys_file=keys, headers=bearer("k"), **options)
-    assert statuses == [429, 429, 429, 200, 200, 200]
+        assert [(await client.post(path, json=body)).status_code for path, body in requests] == [200] * 3
 
 
-def test_placing_a_prompt_on_the_map_requires_the_role_infer(tmp_path: Path) -> None:
+async def test_placing_a_prompt_on_the_map_requires_the_role_infer(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", roles=["publish", "admin"]))
-
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+    async with asked(retriever=MappedRetriever(), keys_file=keys, headers=bearer("k")) as (client, served):
         assert (await client.get("/v1/pool/map")).status_code == 200
         response = await client.post("/v1/pool/map", json={"prompt": "a"})
+        assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
         assert not served.retriever.called("place")
-        return response
-
-    response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
 
 
 @pytest.mark.parametrize(
     ("path", "body"), [("/v1/route", {"prompt": ["a", "x" * 641]}), ("/v1/pool/map", {"prompt": "x" * 641})]
 )
-def test_texts_too_long_for_a_prompt_are_neither_routed_nor_placed(path: str, body: dict[str, Any]) -> None:
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+async def test_texts_too_long_for_a_prompt_are_neither_routed_nor_placed(path: str, body: dict[str, Any]) -> None:
+    async with asked(retriever=MappedRetriever(), engine=NativeSettings(max_model_len=10)) as (client, served):
         response = await client.post(path, json=body)
+        assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
         assert not served.retriever.called("route") and not served.retriever.called("place")
-        return response
-
-    response = ask(question, retriever=MappedRetriever(), engine=NativeSettings(max_model_len=10))
-    assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
 
 
 @pytest.mark.parametrize(
@@ -167,62 +139,51 @@ def test_texts_too_long_for_a_prompt_are_neither_routed_nor_placed(path: str, bo
         ("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "/folders/new"}),
     ],
 )
-def test_samples_of_a_publish_are_charged_to_its_key(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
-    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 1}))
-
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        response = await client.post(path, json=body)
-        assert served.store.called("stage") and not served.retriever.called("embed")
-        assert not served.store.called("commit")
-        return response
-
-    response = ask(question, keys_file=keys, headers=bearer("k"), publish_paths=True)
+async def test_samples_of_a_publish_are_charged_to_its_key(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
+    [[response], served] = await served_to(tmp_path, {"tokens_per_minute": 1}, (path, body), publish_paths=True)
     assert (response.status_code, error_of(response)["param"]) == (400, "samples")
+    called = [served.store.called("stage"), served.retriever.called("embed"), served.store.called("commit")]
+    assert list(map(bool, called)) == [True, False, False]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_is_refused_for_its_length_is_charged_once(tmp_path: Path, stream: bool) -> None:
+async def test_a_prompt_that_is_refused_for_its_length_is_charged_once(tmp_path: Path, stream: bool) -> None:
     too_long = FakeWorker(events=(PromptTooLong("4000 prompt tokens do not fit a context of 2048"),))
     body = {"prompt": "x" * 400, "model": BASE, "max_tokens": 1, "n": 4, "stream": stream}
-    refused = ("/v1/completions", body)
-    answers = asked(tmp_path, {"tokens_per_minute": 250}, refused, refused, refused, worker=too_long)
+    answers, _ = await served_to(
+        tmp_path, {"tokens_per_minute": 250}, *[("/v1/completions", body)] * 3, worker=too_long
+    )
     assert [answer.status_code for answer in answers] == [400, 400, 429]
     assert error_of(answers[0])["code"] == "context_length_exceeded"
 
 
-def test_a_key_is_charged_the_usage_of_the_answer(tmp_path: Path) -> None:
-    body = {"prompt": ["Hi", "Ho"], "model": BASE, "max_tokens": 3, "n": 4}
-    asks = ("/v1/completions", body)
-    answers = asked(tmp_path, {"tokens_per_minute": 61}, asks, asks, asks)  # 27 reserved, 34 used
+async def test_a_key_is_charged_the_usage_of_the_answer(tmp_path: Path) -> None:
+    body = {"prompt": ["Hi", "Ho"], "model": BASE, "max_tokens": 3, "n": 4}  # 27 reserved, 34 used
+    answers, _ = await served_to(tmp_path, {"tokens_per_minute": 61}, *[("/v1/completions", body)] * 3)
     assert [answer.status_code for answer in answers] == [200, 200, 429]
-    usage = answers[0].json()["usage"]
-    assert usage["total_tokens"] == 2 * 5 + 8 * 3
+    assert answers[0].json()["usage"]["total_tokens"] == 2 * 5 + 8 * 3
 
 
 @pytest.mark.parametrize(
-    ("error", "statuses"), [(DeadlineExceeded(0), [504, 504, 429]), (EngineFull("full"), [503, 503, 503])]
+    ("error", "expected"), [(DeadlineExceeded(0), [504, 504, 429]), (EngineFull("full"), [503, 503, 503])]
 )
-def test_a_request_that_ends_before_its_first_token_is_charged_its_prompt(
-    tmp_path: Path, error: Exception, statuses: list[int]
+async def test_a_request_that_ends_before_its_first_token_is_charged_its_prompt(
+    tmp_path: Path, error: Exception, expected: list[int]
 ) -> None:
     asks = ("/v1/completions", {"prompt": "x" * 400, "model": BASE, "max_tokens": 1})
-    answers = asked(tmp_path, {"tokens_per_minute": 250}, asks, asks, asks, worker=FakeWorker(events=(error,)))
-    assert [answer.status_code for answer in answers] == statuses
+    worker = FakeWorker(events=(error,))
+    assert await statuses(tmp_path, {"tokens_per_minute": 250}, asks, asks, asks, worker=worker) == expected
 
 
 @pytest.mark.parametrize(
     ("path", "body"), [("/tokenize", {"prompt": "x" * 60}), ("/detokenize", {"tokens": [120] * 60, "model": BASE})]
 )
-def test_tokens_are_charged_and_a_key_without_any_left_does_not_use_the_worker(
+async def test_tokens_are_charged_and_a_key_without_any_left_does_not_use_the_worker(
     tmp_path: Path, path: str, body: dict[str, Any]
 ) -> None:
-    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 61}))
-
-    async def question(client: httpx.AsyncClient, served: Served) -> tuple[list[int], int]:
-        statuses = [(await client.post(path, json=body)).status_code for _ in range(3)]
-        return statuses, len(served.worker.called(path.strip("/")))
-
-    assert ask(question, keys_file=keys, headers=bearer("k")) == ([200, 429, 429], 1)
+    answers, served = await served_to(tmp_path, {"tokens_per_minute": 61}, *[(path, body)] * 3)
+    assert [answer.status_code for answer in answers] == [200, 429, 429]
+    assert len(served.worker.called(path.strip("/"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -233,26 +194,23 @@ def test_tokens_are_charged_and_a_key_without_any_left_does_not_use_the_worker(
         ("/detokenize", {"tokens": [120] * 16}, "tokens"),
     ],
 )
-def test_more_tokens_than_the_key_may_use_in_a_minute_are_refused_by_field(
+async def test_more_tokens_than_the_key_may_use_in_a_minute_are_refused_by_field(
     tmp_path: Path, path: str, body: dict[str, Any], param: str
 ) -> None:
-    [response] = asked(tmp_path, {"tokens_per_minute": 15}, (path, body))
+    [[response], _] = await served_to(tmp_path, {"tokens_per_minute": 15}, (path, body))
     assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
 @pytest.mark.parametrize("field", ["prompt", "messages"])
-def test_a_text_above_eight_characters_a_token_of_the_context_is_not_tokenized(field: str) -> None:
+async def test_a_text_above_eight_characters_a_token_of_the_context_is_not_tokenized(field: str) -> None:
     def body(num_chars: int) -> dict[str, Any]:
         text = "x" * num_chars
         return {field: text if field == "prompt" else [{"role": "user", "content": text}], "model": BASE}
 
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+    async with asked(engine=NativeSettings(max_model_len=10)) as (client, served):
         assert (await client.post("/tokenize", json=body(80))).status_code == 200
         response = await client.post("/tokenize", json=body(81))
         assert len(served.worker.called("tokenize")) == 1
-        return response
-
-    response = ask(question, engine=NativeSettings(max_model_len=10))
     error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
     assert error["message"].startswith(f"{field}: at most 80 characters, 8 for each token of the context, got 81")
@@ -272,29 +230,20 @@ class FullTokenizer(FakeWorker):
         raise EngineFull("full")
 
 
-def test_a_text_that_the_server_has_no_room_for_is_not_charged(tmp_path: Path) -> None:
+async def test_a_text_that_the_server_has_no_room_for_is_not_charged(tmp_path: Path) -> None:
     asks = ("/tokenize", {"prompt": "x" * 400})
-    answers = asked(tmp_path, {"tokens_per_minute": 150}, asks, asks, worker=FullTokenizer())
-    assert [answer.status_code for answer in answers] == [503, 503]
+    assert await statuses(tmp_path, {"tokens_per_minute": 150}, asks, asks, worker=FullTokenizer()) == [503, 503]
 
 
 @pytest.mark.parametrize("body", [{"prompt": [120] * 40}, {"prompt": [120], "echo": True, "model": BASE}])
-def test_token_ids_of_a_key_without_tokens_left_are_not_decoded(tmp_path: Path, body: dict[str, Any]) -> None:
-    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
-
-    async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
-        spent = await client.post("/tokenize", json={"prompt": "x" * 100})
-        response = await client.post("/v1/completions", json=body | {"max_tokens": 3})
-        assert not served.worker.called("detokenize")
-        return [spent.status_code, response.status_code]
-
-    assert ask(question, keys_file=keys, headers=bearer("k")) == [200, 429]
+async def test_token_ids_of_a_key_without_tokens_left_are_not_decoded(tmp_path: Path, body: dict[str, Any]) -> None:
+    requests = [("/tokenize", {"prompt": "x" * 100}), ("/v1/completions", body | {"max_tokens": 3})]
+    answers, served = await served_to(tmp_path, {"tokens_per_minute": 100}, *requests)
+    assert [answer.status_code for answer in answers] == [200, 429] and not served.worker.called("detokenize")
 
 
-def test_token_ids_that_the_encoder_reads_are_charged_one_each_at_most_what_it_reads(tmp_path: Path) -> None:
+async def test_token_ids_that_the_encoder_reads_are_charged_one_each_at_most_what_it_reads(tmp_path: Path) -> None:
     one = ("/v1/completions", {"prompt": [120] * 40, "max_tokens": 3})  # 40 + 43 reserved; 40 + 8 used
-    answers = asked(tmp_path, {"tokens_per_minute": 130}, one, one, one)
-    assert [answer.status_code for answer in answers] == [200, 429, 429]
+    assert await statuses(tmp_path, {"tokens_per_minute": 130}, one, one, one) == [200, 429, 429]
     many = ("/v1/completions", {"prompt": [120] * 1000, "max_tokens": 3})
-    [answer] = asked(tmp_path, {"tokens_per_minute": 1003 + MAX_TOKENS}, many)
-    assert answer.status_code == 200
+    assert await statuses(tmp_path, {"tokens_per_minute": 1003 + MAX_TOKENS}, many) == [200]

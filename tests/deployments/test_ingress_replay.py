@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 import math
 from typing import Any
 
@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.deployments.adapter_records import BASE, POOL, adapter
-from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask, error_of, post, request
+from tests.deployments.app_fakes import serve_plainly
+from tests.deployments.asking import asked, error_of, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 
@@ -30,31 +30,24 @@ def replay(plan: Any, **options: Any) -> httpx.Response:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("explain", [False, True])
-def test_the_plan_of_an_answer_can_be_sent_back(stream: bool, explain: bool) -> None:
-    async def run() -> None:
-        served = serve_plainly()
-        first = await served.ingress.generate(CHAT | {"lora": {"explain": explain}})
-        again = CHAT | {"lora": {"plan": first["lora"]}}
-        if stream:
-            opening, *_ = [chunk async for chunk in served.ingress.stream(again)]
-            reported = opening["lora"]
-        else:
-            reported = (await served.ingress.generate(again))["lora"]
-        assert reported["adapters"] == first["lora"]["adapters"]
-        assert reported["strategy"] == first["lora"]["strategy"]
-        (one,), (other,) = served.worker.called("stream")
-        assert (one.plan.adapters, one.plan.strategy, one.template) == (
-            other.plan.adapters,
-            other.plan.strategy,
-            other.template,
-        )
-        assert len(served.retriever.called("route")) == 1, "a replay retrieves nothing"
-
-    asyncio.run(run())
+async def test_the_plan_of_an_answer_can_be_sent_back(stream: bool, explain: bool) -> None:
+    served = serve_plainly()
+    first = await served.ingress.generate(CHAT | {"lora": {"explain": explain}})
+    again = CHAT | {"lora": {"plan": first["lora"]}}
+    if stream:
+        answer, *_ = [chunk async for chunk in served.ingress.stream(again)]
+    else:
+        answer = await served.ingress.generate(again)
+    for field in ("adapters", "strategy"):
+        assert answer["lora"][field] == first["lora"][field]
+    (one,), (other,) = served.worker.called("stream")
+    planned = [(job.plan.adapters, job.plan.strategy, job.template) for job in (one, other)]
+    assert planned[0] == planned[1]
+    assert len(served.retriever.called("route")) == 1, "a replay retrieves nothing"
 
 
-def test_the_plans_of_route_can_be_sent_back() -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_the_plans_of_route_can_be_sent_back() -> None:
+    async with asked() as (client, _):
         plans = (await client.post("/v1/route", json={"prompt": ["a", "b"]})).json()["data"]
         for plan in plans:
             answer = await client.post("/v1/chat/completions", json=CHAT | {"lora": {"plan": plan, "explain": True}})
@@ -64,7 +57,13 @@ def test_the_plans_of_route_can_be_sent_back() -> None:
             route = await client.post("/v1/route", json={"prompt": "c", "lora": {"plan": plan}})
             assert route.json()["data"] == [reported]
 
-    ask(run)
+
+@pytest.mark.parametrize("unread", [["\ud800"], json.loads("[" * 600 + "]" * 600)], ids=["surrogate", "deep"])
+def test_candidates_and_contract_of_a_plan_are_not_read(unread: list[Any]) -> None:
+    plan = plan_of(ROW, candidates=unread, contract={"instruction": unread})
+    content = json.dumps(CHAT | {"lora": {"plan": plan}})  # ASCII, which httpx would not write
+    sent = {"content": content, "headers": {"content-type": "application/json"}}
+    assert request("POST", "/v1/chat/completions", sent=sent).json()["lora"]["adapters"] == [ROW]
 
 
 def test_a_base_plan_and_its_abstention_are_replayed() -> None:
@@ -107,37 +106,25 @@ def test_a_plan_whose_version_is_gone_is_a_conflict(row: dict[str, Any]) -> None
     ],
     ids=str,
 )
-def test_a_tampered_plan_is_refused(plan: Any, param: str | None) -> None:
-    async def send(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        body = str(CHAT | {"lora": {"plan": plan}})  # Python writes nan and inf, which are not JSON
-        for python, json in (("'", '"'), ("None", "null"), ("nan", "NaN"), ("-inf", "-Infinity")):
-            body = body.replace(python, json)
+async def test_a_tampered_plan_is_refused(plan: Any, param: str | None) -> None:
+    async with asked() as (client, served):
+        body = json.dumps(CHAT | {"lora": {"plan": plan}})  # Python writes NaN and -Infinity, which are not JSON
         headers = {"content-type": "application/json"}
         response = await client.post("/v1/chat/completions", content=body, headers=headers)
+        assert (response.status_code, error_of(response)["param"]) == (400, param)
         assert served.worker.called("stream") == []
-        return response
-
-    response = ask(send)
-    assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("field", "value"),
     [
-        {"k": 2},
-        {"weights": "uniform"},
-        {"min_score": 0.5},
-        {"fallback": "base"},
-        {"filter": {"tags": ["a"]}},
-        {"query": "other"},
-        {"strategy": "fusion"},
-        {"adapters": [{"name": "poet"}]},
+        *[("k", 2), ("weights", "uniform"), ("min_score", 0.5), ("fallback", "base"), ("filter", {"tags": ["a"]})],
+        *[("query", "other"), ("strategy", "fusion"), ("adapters", [{"name": "poet"}])],
     ],
-    ids=str,
 )
-def test_a_plan_excludes_all_other_options(fields: dict[str, Any]) -> None:
-    response = post("/v1/chat/completions", CHAT | {"lora": {"plan": plan_of(ROW), **fields}})
-    assert (response.status_code, error_of(response)["param"]) == (400, f"lora.{next(iter(fields))}")
+def test_a_plan_excludes_all_other_options(field: str, value: object) -> None:
+    response = post("/v1/chat/completions", CHAT | {"lora": {"plan": plan_of(ROW), field: value}})
+    assert (response.status_code, error_of(response)["param"]) == (400, f"lora.{field}")
 
 
 @pytest.mark.parametrize("model", ["poet", BASE])
@@ -146,37 +133,30 @@ def test_a_plan_requires_model_auto(model: str) -> None:
     assert (response.status_code, error_of(response)["param"]) == (400, "lora.plan")
 
 
-def test_a_plan_of_a_later_generation_waits_for_it() -> None:
-    async def send(client: httpx.AsyncClient, served: Served) -> list[tuple[Any, ...]]:
+async def test_a_plan_of_a_later_generation_waits_for_it() -> None:
+    async with asked() as (client, served):
         lora = {"plan": plan_of(ROW, generation=5), "min_generation": 6}
         await client.post("/v1/chat/completions", json=CHAT | {"lora": lora})
-        return served.retriever.called("replay")
-
-    [(tenant, strategy, pinned, generation)] = ask(send)
+        [(tenant, strategy, pinned, generation)] = served.retriever.called("replay")
     assert (tenant, strategy, generation) == ("local", "mixture", 6)
     assert [(row.name, row.digest, row.weight) for row in pinned] == [("poet", POET.ref.digest, 0.5)]
 
 
-def test_adapters_are_retrieved_by_another_text_if_given() -> None:
-    async def send(client: httpx.AsyncClient, served: Served) -> list[str]:
+async def test_adapters_are_retrieved_by_another_text_if_given() -> None:
+    async with asked() as (client, served):
         await client.post("/v1/chat/completions", json=CHAT | {"lora": {"query": "a rhyme"}})
         await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"query": "a rhyme"}})
         assert served.job.prompt[0].content == "Hi"
-        return [request.text for (requests,) in served.retriever.called("route") for request in requests]
+        texts = [request.text for (requests,) in served.retriever.called("route") for request in requests]
+    assert texts == ["a rhyme"] * 3
 
-    assert ask(send) == ["a rhyme"] * 3
 
-
-def planned(body: dict[str, Any], path: str = "/v1/chat/completions") -> list[Any]:
+async def planned(body: dict[str, Any], path: str = "/v1/chat/completions") -> list[Any]:
     """Return the plans of the jobs that the worker received."""
-
-    async def send(client: httpx.AsyncClient, served: Served) -> list[Any]:
+    async with asked() as (client, served):
         response = await client.post(path, json=body)
         assert response.status_code == 200, response.text
         return [job.plan for (job,) in served.worker.called("stream")]
-
-    plans: list[Any] = ask(send)
-    return plans
 
 
 @pytest.mark.parametrize("model", [{}, {"model": "auto"}, {"model": BASE}], ids=str)
@@ -189,8 +169,10 @@ def planned(body: dict[str, Any], path: str = "/v1/chat/completions") -> list[An
     ],
     ids=str,
 )
-def test_lorax_merged_adapters_are_fusion(model: dict[str, str], merged: dict[str, Any], weights: list[float]) -> None:
-    [plan] = planned(CHAT | model | {"merged_adapters": merged})
+async def test_lorax_merged_adapters_are_fusion(
+    model: dict[str, str], merged: dict[str, Any], weights: list[float]
+) -> None:
+    [plan] = await planned(CHAT | model | {"merged_adapters": merged})
     assert plan.strategy == "fusion"
     assert [(row.ref, row.weight) for row in plan.adapters] == [(POET.ref, weights[0]), (CODER.ref, weights[1])]
 
@@ -215,13 +197,13 @@ def test_an_unsupported_merge_is_refused(merged: dict[str, Any], code: str, para
 
 
 @pytest.mark.parametrize("model", [{}, {"model": BASE}], ids=str)
-def test_sglangs_lora_path_is_one_adapter_or_one_per_prompt(model: dict[str, str]) -> None:
-    [plan] = planned(CHAT | model | {"lora_path": "poet"})
+async def test_sglangs_lora_path_is_one_adapter_or_one_per_prompt(model: dict[str, str]) -> None:
+    [plan] = await planned(CHAT | model | {"lora_path": "poet"})
     assert (plan.strategy, [(row.ref, row.weight) for row in plan.adapters]) == ("selection", [(POET.ref, 1.0)])
     texts = {"prompt": ["a", "b", "c"], **model}
-    each = planned(texts | {"lora_path": ["coder", None, "local/poet"]}, "/v1/completions")
+    each = await planned(texts | {"lora_path": ["coder", None, "local/poet"]}, "/v1/completions")
     assert [[row.ref for row in plan.adapters] for plan in each] == [[CODER.ref], [], [POET.ref]]
-    same = planned(texts | {"lora_path": "poet"}, "/v1/completions")
+    same = await planned(texts | {"lora_path": "poet"}, "/v1/completions")
     assert [[row.ref for row in plan.adapters] for plan in same] == [[POET.ref]] * 3
 
 
@@ -245,6 +227,14 @@ def test_sglangs_lora_path_is_one_adapter_or_one_per_prompt(model: dict[str, str
 def test_adapters_are_named_in_one_way(fields: dict[str, Any], param: str) -> None:
     response = post("/v1/chat/completions", CHAT | fields)
     assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("names", [[], ["poet", "coder"]], ids=str)
+def test_one_conversation_takes_one_lora_path(path: str, names: list[str]) -> None:
+    conversation = {"input": "Hi"} if path == "/v1/responses" else CHAT
+    response = post(path, {**conversation, "max_tokens": 5, "lora_path": names})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_path")
 
 
 HEADERS = {
@@ -274,21 +264,20 @@ def test_the_requests_id_is_not_added_again(path: str, given: str) -> None:
         assert reported == given if given.startswith("5dba") else len(reported) == 32
 
 
-def test_every_answer_has_an_id_of_its_own() -> None:
-    async def send(client: httpx.AsyncClient, served: Served) -> list[httpx.Response]:
+async def test_every_answer_has_an_id_of_its_own() -> None:
+    async with asked() as (client, _):
         large = {"content": b" " * (5 << 20), "headers": {"content-type": "application/json"}}
-        return [
+        answers = [
             await client.post("/v1/chat/completions", json=CHAT),
             await client.post("/v1/chat/completions", json={}),
             await client.post("/v1/chat/completions", **large),
-            await client.get("/v1/models/nobody"),
-            await client.get("/nowhere"),
-            await client.get("/health"),
+            *[await client.get(path) for path in ("/v1/models/nobody", "/nowhere", "/health")],
         ]
-
-    answers = ask(send)
     assert [answer.status_code for answer in answers] == [200, 400, 413, 404, 404, 200]
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+
+
+def test_a_failed_answer_has_an_id_too() -> None:
     failed = post("/v1/chat/completions", CHAT, worker=FakeWorker([RuntimeError("secret")]))
     assert (failed.status_code, len(failed.headers["x-request-id"])) == (500, 32)
 

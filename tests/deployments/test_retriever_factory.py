@@ -30,15 +30,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config_of(encoder: Path, tmp_path: Path) -> Callable[..., AppConfig]:
-    def make(retrieval: dict[str, Any] | None = None, **settings: Any) -> AppConfig:
-        own = RetrievalSettings(encoder=str(encoder), encoder_threads=1, **(retrieval or {}))
-        return AppConfig(store_uri=str(tmp_path / "store"), retrieval=own, **{"accepts_base": (BASE,), **settings})
-
-    return make
-
-
-@pytest.fixture
 def record(encoder: Path) -> AdapterRecord:
     """Return an adapter of another tenant that is near every text."""
     own = Encoder(str(encoder), num_threads=1)
@@ -47,10 +38,21 @@ def record(encoder: Path) -> AdapterRecord:
     return replace(adapter("goats", tenant="acme"), embedding=embedding, approved=False)
 
 
-def route(config: AppConfig, record: AdapterRecord, *ranks: Rank) -> Route | Exception:
-    pools = live_pool(config, lambda: Snapshot(1, {("acme", "goats"): record}, rankings={"local": ranks}))
-    [outcome] = retriever_over(pools, config).route([RouteRequest(TEXT, tenant="local")])
-    return outcome
+Router = Callable[..., Route | Exception]
+
+
+@pytest.fixture
+def route(encoder: Path, tmp_path: Path) -> Router:
+    """Return a function that routes a text to a record with these settings."""
+
+    def route(record: AdapterRecord, *ranks: Rank, min_score: float = -1.0, **settings: Any) -> Route | Exception:
+        retrieval = RetrievalSettings(encoder=str(encoder), encoder_threads=1, min_score=min_score)
+        config = AppConfig(retrieval=retrieval, **{"store_uri": str(tmp_path), "accepts_base": (BASE,), **settings})
+        pools = live_pool(config, lambda: Snapshot(1, {("acme", "goats"): record}, rankings={"local": ranks}))
+        [outcome] = retriever_over(pools, config).route([RouteRequest(TEXT, tenant="local")])
+        return outcome
+
+    return route
 
 
 def names(outcome: Route | Exception) -> list[str]:
@@ -58,67 +60,48 @@ def names(outcome: Route | Exception) -> list[str]:
     return [row.ref.name for row in outcome.plan.adapters]
 
 
-def test_the_encoder_of_the_settings_embeds_the_request(
-    config_of: Callable[..., AppConfig], record: AdapterRecord
-) -> None:
-    outcome = route(config_of({"min_score": -1.0}), record)
+def test_the_encoder_and_the_floor_of_the_settings_are_the_retrievers(route: Router, record: AdapterRecord) -> None:
+    outcome = route(record)
     assert names(outcome) == ["goats"]
     assert isinstance(outcome, Route) and outcome.candidates[0].score == pytest.approx(1.0, abs=0.2)
+    assert record.embedding is not None
+    opposite = replace(record.embedding, vector=-record.embedding.vector)
+    outcome = route(replace(record, embedding=opposite), min_score=1.0)
+    assert isinstance(outcome, NoAdapterMatched) or outcome.abstained  # type: ignore[union-attr]
 
 
-def test_the_settings_decide_whether_approval_is_required(
-    config_of: Callable[..., AppConfig], record: AdapterRecord
-) -> None:
-    strict = config_of({"min_score": -1.0}, public_requires_approval=True)
-    assert names(route(strict, record)) == []
-    assert names(route(strict, replace(record, approved=True))) == ["goats"]
+def test_the_settings_decide_whether_approval_is_required(route: Router, record: AdapterRecord) -> None:
+    for is_approved, found in ((False, []), (True, ["goats"])):
+        assert names(route(replace(record, approved=is_approved), public_requires_approval=True)) == found
 
 
 def test_adapters_of_a_base_that_the_settings_do_not_accept_are_skipped_and_logged(
-    config_of: Callable[..., AppConfig], record: AdapterRecord, caplog: pytest.LogCaptureFixture
+    route: Router, record: AdapterRecord, caplog: pytest.LogCaptureFixture
 ) -> None:
     for accepted in ({"accepts_base": (BASE,)}, {"base_model": f"somewhere/{BASE}", "accepts_base": ()}):
-        assert names(route(config_of({"min_score": -1.0}, **accepted), record)) == ["goats"]
+        assert names(route(record, **accepted)) == ["goats"]
     assert "not served" not in caplog.text
-    assert names(route(config_of({"min_score": -1.0}, accepts_base=()), record)) == []
+    assert names(route(record, accepts_base=())) == []
     assert f"1 adapter was made for {BASE} and is not served" in caplog.text
-    assert names(route(config_of({"min_score": -1.0}, accepts_base=()), replace(record, base_model=""))) == ["goats"]
+    assert names(route(replace(record, base_model=""), accepts_base=())) == ["goats"]
 
 
-def test_outcomes_that_were_applied_count_only_while_the_settings_say_so(
-    config_of: Callable[..., AppConfig], record: AdapterRecord
-) -> None:
+def test_outcomes_that_were_applied_count_only_while_the_settings_say_so(route: Router, record: AdapterRecord) -> None:
     assert record.embedding is not None
     anchor, none = AdapterRef("local", f"{OUTCOME}1", ""), np.empty(0, np.float32)
     said = Ranking(anchor, (), record.embedding.encoder, record.embedding.vector, none)  # the base model was better
     rank = Rank("local", said, True, "me", datetime(2026, 1, 2, tzinfo=UTC))
-    answered = {
-        learning: names(route(config_of({"min_score": -1.0}, learning=learning), record, rank))
-        for learning in ("apply", "observe", "off")
-    }
-    assert answered == {"apply": [], "observe": ["goats"], "off": ["goats"]}
+    for learning, found in (("apply", []), ("observe", ["goats"]), ("off", ["goats"])):
+        assert names(route(record, rank, learning=learning)) == found
 
 
-def test_the_floor_of_the_settings_is_the_retrievers(
-    config_of: Callable[..., AppConfig], record: AdapterRecord
-) -> None:
-    config = config_of({"min_score": 1.0})
-    outcome = route(config, replace(record, embedding=opposite(record)))
-    assert isinstance(outcome, NoAdapterMatched) or outcome.abstained  # type: ignore[union-attr]
-
-
-def opposite(record: AdapterRecord) -> Embedding:
-    assert record.embedding is not None
-    return replace(record.embedding, vector=-record.embedding.vector)
-
-
-def test_an_index_is_built_with_the_sizes_that_are_given(
-    config_of: Callable[..., AppConfig], record: AdapterRecord
-) -> None:
+def test_an_index_is_built_with_the_sizes_that_are_given(encoder: Path, tmp_path: Path, record: AdapterRecord) -> None:
     """With these sizes, lists are built even for a pool of one adapter."""
+    retrieval = RetrievalSettings(encoder=str(encoder), encoder_threads=1)
+    config = AppConfig(store_uri=str(tmp_path), accepts_base=(BASE,), retrieval=retrieval)
 
     def has_lists(index: IndexSettings | None) -> bool:
-        built = live_pool(config_of(), lambda: Snapshot(1, {("acme", "goats"): record}), index).current.index
+        built = live_pool(config, lambda: Snapshot(1, {("acme", "goats"): record}), index).current.index
         return built.wants_lists or built.lists is not None  # lists are trained in the background
 
     assert [has_lists(None), has_lists(IndexSettings(exact_rows=0, side_rows=0))] == [False, True]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -86,23 +86,19 @@ def stores(tmp_path: Path) -> Stores:
     return Stores(tmp_path)
 
 
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(work)
-
-
 def files_of(folder: Path) -> dict[str, bytes | SentFile]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", [BASE, f"somewhere/{BASE}"])
-def test_no_adapter_may_have_the_base_models_name(stores: Stores, name: str) -> None:
+async def test_no_adapter_may_have_the_base_models_name(stores: Stores, name: str) -> None:
     for upload in (
         PublishItem(Path("x"), name),
         PublishItem(Path("somewhere", BASE)),
         PublishItem(source=f"s3://{name}"),
     ):
         with pytest.raises(AdapterRefused, match="the name is the base model's"):
-            run(stores.stage(upload))
+            await stores.stage(upload)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +110,18 @@ def test_no_adapter_may_have_the_base_models_name(stores: Stores, name: str) -> 
     ],
     ids=["path", "files", "source"],
 )
-def test_a_version_does_not_depend_on_its_source(tmp_path: Path, upload_of: Callable[[Path], PublishItem]) -> None:
+async def test_a_version_does_not_depend_on_its_source(
+    tmp_path: Path, upload_of: Callable[[Path], PublishItem]
+) -> None:
     stores = Stores(tmp_path, source_prefixes=(f"file://{tmp_path}",))
     folder = stores.adapter("elsewhere")
     upload = upload_of(folder)
-    staged, expected = run(stores.stage(upload)), run(stores.stage(PublishItem(folder, "poet")))
+    staged, expected = await stores.stage(upload), await stores.stage(PublishItem(folder, "poet"))
     assert (staged.ref, staged.samples) == (expected.ref, (Sample("Rhyme."), Sample("Sing.")))
     assert staged.record.source == upload.origin
 
 
-def test_only_weights_that_others_may_change_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_weights_that_others_may_change_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy fails here as on a full disk."""
 
     def full_disk() -> BinaryIO:
@@ -136,225 +134,172 @@ def test_only_weights_that_others_may_change_are_copied(tmp_path: Path, monkeypa
     files = files_of(folder)
     for shared in (PublishItem(folder), PublishItem(source=f"file://{folder}")):
         with pytest.raises(UploadDiskFull, match="no disk space"):
-            run(stores.stage(shared))
+            await stores.stage(shared)
     with local_hub(repositories={"acme/poet@main": files}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         for own in (PublishItem(files=files, name="poet"), PublishItem(source="hf://acme/poet")):
-            assert run(stores.stage(own)).ref.name == "poet"
+            assert (await stores.stage(own)).ref.name == "poet"
 
 
-def test_a_tenant_publishes_only_from_below_its_own_prefixes(tmp_path: Path) -> None:
+async def test_a_tenant_publishes_only_from_below_its_own_prefixes(tmp_path: Path) -> None:
     stores = Stores(tmp_path, source_prefixes={"acme": (f"file://{tmp_path}",)})
     upload = PublishItem(source=f"file://{stores.adapter('elsewhere')}", name="poet", tenant="acme")
-    assert run(stores.stage(upload)).ref.tenant == "acme"
+    assert (await stores.stage(upload)).ref.tenant == "acme"
     with pytest.raises(SourceRefused):
-        run(stores.stage(replace(upload, tenant="globex")))
+        await stores.stage(replace(upload, tenant="globex"))
 
 
-def test_tags_and_template_are_kept(stores: Stores) -> None:
-    staged = run(stores.stage(PublishItem(stores.adapter(), tags=("b", "a"), template="chat")))
+async def test_missing_and_forbidden_sources_are_reported(stores: Stores) -> None:
+    with pytest.raises(SourceMissing):
+        await stores.stage(PublishItem(stores.folder / "nowhere"))
+    with pytest.raises(SourceRefused):
+        await stores.stage(PublishItem(source=f"file://{stores.adapter()}"))
+
+
+async def test_tags_and_template_are_kept(stores: Stores) -> None:
+    staged = await stores.stage(PublishItem(stores.adapter(), tags=("b", "a"), template="chat"))
     assert (staged.record.tags, staged.record.template) == (("a", "b"), "chat")
 
 
-def test_missing_and_forbidden_sources_are_reported(stores: Stores) -> None:
-    with pytest.raises(SourceMissing):
-        run(stores.stage(PublishItem(stores.folder / "nowhere")))
-    with pytest.raises(SourceRefused):
-        run(stores.stage(PublishItem(source=f"file://{stores.adapter()}")))
+async def test_a_file_sent_in_parts_is_the_same_version(stores: Stores) -> None:
+    folder, id = stores.adapter(), "0" * 32
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    for number, start in enumerate(range(0, len(content), 100)):
+        await stores.deployment.put_part(id, number, np.frombuffer(content[start : start + 100], np.uint8))
+    files = files_of(folder) | {"adapter_model.safetensors": SentFile(id, len(content))}
+    staged, expected = (
+        await stores.stage(PublishItem(files=files, name="poet")),
+        await stores.stage(PublishItem(folder)),
+    )
+    assert staged.ref == expected.ref
+    await stores.deployment.delete_parts([id])
+    assert list((stores.folder / "pool" / "uploads").iterdir()) == []
+    with pytest.raises(StoreUnavailable):
+        await stores.stage(PublishItem(files=files, name="poet"))
 
 
-def test_a_large_upload_is_refused(tmp_path: Path) -> None:
-    stores = Stores(tmp_path, admission={"max_weights_bytes": 1000})
-    more = {"adapter_model.safetensors": b"x" * (1001 + OTHER_FILES_BYTES)}
-    with pytest.raises(AdapterRefused, match=f"at most {1000 + OTHER_FILES_BYTES}"):
-        run(stores.stage(PublishItem(files=files_of(stores.adapter()) | more, name="poet")))
-
-
-def test_a_file_sent_in_parts_is_the_same_version(stores: Stores) -> None:
-    async def check() -> None:
-        folder, id = stores.adapter(), "0" * 32
-        content = (folder / "adapter_model.safetensors").read_bytes()
-        for number, start in enumerate(range(0, len(content), 100)):
-            await stores.deployment.put_part(id, number, np.frombuffer(content[start : start + 100], np.uint8))
-        files = files_of(folder) | {"adapter_model.safetensors": SentFile(id, len(content))}
-        staged, expected = (
-            await stores.stage(PublishItem(files=files, name="poet")),
-            await stores.stage(PublishItem(folder)),
-        )
-        assert staged.ref == expected.ref
-        await stores.deployment.delete_parts([id])
-        assert list((stores.folder / "pool" / "uploads").iterdir()) == []
-        with pytest.raises(StoreUnavailable):
-            await stores.stage(PublishItem(files=files, name="poet"))
-
-    run(check())
-
-
-def test_the_settings_of_admission_bound_an_adapter(tmp_path: Path) -> None:
-    stores = Stores(tmp_path, admission={"max_rank": 1})
+async def test_the_settings_of_admission_bound_an_adapter_and_its_upload(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, admission={"max_weights_bytes": 1000, "max_rank": 1})
     with pytest.raises(AdapterRefused, match="has rank 2, must be 1 to 1"):
-        run(stores.stage(PublishItem(stores.adapter())))
+        await stores.stage(PublishItem(stores.adapter()))
+    files = files_of(stores.adapter()) | {"adapter_model.safetensors": b"x" * (1001 + OTHER_FILES_BYTES)}
+    with pytest.raises(AdapterRefused, match=f"at most {1000 + OTHER_FILES_BYTES}"):
+        await stores.stage(PublishItem(files=files, name="poet"))
 
 
-def test_a_bad_upload_leaves_nothing(stores: Stores) -> None:
-    files = files_of(stores.adapter()) | {"adapter_model.bin": b"pickle"}
+async def test_a_bad_or_discarded_upload_leaves_nothing(stores: Stores) -> None:
+    folder = stores.adapter()
     with pytest.raises(AdapterRefused, match="pickle"):
-        run(stores.stage(PublishItem(files=files, name="poet")))
+        await stores.stage(PublishItem(files=files_of(folder) | {"adapter_model.bin": b"pickle"}, name="poet"))
+    assert stores.stored == set()
+    staged = await stores.stage(PublishItem(folder))
+    assert stores.stored == set(staged.record.blobs)
+    await stores.deployment.discard([staged])
     assert stores.stored == set()
 
 
-def test_a_discarded_upload_leaves_nothing(stores: Stores) -> None:
-    async def check() -> None:
-        staged = await stores.stage(PublishItem(stores.adapter()))
-        assert stores.stored == set(staged.record.blobs)
-        await stores.deployment.discard([staged])
-        assert stores.stored == set()
-
-    run(check())
-
-
-def test_versions_are_listed_live_one_first_and_without_embeddings(stores: Stores) -> None:
-    async def check() -> None:
-        first, second = [(await stores.publish(PublishItem(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
-        versions = await stores.deployment.versions([POET, ("local", "nobody")])
-        assert [record.ref for record in versions[POET]] == [second.ref, first.ref]
-        for record in versions[POET]:
-            assert record.embedding is not None
-            assert (record.encoder, record.embedding.vector.size, record.embedding.own_scores.size) == ("enc", 0, 0)
-        assert list(versions) == [POET]
-
-    run(check())
+async def test_versions_are_listed_live_one_first_and_can_be_staged_again(stores: Stores) -> None:
+    first, second = [(await stores.publish(PublishItem(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
+    versions = await stores.deployment.versions([POET, ("local", "nobody")])
+    assert [record.ref for record in versions[POET]] == [second.ref, first.ref]
+    for record in versions[POET]:
+        assert record.embedding is not None
+        assert (record.encoder, record.embedding.vector.size, record.embedding.own_scores.size) == ("enc", 0, 0)
+    assert list(versions) == [POET]
+    staged = await stores.deployment.restage(versions[POET][1])
+    assert (staged.ref, staged.samples) == (first.ref, first.samples)
+    await stores.deployment.commit([staged], [Embedding("enc", UNIT, UNIT)], [0.5], "tester")
+    assert (await stores.deployment.versions([POET]))[POET][0].ref == first.ref
 
 
-def test_a_withdrawn_adapters_blobs_are_unreferenced_and_swept(stores: Stores) -> None:
-    async def check() -> None:
-        poet, bard = await stores.publish(PublishItem(stores.adapter()), PublishItem(stores.adapter("bard", 1)))
-        blobs = [*poet.record.blobs, *bard.record.blobs]
-        assert await stores.deployment.unreferenced(blobs) == []
-        withdrawn = await stores.deployment.withdraw("local", ["poet"], "tester")
-        assert [record.ref for record in withdrawn.records] == [poet.ref]
-        assert await stores.deployment.unreferenced(blobs) == [poet.weights_digest], "they share their samples"
-        assert await stores.deployment.sweep(blobs) == [poet.weights_digest]
-        assert stores.stored == set(bard.record.blobs)
-        with pytest.raises(AdapterNotFound):
-            await stores.deployment.withdraw("local", ["bard", "poet"], "tester")
-        assert POET not in await stores.deployment.versions([POET])
-
-    run(check())
+async def test_a_withdrawn_adapters_blobs_are_unreferenced_and_swept(stores: Stores) -> None:
+    poet, bard = await stores.publish(PublishItem(stores.adapter()), PublishItem(stores.adapter("bard", 1)))
+    blobs = [*poet.record.blobs, *bard.record.blobs]
+    assert await stores.deployment.unreferenced(blobs) == []
+    withdrawn = await stores.deployment.withdraw("local", ["poet"], "tester")
+    assert [record.ref for record in withdrawn.records] == [poet.ref]
+    assert await stores.deployment.unreferenced(blobs) == [poet.weights_digest], "they share their samples"
+    assert await stores.deployment.sweep(blobs) == [poet.weights_digest]
+    assert stores.stored == set(bard.record.blobs)
+    with pytest.raises(AdapterNotFound):
+        await stores.deployment.withdraw("local", ["bard", "poet"], "tester")
+    assert POET not in await stores.deployment.versions([POET])
 
 
-def test_a_kept_version_is_staged_again(stores: Stores) -> None:
-    async def check() -> None:
-        first, _ = [(await stores.publish(PublishItem(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
-        kept = (await stores.deployment.versions([POET]))[POET][1]
-        staged = await stores.deployment.restage(kept)
-        assert (staged.ref, staged.samples) == (first.ref, first.samples)
-        await stores.deployment.commit([staged], [Embedding("enc", UNIT, UNIT)], [0.5], "tester")
-        assert (await stores.deployment.versions([POET]))[POET][0].ref == first.ref
+async def test_weights_are_one_reference_kept_until_it_is_released(stores: Stores) -> None:
+    [staged] = await stores.publish(PublishItem(stores.adapter()))
+    [ref] = await stores.deployment.fetch(staged.weights_digest)
+    assert decode_weights(staged.weights_digest, ref).weights_digest == staged.weights_digest
+    await stores.deployment.fetch(staged.weights_digest)
+    assert len(stores.put) == 1
+    assert await stores.deployment.release([staged.weights_digest]) is True
+    await stores.deployment.fetch(staged.weights_digest)
+    assert len(stores.put) == 2
+    with pytest.raises(AdapterNotFound):
+        await stores.deployment.fetch("f" * 64)
 
-    run(check())
+
+async def test_a_damaged_file_is_noticed_by_its_reader_and_reported_once_it_is_suspect(stores: Stores) -> None:
+    [staged] = await stores.publish(PublishItem(stores.adapter()))
+    digest = staged.weights_digest
+    [path] = (stores.folder / "pool" / "blobs").rglob(digest)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"x")
+    [ref] = await stores.deployment.fetch(digest)
+    with pytest.raises(BlobCorrupted):
+        decode_weights(digest, ref)
+    with pytest.raises(BlobCorrupted):
+        await stores.deployment.fetch(digest, is_suspect=True)
+    path.write_bytes(good)
+    [ref] = await stores.deployment.fetch(digest, is_suspect=True)
+    assert decode_weights(digest, ref), "the damaged bytes were not kept"
 
 
-def test_weights_are_one_reference_kept_until_it_is_released(stores: Stores) -> None:
-    async def check() -> None:
-        [staged] = await stores.publish(PublishItem(stores.adapter()))
-        [ref] = await stores.deployment.fetch(staged.weights_digest)
-        assert decode_weights(staged.weights_digest, ref).weights_digest == staged.weights_digest
+async def test_without_a_budget_no_weights_are_kept(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, object_cache_bytes=0)
+    [staged] = await stores.publish(PublishItem(stores.adapter()))
+    for _ in range(2):
         await stores.deployment.fetch(staged.weights_digest)
-        assert len(stores.put) == 1
-        assert await stores.deployment.release([staged.weights_digest]) is True
-        await stores.deployment.fetch(staged.weights_digest)
-        assert len(stores.put) == 2
-        with pytest.raises(AdapterNotFound):
-            await stores.deployment.fetch("f" * 64)
-
-    run(check())
+    assert len(stores.put) == 2
 
 
-def test_a_damaged_file_is_noticed_by_its_reader_and_reported_once_it_is_suspect(stores: Stores) -> None:
-    async def check() -> None:
-        [staged] = await stores.publish(PublishItem(stores.adapter()))
-        digest = staged.weights_digest
-        [path] = (stores.folder / "pool" / "blobs").rglob(digest)
-        good = path.read_bytes()
-        path.write_bytes(good[:-1] + b"x")
-        [ref] = await stores.deployment.fetch(digest)
-        with pytest.raises(BlobCorrupted):
-            decode_weights(digest, ref)
-        with pytest.raises(BlobCorrupted):
-            await stores.deployment.fetch(digest, is_suspect=True)
-        path.write_bytes(good)
-        [ref] = await stores.deployment.fetch(digest, is_suspect=True)
-        assert decode_weights(digest, ref), "the damaged bytes were not kept"
-
-    run(check())
+async def test_verify_reads_every_blob_again(stores: Stores) -> None:
+    assert [verified async for verified in stores.deployment.verify("local")] == []
+    [staged] = await stores.publish(PublishItem(stores.adapter()))
+    [path] = (stores.folder / "pool" / "blobs").rglob(staged.weights_digest)
+    path.write_bytes(b"damaged")
+    found = [verified async for verified in stores.deployment.verify("local")]
+    assert [(verified.done, verified.total) for verified in found] == [(1, 2), (2, 2)]
+    problems = {verified.check.digest: verified.check.problem for verified in found}
+    assert problems.keys() == set(staged.record.blobs)
+    assert "corrupted" in (problems[staged.weights_digest] or "")
+    assert problems[staged.record.samples_digest or ""] is None
 
 
-def test_without_a_budget_no_weights_are_kept(tmp_path: Path) -> None:
-    async def check() -> None:
-        stores = Stores(tmp_path, object_cache_bytes=0)
-        [staged] = await stores.publish(PublishItem(stores.adapter()))
-        for _ in range(2):
-            await stores.deployment.fetch(staged.weights_digest)
-        assert len(stores.put) == 2
-
-    run(check())
-
-
-def test_verify_reads_every_blob_again(stores: Stores) -> None:
-    async def check() -> None:
-        [staged] = await stores.publish(PublishItem(stores.adapter()))
-        [path] = (stores.folder / "pool" / "blobs").rglob(staged.weights_digest)
-        path.write_bytes(b"damaged")
-        found = [verified async for verified in stores.deployment.verify("local")]
-        assert [(verified.done, verified.total) for verified in found] == [(1, 2), (2, 2)]
-        problems = {verified.check.digest: verified.check.problem for verified in found}
-        assert problems.keys() == set(staged.record.blobs)
-        assert "corrupted" in (problems[staged.weights_digest] or "")
-        assert problems[staged.record.samples_digest or ""] is None
-
-    run(check())
+async def test_gc_removes_unreferenced_blobs(stores: Stores) -> None:
+    [staged] = await stores.publish(PublishItem(stores.adapter()))
+    stray = stores.folder / "pool" / "blobs" / "ff" / ("f" * 64)
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"stray")
+    assert (await stores.deployment.gc(1000.0)).num_blobs == 0
+    collected = await stores.deployment.gc(0.0)
+    assert (collected.num_blobs, collected.num_bytes) == (1, 5)
+    assert stores.stored == set(staged.record.blobs)
 
 
-def test_an_empty_pool_verifies(stores: Stores) -> None:
-    async def check() -> list[Any]:
-        return [verified async for verified in stores.deployment.verify("local")]
-
-    assert run(check()) == []
-
-
-def test_gc_removes_unreferenced_blobs(stores: Stores) -> None:
-    async def check() -> None:
-        [staged] = await stores.publish(PublishItem(stores.adapter()))
-        stray = stores.folder / "pool" / "blobs" / "ff" / ("f" * 64)
-        stray.parent.mkdir(exist_ok=True)
-        stray.write_bytes(b"stray")
-        assert (await stores.deployment.gc(1000.0)).num_blobs == 0
-        collected = await stores.deployment.gc(0.0)
-        assert (collected.num_blobs, collected.num_bytes) == (1, 5)
-        assert stores.stored == set(staged.record.blobs)
-
-    run(check())
-
-
-def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Stores) -> None:
-    async def check() -> None:
-        poet, _ = await stores.publish(
-            PublishItem(stores.adapter()), PublishItem(stores.adapter("bare", 1, samples=False))
-        )
-        store = stores.deployment
-        assert await store.active_encoder() is None
-        with pytest.raises(EncoderIncomplete) as caught:
-            await store.activate_encoder("model", "new", "tester")
-        assert caught.value.missing == (poet.ref,)
-        await store.add_embeddings({poet.ref: Embedding("new", UNIT, UNIT)})
+async def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Stores) -> None:
+    poet, _ = await stores.publish(PublishItem(stores.adapter()), PublishItem(stores.adapter("bare", 1, samples=False)))
+    store = stores.deployment
+    assert await store.active_encoder() is None
+    with pytest.raises(EncoderIncomplete) as caught:
         await store.activate_encoder("model", "new", "tester")
-        assert await store.active_encoder() == "new"
+    assert caught.value.missing == (poet.ref,)
+    await store.add_embeddings({poet.ref: Embedding("new", UNIT, UNIT)})
+    await store.activate_encoder("model", "new", "tester")
+    assert await store.active_encoder() == "new"
 
-    run(check())
 
-
-def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = 0, 0
 
     async def to_thread(*_: object) -> list[Any]:
@@ -365,16 +310,13 @@ def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: py
         running -= 1
         return []
 
-    async def check() -> None:
-        query = UsageQuery(date(2026, 11, 1), date(2026, 11, 2))
-        assert await asyncio.gather(*[stores.deployment.usage(query) for _ in range(3)]) == [[], [], []]
-
     monkeypatch.setattr(asyncio, "to_thread", to_thread)
-    run(check())
+    query = UsageQuery(date(2026, 11, 1), date(2026, 11, 2))
+    assert await asyncio.gather(*[stores.deployment.usage(query) for _ in range(3)]) == [[], [], []]
     assert most == 1
 
 
-def test_the_check_of_an_edited_contract_holds_up_no_other_call(
+async def test_the_check_of_an_edited_contract_holds_up_no_other_call(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
@@ -383,15 +325,12 @@ def test_the_check_of_an_edited_contract_holds_up_no_other_call(
         released.wait(60)
         return data.decode(), ()
 
-    async def question() -> str | None:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
-        [poet] = await stores.publish(PublishItem(stores.adapter(), "poet"))
-        monkeypatch.setattr(deployments.store, "read_contract", check)
-        editing = asyncio.create_task(stores.deployment.edit(poet.record, Edit(contract='{"stop":["."]}')))
-        await asyncio.sleep(0)  # the edit has its thread
-        found = await stores.deployment.versions([POET])
-        assert not editing.done() and len(found[POET]) == 1
-        released.set()
-        return (await editing).record.contract
-
-    assert run(question()) == '{"stop":["."]}'
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    [poet] = await stores.publish(PublishItem(stores.adapter(), "poet"))
+    monkeypatch.setattr(deployments.store, "read_contract", check)
+    editing = asyncio.create_task(stores.deployment.edit(poet.record, Edit(contract='{"stop":["."]}')))
+    await asyncio.sleep(0)  # the edit has its thread
+    found = await stores.deployment.versions([POET])
+    assert not editing.done() and len(found[POET]) == 1
+    released.set()
+    assert (await editing).record.contract == '{"stop":["."]}'

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from deployments.scaling.residency import ResidencyReport
 from deployments.worker import WorkerDeployment
 from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
 from gpu_worker.front.request.request import Delta, Job
-from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.native.openmp import run_on_short_lived_thread
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
@@ -108,160 +107,126 @@ class Serving:
         return "".join([delta.text async for delta in self.worker.stream(job) if isinstance(delta, Delta)])
 
 
-Main = Callable[[Serving], Awaitable[Any]]
+Serve = Callable[..., AbstractAsyncContextManager[Serving]]
 
 
 @pytest.fixture
-def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Any]:
-    """Run a test's body in the worker's event loop; the engine stops afterwards."""
+def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Serve:
+    """Return a maker of workers, whose engines stop at the end of the context."""
     shapes = linear_shapes(tiny_base())
 
-    def run(
-        main: Main,
-        *,
-        weights_cache: tuple[Path, int] | None = None,
-        step_timeout_s: float = 120.0,
-        kinds: Any = SERVE,
-    ) -> Any:
-        async def within() -> Any:
-            blobs, pool = {}, []
-            for seed in range(3):
-                digest, data = encode_weights(random_adapter(shapes, seed, rank=RANK).modules)
-                blobs[digest] = data
-                pool.append(AdapterWeights(digest, {}))
-            store = FakeStore(blobs)
-            ends: list[int] = []
-            worker = await started(
-                tiny_config(
-                    tiny_folders["gemma3"],
-                    num_threads=torch.get_num_threads(),
-                    shares_cores=False,
-                    step_timeout_s=step_timeout_s,
-                ),
-                FakeHandle(store),
-                weights_cache,
-                stream_interval_ms=0.0,
-                kinds=kinds,
-                end_process=ends.append,
-            )
-            try:
-                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 120)
-            finally:
-                worker._engine.stop()
-
-        return asyncio.run(within())
+    @asynccontextmanager
+    async def run(
+        weights_cache: tuple[Path, int] | None = None, kinds: Any = SERVE, **settings: Any
+    ) -> AsyncIterator[Serving]:
+        encoded = [encode_weights(random_adapter(shapes, seed, rank=RANK).modules) for seed in range(3)]
+        store, ends = FakeStore(dict(encoded)), list[int]()
+        threads = {"num_threads": torch.get_num_threads(), "shares_cores": False}
+        worker = await started(
+            tiny_config(tiny_folders["gemma3"], **threads, **settings),
+            FakeHandle(store),
+            weights_cache,
+            stream_interval_ms=0.0,
+            kinds=kinds,
+            end_process=ends.append,
+        )
+        try:
+            yield Serving(worker, store, [AdapterWeights(digest, {}) for digest, _ in encoded], ends)
+        finally:
+            worker._engine.stop()
 
     return run
 
 
-def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
-    tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel], tmp_path: Path
+@pytest.fixture
+async def serving(serve: Serve) -> AsyncIterator[Serving]:
+    async with serve() as served:
+        yield served
+
+
+async def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path
 ) -> None:
     base = tiny_base("llama")
     with torch.no_grad():
         base.model.get_input_embeddings().weight[0] = torch.nan  # for an id that the first steps read
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(WarmUpFailed, match="the first steps of the engine failed"):
+        await started(tiny_config(tmp_path, num_threads=1), FakeHandle(FakeStore({})))
 
+
+async def test_each_tenants_usage_is_counted_and_a_shadows_for_the_owner_of_its_version(serving: Serving) -> None:
+    jobs = [replace(serving.job(0, 4), tenant=tenant) for tenant in ("acme", "acme", shadow_tenant("globex"))]
+    await asyncio.gather(*map(serving.text, jobs))
+    usages = await serving.worker.usage()
+    num_prompt_tokens = usages["globex"].num_prompt_tokens
+    assert num_prompt_tokens > 0
+    assert usages == {"acme": Usage(0, 2, 2 * num_prompt_tokens, 8), "globex": Usage(0, 1, num_prompt_tokens, 4)}
+
+
+async def test_the_shapes_are_those_of_the_base_model(serving: Serving, tiny_base: Callable[..., BaseModel]) -> None:
+    assert await serving.worker.module_shapes() == linear_shapes(tiny_base())
+
+
+async def test_a_request_streams_with_the_weights_its_plan_names(serving: Serving) -> None:
+    texts = await asyncio.gather(*[serving.text(serving.job(number)) for number in (0, 1, 0)])
+    assert texts[0] and texts[1] and texts[0] == texts[2] != texts[1]
+    assert sorted(serving.store.fetched) == sorted(w.weights_digest for w in serving.pool[:2])
+
+
+async def test_missing_weights_fail_only_their_request(serving: Serving) -> None:
+    missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
+    failed, text = await asyncio.gather(serving.text(missing), serving.text(serving.job(0)), return_exceptions=True)
+    assert isinstance(failed, AdapterLoadFailed) and "withdrawn" in str(failed)
+    assert text and text == await serving.text(serving.job(0))
+
+
+def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Serve) -> None:
     async def main() -> None:
-        with pytest.raises(WarmUpFailed, match="the first steps of the engine failed"):
-            await started(tiny_config(tmp_path, num_threads=1), FakeHandle(FakeStore({})))
-
-    asyncio.run(main())
-
-
-def test_each_tenants_usage_is_counted(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        jobs = [replace(serving.job(0, 4), tenant=tenant) for tenant in ("acme", "acme", "globex")]
-        await asyncio.gather(*map(serving.text, jobs))
-        usages = await serving.worker.usage()
-        num_prompt_tokens = usages["globex"].num_prompt_tokens
-        assert num_prompt_tokens > 0
-        assert usages == {"acme": Usage(0, 2, 2 * num_prompt_tokens, 8), "globex": Usage(0, 1, num_prompt_tokens, 4)}
-
-    serve(main)
-
-
-def test_a_shadow_is_counted_for_the_owner_of_its_version(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        await serving.text(replace(serving.job(0, 4), tenant=shadow_tenant("globex")))
-        usages = await serving.worker.usage()
-        assert usages.keys() == {"globex"} and usages["globex"].num_new_tokens == 4
-
-    serve(main)
-
-
-def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        texts = await asyncio.gather(*[serving.text(serving.job(number)) for number in (0, 1, 0)])
-        assert texts[0] and texts[1] and texts[0] == texts[2] != texts[1]
-        assert sorted(serving.store.fetched) == sorted(w.weights_digest for w in serving.pool[:2])
-
-    serve(main)
-
-
-def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        await serving.text(serving.job(0, num_new=3))
-        assert torch.get_num_threads() == 1
-        assert await serving.worker._engine._run_on_engine(torch.get_num_threads) == 2
+        async with serve() as serving:
+            await serving.text(serving.job(0, num_new=3))
+            assert torch.get_num_threads() == 1
+            assert await serving.worker._engine._run_on_engine(torch.get_num_threads) == 2
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        run_on_short_lived_thread(lambda: serve(main))
+        run_on_short_lived_thread(lambda: asyncio.run(main()))
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_worker_reports_its_jobs(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
-    kinds = FakeMetrics()
-
-    async def main(serving: Serving) -> None:
-        missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
-        await asyncio.gather(serving.text(serving.job(0)), serving.text(missing), return_exceptions=True)
-        await serving.text(serving.job(0))
-        await serving.worker._report()
-
-    with caplog.at_level(logging.INFO, "deployments.observability.worker_metrics"):
-        serve(main, kinds=kinds)
+async def test_a_worker_reports_its_jobs(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    kinds, name = FakeMetrics(), "deployments.observability.worker_metrics"
+    missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
+    with caplog.at_level(logging.INFO, name):
+        async with serve(kinds=kinds) as serving:
+            await asyncio.gather(serving.text(serving.job(0)), serving.text(missing), return_exceptions=True)
+            await serving.text(serving.job(0))
+            await serving.worker._report()
     assert len(kinds["queue_seconds"].seen[()]) == 2
     assert kinds["adapter_hits_total"].counts == {("store",): 1, ("bank",): 1}
     assert len(kinds["cold_load_seconds"].seen[("store",)]) == kinds["cold_load_failures_total"].counts[()] == 1
     assert kinds["new_tokens_total"].counts == {(): 60} and kinds["steps_total"].counts[()] >= 60
     assert sum(kinds["resident_adapters"].last.values()) == 1
-    name = "deployments.observability.worker_metrics"
     lines = [record.getMessage() for record in caplog.records if record.name == name]
     assert [line.partition(" after")[0] for line in lines if "missing" in line] == ["job missing ended (early)"]
     assert len(lines) == 3
 
 
-def test_missing_weights_fail_only_their_request(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
-        failed, text = await asyncio.gather(serving.text(missing), serving.text(serving.job(0)), return_exceptions=True)
-        assert isinstance(failed, AdapterLoadFailed) and "withdrawn" in str(failed)
-        assert text and text == await serving.text(serving.job(0))
-
-    serve(main)
-
-
-def test_an_adapter_is_probed_alike_alone_and_among_others(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        digests = [weights.weights_digest for weights in serving.pool]
-        first, *others, missing = await serving.worker.probe_many([*digests, "f" * 64])
-        assert await serving.worker.probe_many(digests[:1]) == [pytest.approx(first, rel=1e-4)]
-        assert all(isinstance(shift, float) and shift > 0 for shift in (first, *others))
-        assert isinstance(missing, AdapterLoadFailed)
-
-    serve(main)
+async def test_an_adapter_is_probed_alike_alone_and_among_others(serving: Serving) -> None:
+    digests = [weights.weights_digest for weights in serving.pool]
+    first, *others, missing = await serving.worker.probe_many([*digests, "f" * 64])
+    assert await serving.worker.probe_many(digests[:1]) == [pytest.approx(first, rel=1e-4)]
+    assert all(isinstance(shift, float) and shift > 0 for shift in (first, *others))
+    assert isinstance(missing, AdapterLoadFailed)
 
 
 @pytest.mark.parametrize("with_disk", [False, True])
-def test_forgetting_frees_everything(with_disk: bool, serve: Callable[..., Any], tmp_path: Path) -> None:
+async def test_forgetting_frees_everything(with_disk: bool, serve: Serve, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
-
-    async def main(serving: Serving) -> None:
+    async with serve((folder, 10**7) if with_disk else None) as serving:
         digests = [weights.weights_digest for weights in serving.pool[:2]]
         empty = await serving.worker.load()
         assert (empty.occupied_rows, empty.host_cache_bytes, empty.free_kv_rows) == (0, 0, 8)
@@ -278,37 +243,29 @@ def test_forgetting_frees_everything(with_disk: bool, serve: Callable[..., Any],
         with pytest.raises(AdapterLoadFailed):
             await serving.text(serving.job(0))
 
-    serve(main, weights_cache=(folder, 10**7) if with_disk else None)
+
+async def test_a_running_request_keeps_forgotten_weights_to_its_end(serving: Serving) -> None:
+    digest, job = serving.pool[0].weights_digest, serving.job(0, num_new=60)
+    expected = await serving.text(job)
+    assert expected
+    deltas = serving.worker.stream(job)
+    assert isinstance(await anext(deltas), ResidencyReport), "it says at once that it is there"
+    parts = [(await anext(deltas)).text]
+    await serving.worker.forget([digest])
+    serving.store.is_down = True
+    parts += [delta.text async for delta in deltas if isinstance(delta, Delta)]
+    assert "".join(parts) == expected
+    assert await serving.worker.forget([digest]) is True
+    assert (await serving.worker.load()).resident == frozenset()
 
 
-def test_a_running_request_keeps_forgotten_weights_to_its_end(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        digest, job = serving.pool[0].weights_digest, serving.job(0, num_new=60)
-        expected = await serving.text(job)
-        assert expected
-        deltas = serving.worker.stream(job)
-        assert isinstance(await anext(deltas), ResidencyReport), "it says at once that it is there"
-        parts = [(await anext(deltas)).text]
-        await serving.worker.forget([digest])
-        serving.store.is_down = True
-        parts += [delta.text async for delta in deltas if isinstance(delta, Delta)]
-        assert "".join(parts) == expected
-        assert await serving.worker.forget([digest]) is True
-        assert (await serving.worker.load()).resident == frozenset()
-
-    serve(main)
-
-
-def test_cached_weights_on_disk_survive_replica_and_store(serve: Callable[..., Any], tmp_path: Path) -> None:
-    async def first(serving: Serving) -> str:
-        return await serving.text(serving.job(0))
-
-    async def second(serving: Serving) -> str:
-        serving.store.is_down = True
-        return await serving.text(serving.job(0))
-
+async def test_cached_weights_on_disk_survive_replica_and_store(serve: Serve, tmp_path: Path) -> None:
     cache = (tmp_path / "weights", 10**7)
-    assert serve(first, weights_cache=cache) == serve(second, weights_cache=cache)
+    async with serve(cache) as serving:
+        expected = await serving.text(serving.job(0))
+    async with serve(cache) as serving:
+        serving.store.is_down = True
+        assert await serving.text(serving.job(0)) == expected
 
 
 async def held_by(serving: Serving, job: Job, *, reads_all: bool = False) -> set[bytes]:
@@ -322,106 +279,72 @@ async def held_by(serving: Serving, job: Job, *, reads_all: bool = False) -> set
     return {report.digests[start : start + 6] for start in range(0, len(report.digests), 6)}
 
 
-def test_an_answer_begins_with_what_the_worker_holds_and_waits_for(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        base = greedy("once")
-        digests = [bytes.fromhex(weights.weights_digest[:12]) for weights in serving.pool]
-        assert await held_by(serving, base) == set()
-        await serving.text(serving.job(0))
-        loads = serving.store.holding(serving.pool[1].weights_digest)
-        waiting = asyncio.create_task(serving.text(serving.job(1)))
-        await loads.begun.wait()
-        assert await held_by(serving, base) == set(digests[:2])
-        assert await held_by(serving, serving.job(2)) == set(digests)
-        loads.go_on.set()
-        assert await waiting
-
-    serve(main)
+async def test_an_answer_begins_with_what_the_worker_holds_and_waits_for(serving: Serving) -> None:
+    base = greedy("once")
+    digests = [bytes.fromhex(weights.weights_digest[:12]) for weights in serving.pool]
+    assert await held_by(serving, base) == set()
+    await serving.text(serving.job(0))
+    loads = serving.store.holding(serving.pool[1].weights_digest)
+    waiting = asyncio.create_task(serving.text(serving.job(1)))
+    await loads.begun.wait()
+    assert await held_by(serving, base) == set(digests[:2])
+    assert await held_by(serving, serving.job(2)) == set(digests)
+    loads.go_on.set()
+    assert await waiting
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_adapters_that_the_bank_does_not_hold_leave_the_reports(serve: Callable[[Main], Any], fails: bool) -> None:
-    async def main(serving: Serving) -> None:
-        digests = [bytes.fromhex(weights.weights_digest[:12]) for weights in serving.pool]
-        assert await serving.text(serving.job(1))
-        if fails:
-            serving.store.is_down = True
-            with pytest.raises(AdapterLoadFailed):
-                await serving.text(serving.job(0))
-        else:
+async def test_adapters_that_the_bank_does_not_hold_leave_the_reports(serving: Serving, fails: bool) -> None:
+    digests = [bytes.fromhex(weights.weights_digest[:12]) for weights in serving.pool]
+    assert await serving.text(serving.job(1))
+    if fails:
+        serving.store.is_down = True
+        with pytest.raises(AdapterLoadFailed):
             await serving.text(serving.job(0))
-            await serving.worker.forget([serving.pool[0].weights_digest])
-        async with asyncio.timeout(120):  # the engine answers between two steps
-            while await held_by(serving, serving.job(1), reads_all=not fails) != {digests[1]}:
-                await asyncio.sleep(0)
-
-    serve(main)
-
-
-def test_autoscaling_stats_have_running_requests_and_waiting_tokens(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        assert await serving.worker.record_autoscaling_stats() == {"ongoing_requests": 0, "waiting_tokens": 0}
-        loads = serving.store.holding(serving.pool[1].weights_digest)
-        waiting = asyncio.create_task(serving.text(serving.job(1, num_new=30)))
-        await loads.begun.wait()
-        stats = await serving.worker.record_autoscaling_stats()
-        assert stats["ongoing_requests"] == 1
-        assert stats["waiting_tokens"] == len(waiting_row(serving).tokens) + 30
-        loads.go_on.set()
-        assert await waiting
-        assert await serving.worker.record_autoscaling_stats() == {"ongoing_requests": 0, "waiting_tokens": 0}
-
-    serve(main)
+    else:
+        await serving.text(serving.job(0))
+        await serving.worker.forget([serving.pool[0].weights_digest])
+    async with asyncio.timeout(120):  # the engine answers between two steps
+        while await held_by(serving, serving.job(1), reads_all=not fails) != {digests[1]}:
+            await asyncio.sleep(0)
 
 
-def waiting_row(serving: Serving) -> Row:
+async def test_autoscaling_stats_have_running_requests_and_waiting_tokens(serving: Serving) -> None:
+    assert await serving.worker.record_autoscaling_stats() == {"ongoing_requests": 0, "waiting_tokens": 0}
+    loads = serving.store.holding(serving.pool[1].weights_digest)
+    waiting = asyncio.create_task(serving.text(serving.job(1, num_new=30)))
+    await loads.begun.wait()
+    stats = await serving.worker.record_autoscaling_stats()
     [row] = serving.worker._engine.loop.waiting
-    return row
+    assert stats == {"ongoing_requests": 1, "waiting_tokens": len(row.tokens) + 30}
+    loads.go_on.set()
+    assert await waiting
+    assert await serving.worker.record_autoscaling_stats() == {"ongoing_requests": 0, "waiting_tokens": 0}
 
 
-def test_the_shapes_are_those_of_the_base_model(
-    serve: Callable[[Main], Any], tiny_base: Callable[..., BaseModel]
-) -> None:
-    async def main(serving: Serving) -> dict[str, tuple[int, int]]:
-        return await serving.worker.module_shapes()
-
-    assert serve(main) == linear_shapes(tiny_base())
-
-
-def test_a_replica_whose_engine_has_ended_is_not_healthy(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
+async def test_a_replica_whose_engine_has_ended_is_not_healthy(serving: Serving) -> None:
+    serving.worker.check_health()
+    assert serving.ends == []
+    serving.worker._engine.stop()
+    with pytest.raises(ReplicaStuck):
         serving.worker.check_health()
-        assert serving.ends == []
-        serving.worker._engine.stop()
-        with pytest.raises(ReplicaStuck):
-            serving.worker.check_health()
-        assert serving.ends == [1]
-
-    serve(main)
+    assert serving.ends == [1]
 
 
-def test_a_request_that_an_ended_engine_refuses_ends_the_process_at_once(serve: Callable[[Main], Any]) -> None:
-    async def main(serving: Serving) -> None:
-        model = serving.worker._engine.loop.base.model
-        model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel for this device")))
-        errors = [await failure_of(serving, number) for number in range(4)]
-        assert [type(error) for error in errors[:2]] == [EngineStopped] * 2
-        assert isinstance(errors[3], ReplicaStuck) and "compute a single token" in str(errors[3])
-        assert serving.ends and set(serving.ends) == {1}
-
-    async def failure_of(serving: Serving, number: int) -> Exception | None:
-        try:
-            await serving.text(serving.job(0))
-        except Exception as exc:
-            return exc
-        return None
-
-    serve(main)
+async def test_a_request_that_an_ended_engine_refuses_ends_the_process_at_once(serving: Serving) -> None:
+    model = serving.worker._engine.loop.base.model
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel for this device")))
+    errors: list[object] = []
+    for _ in range(4):
+        errors += await asyncio.gather(serving.text(serving.job(0)), return_exceptions=True)
+    assert [type(error) for error in errors[:2]] == [EngineStopped] * 2
+    assert isinstance(errors[3], ReplicaStuck) and "compute a single token" in str(errors[3])
+    assert serving.ends and set(serving.ends) == {1}
 
 
 @pytest.mark.parametrize(("step_timeout_s", "ends"), [(1e-6, [1]), (3600.0, [])])
-def test_a_step_that_takes_too_long_ends_the_process(
-    serve: Callable[..., Any], step_timeout_s: float, ends: list[int]
+async def test_a_step_that_takes_too_long_ends_the_process(
+    serve: Serve, step_timeout_s: float, ends: list[int]
 ) -> None:
     may_end, has_begun = threading.Event(), threading.Event()
 
@@ -429,7 +352,7 @@ def test_a_step_that_takes_too_long_ends_the_process(
         has_begun.set()
         may_end.wait(120)
 
-    async def main(serving: Serving) -> None:
+    async with serve(step_timeout_s=step_timeout_s) as serving:
         serving.worker._engine.loop.base.model.register_forward_pre_hook(hang)
         text = asyncio.create_task(serving.text(serving.job(0)))
         assert await asyncio.to_thread(has_begun.wait, 20)
@@ -438,5 +361,3 @@ def test_a_step_that_takes_too_long_ends_the_process(
         assert serving.ends == ends
         may_end.set()
         assert await text
-
-    serve(main, step_timeout_s=step_timeout_s)

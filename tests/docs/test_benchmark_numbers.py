@@ -93,3 +93,10 @@ def test_the_origin_of_a_table_names_day_commit_and_machine() -> None:
     result = result_of("latency")
     for part in (result["date"][:10], result["commit"][:7], "2 cores"):
         assert part in measured("latency")
+
+
+def test_the_page_names_every_study_with_results_of_a_changed_tree() -> None:
+    files = [path for path in RESULTS.rglob("*.json") if ".unclean" not in path.name]
+    changed = {path.parent.name for path in files if re.search(r'"commit": "\w+\+"', path.read_text(encoding="utf-8"))}
+    [sentence] = re.findall(r"Older ones whose commit ends with `\+` [^.]*\.", PAGE)
+    assert {*re.findall(r"`(\w+)`", sentence), "soak"} == changed and len(files) > 40

@@ -39,25 +39,16 @@ def name_of(block: CodeBlock) -> str:
     return f"{block.page}:{block.text[:30].splitlines()[0]}"
 
 
-def test_enough_blocks_are_looked_at() -> None:
-    assert len(SHELL) > 50
-    assert len(of_language("python")) > 8
-    assert len(of_language("yaml")) > 10
-
-
-@pytest.mark.parametrize("block", of_language("sh", "console"), ids=name_of)
-def test_shell_is_well_formed(block: CodeBlock) -> None:
-    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
-
-
-@pytest.mark.parametrize("block", of_language("python"), ids=name_of)
-def test_python_is_well_formed(block: CodeBlock) -> None:
-    ast.parse(block.text)
-
-
-@pytest.mark.parametrize("block", of_language("json"), ids=name_of)
-def test_json_is_well_formed(block: CodeBlock) -> None:
-    json.loads(block.text)
+def test_shell_python_and_json_are_well_formed() -> None:
+    shell, python = of_language("sh", "console"), of_language("python")
+    assert len(SHELL) > 50 and len(python) > 8 and len(of_language("yaml")) > 10
+    for block in shell:
+        run = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{name_of(block)}: {run.stderr}"
+    for block in python:
+        ast.parse(block.text, name_of(block))
+    for block in of_language("json"):
+        json.loads(block.text)
 
 
 @pytest.mark.parametrize("block", of_language("yaml"), ids=name_of)
@@ -154,24 +145,29 @@ def options(command: Any) -> set[str]:
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
+def serve_line(*arguments: str) -> list[str]:
+    """Return the words of the command that `make serve` would run."""
+    command = ["make", "--dry-run", *arguments]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = printed.replace("\\\n", "").splitlines()
+    [words] = [shlex.split(line)[1:] for line in lines if "loraretriever serve" in line]
+    assert exists(["loraretriever", *words])
+    return words
+
+
 @pytest.mark.parametrize("engine", ["native", "vllm"])
 def test_make_serve_answers_without_chance_where_a_request_sets_nothing(engine: str) -> None:
-    command = ["make", "--dry-run", "serve", f"ENGINE={engine}"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    [file] = re.findall(r"--config (\S+)", printed)
-    config = load_config(ROOT / file)
+    words = serve_line("serve", f"ENGINE={engine}")
+    config = load_config(ROOT / words[words.index("--config") + 1])
     assert config.served_model.sampling_defaults == {"temperature": 0, "max_repeats": 2}
     assert config.worker.engine == engine
 
 
 @pytest.mark.parametrize("engine", ["native", "vllm"])
 def test_make_serve_has_a_variant_with_two_base_models_and_the_starter_pool(engine: str) -> None:
-    calls = {shlex.join(words) for _, words in command_lines("make") if "several_bases" in " ".join(words)}
-    command = [*shlex.split(*calls), "--dry-run", f"ENGINE={engine}"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    [line] = [line for line in printed.splitlines() if "loraretriever serve" in line]
-    serve = COMMAND.commands["serve"]
-    given = serve.make_context("serve", shlex.split(line)[2:]).params
+    [call] = {shlex.join(words) for _, words in command_lines("make") if "several_bases" in " ".join(words)}
+    words = serve_line(*shlex.split(call)[1:], f"ENGINE={engine}")
+    given = COMMAND.commands["serve"].make_context("serve", words[1:]).params
     config = load_config(ROOT / given["config"], preload=given["preload"])
     assert [model.name for model in config.served_models] == ["gemma-3-270m", "qwen"]
     assert config.served_models.first.sampling_defaults == {"temperature": 0, "max_repeats": 2}
@@ -180,12 +176,7 @@ def test_make_serve_has_a_variant_with_two_base_models_and_the_starter_pool(engi
 
 @pytest.mark.parametrize(("engine", "changes"), [("native", {}), ("vllm", {"engine": "vllm", "step_timeout_s": 300})])
 def test_make_serve_with_a_base_model_begins_with_an_empty_pool(engine: str, changes: dict[str, object]) -> None:
-    command = ["make", "--dry-run", "serve", f"ENGINE={engine}", "BASE=/models/my-base/", "ARGS=--port 8001"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    [words] = [
-        shlex.split(line)[1:] for line in printed.replace("\\\n", "").splitlines() if "loraretriever serve" in line
-    ]
-    assert exists(["loraretriever", *words])
+    words = serve_line("serve", f"ENGINE={engine}", "BASE=/models/my-base/", "ARGS=--port 8001")
     given = dict(zip(words[1::2], words[2::2], strict=True))
     assert (given.pop("--base-model"), given.pop("--store")) == ("/models/my-base/", "my-base-pool")
     settings = yaml.safe_load((ROOT / given.pop("--config")).read_text()) if changes else {}

@@ -110,12 +110,9 @@ def test_fields_that_do_nothing_are_ignored_and_those_of_responses_differ_from_c
 
 def test_a_text_links_the_page_that_it_names() -> None:
     assert "see [lora options](lora-options.md)" in request_fields.route_fields()
-    assert all(f"]({target})" in _all_fields() for target in request_fields._LINKS.values())
-
-
-def _all_fields() -> str:
-    parts = (request_fields.chat_fields, request_fields.completion_fields, request_fields.lora_fields)
-    return "".join(part() for part in parts)
+    fields = (request_fields.chat_fields, request_fields.completion_fields, request_fields.lora_fields)
+    text = "".join(write() for write in fields)
+    assert all(f"]({target})" in text for target in request_fields._LINKS.values())
 
 
 def test_every_module_that_registers_metrics_is_described() -> None:

@@ -75,11 +75,7 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
             3,
             ["ticket-queue is fit to publish", "\nbilling\n", "ticket-queue is live", "ticket-queue was withdrawn"],
         ),
-        (
-            "how-to/back-up-and-move.md",
-            6,
-            ["are in backup.tar", "0 new, ", "unchanged", ", exact", "relative error"],
-        ),
+        ("how-to/back-up-and-move.md", 6, ["are in backup.tar", "0 new, ", "unchanged", ", exact", "relative error"]),
         (
             "how-to/evaluate-a-pool.md",
             5,

@@ -1,6 +1,10 @@
-"""Small chat templates that write tool calls as the large families of models do."""
+"""Small chat templates that write tool calls as the large families of models do, and such calls."""
 
 from __future__ import annotations
+
+import pytest
+
+from gpu_worker.front.request.tools import FORMS, ToolForm
 
 HERMES_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -46,3 +50,15 @@ TEMPLATES = {
     "mistral_args": MISTRAL_ARGS_TEMPLATE,
     "llama3_json": LLAMA3_TEMPLATE,
 }
+FORM = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+
+
+def call(form: ToolForm, name: str, arguments: str) -> str:
+    """Return a call as the form writes it, without what is around it."""
+    if form.arguments_key is None:
+        return f"{name}{form.before_arguments}{arguments}"
+    return f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}'
+
+
+def written(form: ToolForm, *calls: str) -> str:
+    return form.opening + form.separator.join(calls) + form.closing

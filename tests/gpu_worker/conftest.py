@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,21 @@ from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.kernels import kernel_loading
 from gpu_worker.native.loop import Engine
+from gpu_worker.native.sampling.sampling import Sampler
+from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, fingerprint, run_together
-from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
+from tests.gpu_worker.engine_driver import (
+    Answer,
+    Gate,
+    MakeEngine,
+    Start,
+    always_says,
+    compiled,
+    fetching,
+    fingerprint,
+    run_together,
+)
+from tests.tiny import InlineExecutor, TinyBase, TinyFolders, linear_shapes, random_adapter, tiny_config
 
 share_openmp_once = cache(kernel_loading.share_openmp)
 PASSED: set[str] = set()  # configurations whose saved model has passed the check at the start in this process
@@ -41,6 +52,11 @@ def layout_kernel() -> LayoutKernel:
     return compiled(load_layout_kernel)
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
+
+
 class Passed:
     """The check at the start of a model that has passed it in this process."""
 
@@ -50,9 +66,7 @@ class Passed:
 
 @pytest.fixture
 def make_engine(
-    tiny_folders: Mapping[str, Path],
-    tiny_base: Callable[..., BaseModel],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_folders: TinyFolders, tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Engine]:
     """Return a factory of engines over a tiny model, with given adapters or a `get`; free bank rows hold NaN.
 
@@ -98,7 +112,7 @@ def make_engine(
 
 
 @pytest.fixture(scope="session")
-def shapes(tiny_base: Callable[..., BaseModel]) -> dict[str, tuple[int, int]]:
+def shapes(tiny_base: TinyBase) -> dict[str, tuple[int, int]]:
     """Return (out, in) of every module of the tiny gemma3 model that an adapter may target."""
     return linear_shapes(tiny_base())
 
@@ -117,7 +131,7 @@ def lone_answers() -> dict[bytes, Answer]:
 
 @pytest.fixture
 def alone(
-    make_engine: Callable[..., Engine], lone_answers: dict[bytes, Answer]
+    make_engine: MakeEngine, lone_answers: dict[bytes, Answer]
 ) -> Callable[[Job, Mapping[str, AdapterWeights]], Answer]:
     """Return the job's answer from a new engine without other jobs."""
 
@@ -146,9 +160,7 @@ def start() -> Iterator[Callable[[Engine], NativeEngine]]:
 
 
 @pytest.fixture
-def gated(
-    make_engine: Callable[..., Engine], start: Callable[..., NativeEngine]
-) -> Iterator[Callable[..., tuple[Engine, Gate, NativeEngine]]]:
+def gated(make_engine: MakeEngine, start: Start) -> Iterator[Callable[..., tuple[Engine, Gate, NativeEngine]]]:
     """Return a maker of engines with a gate, which opens before the thread stops, and a thread.
 
     Each token is a letter, so each step has a delta.

@@ -69,6 +69,7 @@ class Answer:
 
 PATIENCE_S = 60  # only a failing test waits this long
 MakeEngine = Callable[..., Engine]  # the fixture `make_engine`
+Start = Callable[..., NativeEngine]  # the fixture `start`
 Alone = Callable[[Job, Mapping[str, AdapterWeights]], Answer]  # the fixture `alone`
 Shapes = dict[str, tuple[int, int]]  # the fixture `shapes`
 
@@ -224,14 +225,7 @@ def compiled(load: Callable[[Path], Made | None]) -> Made:
 def kv_shape(**changes: Any) -> KvShape:
     """Return the shape of a cache for three rows of five tokens, with these changes."""
     shape = KvShape(
-        num_layers=2,
-        num_heads=2,
-        head_dim=4,
-        dtype=torch.float32,
-        num_rows=3,
-        max_len=5,
-        num_tokens=15,
-        page_tokens=5,
+        num_layers=2, num_heads=2, head_dim=4, dtype=torch.float32, num_rows=3, max_len=5, num_tokens=15, page_tokens=5
     )
     return replace(shape, **changes)
 

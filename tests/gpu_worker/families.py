@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.tiny import SHAPE, byte_tokenizer
@@ -164,6 +165,36 @@ def save_multimodal(folder: Path, name: str, **settings: object) -> Path:
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def whole_model(folder: Path) -> Any:
+    """Load transformers' model of the checkpoint in float32, with its vision part if it has one."""
+    is_multimodal = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    model_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def eager_answer(model: Any, tokens: Sequence[int], num_new: int) -> tuple[torch.Tensor, list[int]]:
+    """Return the logits of the first new token, and the greedy tokens, without a cache."""
+    found, first = list(tokens), torch.empty(0)
+    with torch.inference_mode():
+        for number in range(num_new):
+            logits = model(input_ids=torch.tensor([found]), use_cache=False).logits[0, -1]
+            first = first if number else logits
+            found.append(int(logits.argmax()))
+    return first, found[-num_new:]
+
+
+def train(folder: Path, target: Path, seed: int, **settings: Any) -> Path:
+    """Save an adapter of the whole model, with random weights, as PEFT does."""
+    torch.manual_seed(seed)
+    config = LoraConfig(**{"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings)
+    model = get_peft_model(whole_model(folder), config)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(target)
+    return target
 
 
 def _present(settings: Settings) -> dict[str, Any]:

@@ -6,23 +6,20 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
-from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, EngineStopped, PlanTooLarge
 from gpu_worker.front import calls
 from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
-from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
     PATIENCE_S,
     MakeEngine,
     Shapes,
-    assert_nothing_held,
+    Start,
     by_digest,
     complete,
     greedy,
@@ -33,34 +30,8 @@ from tests.tiny import plan_of, random_adapter
 
 
 @pytest.fixture
-def shifts_of(start: Callable[[Engine], NativeEngine]) -> Callable[[Engine, list[str]], list[float | Exception]]:
+def shifts_of(start: Start) -> Callable[[Engine, list[str]], list[float | Exception]]:
     return lambda engine, digests: run(start(engine).probe(digests))
-
-
-def faint(shapes: Shapes, share: float) -> AdapterWeights:
-    """Return an adapter with this share of its effect; with 0, every lora_b is zero, as before training."""
-    weights = random_adapter(shapes, 9)
-    modules = {name: replace(module, lora_b=module.lora_b * share) for name, module in weights.modules.items()}
-    return AdapterWeights(f"faint-{share}", modules)
-
-
-def test_each_adapter_has_its_own_shift_or_its_own_error(
-    make_engine: MakeEngine, shapes: Shapes, shifts_of: Callable[..., list[float | Exception]]
-) -> None:
-    weak, strong = random_adapter(shapes, 1, size=0.02), random_adapter(shapes, 2, size=0.3)
-    wide = random_adapter(shapes, 3, rank=33)
-    misfit = AdapterWeights("misfit", {"nowhere": ModuleWeights(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
-    idle, lost = faint(shapes, 0.0), faint(shapes, 1e-6)
-    engine = make_engine(by_digest(weak, strong, wide, misfit, idle, lost), max_batch_size=4)
-    answered = (strong, weak, idle, lost, wide, misfit)
-    digests = [*[weights.weights_digest for weights in answered], "missing"]
-    strong_shift, weak_shift, no_shift, lost_shift, too_wide, misfitting, missing = shifts_of(engine, digests)
-    assert isinstance(strong_shift, float) and isinstance(weak_shift, float)
-    assert strong_shift > weak_shift > 0.0
-    assert no_shift == 0.0 and lost_shift == 0.0
-    assert isinstance(too_wide, PlanTooLarge)
-    assert isinstance(misfitting, AdapterUnfit) and isinstance(missing, AdapterLoadFailed)
-    assert_nothing_held(engine)
 
 
 def test_the_shift_is_the_largest_change_of_a_logit_in_units_of_the_largest_logit(
@@ -77,19 +48,12 @@ def test_the_shift_is_the_largest_change_of_a_logit_in_units_of_the_largest_logi
         float((logits_of(plan_of("selection", (weights, 1.0))) - base).abs().max() / base.abs().max())
         for weights in pool
     ]
-    found = shifts_of(make_engine(by_digest(*pool)), [weights.weights_digest for weights in pool])
+    found = shifts_of(make_engine(by_digest(*pool), max_batch_size=4), [weights.weights_digest for weights in pool])
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Callable[[Engine], NativeEngine]) -> None:
-    native = start(make_engine({}))
-    native.stop()
-    with pytest.raises(EngineStopped):
-        run(native.probe(["a"]))
-
-
 def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], NativeEngine]
+    make_engine: MakeEngine, shapes: Shapes, start: Start
 ) -> None:
     """Loads end one by one on another thread, and no row runs before all have ended."""
     pool = [random_adapter(shapes, i) for i in range(8)]
@@ -107,7 +71,7 @@ def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
 
 
 def test_a_cancelled_probe_does_not_cancel_loads_of_others(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], NativeEngine]
+    make_engine: MakeEngine, shapes: Shapes, start: Start
 ) -> None:
     weights, may_load = random_adapter(shapes, 1), threading.Event()
 

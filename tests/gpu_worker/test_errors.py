@@ -25,8 +25,7 @@ def test_errors_survive_pickling(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [DeadlineExceeded(3), WaitedTooLong(2.5), RequestFailed("r-1"), SamplingInvalid("top_p is 2", "top_p")],
+    "error", [DeadlineExceeded(3), WaitedTooLong(2.5), RequestFailed("r-1"), SamplingInvalid("top_p is 2", "top_p")]
 )
 def test_errors_keep_their_message_between_processes(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))

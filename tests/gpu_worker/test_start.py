@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 
@@ -16,14 +14,14 @@ from gpu_worker.native.engine import NativeEngine
 from gpu_worker.start import start_engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import greedy
-from tests.tiny import tiny_config
+from tests.tiny import TinyFolders, tiny_config
 
 
 def no_fetch(digest: str) -> Future[AdapterWeights]:
     raise AssertionError("nothing is fetched")
 
 
-def test_the_native_engine_is_started_and_answers(tiny_folders: Mapping[str, Path]) -> None:
+def test_the_native_engine_is_started_and_answers(tiny_folders: TinyFolders) -> None:
     async def run() -> list[Completion | Exception]:
         engine = await start_engine(tiny_config(tiny_folders["llama"], engine="native"), no_fetch)
         assert isinstance(engine, NativeEngine)

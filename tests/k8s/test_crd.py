@@ -1,4 +1,4 @@
-"""KubeRay's own schema, in the file named by LORARETRIEVER_RAYSERVICE_CRD, and the parsing of such a file."""
+"""KubeRay's own schema, in the file named by LORARETRIEVER_RAYSERVICE_CRD."""
 
 from __future__ import annotations
 
@@ -67,46 +67,3 @@ def _unknown(own: Document, theirs: Document, where: str) -> Iterator[str]:
             yield from _unknown(part, theirs.get("properties", {}).get(name, {}), f"{where}.{name}")
     if "items" in own:
         yield from _unknown(own["items"], theirs["items"], f"{where}[]")
-
-
-SMALL = {
-    "type": "object",
-    "required": ["port"],
-    "properties": {
-        "port": {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]},
-        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
-        "free": {
-            "type": "object",
-            "x-kubernetes-preserve-unknown-fields": True,
-            "properties": {"a": {"type": "string"}},
-        },
-        "list": {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}}},
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("document", "problem_text"),
-    [
-        ({"port": 1, "labels": {"any": "x"}, "free": {"any": 1}, "list": [{"n": 1}]}, None),
-        ({"port": "named"}, None),
-        ({"port": []}, "[] is not of type 'integer', 'string'"),
-        ({"port": 1, "prot": 2}, "prot"),
-        ({}, "'port' is a required property"),
-        ({"port": 1, "labels": {"a": 1}}, "1 is not of type 'string'"),
-        ({"port": 1, "free": {"a": 1}}, "1 is not of type 'string'"),
-        ({"port": 1, "list": [{"m": 1}]}, "'m' was unexpected"),
-        ({"port": 1, "list": [{"n": 0}]}, "less than the minimum"),
-    ],
-)
-def test_an_openapi_schema_becomes_strict(document: Document, problem_text: str | None) -> None:
-    found = list(schema_problems(document, strict(SMALL)))
-    assert found == [] if problem_text is None else any(problem_text in problem for problem in found)
-
-
-def test_the_schema_of_the_served_version_is_read() -> None:
-    versions = [
-        {"name": "v1alpha1", "served": True, "storage": False, "schema": {"openAPIV3Schema": {"old": True}}},
-        {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": {"old": False}}},
-    ]
-    assert served_schema({"spec": {"versions": versions}}) == {"old": False}

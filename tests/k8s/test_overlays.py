@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from tests.k8s import general, network, placement, schemas, serving
 from tests.k8s.general import README
-from tests.k8s.manifests import Document, Manifests, quantity
-from tests.k8s.network import egress_rules
+from tests.k8s.manifests import Document, Manifests
+from tests.k8s.network import METADATA, egress_rules
 from tests.k8s.rendering import ALL, K8S, OVERLAYS, build
 
 CHECKS = (schemas, general, serving, placement, network)
@@ -151,6 +152,31 @@ def test_every_file_is_part_of_an_installation() -> None:
     assert files - set(_listed()) == set()
 
 
+def test_rays_own_autoscaler_reads_the_groups(rendered: Callable[[str], Manifests]) -> None:
+    manifests = rendered("gpu-s3")
+    cluster = {"metadata": {"name": "c", "namespace": "n"}, "spec": manifests.cluster}
+    read = _derive_autoscaling_config_from_ray_cr(cluster)
+    assert read["idle_timeout_minutes"] == 11
+    nodes = read["available_node_types"]
+    bounds = {name: (node["min_workers"], node["max_workers"]) for name, node in nodes.items()}
+    assert bounds == {"headgroup": (0, 0), "cpu": (2, 20), "gpu": (2, 4)}
+    sizes = {name: (node["resources"]["CPU"], node["resources"].get("GPU", 0)) for name, node in nodes.items()}
+    assert nodes["cpu"]["resources"]["cpu_pod"] == 1
+    assert sizes == {"headgroup": (0, 0), "cpu": (4, 0), "gpu": (4, 1)}
+
+
+def test_a_rule_for_the_model_hub_opens_the_workers(rendered: Callable[[str], Manifests]) -> None:
+    [rule] = egress_rules(rendered("hub").named("NetworkPolicy", "loraretriever-model-hub"))
+    assert rule.reaches("203.0.113.7") and rule.has_port("TCP", 443) and not rule.has_port("TCP", 80)
+
+
+def test_an_open_rule_reaches_every_metadata_service_by_ipv4_and_none_by_ipv6() -> None:
+    document = {"metadata": {"name": "p"}, "spec": {"egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}]}}
+    [rule] = egress_rules(document)
+    assert [address for address in METADATA if rule.reaches(address)] == [a for a in METADATA if ":" not in a]
+    assert rule.reaches("203.0.113.7") and not rule.reaches("2001:db8::1")
+
+
 @pytest.fixture
 def fetching(kubectl: str, rendered: Callable[[str], Manifests]) -> Manifests:
     """Return the GPU overlay with the Job that fills its volume."""
@@ -195,13 +221,6 @@ def _fetch(manifests: Manifests, revision: str, folder: Path) -> subprocess.Comp
     environment |= {"REVISION": revision, "PYTHONPATH": str(folder)}
     command = [sys.executable, *container["command"][1:], *container["args"]]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("500m", 0.5), ("4", 4), (1, 1), ("1Gi", 2**30), ("2k", 2000), ("1.5G", 1.5e9)]
-)
-def test_quantities(text: str | int, number: float) -> None:
-    assert quantity(text) == number
 
 
 def test_the_patches_that_readme_shows_apply(kubectl: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 import torch
 
-from lora_store import AdapterRecord, AdapterRef, Location, LoraStore, ModuleWeights, Sample, write_peft_folder
+from lora_store import AdapterRecord, AdapterRef, Location, LoraStore, ModuleWeights, Sample, Staged, write_peft_folder
 from lora_store.files import Files
 from tests.lora_store.builders import (
     BASE,
@@ -21,6 +21,7 @@ from tests.lora_store.builders import (
     MakeRecord,
     MakeWeights,
     OpenStore,
+    PublishOne,
     Stored,
     embedding,
 )
@@ -86,6 +87,23 @@ def clock() -> FakeClock:
 @pytest.fixture
 def open_store(store_uri: str, clock: FakeClock) -> OpenStore:
     return lambda: LoraStore(store_uri, accepts_base=[BASE], now=clock.now, sleep=clock.sleep)
+
+
+@pytest.fixture
+def store(open_store: OpenStore) -> LoraStore:
+    return open_store()
+
+
+@pytest.fixture
+def publish(store: LoraStore, make_folder: MakeFolder) -> PublishOne:
+    """Publish one version and return it."""
+
+    def run(name: str = "poet", seed: int = 0, encoder: str = "enc", precondition: Any = "any", **label: Any) -> Staged:
+        staged = store.stage(make_folder(name, seed, inputs=(f"{name} {seed}",)), **label)
+        store.commit([staged], [embedding(encoder=encoder)], [1.0], "me", precondition)
+        return staged
+
+    return run
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import torch
 from lora_store import AdapterRef, AdapterWeights, ModuleWeights, is_valid_name
 
 
-@pytest.mark.parametrize("name", ["a", "A-b_c.9", "x" * 64, "..."])
-def test_letters_digits_dots_dashes_and_underscores_make_a_name(name: str) -> None:
-    assert is_valid_name(name)
-
-
-@pytest.mark.parametrize("name", ["", "x" * 65, "a/b", "a b", "auto", ".", "..", "é", "a\n"])
-def test_other_characters_and_reserved_words_do_not(name: str) -> None:
-    assert not is_valid_name(name)
+@pytest.mark.parametrize(
+    ("names", "are_valid"),
+    [(["a", "A-b_c.9", "x" * 64, "..."], True), (["", "x" * 65, "a/b", "a b", "auto", ".", "..", "é", "a\n"], False)],
+)
+def test_letters_digits_dots_dashes_and_underscores_make_a_name(names: list[str], are_valid: bool) -> None:
+    assert [name for name in names if is_valid_name(name) != are_valid] == []
 
 
 def test_another_tenant_uses_the_name_with_its_owner() -> None:

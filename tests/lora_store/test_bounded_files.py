@@ -10,19 +10,16 @@ from lora_store.bounded_files import Limits, parse_json_object, read_bytes, read
 from lora_store.errors import FileRefused
 
 
-def test_a_file_is_read_up_to_its_limit_and_refused_above(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "limit", "shown"),
+    [(10, 9, "10 bytes; this server takes 9 bytes$"), (3 << 20, 2 << 20, "3 MiB; this server takes 2 MiB$")],
+)
+def test_a_file_is_read_up_to_its_limit_and_refused_above(tmp_path: Path, size: int, limit: int, shown: str) -> None:
     file = tmp_path / "file"
-    file.write_bytes(b"x" * 10)
-    assert read_bytes(file, 10) == b"x" * 10
-    with pytest.raises(FileRefused, match=r"file: has 10 bytes; this server takes 9 bytes$"):
-        read_bytes(file, 9)
-
-
-def test_large_sizes_are_also_given_in_mib(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * (3 << 20))
-    with pytest.raises(FileRefused, match=r"has 3 MiB; this server takes 2 MiB$"):
-        read_bytes(file, 2 << 20)
+    file.write_bytes(b"x" * size)
+    assert read_bytes(file, size) == b"x" * size
+    with pytest.raises(FileRefused, match=f"file: has {shown}"):
+        read_bytes(file, limit)
 
 
 @pytest.mark.parametrize(

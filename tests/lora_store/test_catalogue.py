@@ -8,17 +8,10 @@ from dataclasses import replace
 import pytest
 from deltalake import DeltaTable
 
-from lora_store import (
-    AdapterNotFound,
-    AdapterRecord,
-    AdapterRefused,
-    Catalogue,
-    Event,
-    Location,
-    Publish,
-    VersionConflict,
-)
+from lora_store import AdapterRecord, AdapterRefused, Catalogue, Event, Location, Publish, VersionConflict
+from lora_store.catalogue import History
 from lora_store.event_table import EventTable
+from lora_store.events import Fold, fold_table_of, table_of
 from lora_store.files import Files
 from lora_store.snapshot import Snapshot
 from tests.lora_store.builders import MakeRecord, embedding
@@ -28,28 +21,33 @@ def _publish(*records: AdapterRecord) -> Callable[[Snapshot], list[Event]]:
     return lambda snapshot: [Publish(record) for record in records]
 
 
-def test_a_new_catalogue_is_empty_at_generation_zero(location: Location) -> None:
-    snapshot = Catalogue(location).snapshot()
-    assert (snapshot.generation, dict(snapshot.records)) == (0, {})
-
-
 def test_a_record_comes_back_as_it_was_committed(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
+    before = catalogue.snapshot()
+    assert catalogue.snapshot() is before, "without changes it is the same object"
     full = make_record()
     bare = make_record("bare", template=None, embedding=None, probe_shift=None, tags=(), ranks=())
-    assert catalogue.commit(_publish(full, bare)) == 1
-    records = catalogue.snapshot().records
-    assert records["local", "poet"] == replace(full, generation=1)
-    assert records["local", "bare"] == replace(bare, generation=1)
+    assert Catalogue(location).commit(_publish(full, bare)) == 1
+    after = catalogue.snapshot()
+    assert after is catalogue.snapshot() is not before
+    assert (before.generation, dict(before.records)) == (0, {})
+    assert after.records["local", "poet"] == replace(full, generation=1)
+    assert after.records["local", "bare"] == replace(bare, generation=1)
+    travelled = pickle.loads(pickle.dumps(after))
+    assert travelled == after and pickle.loads(pickle.dumps(before)) == before
+    with pytest.raises(TypeError):
+        travelled.records["local", "x"] = full
 
 
-def test_reopening_gives_the_same_snapshot(location: Location, make_record: MakeRecord) -> None:
+def test_no_events_and_an_error_of_the_rule_commit_nothing(location: Location, make_record: MakeRecord) -> None:
+    def refuse(snapshot: Snapshot) -> list[Event]:
+        raise AdapterRefused("poet", ["no"])
+
     catalogue = Catalogue(location)
-    for number in range(5):
-        catalogue.commit(_publish(make_record(f"a{number}"), make_record("poet", digest=f"{number}" * 64)))
-    assert Catalogue(location).snapshot() == catalogue.snapshot()
-    assert catalogue.snapshot().generation == 5
-    assert len(catalogue.snapshot().records) == 6
+    with pytest.raises(AdapterRefused):
+        catalogue.commit(refuse)
+    assert catalogue.commit(_publish(make_record())) == 1
+    assert catalogue.commit(_publish()) == catalogue.snapshot().generation == 1
 
 
 def test_every_generation_can_be_seen_again_after_a_compaction(location: Location, make_record: MakeRecord) -> None:
@@ -57,6 +55,8 @@ def test_every_generation_can_be_seen_again_after_a_compaction(location: Locatio
     for number in range(4):
         catalogue.commit(_publish(make_record("poet", digest=f"{number}" * 64), make_record(f"a{number}")))
         seen.append(catalogue.snapshot())
+    assert Catalogue(location).snapshot() == seen[-1]
+    assert (seen[-1].generation, len(seen[-1].records)) == (4, 5)
     EventTable(location).compact()
     catalogue.commit(_publish(make_record("late")))
     reopened = Catalogue(location)
@@ -66,25 +66,7 @@ def test_every_generation_can_be_seen_again_after_a_compaction(location: Locatio
     assert reopened.snapshot_at(newest.generation) is newest
 
 
-def test_without_changes_the_snapshot_is_the_same_object(location: Location, make_record: MakeRecord) -> None:
-    catalogue = Catalogue(location)
-    before = catalogue.snapshot()
-    assert catalogue.snapshot() is before
-    Catalogue(location).commit(_publish(make_record()))
-    after = catalogue.snapshot()
-    assert after is not before
-    assert after is catalogue.snapshot()
-    assert dict(before.records) == {}
-
-
-def test_no_events_commit_nothing(location: Location, make_record: MakeRecord) -> None:
-    catalogue = Catalogue(location)
-    catalogue.commit(_publish(make_record()))
-    assert catalogue.commit(_publish()) == 1
-    assert catalogue.snapshot().generation == 1
-
-
-def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(
+def test_rows_of_a_commit_share_its_generation_and_the_last_one_wins(
     location: Location, make_record: MakeRecord
 ) -> None:
     catalogue = Catalogue(location)
@@ -130,16 +112,6 @@ def test_a_writer_that_always_loses_the_race_gives_up(location: Location, make_r
     assert max(pauses) <= 1 and len(set(pauses)) == len(pauses)  # random pauses, so that rivals separate
 
 
-def test_an_error_of_the_rule_commits_nothing(location: Location, make_record: MakeRecord) -> None:
-    def refuse(snapshot: Snapshot) -> list[Event]:
-        raise AdapterRefused("poet", ["no"])
-
-    catalogue = Catalogue(location)
-    with pytest.raises(AdapterRefused):
-        catalogue.commit(refuse)
-    assert catalogue.commit(_publish(make_record())) == 1
-
-
 def test_a_refresh_does_not_open_files_again(location: Location, make_record: MakeRecord) -> None:
     catalogue, rival = Catalogue(location), Catalogue(location)
     catalogue.commit(_publish(make_record("old")))
@@ -178,49 +150,6 @@ def test_a_late_compaction_does_not_bring_old_versions_back(location: Location, 
     assert (after.generation, after.records) == (4, before.records)
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_a_pickled_snapshot_is_equal_and_immutable(location: Location, make_record: MakeRecord, number: int) -> None:
-    catalogue = Catalogue(location)
-    catalogue.commit(_publish(*(make_record(f"a{n}") for n in range(number))))
-    travelled = pickle.loads(pickle.dumps(catalogue.snapshot()))
-    assert travelled == catalogue.snapshot()
-    with pytest.raises(TypeError):
-        travelled.records["local", "x"] = make_record("x")
-
-
-@pytest.mark.parametrize(
-    ("tenant", "name", "owner"),
-    [
-        ("us", "poet", "us"),
-        ("them", "poet", "us"),
-        ("them", "secret", "them"),
-        ("them", "us/poet", "us"),
-        ("us", "them/secret", None),
-        ("us", "secret", None),
-        ("us", "them/poet", None),
-        ("us", "", None),
-        ("us", "a/b/c", None),
-    ],
-)
-def test_a_name_means_the_own_adapter_first_then_the_public_one(
-    location: Location, make_record: MakeRecord, tenant: str, name: str, owner: str
-) -> None:
-    catalogue = Catalogue(location)
-    catalogue.commit(_publish(make_record("poet", "us"), make_record("secret", "them", visibility="private")))
-    if owner is None:
-        with pytest.raises(AdapterNotFound):
-            catalogue.snapshot().resolve(tenant, name)
-    else:
-        assert catalogue.snapshot().resolve(tenant, name).ref.tenant == owner
-
-
-def test_ones_own_private_adapter_hides_a_public_one_of_that_name(location: Location, make_record: MakeRecord) -> None:
-    catalogue = Catalogue(location)
-    catalogue.commit(_publish(make_record("poet", "us"), make_record("poet", "them", visibility="private")))
-    assert catalogue.snapshot().resolve("them", "poet").ref.tenant == "them"
-    assert catalogue.snapshot().resolve("others", "poet").ref.tenant == "us"
-
-
 def test_the_log_grows_by_less_than_2_kb_an_event(location: Location, make_record: MakeRecord) -> None:
     catalogue, log = Catalogue(location), Files(location.child("_delta_log"))
     before = sum(file.num_bytes for file in log.entries())
@@ -228,3 +157,21 @@ def test_the_log_grows_by_less_than_2_kb_an_event(location: Location, make_recor
         catalogue.commit(_publish(make_record(f"a{number}", embedding=embedding(*range(384)))))
     grown = sum(file.num_bytes for file in log.entries()) - before
     assert 0 < grown / 10 < 2048
+
+
+def test_events_count_until_a_fold_replaces_them(make_record: MakeRecord) -> None:
+    history = History()
+    history.add(table_of([Publish(make_record("a")), Publish(make_record("b"))], 1, "one"), after=0)
+    history.add(table_of([Publish(make_record("c"))], 2, "two"), after=1)
+    assert (history.num_events, history.commits) == (3, {"one": 1, "two": 2})
+    history.add(fold_table_of([Fold(None, None)], 1, {"one": 1}), after=2)
+    assert history.num_events == 1
+    history.forget_until(2)
+    assert (history.num_events, history.commits) == (0, {"one": 1, "two": 2})
+
+
+def test_only_recent_commits_are_remembered(make_record: MakeRecord) -> None:
+    history = History()
+    for generation in range(1, 301):
+        history.add(table_of([Publish(make_record())], generation, f"c{generation}"), after=generation - 1)
+    assert list(history.commits.values()) == list(range(45, 301))

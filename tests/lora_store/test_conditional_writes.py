@@ -109,28 +109,20 @@ def test_a_deletion_that_fails_does_not_hide_the_verdict(endpoint: Endpoint, cap
         ("", {"AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
         ("", {}, "us-east-1"),
         ("&region=eu-north-1", {"AWS_REGION": "eu-west-1"}, "eu-north-1"),
+        (None, {"AWS_ENDPOINT_URL_S3": "{}", "AWS_REGION": "eu-west-1"}, "eu-west-1"),
+        (None, {"AWS_ENDPOINT_URL": "{}"}, "us-east-1"),
+        (None, {"AWS_ENDPOINT": "{}"}, "us-east-1"),
     ],
 )
-def test_requests_are_signed_for_the_region_of_the_uri_or_else_of_the_environment(
-    query: str, variables: dict[str, str], region: str, endpoint: Endpoint
+def test_the_endpoint_and_the_region_are_those_of_the_uri_or_else_of_the_environment(
+    query: str | None, variables: dict[str, str], region: str, endpoint: Endpoint
 ) -> None:
+    address = f"http://127.0.0.1:{endpoint.server_port}/"
+    environment = KEYS | {name: value.format(address) for name, value in variables.items()}
     with pytest.raises(ConditionalWritesMissing):
-        check_conditional_writes(Location(endpoint.uri(query)), KEYS | variables)
+        check_conditional_writes(Location("s3://pool/adapters" if query is None else endpoint.uri(query)), environment)
     assert len(endpoint.authorizations) == 2
     assert all(f"/{region}/s3/aws4_request" in header for header in endpoint.authorizations)
-
-
-@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
-def test_an_endpoint_of_the_environment_is_checked(name: str, endpoint: Endpoint) -> None:
-    environment = KEYS | {name: f"http://127.0.0.1:{endpoint.server_port}/"}
-    with pytest.raises(ConditionalWritesMissing):
-        check_conditional_writes(Location("s3://pool/adapters"), environment)
-    assert len(endpoint.authorizations) == 2
-
-
-def test_an_invalid_endpoint_url_in_the_environment_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    check_conditional_writes(Location("s3://pool/adapters"), KEYS | {"AWS_ENDPOINT_URL": "127.0.0.1:9"})
-    assert "could not be checked at 127.0.0.1:9/pool/" in caplog.text
 
 
 def test_an_endpoint_with_conditional_writes_is_accepted_and_cleaned_up(s3_endpoint: S3Endpoint) -> None:
@@ -156,9 +148,11 @@ def test_a_folder_is_not_checked(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unreachable_endpoint_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_endpoint_and_an_invalid_url_prove_nothing(caplog: pytest.LogCaptureFixture) -> None:
     endpoint = S3Endpoint()
     location = Location(endpoint.uri("stores/x"))
     endpoint.stop()
     check_conditional_writes(location, os.environ)
     assert "could not be checked" in caplog.text and "refused" in caplog.text
+    check_conditional_writes(Location("s3://pool/adapters"), KEYS | {"AWS_ENDPOINT_URL": "127.0.0.1:9"})
+    assert "could not be checked at 127.0.0.1:9/pool/" in caplog.text

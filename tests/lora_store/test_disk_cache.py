@@ -54,15 +54,17 @@ def held(cache: DiskCache, numbers: range) -> list[int]:
     return [number for number in numbers if (cache.folder / blob(number)[0]).exists()]
 
 
-def test_another_process_reads_a_cached_blob(cache: DiskCache) -> None:
+def test_another_process_reads_a_cached_blob_until_it_is_discarded(cache: DiskCache) -> None:
+    cache.discard([blob(0)[0]])  # before the folder exists
     digest, data = blob(1)
     assert cache.get(digest) is None and measure(cache) == 0
     cache.put(digest, data)
     assert cache.get(digest) == DiskCache(cache.folder, 300).get(digest) == data
-    assert measure(cache) == 100
     cache.put(digest, memoryview(data))
     assert measure(cache) == 100
-    cache.discard([digest])
+    cache.put(*blob(0))
+    cache.discard([digest, blob(5)[0]])  # of which the second is not there
+    assert held(cache, range(6)) == [0]
     cache.put(digest, memoryview(data)[:30], data[30:])
     assert cache.get(digest) == data
 
@@ -78,7 +80,7 @@ def test_the_least_recently_used_makes_room(cache: DiskCache) -> None:
     assert measure(cache) == 250
 
 
-@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 299, 300, 301, 1000])
+@pytest.mark.parametrize("size", [0, 1, 100, 101, 300, 301])
 def test_the_quota_holds_for_any_size_and_a_larger_blob_evicts_nothing(size: int, cache: DiskCache) -> None:
     for number in (0, 1, 2):
         cache.put(*blob(number))
@@ -86,7 +88,7 @@ def test_the_quota_holds_for_any_size_and_a_larger_blob_evicts_nothing(size: int
     cache.put(digest, data)
     assert measure(cache) <= 300
     assert cache.get(digest) == (data if size <= 300 else None)
-    assert held(cache, range(3)) == ([0, 1, 2] if size in (0, 301, 1000) else list(range(1 + (size - 1) // 100, 3)))
+    assert held(cache, range(3)) == ([0, 1, 2] if size in (0, 301) else list(range(1 + (size - 1) // 100, 3)))
 
 
 def test_a_damaged_file_is_a_miss_and_is_deleted(cache: DiskCache, caplog: pytest.LogCaptureFixture) -> None:
@@ -99,14 +101,6 @@ def test_a_damaged_file_is_a_miss_and_is_deleted(cache: DiskCache, caplog: pytes
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
     cache.put(digest, data)
     assert cache.get(digest) == data
-
-
-def test_a_discarded_blob_is_gone_and_a_missing_one_is_no_error(cache: DiskCache) -> None:
-    cache.discard([blob(0)[0]])  # before the folder exists
-    for number in (0, 1):
-        cache.put(*blob(number))
-    cache.discard([blob(0)[0], blob(5)[0]])
-    assert held(cache, range(6)) == [1]
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", ".", ".lock", "A" * 64, "a" * 63, "a" * 64 + "\n"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
@@ -61,26 +62,32 @@ def test_errors_survive_pickling_between_processes(error: LoraStoreError) -> Non
     assert (str(again), again.__dict__) == (str(error), error.__dict__)
 
 
-def test_a_refusal_lists_every_reason() -> None:
-    assert str(ERRORS[0]) == "adapter 'poet' refused: rank 0; no weights"
-    file = FileRefused("a.json", ["first", "second"])
-    assert str(file) == "a.json: first; a.json: second"
-
-
-def test_an_unknown_name_comes_with_a_suggestion() -> None:
-    assert str(AdapterNotFound("peot", "poet")) == "no adapter 'peot'; did you mean 'poet'?"
-    assert str(AdapterNotFound("poet")) == "no adapter 'poet'"
-    owned = "'poet' belongs to tenant 'acme'; only its own keys may change it"
-    assert str(AdapterNotFound("poet", owner="acme")) == owned
-
-
-def test_a_quota_error_states_the_limit_and_the_request() -> None:
-    message = str(QuotaExceeded("adapters", 6, 5))
-    assert message.startswith("quota exceeded: the tenant may have 5 adapters, and this publish would make it 6;")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ERRORS[0], "adapter 'poet' refused: rank 0; no weights$"),
+        (FileRefused("a.json", ["first", "second"]), r"a\.json: first; a\.json: second$"),
+        (AdapterNotFound("peot", "poet"), r"no adapter 'peot'; did you mean 'poet'\?$"),
+        (AdapterNotFound("poet"), "no adapter 'poet'$"),
+        (AdapterNotFound("poet", owner="acme"), "'poet' belongs to tenant 'acme'; only its own keys may change it$"),
+        (
+            QuotaExceeded("adapters", 6, 5),
+            "quota exceeded: the tenant may have 5 adapters, and this publish would make it 6;",
+        ),
+        (
+            StoreDamaged("/a/part-1", "is empty"),
+            "the adapter store is damaged: /a/part-1 is empty; .*loraretriever pool repair",
+        ),
+        (StoreIsNewer("change it", "0.3.0"), ".* Use release 0.3.0 or later$"),
+        (StoreIsNewer("change it", ""), ".* Use the release that changed it, or a later one$"),
+    ],
+)
+def test_a_message_names_what_is_wrong_and_what_to_do(error: LoraStoreError, said: str) -> None:
+    assert re.match(said, str(error))
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable, StoreFull, lambda cause: StoreDamaged(cause, "is empty")])
-def test_the_location_of_the_store_is_not_in_the_message_for_clients(
+def test_clients_are_not_told_the_location_of_the_store(
     error: Callable[[str], StoreUnavailable | StoreDamaged],
 ) -> None:
     made = error("s3://secret-bucket: connection refused")
@@ -91,14 +98,7 @@ def test_the_location_of_the_store_is_not_in_the_message_for_clients(
 def test_a_full_disk_is_called_full_and_damage_is_not_to_be_retried() -> None:
     assert StoreFull("x").client_message.startswith("the store's disk is full")
     assert "cannot be reached" not in str(StoreFull("x"))
-    damaged = StoreDamaged("/pool/part-1", "is empty")
-    assert str(damaged).startswith("the adapter store is damaged: /pool/part-1 is empty; ")
-    assert "loraretriever pool repair" in str(damaged) and "try again" not in damaged.client_message
-
-
-def test_a_newer_store_names_the_release_that_can() -> None:
-    assert str(StoreIsNewer("change it", "0.3.0")).endswith("Use release 0.3.0 or later")
-    assert str(StoreIsNewer("change it", "")).endswith("Use the release that changed it, or a later one")
+    assert "try again" not in StoreDamaged("/pool/part-1", "is empty").client_message
 
 
 def test_adapters_without_an_embedding_are_named_only_by_digest() -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from lora_store import Catalogue, Location, LoraStore, Publish
-from tests.lora_store.builders import BASE, MakeFolder, MakeRecord
+from tests.lora_store.builders import BASE, LATER, MakeFolder, MakeRecord
 from tests.lora_store.power_failure import Disk
 from tests.lora_store.publishing import publish
-
-LATER = datetime.now(UTC) + timedelta(days=1)
 
 
 @pytest.fixture

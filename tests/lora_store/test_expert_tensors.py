@@ -153,37 +153,25 @@ def without(key: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name != f"{PREFIX}{EXPERTS}.{key}"}
 
 
-def first_expert_as(expert: int) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {key.replace(".experts.0.", f".experts.{expert}."): each for key, each in tensors.items()}
+def respelled(old: str, new: str, part: str = "") -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key.replace(old, new) if part in key else key: each for key, each in tensors.items()}
 
 
 REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], Shapes, str]] = {
     "an engine without experts": (stacked, {"model.layers.0.self_attn.q_proj": (8, WIDTH)}, "take no adapters on them"),
-    "another number of experts": (
-        stacked,
-        SHAPES | {f"{EXPERTS}.down_proj": (WIDTH, INNER, 2)},
-        "for 2 experts of rank",
-    ),
+    "another number": (stacked, SHAPES | {f"{EXPERTS}.down_proj": (WIDTH, INNER, 2)}, "for 2 experts of rank"),
     "another width": (stacked, SHAPES | {f"{EXPERTS}.down_proj": (WIDTH, 5, NUM)}, "which no parameter of them does"),
-    "another layer": (
-        lambda x: {k.replace(".0.mlp", ".7.mlp"): t for k, t in x.items()},
+    "another layer": (respelled(".0.mlp", ".7.mlp"), SHAPES, "are no experts of the"),
+    "one too many": (
+        respelled(".experts.0.", f".experts.{NUM}."),
         SHAPES,
-        "are no experts of the",
+        f"has expert {NUM}, but the base model has {NUM}",
     ),
-    "an expert too many": (first_expert_as(NUM), SHAPES, f"has expert {NUM}, but the base model has {NUM}"),
     "half of a pair": (without("1.down_proj.lora_B.weight"), SHAPES, "has no lora_B"),
     "both spellings": (lambda x: x | stacked(x), SHAPES, "of all experts and of single ones"),
     "two names": (lambda x: x | {f"_orig_mod.{k}": t for k, t in x.items()}, SHAPES, "are the same tensor"),
-    "two paths": (
-        lambda x: {k.replace("model.layers", "layers") if ".1." in k else k: t for k, t in x.items()},
-        SHAPES,
-        "also in the file under another path",
-    ),
-    "a long path": (
-        lambda x: {k.replace(EXPERTS, "model." * 20 + EXPERTS): t for k, t in x.items()},
-        SHAPES,
-        "are no experts of the",
-    ),
+    "two paths": (respelled("model.layers", "layers", ".1."), SHAPES, "also in the file under another path"),
+    "a long path": (respelled(EXPERTS, "model." * 20 + EXPERTS), SHAPES, "are no experts of the"),
     "two dtypes": (
         lambda x: {k: t.half() if ".1." in k else t for k, t in x.items()},
         SHAPES,
@@ -214,9 +202,6 @@ def test_patterns_and_single_experts_are_matched_in_bounded_time(tmp_path: Path)
 def test_experts_that_are_left_out_count_towards_the_limit_of_bytes(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "one", single_experts(1))
     num_bytes = (folder / WEIGHTS_FILE).stat().st_size
+    shapes: Shapes = {name: (*shape[:2], 99) if "experts" in name else shape for name, shape in SHAPES.items()}
     with pytest.raises(AdapterRefused, match=r"exceed admission\.max_weights_bytes"):
-        check(
-            folder,
-            SHAPES | {f"{EXPERTS}.{k}": (*SHAPES[f"{EXPERTS}.{k}"][:2], 99) for k in ("gate_up_proj", "down_proj")},
-            max_weights_bytes=num_bytes,
-        )
+        check(folder, shapes, max_weights_bytes=num_bytes)

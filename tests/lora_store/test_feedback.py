@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,7 @@ NOW = datetime.now(UTC)
 
 
 @pytest.fixture
-def files(store_uri: str) -> FeedbackFiles:
-    return FeedbackFiles(Location(store_uri).child("feedback"))
-
-
-@pytest.fixture
-def local(folder_uri: str) -> FeedbackFiles:
+def files(folder_uri: str) -> FeedbackFiles:
     """In a folder, where two writes have two times."""
     return FeedbackFiles(Location(folder_uri).child("feedback"))
 
@@ -42,11 +38,21 @@ def test_feedback_survives_the_process_and_is_kept_apart_by_tenant_and_adapter(s
     assert texts(other, "coder") == texts(other, tenant="globex") == []
 
 
-def test_a_key_keeps_its_newest_proposals_and_pushes_out_no_other_key(local: FeedbackFiles) -> None:
-    propose(local, "of another key", "other")
+def test_a_key_keeps_its_newest_proposals_and_pushes_out_no_other_key(files: FeedbackFiles) -> None:
+    propose(files, "of another key", "other")
     for number in range(MAX_PER_KEY + 2):
+        propose(files, f"text {number}")
+    assert texts(files) == ["text 4", "text 3", "text 2", "of another key"]
+
+
+def test_a_rejected_proposal_returns_only_after_newer_ones_of_its_key(local: FeedbackFiles) -> None:
+    local.put("acme", "proposed", replace(Feedback.proposed("Rhyme.", "poet", "k"), text=""), NOW)
+    for number in range(MAX_PER_KEY):
+        propose(local, "Rhyme.")
+        assert "Rhyme." not in texts(local)
         propose(local, f"text {number}")
-    assert texts(local) == ["text 4", "text 3", "text 2", "of another key"]
+    propose(local, "Rhyme.")
+    assert "Rhyme." in texts(local)
 
 
 def test_the_same_text_of_a_key_counts_once_and_does_not_return_after_a_rejection(files: FeedbackFiles) -> None:
@@ -63,25 +69,25 @@ def test_the_same_text_of_a_key_counts_once_and_does_not_return_after_a_rejectio
 
 @pytest.mark.parametrize(("kind", "adapter"), [("proposed", "poet"), ("outcome", None)])
 def test_each_folder_is_bounded(
-    local: FeedbackFiles, monkeypatch: pytest.MonkeyPatch, kind: Kind, adapter: str | None
+    files: FeedbackFiles, monkeypatch: pytest.MonkeyPatch, kind: Kind, adapter: str | None
 ) -> None:
     monkeypatch.setitem(MAX_KEPT, kind, 4)
     for number in range(7):
         given: dict[str, Any] = {"text": f"text {number}", "adapter": adapter, "key_id": f"key {number}"}
-        local.put("acme", kind, Feedback(f"{number}-{number}", **given), NOW)
-    assert [given.text for given in local.all("acme", kind, adapter)] == [f"text {n}" for n in (6, 5, 4, 3)]
+        files.put("acme", kind, Feedback(f"{number}-{number}", **given), NOW)
+    assert [given.text for given in files.all("acme", kind, adapter)] == [f"text {n}" for n in (6, 5, 4, 3)]
 
 
 def test_asked_prompts_are_found_by_their_request_and_bounded(
-    local: FeedbackFiles, monkeypatch: pytest.MonkeyPatch, folder_uri: str
+    files: FeedbackFiles, monkeypatch: pytest.MonkeyPatch, folder_uri: str
 ) -> None:
     monkeypatch.setitem(MAX_KEPT, "asked", 10)
     for number in range(120):
-        local.put("acme", "asked", Feedback.of_request(f"id {number}", f"text {number}", None, "k"), NOW)
-    found = local.get("acme", "asked", "id 119")
+        files.put("acme", "asked", Feedback.of_request(f"id {number}", f"text {number}", None, "k"), NOW)
+    found = files.get("acme", "asked", "id 119")
     assert found is not None and found.text == "text 119"
-    assert local.get("globex", "asked", "id 119") is None, "of another tenant"
-    assert local.get("acme", "asked", "id 3") is None, "dropped"
+    assert files.get("globex", "asked", "id 119") is None, "of another tenant"
+    assert files.get("acme", "asked", "id 3") is None, "dropped"
     num_kept = len(os.listdir(Path(Location(folder_uri).filesystem_path, "feedback", "asked", "acme")))
     assert num_kept <= 10 + 50
 

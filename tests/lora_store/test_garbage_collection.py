@@ -9,35 +9,32 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, Staged, StoreUnavailable
+from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, StoreUnavailable
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
-from tests.lora_store.builders import BASE, FakeClock, MakeFolder, OpenStore, Stored, embedding, ranking
+from tests.lora_store.builders import (
+    BASE,
+    IN_A_FOLDER,
+    FakeClock,
+    MakeFolder,
+    OpenStore,
+    PublishOne,
+    Stored,
+    embedding,
+    ranking,
+)
+
+BlobNames = Callable[[], set[str]]
 
 
 @pytest.fixture
-def store(open_store: OpenStore) -> LoraStore:
-    return open_store()
-
-
-@pytest.fixture
-def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., Staged]:
-    def run(name: str = "poet", seed: int = 0) -> Staged:
-        staged = store.stage(make_folder(name, seed, inputs=(f"{name} {seed}",)))
-        store.commit([staged], [embedding()], [1.0], "me")
-        return staged
-
-    return run
-
-
-@pytest.fixture
-def blob_names(stored: Stored) -> Callable[[], set[str]]:
+def blob_names(stored: Stored) -> BlobNames:
     """Return the digests of all complete blobs."""
     return lambda: {name.partition("/")[2] for name in stored("blobs")}
 
 
 def test_after_a_withdrawal_a_sweep_removes_its_blobs(
-    store: LoraStore, publish: Callable[..., Staged], blob_names: Callable[[], set[str]]
+    store: LoraStore, publish: PublishOne, blob_names: BlobNames
 ) -> None:
     stays, goes = publish("stays", seed=1), publish()
     before = blob_names()
@@ -51,16 +48,24 @@ def test_after_a_withdrawal_a_sweep_removes_its_blobs(
         store.load(goes.weights_digest)
 
 
-def test_blobs_of_any_kept_version_are_never_swept(
-    store: LoraStore, publish: Callable[..., Staged], make_folder: MakeFolder
+def test_only_blobs_of_a_version_pushed_out_of_the_kept_three_are_swept(
+    store: LoraStore, publish: PublishOne, make_folder: MakeFolder
 ) -> None:
-    first, second = publish(seed=0), publish(seed=1)
-    staged = store.stage(make_folder("copy", seed=2), tenant="them")
-    everything = {digest for item in (first, second, staged) for digest in item.record.blobs}
-    assert store.sweep(everything) == []
-    assert store.load(first.weights_digest)
+    versions = [publish(seed=seed) for seed in range(4)]
+    versions.append(store.stage(make_folder("copy", seed=9), tenant="them"))
+    everything = [digest for item in versions for digest in item.record.blobs]
+    assert store.sweep(everything) == list(versions[0].record.blobs)
+    assert store.load(versions[1].weights_digest)
 
 
+def test_malformed_digests_are_not_swept(store: LoraStore, publish: PublishOne, stored: Stored) -> None:
+    publish()
+    before = stored("catalogue")
+    assert store.sweep(["", "..", "../catalogue/_delta_log", "0" * 63, "A" * 64]) == []
+    assert stored("catalogue") == before
+
+
+@IN_A_FOLDER
 def test_weights_shared_with_another_tenant_stay(store: LoraStore, make_folder: MakeFolder) -> None:
     ours, theirs = (store.stage(make_folder(), tenant=tenant, visibility="private") for tenant in ("us", "them"))
     store.commit([ours, theirs], [embedding()] * 2, [1.0] * 2, "me")
@@ -70,28 +75,9 @@ def test_weights_shared_with_another_tenant_stay(store: LoraStore, make_folder: 
     assert sorted(store.sweep(ours.record.blobs)) == sorted(ours.record.blobs)
 
 
-def test_a_version_pushed_out_of_the_kept_three_can_be_swept(store: LoraStore, publish: Callable[..., Staged]) -> None:
-    staged = [publish(seed=seed) for seed in range(4)]
-    digests = [digest for item in staged for digest in item.record.blobs]
-    assert store.sweep(digests) == list(staged[0].record.blobs)
-
-
-@pytest.mark.parametrize("digest", ["", "..", "../catalogue/_delta_log", "0" * 63, "A" * 64])
-def test_a_malformed_digest_is_not_swept(
-    store: LoraStore, publish: Callable[..., Staged], stored: Stored, digest: str
-) -> None:
-    publish()
-    before = stored("catalogue")
-    assert store.sweep([digest]) == []
-    assert stored("catalogue") == before
-
-
+@IN_A_FOLDER
 def test_discard_releases_the_lease_and_keeps_blobs_that_others_use(
-    store: LoraStore,
-    publish: Callable[..., Staged],
-    make_folder: MakeFolder,
-    stored: Stored,
-    blob_names: Callable[[], set[str]],
+    store: LoraStore, publish: PublishOne, make_folder: MakeFolder, stored: Stored, blob_names: BlobNames
 ) -> None:
     live = publish()
     again = store.stage(make_folder("poet", 0, inputs=("poet 0",)), tags=["new"])
@@ -101,14 +87,14 @@ def test_discard_releases_the_lease_and_keeps_blobs_that_others_use(
     assert blob_names() == set(live.record.blobs)
 
 
+@IN_A_FOLDER
 def test_a_failed_stage_releases_its_lease(
-    open_store: OpenStore, store_uri: str, make_folder: MakeFolder, stored: Stored
+    store: LoraStore, store_uri: str, make_folder: MakeFolder, stored: Stored
 ) -> None:
     class FullDisk(BlobStore):
         def put(self, data: bytes) -> str:
             raise StoreUnavailable("No space left on device")
 
-    store = open_store()
     store._blobs = FullDisk(Location(store_uri))
     with pytest.raises(StoreUnavailable):
         store.stage(make_folder())
@@ -116,24 +102,20 @@ def test_a_failed_stage_releases_its_lease(
 
 
 def test_gc_removes_only_remains_of_crashes(
-    store: LoraStore,
-    publish: Callable[..., Staged],
-    make_folder: MakeFolder,
-    clock: FakeClock,
-    stored: Stored,
-    location: Location,
+    store: LoraStore, publish: PublishOne, make_folder: MakeFolder, clock: FakeClock, stored: Stored, location: Location
 ) -> None:
     live = publish()
     lost = store.stage(make_folder("lost", seed=1))  # the process dies here
-    half = f"{live.weights_digest[:2]}/.{live.weights_digest}.0123456789"
-    Files(location.child("blobs")).write(half, b"half")
+    half, leased = (f"{item[:2]}/.{item}.0123456789" for item in (live.weights_digest, lost.weights_digest))
+    for name in (half, leased):
+        Files(location.child("blobs")).write(name, b"half")
     Files(location.child("sweeps")).write(f"{int(clock.at.timestamp() * 1000)}.dead", b"")
     early = store.gc(0)
-    assert early.num_blobs == 0  # its lease has not expired
+    assert early.num_blobs == 0 and leased in stored("blobs")  # its lease has not expired
     clock.sleep(LEASE_S)
     lost_bytes = sum(size for name, size in stored("blobs").items() if name.partition("/")[2] in lost.record.blobs)
     late = store.gc(0)
-    assert (late.num_blobs, early.num_bytes + late.num_bytes) == (2, lost_bytes + len(b"half"))
+    assert (late.num_blobs, early.num_bytes + late.num_bytes) == (2, lost_bytes + 2 * len(b"half"))
     assert {name.partition("/")[2] for name in stored("blobs")} == set(live.record.blobs)
     assert (stored("holds"), stored("sweeps")) == ({}, {})
     assert store.gc(0) == Collected(0, 0)
@@ -141,7 +123,7 @@ def test_gc_removes_only_remains_of_crashes(
 
 
 def test_gc_keeps_files_younger_than_its_retention(
-    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, blob_names: Callable[[], set[str]]
+    store: LoraStore, publish: PublishOne, clock: FakeClock, blob_names: BlobNames
 ) -> None:
     publish()
     store.withdraw("local", ["poet"], "me")
@@ -152,6 +134,7 @@ def test_gc_keeps_files_younger_than_its_retention(
     assert blob_names() == set()
 
 
+@IN_A_FOLDER
 def test_gc_keeps_parts_of_uploads_for_an_hour_or_its_longer_retention(store: LoraStore, clock: FakeClock) -> None:
     upload, hour = "0" * 32, 3600
     store.uploads.put(upload, 0, b"data")
@@ -164,22 +147,16 @@ def test_gc_keeps_parts_of_uploads_for_an_hour_or_its_longer_retention(store: Lo
         list(store.uploads.parts(upload, 4))
 
 
-def test_gc_leaves_a_half_written_blob_that_is_leased(
-    store: LoraStore, make_folder: MakeFolder, stored: Stored, location: Location
-) -> None:
-    staged = store.stage(make_folder())
-    half = f"{staged.weights_digest[:2]}/.{staged.weights_digest}.0123456789"
-    Files(location.child("blobs")).write(half, b"half")
-    store.gc(0)
-    assert half in stored("blobs")
-
-
-def test_gc_shrinks_the_catalogue_to_one_data_file(
-    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, stored: Stored, open_store: OpenStore
+def test_gc_shrinks_the_catalogue_to_one_data_file_and_leaves_a_rivals_young_one(
+    store: LoraStore, publish: PublishOne, clock: FakeClock, stored: Stored, open_store: OpenStore, location: Location
 ) -> None:
     for seed in range(5):
         publish(seed=seed)
     before = store.snapshot()
+    Files(location.child("catalogue")).write("part-uncommitted.parquet", b"rows")
+    clock.sleep(1800)
+    store.gc(0)
+    assert "part-uncommitted.parquet" in stored("catalogue")
     clock.sleep(2 * 3600)
     store.gc(0)
     assert len([name for name in stored("catalogue") if not name.startswith("_delta_log/")]) == 1
@@ -187,12 +164,9 @@ def test_gc_shrinks_the_catalogue_to_one_data_file(
         assert (dict(snapshot.records), dict(snapshot.previous)) == (dict(before.records), dict(before.previous))
 
 
+@IN_A_FOLDER
 def test_gc_removes_old_projections_of_no_embedding(
-    store: LoraStore,
-    make_folder: MakeFolder,
-    clock: FakeClock,
-    stored: Stored,
-    location: Location,
+    store: LoraStore, make_folder: MakeFolder, clock: FakeClock, stored: Stored, location: Location
 ) -> None:
     used = ("live+1", "older+1", "pending+1", "ranked+1")
     names = [*used, "gone+1", "live+2", "live-1.ordinary", "gone-1.ordinary"]  # live+2: fitted again, then given up
@@ -217,6 +191,7 @@ def test_gc_removes_old_projections_of_no_embedding(
     assert store.gc(0) == Collected(0, 0)
 
 
+@IN_A_FOLDER
 def test_the_projection_of_the_active_encoder_outlives_the_adapters(
     store: LoraStore, clock: FakeClock, stored: Stored, location: Location
 ) -> None:
@@ -229,22 +204,18 @@ def test_the_projection_of_the_active_encoder_outlives_the_adapters(
     assert stored("projections") == {}
 
 
-def test_verify_reads_every_needed_blob_once(store: LoraStore, publish: Callable[..., Staged]) -> None:
+def test_verify_reads_every_needed_blob_once_and_names_damaged_and_missing_ones(
+    store: LoraStore, publish: PublishOne, location: Location
+) -> None:
     first, second = publish(seed=0), publish(seed=1)
-    gone = publish("gone", seed=2)
+    publish("gone", seed=2)
     store.withdraw("local", ["gone"], "me")
     checks = list(store.verify())
     assert sorted(check.digest for check in checks) == sorted([*first.record.blobs, *second.record.blobs])
     assert {check.ref for check in checks} == {first.ref, second.ref}
     assert {check.problem for check in checks} == {None}
-    assert gone.weights_digest not in {check.digest for check in checks}
-
-
-def test_verify_names_damaged_and_missing_blobs(
-    store: LoraStore, publish: Callable[..., Staged], location: Location
-) -> None:
-    staged, blobs = publish(), Files(location.child("blobs"))
-    weights, samples = staged.record.blobs
+    weights, samples = first.record.blobs
+    blobs = Files(location.child("blobs"))
     blobs.write(f"{weights[:2]}/{weights}", b"other")
     blobs.delete([f"{samples[:2]}/{samples}"])
     problems = {check.digest: check.problem for check in store.verify()}
@@ -252,8 +223,9 @@ def test_verify_names_damaged_and_missing_blobs(
     assert problems[weights].startswith(f"blob {weights} is corrupted")
 
 
+@IN_A_FOLDER
 def test_verify_does_not_report_blobs_withdrawn_meanwhile(
-    store: LoraStore, open_store: OpenStore, publish: Callable[..., Staged], location: Location
+    store: LoraStore, open_store: OpenStore, publish: PublishOne, location: Location
 ) -> None:
     rival = open_store()
     one_at_a_time = threading.Lock()  # verify reads on several threads
@@ -270,19 +242,6 @@ def test_verify_does_not_report_blobs_withdrawn_meanwhile(
     store._collector._blobs = RivalFirst(location.child("blobs"))
     assert staged.ref not in {check.ref for check in store.verify()}
     assert dict(rival.snapshot().records) == {}
-
-
-def test_gc_leaves_a_data_file_that_a_rival_has_not_committed_yet(
-    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, location: Location
-) -> None:
-    publish()
-    Files(location.child("catalogue")).write("part-uncommitted.parquet", b"rows")
-    clock.sleep(1800)
-    store.gc(0)
-    assert Files(location.child("catalogue")).contains("part-uncommitted.parquet")
-    clock.sleep(2 * 3600)
-    store.gc(0)
-    assert not Files(location.child("catalogue")).contains("part-uncommitted.parquet")
 
 
 def test_real_time_is_the_default(store_uri: str, make_folder: MakeFolder) -> None:

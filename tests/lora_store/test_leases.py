@@ -67,40 +67,26 @@ def pool(location: Location, clock: FakeClock) -> Pool:
     return Pool(location, clock)
 
 
-def test_blobs_that_are_staged_or_live_are_never_swept(pool: Pool) -> None:
-    lease = pool.stage()
-    assert pool.sweep() == []
-    pool.commit(lease)
-    assert pool.sweep() == []
-    assert pool.blobs.get(DIGEST) == DATA
-
-
-def test_each_of_two_leases_protects_a_blob(pool: Pool) -> None:
+def test_blobs_that_are_live_or_in_any_of_two_leases_are_never_swept(pool: Pool) -> None:
     first, second = pool.stage(), pool.stage()
     pool.leases.release([first])
     assert pool.sweep() == []
-    pool.leases.release([second])
+    pool.commit(second)
+    assert pool.sweep() == []
+    assert pool.blobs.get(DIGEST) == DATA
+    pool.live.clear()
     assert pool.sweep() == [DIGEST]
 
 
 def test_a_lease_written_after_the_intent_and_before_the_check_is_seen(location: Location, clock: FakeClock) -> None:
     pool = Pool(location, clock, leases=RivalFirst)
-    rival = Pool(location, clock)
-    held: list[str] = []
-
-    def take() -> None:
-        rival.holds.write(f"{rival.stamp()}.{DIGEST}", b"")
-        held.append(DIGEST)
-
     pool.blobs.put(DATA)
-    pool.leases.rival = take
+    pool.leases.rival = lambda: pool.holds.write(f"{pool.stamp()}.{DIGEST}", b"")
     assert pool.sweep() == []
-    assert (held, pool.blobs.get(DIGEST)) == ([DIGEST], DATA)
+    assert (len(pool.holds.entries()), pool.blobs.get(DIGEST)) == (1, DATA)
 
 
-def test_a_commit_that_releases_its_lease_just_before_the_check_is_seen_in_the_catalogue(
-    location: Location, clock: FakeClock
-) -> None:
+def test_a_commit_whose_lease_ends_just_before_the_check_is_seen(location: Location, clock: FakeClock) -> None:
     pool = Pool(location, clock, leases=RivalFirst)
     lease = pool.stage()
     pool.leases.rival = lambda: pool.commit(lease)
@@ -108,9 +94,7 @@ def test_a_commit_that_releases_its_lease_just_before_the_check_is_seen_in_the_c
     assert pool.blobs.get(DIGEST) == DATA
 
 
-def test_a_stage_that_starts_after_the_check_waits_and_writes_its_blobs_again(
-    location: Location, clock: FakeClock
-) -> None:
+def test_a_stage_after_the_check_waits_and_writes_its_blobs_again(location: Location, clock: FakeClock) -> None:
     waits, swept = threading.Event(), threading.Event()
 
     def sleep(_: float) -> None:
@@ -149,14 +133,20 @@ def test_a_stage_waits_until_the_intent_of_a_crashed_sweep_expires(location: Loc
     assert (clock.at - before).total_seconds() == INTENT_S
 
 
-def test_a_sweep_that_took_too_long_deletes_nothing(pool: Pool, clock: FakeClock, stored: Stored) -> None:
+def test_a_sweep_that_is_late_or_fails_deletes_nothing(pool: Pool, clock: FakeClock, stored: Stored) -> None:
     pool.blobs.put(DATA)
 
     def look() -> set[str]:
         clock.sleep(SWEEP_S)
         return set()
 
+    def fail() -> set[str]:
+        raise RuntimeError("no catalogue")
+
     assert pool.sweep(look) == []
+    assert (pool.blobs.get(DIGEST), stored("sweeps")) == (DATA, {})
+    with pytest.raises(RuntimeError):
+        pool.sweep(fail)
     assert (pool.blobs.get(DIGEST), stored("sweeps")) == (DATA, {})
     assert pool.sweep() == [DIGEST]
 
@@ -208,12 +198,3 @@ def test_many_blobs_are_swept_in_rounds_that_each_check_again(pool: Pool, stored
 
     assert pool.leases.sweep(digests, look, gone.extend) == digests[10:] == gone
     assert looks == [0, 6, 22]
-
-
-def test_a_failed_sweep_leaves_no_intent(pool: Pool, stored: Stored) -> None:
-    def look() -> set[str]:
-        raise RuntimeError("no catalogue")
-
-    with pytest.raises(RuntimeError):
-        pool.sweep(look)
-    assert stored("sweeps") == {}

@@ -20,10 +20,11 @@ def test_a_folder_is_the_same_for_both_libraries(uri: str) -> None:
     assert location.is_local
 
 
-def test_a_relative_folder_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_may_be_relative_or_have_odd_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Location("my pool").filesystem()[1] == str(tmp_path / "my pool")
-    assert Location("my pool").child("a").delta_uri == str(tmp_path / "my pool" / "a")
+    for given, folder in (("my pool", tmp_path / "my pool"), (str(tmp_path / "a b#c?d%20"), tmp_path / "a b#c?d%20")):
+        assert Location(given).filesystem()[1] == str(folder)
+        assert Location(given).child("a").delta_uri == str(folder / "a")
 
 
 def test_s3_is_the_same_place_for_both_libraries() -> None:
@@ -80,12 +81,6 @@ def test_an_invalid_uri_is_refused_by_name(uri: str, reason: str) -> None:
         Location(uri)
     assert reason in str(caught.value)
     assert "secret" not in str(caught.value)
-
-
-def test_a_place_can_be_a_path_with_odd_characters(tmp_path: Path) -> None:
-    folder = tmp_path / "a b#c?d%20"
-    assert Location(str(folder)).filesystem()[1] == str(folder)
-    assert Location(str(folder)).child("x").delta_uri == str(Path(folder, "x"))
 
 
 @pytest.mark.parametrize(

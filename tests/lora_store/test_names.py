@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from lora_store import (
@@ -11,29 +9,17 @@ from lora_store import (
     AdapterNotFound,
     AdapterRef,
     LoraStore,
-    LoraStoreError,
     NameTaken,
     PublicNameTaken,
     QuotaExceeded,
     policy_digest,
 )
 from lora_store import rules as store_rules
-from tests.lora_store.builders import MakeFolder, OpenStore, embedding
+from tests.lora_store.builders import IN_A_FOLDER, OpenStore, PublishOne
+
+pytestmark = IN_A_FOLDER
 
 OWN, THEIRS = ("local", "support"), ("them", "support")
-
-
-@pytest.fixture
-def store(open_store: OpenStore) -> LoraStore:
-    return open_store()
-
-
-@pytest.fixture
-def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., None]:
-    def run(name: str = "support", **label: str) -> None:
-        store.commit([store.stage(make_folder(name, 0), name=name, **label)], [embedding()], [1.0], "me")  # type: ignore[arg-type]
-
-    return run
 
 
 def ref_of(key: tuple[str, str], policy: str) -> AdapterRef:
@@ -45,24 +31,16 @@ def policies(store: LoraStore, tenant: str, name: str) -> list[tuple[str, bool]]
 
 
 def test_the_newest_policy_comes_first_and_a_bounded_number_is_kept(store: LoraStore, open_store: OpenStore) -> None:
-    for number in range(KEPT_POLICIES + 2):
+    assert store.set_name(OWN, "0", "me") == store.set_name(OWN, "0", "me") == 1
+    for number in range(1, KEPT_POLICIES + 2):
         store.set_name(OWN, str(number), "me")
     store.set_name(OWN, "5", "me")  # back to a kept one
-    expected = [("5", False), *[(str(n), False) for n in range(KEPT_POLICIES + 1, 1, -1) if n != 5]]
+    store.approve_name(ref_of(OWN, "4"))
+    expected = [("5", False), *[(str(n), n == 4) for n in range(KEPT_POLICIES + 1, 1, -1) if n != 5]]
     for opened in (store, open_store()):
         assert policies(opened, "local", "support") == expected
-
-
-def test_the_same_policy_again_is_no_new_generation(store: LoraStore) -> None:
-    assert store.set_name(OWN, "a", "me") == store.set_name(OWN, "a", "me") == 1
-
-
-def test_names_outlive_a_fold(store: LoraStore, open_store: OpenStore) -> None:
-    for policy in "abc":
-        store.set_name(OWN, policy, "me")
-    store.approve_name(ref_of(OWN, "b"))
     before = store.snapshot().names
-    store.gc(0.0)
+    store.gc(0.0)  # folds
     assert dict(open_store().snapshot().names) == dict(before) != {}
 
 
@@ -94,42 +72,39 @@ def test_a_tenants_own_name_comes_before_an_approved_one(store: LoraStore) -> No
 
 @pytest.mark.parametrize(("tenant", "visibility"), [("local", "private"), ("local", "public"), ("them", "public")])
 def test_a_name_cannot_be_that_of_an_adapter_which_its_tenant_uses(
-    store: LoraStore, publish: Callable[..., None], tenant: str, visibility: str
+    store: LoraStore, publish: PublishOne, tenant: str, visibility: str
 ) -> None:
-    publish(tenant=tenant, visibility=visibility)
+    publish("support", tenant=tenant, visibility=visibility)
     with pytest.raises(NameTaken, match="an adapter is called 'support' already"):
         store.set_name(OWN, "a", "me")
     store.set_name(("third", "other"), "a", "me")
 
 
-def test_a_name_cannot_be_approved_over_a_public_adapter_of_a_later_day(
-    store: LoraStore, publish: Callable[..., None]
-) -> None:
+def test_an_adapter_cannot_have_a_model_name_of_its_tenant(store: LoraStore, publish: PublishOne) -> None:
     store.set_name(OWN, "a", "me")
-    publish(tenant="them")
-    with pytest.raises(NameTaken, match="an adapter"):
-        store.approve_name(ref_of(OWN, "a"))
-
-
-@pytest.mark.parametrize(("tenant", "is_approved"), [("local", False), ("them", True)])
-def test_an_adapter_cannot_have_a_model_name_that_its_tenant_uses(
-    store: LoraStore, publish: Callable[..., None], tenant: str, is_approved: bool
-) -> None:
-    store.set_name(OWN, "a", "me")
-    if is_approved:
-        store.approve_name(ref_of(OWN, "a"))
     with pytest.raises(PublicNameTaken, match="'support' is a model name: choose another name"):
-        publish(tenant=tenant, visibility="private")
+        publish("support", tenant="local", visibility="private")
     assert not store.snapshot().records
     store.set_name(OWN, "", "me")
-    publish(tenant=tenant)
+    publish("support", tenant="local")
 
 
-def test_what_others_publish_or_approve_later_stops_no_change_of_a_name(
-    store: LoraStore, publish: Callable[..., None]
+def test_a_private_adapter_may_be_called_like_an_approved_name_of_another_tenant(
+    store: LoraStore, publish: PublishOne
 ) -> None:
     store.set_name(OWN, "a", "me")
-    publish(tenant="third")
+    store.approve_name(ref_of(OWN, "a"))
+    publish("support", tenant="them", visibility="private")
+    assert [record.ref.tenant for record in store.snapshot().records.values()] == ["them"]
+    with pytest.raises(PublicNameTaken, match="belongs to another tenant"):
+        publish("support", tenant="others", visibility="public")
+
+
+def test_what_others_publish_later_stops_an_approval_and_no_change(store: LoraStore, publish: PublishOne) -> None:
+    store.set_name(OWN, "a", "me")
+    publish("support", tenant="third")
+    with pytest.raises(NameTaken, match="an adapter"):
+        store.approve_name(ref_of(OWN, "a"))
     store.set_name(OWN, "b", "me")
     store.set_name(("them", "other"), "a", "me")
     store.set_name(("local", "other"), "a", "me")
@@ -139,37 +114,25 @@ def test_what_others_publish_or_approve_later_stops_no_change_of_a_name(
         assert policies(store, "local", name) == [("b", False), ("a", False)]
 
 
-def test_an_adapter_cannot_be_made_public_over_an_approved_name(store: LoraStore, publish: Callable[..., None]) -> None:
-    publish(tenant="them", visibility="private")
-    store.set_name(OWN, "a", "me")
-    store.approve_name(ref_of(OWN, "a"))
-    with pytest.raises(PublicNameTaken, match="belongs to another tenant"):
-        store.set_visibility("them", "support", "public", "me")
-
-
-def test_a_tenants_own_adapter_comes_before_an_approved_name(store: LoraStore, publish: Callable[..., None]) -> None:
-    publish(tenant="them", visibility="private")
+def test_an_own_adapter_comes_before_an_approved_name_and_stays_private(store: LoraStore, publish: PublishOne) -> None:
+    publish("support", tenant="them", visibility="private")
     store.set_name(OWN, "a", "me")
     store.approve_name(ref_of(OWN, "a"))
     assert policies(store, "them", "support") == []
     assert policies(store, "third", "support") == policies(store, "them", "local/support") == [("a", True)]
+    with pytest.raises(PublicNameTaken, match="belongs to another tenant"):
+        store.set_visibility("them", "support", "public", "me")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda store: store.set_name(OWN, "", "me"),
-        lambda store: store.approve_name(ref_of(OWN, "a")),
-    ],
-    ids=["remove", "approve"],
-)
-def test_a_name_that_does_not_exist_is_reported(store: LoraStore, change: Callable[[LoraStore], int]) -> None:
+def test_a_name_that_does_not_exist_is_reported(store: LoraStore) -> None:
     store.set_name(OWN, "b", "me")
     store.set_name(("local", "other"), "a", "me")
     store.set_name(OWN, "", "me")
-    with pytest.raises(AdapterNotFound) as caught:
-        change(store)
-    assert isinstance(caught.value, LoraStoreError) and store.snapshot().generation == 3
+    with pytest.raises(AdapterNotFound):
+        store.set_name(OWN, "", "me")
+    with pytest.raises(AdapterNotFound):
+        store.approve_name(ref_of(OWN, "a"))
+    assert store.snapshot().generation == 3
 
 
 def test_the_number_of_names_is_bounded(store: LoraStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,16 +55,9 @@ KINDS: dict[str, PeftConfig] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_another_kind_is_refused_for_that_reason_alone(kind: str, tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    adapted = get_peft_model(LlamaForCausalLM(config), KINDS[kind])
-    adapted.save_pretrained(tmp_path)
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    get_peft_model(LlamaForCausalLM(config), KINDS[kind]).save_pretrained(tmp_path)
     change(base_model_name_or_path="tiny-base")(tmp_path)
     assert _reason(tmp_path).startswith(f"peft_type must be 'LORA', got {kind!r}: train a LoRA adapter, or let PEFT's")
 
@@ -78,9 +71,7 @@ def test_an_adapter_of_another_kind_is_refused_for_that_reason_alone(kind: str, 
         (None, "adapter_config.json names no base model (base_model_name_or_path); this server accepts 'tiny-base'"),
     ],
 )
-def test_another_base_model_is_refused_with_a_remedy(
-    make_folder: MakeFolder, base_model: str | None, said: str
-) -> None:
+def test_another_base_is_refused_with_a_remedy(make_folder: MakeFolder, base_model: str | None, said: str) -> None:
     folder = make_folder()
     change(base_model_name_or_path=base_model)(folder)
     assert said in _reason(folder)

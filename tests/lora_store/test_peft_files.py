@@ -16,34 +16,18 @@ from tests.lora_store.builders import MakeFolder, MakeWeights
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def _llama() -> PreTrainedModel:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1))
 
 
 def _gemma() -> PreTrainedModel:
     torch.manual_seed(0)
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            layer_types=["sliding_attention", "full_attention"],
-        )
-    )
+    layers = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=8, layer_types=layers))
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:
@@ -55,9 +39,9 @@ def _lora_layers(model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("make_model", [_llama, _gemma], ids=["llama", "gemma3"])
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("make_model", "use_rslora", "dtype"), [(_llama, False, torch.float32), (_gemma, True, torch.bfloat16)]
+)
 @pytest.mark.parametrize(
     "patterns",
     [
@@ -123,25 +107,18 @@ def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling
 
 
 def test_a_written_folder_reads_back_to_the_same_digest(tmp_path: Path, make_weights: MakeWeights) -> None:
-    samples = [Sample("Write a poem.", "Roses"), Sample("two\nlines\u2028 – é")]
+    write_peft_folder(tmp_path, make_weights(), base_model="b")
+    read = read_peft_folder(tmp_path)
+    assert (read.samples, read.description) == ((), None)
+    samples = [Sample("Write a poem.", "Roses"), Sample("two\nlines\u2028 – é"), Sample("é" * 4000)]
     write_peft_folder(tmp_path, make_weights(), base_model="b", samples=samples, description="Poems.")
     read = read_peft_folder(tmp_path)
     assert encode_weights(read.modules) == encode_weights(make_weights())
     assert read.samples == tuple(samples)
     assert (read.description, read.config.base_model) == ("Poems.", "b")
-
-
-def test_equal_alphas_need_no_pattern(tmp_path: Path, make_weights: MakeWeights) -> None:
-    write_peft_folder(tmp_path, make_weights(), base_model="b")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {})
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {}), "equal alphas need no pattern"
     assert config["rank_pattern"] == {r"^model\.layers\.0\.mlp\.up_proj": 2}
-
-
-def test_a_folder_without_samples_or_description_has_none(tmp_path: Path, make_weights: MakeWeights) -> None:
-    write_peft_folder(tmp_path, make_weights(), base_model="b")
-    read = read_peft_folder(tmp_path)
-    assert (read.samples, read.description) == ((), None)
 
 
 def test_an_unreadable_folder_is_refused_by_file(tmp_path: Path) -> None:
@@ -157,8 +134,3 @@ def test_a_link_is_never_followed(tmp_path: Path, make_folder: MakeFolder, file:
     (folder / file).symlink_to(tmp_path / ("nowhere" if dangling else "elsewhere"))
     with pytest.raises(AdapterRefused, match=f"{file}: is a symbolic link"):
         read_peft_folder(folder)
-
-
-def test_long_samples_in_any_script_are_written_within_the_read_limit(make_folder: MakeFolder) -> None:
-    text = "é" * 4000
-    assert read_peft_folder(make_folder(inputs=(text,))).samples == (Sample(text),)

@@ -18,7 +18,7 @@ def _check_equal(found: PersistentMap[int, int], wanted: dict[int, int]) -> None
 
 
 @pytest.mark.parametrize("count", [0, 1, 50, 3000])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_changes_equal_those_of_a_copied_dict(count: int, seed: int) -> None:
     draw = random.Random(seed)
     plain = {number: number for number in range(count)}
@@ -56,7 +56,7 @@ def test_it_is_immutable_and_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(shared)) == shared
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_possibly_changed_keys_include_all_changed_ones(seed: int) -> None:
     draw = random.Random(seed)
     older = newer = PersistentMap({number: number for number in range(500)})

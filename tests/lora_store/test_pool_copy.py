@@ -24,24 +24,53 @@ from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import
 from lora_store.pool_files import CATALOGUE_FILE, ArchivedPool, PoolState, StoredPool, blob_file
 from lora_store.staging import version_digest
 from lora_store.validation import Label
-from tests.lora_store.builders import BASE, MakeFolder, OpenStore, embedding, ranking
+from tests.lora_store.builders import BASE, MakeFolder, embedding, ranking
 from tests.lora_store.pools.make import facts_of
 from tests.lora_store.test_table_format import POOLS
 
 ADMIN = "admin"
+OnRead = Callable[[int, str], object]
+Put = Callable[..., None]
 
 
-def facts(uri: str) -> dict[str, object]:
-    """Return what a pool says, apart from the generations, which differ in a copy."""
-    found = facts_of(LoraStore(uri, accepts_base=[BASE]))
-    for versions in found["adapters"].values():
+def opened(uri: str) -> LoraStore:
+    return LoraStore(uri, accepts_base=[BASE])
+
+
+def without_generations(facts: dict[str, Any]) -> dict[str, Any]:
+    """Drop the generations, which differ in a copy."""
+    for versions in facts["adapters"].values():
         for version in versions:
             del version["generation"]
-    return found
+    return facts
 
 
-def fill(store: LoraStore, make_folder: MakeFolder) -> None:
-    """Publish a poet with an older approved version and one under trial, a private one, and a ranking."""
+def facts(uri: str) -> dict[str, Any]:
+    """Return what a pool says."""
+    return without_generations(facts_of(opened(uri)))
+
+
+@pytest.fixture
+def store_uri(folder_uri: str) -> str:
+    """Keep most copies off S3, where each takes seconds."""
+    return folder_uri
+
+
+@pytest.fixture
+def s3_uri(s3_endpoint: Any, request: pytest.FixtureRequest) -> str:
+    uri: str = s3_endpoint.uri(f"copies/{abs(hash(request.node.name))}")
+    return uri
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> str:
+    """Return the place of a copy."""
+    return str(tmp_path / "new")
+
+
+@pytest.fixture
+def pool(store: LoraStore, make_folder: MakeFolder) -> LoraStore:
+    """Publish a poet with an older approved version and one under trial, a private one, names, and a ranking."""
     ranked = []
     for name, seed, options in [
         ("poet", 1, {}),
@@ -54,15 +83,9 @@ def fill(store: LoraStore, make_folder: MakeFolder) -> None:
         if seed == 1:
             store.approve([staged.ref], ADMIN)
         ranked.append(staged.ref)
-    store.set_name(("local", "support"), '{"k": 1}', ADMIN)
-    store.set_name(("local", "support"), '{"k": 2}', ADMIN)
+    for policy in ('{"k": 1}', '{"k": 2}'):
+        store.set_name(("local", "support"), policy, ADMIN)
     store.rank("local", [ranking(ranked[1], ranked[3])], ADMIN)
-
-
-@pytest.fixture
-def pool(open_store: OpenStore, make_folder: MakeFolder) -> LoraStore:
-    store = open_store()
-    fill(store, make_folder)
     return store
 
 
@@ -74,18 +97,26 @@ def archive(pool: LoraStore, store_uri: str, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def put(make_folder: MakeFolder) -> Put:
+    """Publish an adapter without an embedding."""
+
+    def run(store: LoraStore, name: str, actor: str = "maker", **label: Any) -> None:
+        store.commit([store.stage(make_folder(name, 50), **label)], [None], [0.5], actor)
+
+    return run
+
+
 def state_of(snapshot: Snapshot) -> dict[str, object]:
     """Return everything in a snapshot but generations."""
     versions = {key: [replace(record, generation=0) for record in snapshot.versions(key)] for key in snapshot.records}
     return {"versions": versions, "ranks": dict(snapshot.rankings), "names": dict(snapshot.names)}
 
 
-def test_an_archive_restores_versions_trials_approvals_and_rankings(
-    pool: LoraStore, archive: Path, tmp_path: Path
-) -> None:
+def test_an_archive_restores_versions_trials_approvals_and_rankings(pool: LoraStore, archive: Path, new: str) -> None:
     assert archive.stat().st_mode & 0o777 == 0o600
-    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"))
-    restored = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    done = import_pool(ArchivedPool(archive), new)
+    restored = opened(new)
     assert state_of(restored.snapshot()) == state_of(pool.snapshot())
     names = {"new": ["acme/secret", "local/poet"], "equal": [], "skipped": [], "replaced": []}
     assert done == {"generation": 2, **names, "names_left_out": [], "num_unembedded": 0}
@@ -94,24 +125,16 @@ def test_an_archive_restores_versions_trials_approvals_and_rankings(
 
 
 @pytest.mark.parametrize("released", POOLS, ids=lambda path: path.name)
-def test_a_pool_of_each_release_is_copied_as_it_is(released: Path, tmp_path: Path, s3_uri: str) -> None:
+def test_a_pool_of_each_release_is_copied_as_it_is(released: Path, tmp_path: Path, new: str, s3_uri: str) -> None:
     shutil.copytree(released, tmp_path / "old")
-    expected = json.loads((released / "expected.json").read_text())
     with ArchiveTarget(tmp_path / "pool.tar") as target:
         export_pool(StoredPool(str(tmp_path / "old")), target)
     export_pool(StoredPool(str(tmp_path / "old")), StoreTarget(s3_uri))
-    import_pool(ArchivedPool(tmp_path / "pool.tar"), str(tmp_path / "imported"))
-    for versions in expected["adapters"].values():
-        for version in versions:
-            del version["generation"]
-    assert facts(str(tmp_path / "imported")) == expected
-    assert facts(s3_uri) == expected
-
-
-@pytest.fixture
-def s3_uri(s3_endpoint: object, request: pytest.FixtureRequest) -> str:
-    uri: str = request.getfixturevalue("s3_endpoint").uri(f"copies/{abs(hash(request.node.name))}")
-    return uri
+    import_pool(ArchivedPool(tmp_path / "pool.tar"), new)
+    import_pool(StoredPool(s3_uri), f"{new}er")
+    expected = without_generations(json.loads((released / "expected.json").read_text()))
+    assert facts(new) == facts(s3_uri) == facts(f"{new}er") == expected
+    assert Catalogue(Location(s3_uri).child(CATALOGUE)).created_at.year == 1970
 
 
 class Interrupted(Exception):
@@ -121,7 +144,7 @@ class Interrupted(Exception):
 class Scripted:
     """A pool whose files are read through `on_read`, which gets the number of the read from 1."""
 
-    def __init__(self, uri: str, on_read: Callable[[int, str], object]) -> None:
+    def __init__(self, uri: str, on_read: OnRead) -> None:
         self._pool, self._on_read, self.num_reads = StoredPool(uri), on_read, 0
 
     def state(self) -> PoolState:
@@ -133,7 +156,7 @@ class Scripted:
         return self._pool.read(name)
 
 
-def fail_at(number: int) -> Callable[[int, str], object]:
+def fail_at(number: int) -> OnRead:
     def on_read(at: int, name: str) -> None:
         if at == number:
             raise Interrupted
@@ -141,233 +164,166 @@ def fail_at(number: int) -> Callable[[int, str], object]:
     return on_read
 
 
-def test_an_adapter_withdrawn_during_an_export_is_left_out_whole(
-    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
-) -> None:
-    store = LoraStore(folder_uri, accepts_base=[BASE])
-    fill(store, make_folder)
-
+def test_an_adapter_withdrawn_during_an_export_is_left_out_whole(pool: LoraStore, store_uri: str, new: str) -> None:
     def withdraw(at: int, name: str) -> None:
         if at == 2:
-            gone = store.withdraw("local", ["poet"], ADMIN)
-            store.sweep([digest for record in gone.records for digest in record.blobs])
+            gone = pool.withdraw("local", ["poet"], ADMIN)
+            pool.sweep([digest for record in gone.records for digest in record.blobs])
 
-    target = StoreTarget(str(tmp_path / "copy"))
+    target = StoreTarget(new)
     target.num_threads = 1
-    copied = export_pool(Scripted(folder_uri, withdraw), target)
+    copied = export_pool(Scripted(store_uri, withdraw), target)
     assert list(copied.snapshot.records) == [("acme", "secret")]
-    copy = LoraStore(str(tmp_path / "copy"), accepts_base=[BASE])
+    copy = opened(new)
     assert all(check.problem is None for check in copy.verify())
-    stored = {file.name.rpartition("/")[2] for file in Files(Location(str(tmp_path / "copy" / "blobs"))).entries()}
+    stored = {file.name.rpartition("/")[2] for file in Files(Location(new).child("blobs")).entries()}
     assert stored == set(copy.snapshot().referenced())
 
 
-def test_a_blob_that_a_damaged_pool_lacks_ends_the_export(
-    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
-) -> None:
-    store = LoraStore(folder_uri, accepts_base=[BASE])
-    fill(store, make_folder)
-    lost = store.snapshot().records["acme", "secret"].weights_digest
-    (Path(folder_uri) / blob_file(lost)).unlink()
+def test_a_blob_that_a_damaged_pool_lacks_ends_the_export(pool: LoraStore, store_uri: str, new: str) -> None:
+    lost = pool.snapshot().records["acme", "secret"].weights_digest
+    (Path(store_uri) / blob_file(lost)).unlink()
     with pytest.raises(AdapterNotFound, match=lost):
-        export_pool(StoredPool(folder_uri), StoreTarget(str(tmp_path / "copy")))
+        export_pool(StoredPool(store_uri), StoreTarget(new))
 
 
 def test_an_interrupted_export_is_no_pool_and_continues(
-    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+    pool: LoraStore, store_uri: str, new: str, tmp_path: Path
 ) -> None:
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
-    copy = str(tmp_path / "copy")
-    target = StoreTarget(copy)
+    target = StoreTarget(new)
     target.num_threads = 1
     with pytest.raises(Interrupted):
-        export_pool(Scripted(folder_uri, fail_at(4)), target)
+        export_pool(Scripted(store_uri, fail_at(4)), target)
     with pytest.raises(ValueError, match="there is no pool"):
-        StoredPool(copy)
-    export_pool(StoredPool(folder_uri), StoreTarget(copy))
-    assert facts(copy) == facts(folder_uri)
+        StoredPool(new)
+    export_pool(StoredPool(store_uri), StoreTarget(new))
+    assert facts(new) == facts(store_uri)
     with pytest.raises(ValueError, match="holds a pool"):
-        StoreTarget(copy)
+        StoreTarget(new)
+    with pytest.raises(Interrupted), ArchiveTarget(tmp_path / "pool.tar") as archive:
+        export_pool(Scripted(store_uri, fail_at(3)), archive)
+    assert list(tmp_path.glob("pool.tar*")) == []
 
 
-def test_an_exported_store_collects_blobs_that_are_older_than_its_catalogue(
-    folder_uri: str, make_folder: MakeFolder, tmp_path: Path, s3_uri: str
-) -> None:
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
-    export_pool(StoredPool(folder_uri), StoreTarget(s3_uri))
-    assert Catalogue(Location(s3_uri).child(CATALOGUE)).created_at.year == 1970
-    target = str(tmp_path / "copy")
-    export_pool(StoredPool(folder_uri), StoreTarget(target))
-    unused = Path(target, blob_file("0" * 64))
+def test_a_copy_collects_blobs_that_are_older_than_its_catalogue(pool: LoraStore, store_uri: str, new: str) -> None:
+    export_pool(StoredPool(store_uri), StoreTarget(new))
+    unused = Path(new, blob_file("0" * 64))
     unused.parent.mkdir(exist_ok=True)
     unused.write_bytes(b"left by a crash")
     os.utime(unused, (0, 0))
-    assert LoraStore(target, accepts_base=[BASE]).gc(3600).num_blobs == 1
+    assert opened(new).gc(3600).num_blobs == 1
 
 
 @pytest.mark.parametrize("how", ["export", "import", "dry import"])
 def test_a_store_that_lost_its_catalogue_is_never_written_to(
-    how: str, folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+    how: str, pool: LoraStore, store_uri: str, tmp_path: Path
 ) -> None:
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
     damaged = tmp_path / "damaged"
-    shutil.copytree(Path(folder_uri) / "blobs", damaged / "blobs")
+    shutil.copytree(Path(store_uri) / "blobs", damaged / "blobs")
     before = sorted(damaged.rglob("*"))
     with pytest.raises(ValueError, match="blobs but no catalogue"):
         if how == "export":
             StoreTarget(str(damaged))
         else:
-            import_pool(StoredPool(folder_uri), str(damaged), is_dry=how == "dry import")
+            import_pool(StoredPool(store_uri), str(damaged), is_dry=how == "dry import")
     assert sorted(damaged.rglob("*")) == before
 
 
-def test_an_interrupted_archive_leaves_nothing(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
-    with pytest.raises(Interrupted), ArchiveTarget(tmp_path / "pool.tar") as target:
-        export_pool(Scripted(folder_uri, fail_at(3)), target)
-    assert list(tmp_path.glob("pool.tar*")) == []
-
-
 def test_an_interrupted_import_continues_with_what_is_missing(
-    folder_uri: str, make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: LoraStore, store_uri: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_store.pool_copy._TOGETHER", 1)
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
-    copy = str(tmp_path / "copy")
     with pytest.raises(Interrupted):
-        import_pool(Scripted(folder_uri, lambda at, name: fail_at(1)(at - 2, name)), copy)
-    assert len(LoraStore(copy, accepts_base=[BASE]).snapshot().records) == 1
-    done = import_pool(StoredPool(folder_uri), copy)
+        import_pool(Scripted(store_uri, fail_at(3)), new)
+    assert len(opened(new).snapshot().records) == 1
+    done = import_pool(StoredPool(store_uri), new)
     assert (len(done["equal"]), len(done["new"])) == (1, 1)
-    assert facts(copy) == facts(folder_uri)
-    assert import_pool(StoredPool(folder_uri), copy)["generation"] == done["generation"]
+    assert facts(new) == facts(store_uri)
+    assert import_pool(StoredPool(store_uri), new)["generation"] == done["generation"]
 
 
-def other_pool(uri: str, make_folder: MakeFolder) -> LoraStore:
-    """A store with another poet, and with a public adapter of another tenant that has no equal."""
-    store = LoraStore(uri, accepts_base=[BASE])
-    for name, tenant in [("poet", "local"), ("mine", "local")]:
-        staged = store.stage(make_folder(name, 50), tenant=tenant)
-        store.commit([staged], [embedding()], [0.5], "maker")
-    return store
-
-
-def test_conflicts_are_refused_before_anything_is_stored(
-    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
-) -> None:
-    store = other_pool(str(tmp_path / "new"), make_folder)
-    before = store.snapshot()
+def test_conflicts_are_refused_or_skipped_or_replaced(pool: LoraStore, archive: Path, put: Put, new: str) -> None:
+    store = opened(new)
+    for name in ("poet", "mine"):
+        put(store, name)
+    before, blobs = store.snapshot(), sorted(Path(new, "blobs").rglob("*"))
     with pytest.raises(ValueError, match=r"1 of 2 .* local/poet is live as another version, .* --conflict skip"):
-        import_pool(ArchivedPool(archive), str(tmp_path / "new"))
+        import_pool(ArchivedPool(archive), new)
     assert store.snapshot() is before
-    assert len(list((tmp_path / "new" / "blobs").rglob("*"))) == len(
-        {*before.referenced()} | {digest[:2] for digest in before.referenced()}
-    )
-
-
-def test_skip_keeps_the_store_s_version_and_imports_the_rest(
-    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
-) -> None:
-    store = other_pool(str(tmp_path / "new"), make_folder)
-    kept = store.snapshot().records["local", "poet"]
-    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
+    assert sorted(Path(new, "blobs").rglob("*")) == blobs
+    done = import_pool(ArchivedPool(archive), new, "skip")
     assert (done["skipped"], done["new"]) == (["local/poet"], ["acme/secret"])
-    assert store.snapshot().records["local", "poet"] == kept
+    assert store.snapshot().records["local", "poet"] == before.records["local", "poet"]
     assert ("acme", "secret") in store.snapshot().records
-
-
-def test_replace_publishes_a_new_version_and_keeps_the_older_ones(
-    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
-) -> None:
-    store = other_pool(str(tmp_path / "new"), make_folder)
-    before = store.snapshot().versions(("local", "poet"))
-    plan = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "replace", is_dry=True)
-    assert store.snapshot().versions(("local", "poet")) == before
-    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "replace")
-    assert plan["replaced"] == done["replaced"]
+    plan = import_pool(ArchivedPool(archive), new, "replace", is_dry=True)
+    assert store.snapshot().versions(("local", "poet")) == before.versions(("local", "poet"))
+    done = import_pool(ArchivedPool(archive), new, "replace")
+    assert plan["replaced"] == done["replaced"] == ["local/poet"]
     live, *older = store.snapshot().versions(("local", "poet"))
     assert live.live_since is not None and live.live_since > live.created_at
     assert (live.ref, live.trial) == (pool.snapshot().records["local", "poet"].ref, None)
-    assert older == list(before)
-    assert done["replaced"] == ["local/poet"]
+    assert older == list(before.versions(("local", "poet")))
 
 
 @pytest.mark.parametrize("on_conflict", ["refuse", "replace"])
-def test_a_public_name_of_another_tenant_is_never_taken(
-    open_store: OpenStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path, on_conflict: str
-) -> None:
-    store = open_store()
-    store.commit([store.stage(make_folder("poet", 1), tenant="acme")], [None], [0.5], "maker")
-    other_pool(str(tmp_path / "new"), make_folder)
+def test_a_public_name_is_never_taken(store: LoraStore, store_uri: str, put: Put, new: str, on_conflict: Any) -> None:
+    put(store, "poet", tenant="acme")
+    put(opened(new), "poet")
     with pytest.raises(ValueError, match="acme/poet is public, and its name belongs to tenant 'local'"):
-        import_pool(StoredPool(store_uri), str(tmp_path / "new"), on_conflict)  # type: ignore[arg-type]
+        import_pool(StoredPool(store_uri), new, on_conflict)
 
 
-def test_a_model_name_that_an_adapter_of_the_store_has_is_left_out(
-    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
-) -> None:
-    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
-    store.commit([store.stage(make_folder("support", 50))], [None], [0.5], "maker")
+def test_a_model_name_that_an_adapter_has_is_left_out(pool: LoraStore, archive: Path, put: Put, new: str) -> None:
+    store = opened(new)
+    put(store, "support")
     store.set_name(("acme", "secret"), '{"k": 3}', ADMIN)
     with pytest.raises(ValueError, match="acme/secret is called like a model name of the store"):
-        import_pool(ArchivedPool(archive), str(tmp_path / "new"))
-    dry = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip", is_dry=True)
-    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
+        import_pool(ArchivedPool(archive), new)
+    dry = import_pool(ArchivedPool(archive), new, "skip", is_dry=True)
+    done = import_pool(ArchivedPool(archive), new, "skip")
     assert list(store.snapshot().names) == [("acme", "secret")]
     assert dry["names_left_out"] == done["names_left_out"] == ["local/support"]
 
 
-def test_a_private_model_name_is_restored_beside_a_public_adapter(
-    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
+def test_a_model_name_is_restored_beside_a_public_adapter_if_it_is_not_approved(
+    pool: LoraStore, store_uri: str, put: Put, new: str, tmp_path: Path
 ) -> None:
-    pool.commit([pool.stage(make_folder("support", 60), tenant="acme")], [None], [0.5], "maker")
+    put(pool, "support", tenant="acme")
     for _ in range(2):  # the second time the names are the same
-        done = import_pool(StoredPool(store_uri), str(tmp_path / "new"))
-        assert done["names_left_out"] == []
-    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
-    assert store.snapshot().names == pool.snapshot().names
-
-
-def test_an_approved_model_name_does_not_take_a_public_one(
-    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
-) -> None:
+        assert import_pool(StoredPool(store_uri), new)["names_left_out"] == []
+    assert opened(new).snapshot().names == pool.snapshot().names
+    pool.withdraw("acme", ["support"], ADMIN)
     pool.approve_name(pool.snapshot().names["local", "support"][0].ref)
-    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
-    store.commit([store.stage(make_folder("support", 50), tenant="acme")], [None], [0.5], "maker")
-    done = import_pool(StoredPool(store_uri), str(tmp_path / "new"))
-    assert not store.snapshot().names
-    assert done["names_left_out"] == ["local/support"]
+    other = opened(str(tmp_path / "other"))
+    put(other, "support", tenant="acme")
+    assert import_pool(StoredPool(store_uri), str(tmp_path / "other"))["names_left_out"] == ["local/support"]
+    assert not other.snapshot().names
 
 
-def test_replace_keeps_who_may_use_the_adapter(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_replace_keeps_who_may_use_the_adapter(pool: LoraStore, store_uri: str, put: Put, new: str) -> None:
     """Otherwise a public version would take the bare name that another tenant has."""
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
-    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
-    for tenant, visibility in [("acme", "public"), ("local", "private")]:
-        staged = store.stage(make_folder("poet", 50), tenant=tenant, visibility=visibility)  # type: ignore[arg-type]
-        store.commit([staged], [None], [0.5], "maker")
-    import_pool(StoredPool(folder_uri), str(tmp_path / "new"), "replace")
+    store = opened(new)
+    put(store, "poet", tenant="acme", visibility="public")
+    put(store, "poet", tenant="local", visibility="private")
+    import_pool(StoredPool(store_uri), new, "replace")
     assert store.snapshot().records["local", "poet"].visibility == "private"
     assert store.snapshot().public["poet"].ref.tenant == "acme"
 
 
-def test_a_name_published_during_the_import_is_not_overwritten(
-    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
-) -> None:
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
-    target = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+def test_a_name_published_meanwhile_is_not_overwritten(pool: LoraStore, store_uri: str, put: Put, new: str) -> None:
+    target = opened(new)
 
     def publish(at: int, name: str) -> None:
         if at == 1:
-            target.commit([target.stage(make_folder("poet", 60))], [None], [0.5], "rival")
+            put(target, "poet", "rival")
 
     with pytest.raises(ValueError, match="was published while it was imported"):
-        import_pool(Scripted(folder_uri, publish), str(tmp_path / "new"))
+        import_pool(Scripted(store_uri, publish), new)
     assert list(target.snapshot().records) == [("local", "poet")]
     assert target.snapshot().records["local", "poet"].actor == "rival"
 
 
-def damage(archive: Path, change: Callable[[str, bytes], bytes]) -> Path:
+def damage(archive: Path, change: Callable[[str, bytes], bytes]) -> ArchivedPool:
     """Write the archive again with other contents."""
     damaged = archive.with_name("damaged.tar")
     with tarfile.open(archive) as old, tarfile.open(damaged, "w") as new:
@@ -377,22 +333,19 @@ def damage(archive: Path, change: Callable[[str, bytes], bytes]) -> Path:
             (archive.parent / "part").write_bytes(data)
             with (archive.parent / "part").open("rb") as file:
                 new.addfile(member, file)
-    return damaged
+    return ArchivedPool(damaged)
 
 
 def test_a_damaged_blob_is_refused_and_leaves_no_file(pool: LoraStore, archive: Path, s3_uri: str) -> None:
     bad = pool.snapshot().records["local", "poet"].weights_digest
-
-    def change(name: str, data: bytes) -> bytes:
-        return data[:-1] + b"!" if name.endswith(bad) else data
-
+    damaged = damage(archive, lambda name, data: data[:-1] + b"!" if name.endswith(bad) else data)
     with pytest.raises(BlobCorrupted, match=bad):
-        import_pool(ArchivedPool(damage(archive, change)), s3_uri)
+        import_pool(damaged, s3_uri)
     assert bad not in {file.name.rpartition("/")[2] for file in Files(Location(s3_uri)).entries("blobs")}
-    assert LoraStore(s3_uri, accepts_base=[BASE]).snapshot().records == {}
+    assert opened(s3_uri).snapshot().records == {}
 
 
-def changed_rows(change: Callable[[list[dict[str, object]]], None]) -> Callable[[str, bytes], bytes]:
+def changed_rows(change: Callable[[list[dict[str, Any]]], None]) -> Callable[[str, bytes], bytes]:
     def write(name: str, data: bytes) -> bytes:
         if name != CATALOGUE_FILE:
             return data
@@ -424,28 +377,19 @@ def forged_blob(row: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_a_changed_record_is_refused(
-    name: str,
-    forge: Callable[[dict[str, Any]], dict[str, Any]],
-    problem: str,
-    folder_uri: str,
-    make_folder: MakeFolder,
-    tmp_path: Path,
+    name: str, forge: Callable[[dict[str, Any]], dict[str, Any]], problem: str, archive: Path, new: str
 ) -> None:
-    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
-    with ArchiveTarget(tmp_path / "pool.tar") as target:
-        export_pool(StoredPool(folder_uri), target)
-
     def forge_rows(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if row["name"] == name:
                 row |= forge(row)
 
-    forged = ArchivedPool(damage(tmp_path / "pool.tar", changed_rows(forge_rows)))
+    forged = damage(archive, changed_rows(forge_rows))
     with pytest.raises(ValueError, match=problem):
         forged.state()  # which every copy of it reads first
     with pytest.raises(ValueError, match=problem):
-        import_pool(forged, str(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()
+        import_pool(forged, new)
+    assert not Path(new).exists()
 
 
 @pytest.mark.parametrize("facts", [b"{", b"[]", b"{}", b'{"format": "1", "generation": 1, "projections": []}'])
@@ -456,53 +400,42 @@ def test_a_catalogue_with_damaged_facts_is_refused_by_its_name(facts: bytes) -> 
         PoolState.from_parquet(sink.getvalue().to_pybytes())
 
 
-def test_an_archive_of_a_newer_release_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:
-    def add(rows: list[dict[str, object]]) -> None:
+def test_an_archive_of_a_newer_release_or_a_cut_one_is_refused(archive: Path, new: str, tmp_path: Path) -> None:
+    def add(rows: list[dict[str, Any]]) -> None:
         rows.append(rows[-1] | {"event": "unheard_of", "row": len(rows)})
 
     with pytest.raises(StoreIsNewer):
-        import_pool(ArchivedPool(damage(archive, changed_rows(add))), str(tmp_path / "new"))
-
-
-def test_an_incomplete_archive_is_refused(archive: Path, tmp_path: Path) -> None:
+        import_pool(damage(archive, changed_rows(add)), new)
     cut = tmp_path / "cut.tar"
     cut.write_bytes(archive.read_bytes()[:1500])
     with pytest.raises(ValueError, match=r"has no catalogue.parquet|is not a tar file"):
         ArchivedPool(cut)
 
 
-def test_the_active_encoder_comes_with_a_new_pool_and_its_projection(
-    pool: LoraStore, store_uri: str, tmp_path: Path
-) -> None:
-    ref = pool.snapshot().records["local", "poet"].ref
-    secret = pool.snapshot().records["acme", "secret"].ref
-    pool.add_embeddings({one: embedding(encoder="e5+abc") for one in (ref, secret)})
+def test_the_active_encoder_comes_with_a_new_pool_and_its_projection(pool: LoraStore, store_uri: str, new: str) -> None:
+    refs = [record.ref for record in pool.snapshot().records.values()]
+    pool.add_embeddings({ref: embedding(encoder="e5+abc") for ref in refs})
     pool.activate_encoder("the-model", "e5+abc", ADMIN)
-    source = Files(Location(store_uri))
-    for name in ("e5+abc.safetensors", "unused.safetensors", "e5-1.ordinary.safetensors"):
-        source.write(f"projections/{name}", name.encode())
-    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
-    copy = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
-    assert copy.snapshot().encoder == pool.snapshot().encoder
-    assert sorted(path.name for path in (tmp_path / "new" / "projections").iterdir()) == [
-        "e5+abc.safetensors",
-        "e5-1.ordinary.safetensors",
-    ]
+    projections = ["e5+abc.safetensors", "e5-1.ordinary.safetensors"]
+    for name in (*projections, "unused.safetensors"):
+        Files(Location(store_uri)).write(f"projections/{name}", name.encode())
+    import_pool(StoredPool(store_uri), new)
+    assert opened(new).snapshot().encoder == pool.snapshot().encoder
+    assert sorted(path.name for path in Path(new, "projections").iterdir()) == projections
 
 
 def test_adapters_of_another_encoder_are_counted(
-    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
+    pool: LoraStore, store_uri: str, make_folder: MakeFolder, new: str
 ) -> None:
-    other = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    other = opened(new)
     other.commit([other.stage(make_folder("mine", 70))], [embedding(encoder="other")], [0.5], "maker")
-    done = import_pool(StoredPool(store_uri), str(tmp_path / "new"))
-    assert done["num_unembedded"] == 2
+    assert import_pool(StoredPool(store_uri), new)["num_unembedded"] == 2
     assert other.snapshot().rankings == {}
 
 
-def test_a_part_of_a_pool_is_copied_with_its_own_files_only(pool: LoraStore, store_uri: str, tmp_path: Path) -> None:
-    copied = export_pool(StoredPool(store_uri), StoreTarget(str(tmp_path / "new")), ["secret"])
-    copy = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
-    assert copy.snapshot().referenced() == set(pool.snapshot().records["acme", "secret"].blobs)
+def test_a_part_of_a_pool_is_copied_with_its_own_files_only(pool: LoraStore, store_uri: str, new: str) -> None:
+    copied = export_pool(StoredPool(store_uri), StoreTarget(new), ["secret"])
+    copy = opened(new).snapshot()
+    assert copy.referenced() == set(pool.snapshot().records["acme", "secret"].blobs)
     assert list(copied.snapshot.records) == [("acme", "secret")]
-    assert (copy.snapshot().rankings, copy.snapshot().names) == ({}, {})
+    assert (copy.rankings, copy.names) == ({}, {})

@@ -10,17 +10,13 @@ import pytest
 from lora_store import AdapterRecord, QuotaExceeded, Snapshot, TenantQuota
 from lora_store.quota import TenantUsage, usage_of
 from lora_store.rules import publish_events
-from tests.lora_store.builders import MakeFolder, MakeRecord, OpenStore, embedding
+from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, MakeRecord, OpenStore, embedding
+
+MakeRecords = Callable[..., list[AdapterRecord]]
 
 
 @pytest.fixture
-def store_uri(folder_uri: str) -> str:
-    """Keep these rules off S3: they are the same over any storage."""
-    return folder_uri
-
-
-@pytest.fixture
-def records(make_record: MakeRecord) -> Callable[..., list[AdapterRecord]]:
+def records(make_record: MakeRecord) -> MakeRecords:
     """Return a tenant's live adapters of 100 bytes each, by name."""
 
     def make(*names: str, tenant: str = "acme", **changes: Any) -> list[AdapterRecord]:
@@ -38,9 +34,7 @@ def live(*records: AdapterRecord) -> Snapshot:
     return Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
 
 
-def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(
-    records: Callable[..., list[AdapterRecord]], make_record: MakeRecord
-) -> None:
+def test_a_tenant_holds_names_and_the_weights_of_kept_versions(records: MakeRecords, make_record: MakeRecord) -> None:
     [a, b] = records("a", "b")
     older = make_record("a", "acme", "f" * 64, weights_digest="w older", num_bytes=7)
     same = make_record("a", "acme", "e" * 64, weights_digest="w b")
@@ -60,9 +54,7 @@ def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(
         (TenantQuota(max_bytes=299), False),
     ],
 )
-def test_a_publish_above_the_quota_is_refused_as_a_whole(
-    records: Callable[..., list[AdapterRecord]], quota: TenantQuota, fits: bool
-) -> None:
+def test_a_publish_above_the_quota_is_refused_as_a_whole(records: MakeRecords, quota: TenantQuota, fits: bool) -> None:
     snapshot, new = live(*records("a"), *records("x", "y", "z", tenant="other")), records("b", "c")
     if fits:
         assert len(publish_events(snapshot, new, quota=quota)) == 2
@@ -72,24 +64,18 @@ def test_a_publish_above_the_quota_is_refused_as_a_whole(
     assert caught.value.wanted > caught.value.limit
 
 
-def test_a_tenant_above_a_reduced_quota_may_still_replace_adapters(
-    records: Callable[..., list[AdapterRecord]], make_record: MakeRecord
-) -> None:
+def test_a_tenant_above_a_reduced_quota_may_replace_adapters(records: MakeRecords, make_record: MakeRecord) -> None:
     snapshot = live(*records("a", "b"))
     newer = make_record("a", "acme", "e" * 64, weights_digest="w a", visibility="private")
     quota = TenantQuota(max_adapters=1, max_bytes=50)
     assert len(publish_events(snapshot, [newer], quota=quota)) == 1
+    assert publish_events(snapshot, records("a"), quota=TenantQuota(0, 0)) == [], "live versions do not count again"
     with pytest.raises(QuotaExceeded):
         publish_events(snapshot, records("c"), quota=quota)
 
 
-def test_live_versions_do_not_count_again(records: Callable[..., list[AdapterRecord]]) -> None:
-    assert publish_events(live(*records("a")), records("a"), quota=TenantQuota(0, 0)) == []
-
-
-def test_two_concurrent_publishes_cannot_exceed_the_quota_together(
-    open_store: OpenStore, make_folder: MakeFolder
-) -> None:
+@IN_A_FOLDER
+def test_concurrent_publishes_cannot_exceed_the_quota_together(open_store: OpenStore, make_folder: MakeFolder) -> None:
     """The quota is checked against the state after the rival's commit, not against that at the start of the publish."""
     ours, rival, quota = open_store(), open_store(), TenantQuota(max_adapters=1)
     staged = [store.stage(make_folder(f"a{n}", n), tenant="acme") for n, store in enumerate((ours, rival))]

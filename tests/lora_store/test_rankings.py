@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-from lora_store import AdapterRef, Publish, Rank, Ranking, Snapshot, Withdraw
+from lora_store import AdapterRef, LoraStore, Publish, Rank, Ranking, Snapshot, Withdraw
 from lora_store.events import dated_events_of, fold_table_of
 from lora_store.rankings import OUTCOME
 from lora_store.rules import rank_events
-from tests.lora_store.builders import NOON, MakeRecord, OpenStore, ranking
+from tests.lora_store.builders import IN_A_FOLDER, NOON, MakeRecord, OpenStore, ranking
 
 POET, BARD = AdapterRef("local", "poet", "d" * 64), AdapterRef("local", "bard", "e" * 64)
 
@@ -87,14 +87,9 @@ def test_a_fold_keeps_rankings_and_what_each_tenant_can_see(make_record: MakeRec
     assert used(folded, "acme")[0].vector.tolist() == ranking(POET).vector.tolist()
 
 
-def test_a_snapshot_is_copied_with_its_rankings() -> None:
-    snapshot = after(Snapshot(0, {}), Rank("local", ranking(POET), True, "me", NOON))
-    assert used(copy.copy(snapshot)) == [ranking(POET)]
-
-
-def test_the_store_commits_rankings(open_store: OpenStore) -> None:
-    store = open_store()
+@IN_A_FOLDER
+def test_the_store_commits_rankings(store: LoraStore, open_store: OpenStore) -> None:
     generation = store.rank("local", [ranking(POET), ranking(BARD)], "me")
     assert generation == store.snapshot().generation == 1
-    assert used(open_store().snapshot()) == [ranking(POET), ranking(BARD)]
+    assert used(open_store().snapshot()) == used(copy.copy(store.snapshot())) == [ranking(POET), ranking(BARD)]
     assert store.rank("local", [], "me") == 1

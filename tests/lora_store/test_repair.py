@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -14,29 +13,18 @@ from lora_store.events import table_of
 from lora_store.files import Files
 from lora_store.repair import Repaired, repair
 from lora_store.table_log import LAST_CHECKPOINT, LOG, checkpoint_name, commit_name
-from tests.lora_store.builders import NOON, MakeRecord
+from tests.lora_store.builders import IN_A_FOLDER, LATER, NOON, MakeRecord
 
-LATER = datetime.now(UTC) + timedelta(days=1)
 Fill = Callable[..., Catalogue]
 
 
-def _cut(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def _cut_late(data: bytes) -> bytes:
-    return data[:-10]
-
-
-def _zeros(data: bytes) -> bytes:
-    return bytes(len(data))
-
-
-def _empty(data: bytes) -> bytes:
-    return b""
-
-
-BREAKS = [_cut, _cut_late, _zeros, _empty]
+BREAKS: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "cut late": lambda data: data[:-10],
+    "zeros": lambda data: bytes(len(data)),
+    "empty": lambda data: b"",
+}
+MISSING = "missing"
 
 
 @pytest.fixture
@@ -57,15 +45,15 @@ def fill(table: Location, make_record: MakeRecord) -> Fill:
     return publish
 
 
-def _break(table: Location, name: str, change: Callable[[bytes], bytes] | None) -> None:
+def _break(table: Location, name: str, how: str) -> None:
     """Change the bytes of a file, or delete it."""
     files = Files(table)
     data = files.read(name)
     assert data is not None
-    if change is None:
+    if how == MISSING:
         files.delete([name])
     else:
-        files.write(name, change(data))
+        files.write(name, BREAKS[how](data))
 
 
 def _data_file(table: Location, generation: int) -> str:
@@ -88,42 +76,40 @@ def _repaired(location: Location) -> Repaired:
     return done
 
 
-@pytest.mark.parametrize("change", BREAKS)
-def test_a_publish_whose_commit_is_broken_is_named_and_then_restored(
-    location: Location, table: Location, fill: Fill, change: Callable[[bytes], bytes]
-) -> None:
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_publish_with_a_broken_commit_is_restored(location: Location, table: Location, fill: Fill, how: str) -> None:
     """Its rows are whole in its data file."""
     before = fill(4).snapshot()
-    _break(table, commit_name(4), change)
+    _break(table, commit_name(4), how)
     with pytest.raises(StoreDamaged, match=commit_name(4)):
         Catalogue(table)
     done = _repaired(location)
     assert (done.lost, done.generation, done.num_adapters) == ((), 5, 4)
     assert Catalogue(table).snapshot().records == before.records
-    aside = Files(Location(done.aside))
-    assert aside.contains(commit_name(4))
+    assert Files(Location(done.aside)).contains(commit_name(4))
+    whole = {file.name: file.written_at for file in Files(location).entries()}
+    assert repair(location, NOON) is None
+    assert {file.name: file.written_at for file in Files(location).entries()} == whole, "it is not touched"
 
 
-@pytest.mark.parametrize("change", [*BREAKS, None], ids=lambda change: "missing" if change is None else None)
-def test_a_broken_data_file_is_named_and_costs_its_publish_only(
-    location: Location, table: Location, fill: Fill, change: Callable[[bytes], bytes] | None
-) -> None:
+@IN_A_FOLDER
+@pytest.mark.parametrize("how", [*BREAKS, MISSING])
+def test_a_broken_data_file_costs_its_publish_only(location: Location, table: Location, fill: Fill, how: str) -> None:
     fill(4)
     file = _data_file(table, 3)
-    _break(table, file, change)
+    _break(table, file, how)
     with pytest.raises(StoreDamaged, match=file):
         Catalogue(table)
     done = _repaired(location)
     assert _names(Catalogue(table).snapshot()) == ["a0", "a1", "a3"]
     assert len(done.lost) == 1 and "generation 3" in done.lost[0] and file in done.lost[0]
     assert list(done.damaged) == [file]
-    assert Files(Location(done.aside)).contains(file) if change else not done.aside
+    assert not done.aside if how == MISSING else Files(Location(done.aside)).contains(file)
     assert not Files(table).contains(file)
 
 
+@IN_A_FOLDER
 def test_a_replica_that_follows_reports_an_empty_commit_again_and_again(table: Location, fill: Fill) -> None:
-    if not table.is_local:
-        pytest.skip("a bucket has no half-written objects")
     reader = fill(1)
     Files(table).write(commit_name(2), b"")
     for _ in range(2):
@@ -135,7 +121,7 @@ def test_the_pool_goes_on_above_every_generation_after_a_repair(
     location: Location, table: Location, fill: Fill, make_record: MakeRecord
 ) -> None:
     fill(4)
-    _break(table, commit_name(4), _empty)
+    _break(table, commit_name(4), "empty")
     _repaired(location)
     catalogue = fill(8, start=4, min_tail=5)
     assert catalogue.snapshot().generation > 12
@@ -143,13 +129,6 @@ def test_the_pool_goes_on_above_every_generation_after_a_repair(
     catalogue.vacuum(LATER)
     assert _names(Catalogue(table).snapshot()) == sorted(f"a{number}" for number in range(1, 12))
     assert repair(location, NOON) is None
-
-
-def test_a_whole_catalogue_is_not_touched(location: Location, table: Location, fill: Fill) -> None:
-    fill(2)
-    before = {file.name: file.written_at for file in Files(location).entries()}
-    assert repair(location, NOON) is None
-    assert {file.name: file.written_at for file in Files(location).entries()} == before
 
 
 def test_a_lost_log_is_made_again_from_the_data_files(location: Location, table: Location, fill: Fill) -> None:
@@ -169,19 +148,16 @@ def test_without_any_data_file_there_is_nothing_to_repair_from(location: Locatio
     assert Files(location).entries() == []
 
 
-@pytest.mark.parametrize("change", [_cut, _empty, None], ids=["cut", "empty", "missing"])
+@IN_A_FOLDER
+@pytest.mark.parametrize("how", ["cut", "empty", MISSING])
 @pytest.mark.parametrize("name", [checkpoint_name, lambda version: LAST_CHECKPOINT], ids=["checkpoint", "hint"])
 def test_a_broken_checkpoint_costs_nothing_while_its_commits_are_there(
-    location: Location,
-    table: Location,
-    fill: Fill,
-    name: Callable[[int], str],
-    change: Callable[[bytes], bytes] | None,
+    location: Location, table: Location, fill: Fill, name: Callable[[int], str], how: str
 ) -> None:
     catalogue = fill(3)
     EventTable(table).compact()  # writes a checkpoint
     before = catalogue.snapshot()
-    _break(table, name(before.generation), change)
+    _break(table, name(before.generation), how)
     done = repair(location, NOON)
     assert done is None or done.lost == ()
     assert Catalogue(table).snapshot().records == before.records
@@ -193,7 +169,7 @@ def test_a_broken_fold_costs_nothing_while_the_files_that_it_replaced_are_there(
     before = fill(7, min_tail=2).snapshot()
     folds = [name for name in EventTable(table)._data_files() if name.startswith("fold-")]
     assert len(folds) == 1
-    _break(table, folds[0], _cut)
+    _break(table, folds[0], "cut")
     done = _repaired(location)
     assert done.lost == ()
     assert Catalogue(table).snapshot().records == before.records
@@ -204,12 +180,13 @@ def test_a_broken_fold_without_them_is_reported(location: Location, table: Locat
     catalogue.vacuum(LATER)
     (fold,) = EventTable(table)._data_files()
     fill(1, start=5)
-    _break(table, fold, _cut)
+    _break(table, fold, "cut")
     done = _repaired(location)
     assert len(done.lost) == 1 and fold in done.lost[0]
     assert _names(Catalogue(table).snapshot()) == ["a5"]
 
 
+@IN_A_FOLDER
 def test_rows_of_a_writer_whom_a_rival_preceded_are_not_restored(
     location: Location, table: Location, fill: Fill, make_record: MakeRecord
 ) -> None:
@@ -219,7 +196,7 @@ def test_rows_of_a_writer_whom_a_rival_preceded_are_not_restored(
     repeated = table_of([Publish(make_record("a0", digest=f"{0:064x}"))], 3, _commit_of(table, 1))
     EventTable(table)._write(repeated, "part", is_change=True)
     fill(1, start=2)
-    _break(table, commit_name(3), _empty)
+    _break(table, commit_name(3), "empty")
     _repaired(location)
     assert _names(Catalogue(table).snapshot()) == ["a0", "a1", "a2"]
 
@@ -229,10 +206,9 @@ def _commit_of(table: Location, generation: int) -> str:
     return next(row["commit_id"] for row in rows if row["generation"] == generation)
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_file_breaks_every_whole_publish_is_kept(
-    location: Location, table: Location, fill: Fill, seed: int
-) -> None:
+def test_any_broken_file_costs_no_whole_publish(location: Location, table: Location, fill: Fill, seed: int) -> None:
     """A file of the log or a data file, after folds and compactions."""
     draw = random.Random(seed)
     catalogue = fill(9, min_tail=draw.choice([3, 4096]))
@@ -241,7 +217,7 @@ def test_whatever_file_breaks_every_whole_publish_is_kept(
     fill(2, start=9)
     names = _names(catalogue.snapshot())
     broken = draw.choice([file.name for file in Files(table).entries()])
-    _break(table, broken, draw.choice(BREAKS))
+    _break(table, broken, draw.choice(list(BREAKS)))
     done = repair(location, NOON)
     left = _names(Catalogue(table).snapshot())
     assert set(left) <= set(names)

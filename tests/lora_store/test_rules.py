@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from lora_store import (
     EncoderIncomplete,
     Location,
     LoraStore,
-    Staged,
     Trial,
     Withdraw,
     Withdrawn,
@@ -22,37 +20,19 @@ from lora_store import (
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
 from lora_store.rules import withdraw_events
-from tests.lora_store.builders import FakeClock, MakeFolder, OpenStore, Stored, embedding
+from tests.lora_store.builders import IN_A_FOLDER, FakeClock, MakeFolder, OpenStore, PublishOne, Stored, embedding
+
+pytestmark = IN_A_FOLDER
 
 
-@pytest.fixture
-def store_uri(folder_uri: str) -> str:
-    """Keep these rules off S3: they are the same over any storage."""
-    return folder_uri
-
-
-@pytest.fixture
-def store(open_store: OpenStore) -> LoraStore:
-    return open_store()
-
-
-@pytest.fixture
-def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., Staged]:
-    """Publish one version and return its `Staged`."""
-
-    def run(name: str = "poet", seed: int = 0, encoder: str = "enc", **label: Any) -> Staged:
-        staged = store.stage(make_folder(name, seed), **label)
-        store.commit([staged], [embedding(encoder=encoder)], [1.0], "me")
-        return staged
-
-    return run
-
-
-def test_a_withdrawal_of_several_names_is_one_commit_and_returns_all_versions(
-    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock
+def test_a_withdrawal_is_one_commit_and_returns_all_versions(
+    store: LoraStore, publish: PublishOne, clock: FakeClock
 ) -> None:
     first, second, other = publish(seed=0), publish(seed=1), publish("other", seed=2)
     publish("stays", seed=3)
+    assert store.withdraw("local", [], "me") == Withdrawn(4, ())
+    [event] = withdraw_events(store.snapshot(), [("local", "poet"), ("local", "poet")], "me", clock.at)
+    assert event == Withdraw(second.ref, "me", clock.at), "the version that was live"
     gone = store.withdraw("local", ["poet", "other", "poet"], "me")
     assert gone.generation == 5 == store.snapshot().generation
     assert [record.ref for record in gone.records] == [second.ref, first.ref, other.ref]
@@ -65,7 +45,7 @@ def test_a_withdrawal_of_several_names_is_one_commit_and_returns_all_versions(
     [("local", ["poet", "nobody"], "nobody"), ("them", ["poet"], "poet"), ("local", ["local/poet"], "local/poet")],
 )
 def test_a_name_that_is_not_live_is_reported_and_nothing_is_withdrawn(
-    store: LoraStore, publish: Callable[..., Staged], tenant: str, names: list[str], missing: str
+    store: LoraStore, publish: PublishOne, tenant: str, names: list[str], missing: str
 ) -> None:
     publish()
     with pytest.raises(AdapterNotFound) as caught:
@@ -74,23 +54,7 @@ def test_a_name_that_is_not_live_is_reported_and_nothing_is_withdrawn(
     assert store.snapshot().generation == 1
 
 
-def test_withdrawing_nothing_commits_nothing(store: LoraStore, publish: Callable[..., Staged]) -> None:
-    publish()
-    assert store.withdraw("local", [], "me") == Withdrawn(1, ())
-
-
-def test_a_withdraw_event_names_the_version_that_was_live(
-    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock
-) -> None:
-    publish(seed=0)
-    second = publish(seed=1)
-    [event] = withdraw_events(store.snapshot(), [("local", "poet"), ("local", "poet")], "me", clock.at)
-    assert event == Withdraw(second.ref, "me", clock.at)
-
-
-def test_a_kept_version_can_be_published_again(
-    store: LoraStore, publish: Callable[..., Staged], stored: Stored
-) -> None:
+def test_a_kept_version_can_be_published_again(store: LoraStore, publish: PublishOne, stored: Stored) -> None:
     first, second = publish(seed=0), publish(seed=1)
     record = store.snapshot().previous["local", "poet"][0]
     again = store.restage(record)
@@ -104,7 +68,7 @@ def test_a_kept_version_can_be_published_again(
 
 @pytest.mark.parametrize("blob", ["weights", "samples"])
 def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(
-    store: LoraStore, publish: Callable[..., Staged], location: Location, stored: Stored, blob: str
+    store: LoraStore, publish: PublishOne, location: Location, stored: Stored, blob: str
 ) -> None:
     publish()
     record = store.snapshot().records["local", "poet"]
@@ -117,7 +81,7 @@ def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(
 
 
 def test_damaged_samples_are_reported_when_a_version_is_staged_again(
-    store: LoraStore, publish: Callable[..., Staged], location: Location
+    store: LoraStore, publish: PublishOne, location: Location
 ) -> None:
     publish()
     record = store.snapshot().records["local", "poet"]
@@ -139,8 +103,8 @@ def test_a_commit_with_an_old_lease_checks_its_blobs_again(
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(
-    store: LoraStore, publish: Callable[..., Staged], make_folder: MakeFolder
+def test_an_encoder_is_activated_once_all_are_embedded(
+    store: LoraStore, publish: PublishOne, make_folder: MakeFolder
 ) -> None:
     first, second = publish("a", seed=0), publish("b", seed=1)
     bare = store.stage(make_folder("bare", 2, inputs=()))
@@ -161,14 +125,12 @@ def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(
     assert store.activate_encoder("model", "new", "me") == 6
 
 
-def test_adapters_published_with_the_new_encoder_need_no_other_embedding(
-    store: LoraStore, publish: Callable[..., Staged]
-) -> None:
+def test_adapters_published_with_the_new_encoder_need_no_other_embedding(store: LoraStore, publish: PublishOne) -> None:
     publish("a", seed=0, encoder="new")
     assert store.activate_encoder("model", "new", "me") == 2
 
 
-def test_embeddings_of_versions_that_are_not_live_are_dropped(store: LoraStore, publish: Callable[..., Staged]) -> None:
+def test_embeddings_of_versions_that_are_not_live_are_dropped(store: LoraStore, publish: PublishOne) -> None:
     old, live = publish(seed=0), publish(seed=1)
     new = embedding(1.0, encoder="new")
     assert store.add_embeddings({old.ref: new}) == 2
@@ -178,7 +140,7 @@ def test_embeddings_of_versions_that_are_not_live_are_dropped(store: LoraStore, 
 
 
 def test_an_encoder_is_not_activated_if_a_publish_came_first(
-    store: LoraStore, open_store: OpenStore, publish: Callable[..., Staged], make_folder: MakeFolder
+    store: LoraStore, open_store: OpenStore, publish: PublishOne, make_folder: MakeFolder
 ) -> None:
     first = publish("a", seed=0)
     store.add_embeddings({first.ref: embedding(1.0, encoder="new")})
@@ -191,7 +153,7 @@ def test_an_encoder_is_not_activated_if_a_publish_came_first(
 
 
 def test_a_publish_with_precondition_live_skips_updated_and_withdrawn_names(
-    store: LoraStore, publish: Callable[..., Staged]
+    store: LoraStore, publish: PublishOne
 ) -> None:
     old = publish(seed=0)
     new = publish(seed=1)
@@ -204,9 +166,7 @@ def test_a_publish_with_precondition_live_skips_updated_and_withdrawn_names(
     assert dict(store.snapshot().records) == {}
 
 
-def test_a_publish_with_precondition_kept_is_refused_after_a_withdrawal(
-    store: LoraStore, publish: Callable[..., Staged]
-) -> None:
+def test_a_publish_with_precondition_kept_is_refused_after_a_withdrawal(store: LoraStore, publish: PublishOne) -> None:
     old, _ = publish(seed=0), publish(seed=1)
     again = store.restage(old.record)
     store.commit([again], [embedding()], [1.0], "me", "kept")
@@ -224,20 +184,19 @@ def states(store: LoraStore) -> list[tuple[str, bool]]:
     return [(record.ref.digest, record.is_offered) for record in store.snapshot().versions(("local", "poet"))]
 
 
-def test_an_offered_version_is_kept_with_its_share_while_the_live_one_stays(
-    store: LoraStore, publish: Callable[..., Staged]
-) -> None:
+def test_an_offered_version_is_kept_with_its_share_beside_the_live_one(store: LoraStore, publish: PublishOne) -> None:
     older, live = publish(seed=0), publish(seed=1)
     offered = publish(seed=2, share=0.1)
     assert store.snapshot().records["local", "poet"].trial == Trial(offered.ref.digest, 0.1)
     assert states(store) == [(live.ref.digest, False), (older.ref.digest, False), (offered.ref.digest, True)]
     again = publish(seed=3, share=0.2, is_shadow=True)  # in place of the first, so that no live version is forgotten
     assert states(store)[1:] == [(older.ref.digest, False), (again.ref.digest, True)]
+    publish(seed=1, encoder="other", visibility="private")  # the live version again
     assert store.snapshot().records["local", "poet"].trial == Trial(again.ref.digest, 0.2, is_shadow=True)
 
 
 @pytest.mark.parametrize("change", ["share", "publish", "promote", "withdraw"])
-def test_a_trial_ends(change: str, store: LoraStore, publish: Callable[..., Staged]) -> None:
+def test_a_trial_ends(change: str, store: LoraStore, publish: PublishOne) -> None:
     live = publish(seed=0)
     offered = publish(seed=1, share=0.1)
     if change == "share":
@@ -256,7 +215,7 @@ def test_a_trial_ends(change: str, store: LoraStore, publish: Callable[..., Stag
 
 
 def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
-    store: LoraStore, publish: Callable[..., Staged]
+    store: LoraStore, publish: PublishOne
 ) -> None:
     first, live = publish(seed=0), publish(seed=1)
     trial = Trial(first.ref.digest, 0.25)
@@ -268,9 +227,7 @@ def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
     assert states(store)[1:] == [(first.ref.digest, False)]
 
 
-def test_an_approved_version_that_is_tried_again_stays_approved(
-    store: LoraStore, publish: Callable[..., Staged]
-) -> None:
+def test_an_approved_version_that_is_tried_again_stays_approved(store: LoraStore, publish: PublishOne) -> None:
     first = publish(seed=0)
     store.approve([first.ref], "admin")
     publish(seed=1)
@@ -279,13 +236,6 @@ def test_an_approved_version_that_is_tried_again_stays_approved(
     assert (tried.ref, tried.approved, live.approved) == (first.ref, True, False)
     store.commit([store.restage(tried)], [embedding()], [1.0], "me", "kept")
     assert store.snapshot().records["local", "poet"].approved
-
-
-def test_publishing_the_live_version_again_leaves_its_trial(store: LoraStore, publish: Callable[..., Staged]) -> None:
-    publish(seed=0)
-    offered = publish(seed=1, share=0.1)
-    publish(seed=0, encoder="other", visibility="private")
-    assert store.snapshot().records["local", "poet"].trial == Trial(offered.ref.digest, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +248,7 @@ def test_publishing_the_live_version_again_leaves_its_trial(store: LoraStore, pu
     ],
 )
 def test_a_version_that_cannot_take_a_share_is_refused(
-    seed: int, label: dict[str, Any], says: str, store: LoraStore, publish: Callable[..., Staged]
+    seed: int, label: dict[str, Any], says: str, store: LoraStore, publish: PublishOne
 ) -> None:
     publish(seed=0)
     with pytest.raises(AdapterRefused, match=says):
@@ -308,7 +258,7 @@ def test_a_version_that_cannot_take_a_share_is_refused(
 
 @pytest.mark.parametrize(("name", "digest"), [("nobody", "a" * 64), ("poet", "a" * 64)])
 def test_a_trial_needs_a_live_name_and_a_kept_version(
-    name: str, digest: str, store: LoraStore, publish: Callable[..., Staged]
+    name: str, digest: str, store: LoraStore, publish: PublishOne
 ) -> None:
     publish()
     with pytest.raises(AdapterNotFound):

@@ -39,7 +39,7 @@ def _read(data: bytes) -> dict[str, torch.Tensor]:
     return {name: stored.tensor() for name, stored in _stored(data).items()}
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(10))
 def test_pieces_equal_the_librarys_bytes_and_are_read_alike(seed: int) -> None:
     tensors, metadata = _random_tensors(seed), {"lora": json.dumps({"scaling": {"a.b": 0.5 + seed, "c": 2e-30}})}
     data = b"".join(pieces_of(tensors, metadata))

@@ -10,19 +10,15 @@ from lora_store.sample_files import SAMPLES_FILE, parse_samples, read_samples, w
 
 
 def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
-    samples = (Sample("one"), Sample("two\nlines", "an answer"), Sample("é" * 100, ""))
+    samples = (Sample("one"), Sample("two\nlines", "an answer"), Sample("é" * 100, ""), Sample('says "accepted"'))
     data = write_samples(samples)
     (tmp_path / SAMPLES_FILE).write_bytes(data)
     assert read_samples(tmp_path, Limits()) == parse_samples(data) == samples
     assert write_samples(parse_samples(data)) == data
-
-
-def test_only_stored_samples_are_marked_as_accepted(tmp_path: Path) -> None:
-    samples = (Sample("one"), Sample("two", is_accepted=True), Sample('says "accepted"'))
-    data = write_samples(samples)
-    assert parse_samples(data) == samples
-    (tmp_path / SAMPLES_FILE).write_bytes(data)
-    assert not any(sample.is_accepted for sample in read_samples(tmp_path, Limits())), "a publisher cannot mark a line"
+    marked = write_samples((Sample("one", is_accepted=True),))
+    assert parse_samples(marked) == (Sample("one", is_accepted=True),)
+    (tmp_path / SAMPLES_FILE).write_bytes(marked)
+    assert read_samples(tmp_path, Limits()) == (Sample("one"),), "a publisher cannot mark a line"
 
 
 @pytest.mark.parametrize("key", ["prompt", "instruction", "text", "question"])
@@ -31,13 +27,13 @@ def test_other_common_keys_are_read_where_there_is_no_input(tmp_path: Path, key:
     assert read_samples(tmp_path, Limits()) == (Sample("a"), Sample("b"))
 
 
-def test_blank_lines_are_ignored_but_counted(tmp_path: Path) -> None:
+def test_blank_lines_are_ignored_but_counted_and_every_bad_line_is_listed(tmp_path: Path) -> None:
     (tmp_path / SAMPLES_FILE).write_text('\n{"input": "a"}\n \n\r\n{"input": "b"}\n\n')
     assert read_samples(tmp_path, Limits()) == (Sample("a"), Sample("b"))
-    (tmp_path / SAMPLES_FILE).write_text('{"input": "a"}\n\n{}\n')
+    (tmp_path / SAMPLES_FILE).write_text('{"input": "a"}\n\n{}\nno json\n{"input": ""}\n')
     with pytest.raises(FileRefused) as caught:
         read_samples(tmp_path, Limits())
-    assert [problem[:6] for problem in caught.value.problems] == ["line 3"]
+    assert [problem[:6] for problem in caught.value.problems] == ["line 3", "line 4", "line 5"]
 
 
 def test_a_share_of_too_many_samples_is_read_from_the_whole_file(tmp_path: Path) -> None:
@@ -49,10 +45,3 @@ def test_a_share_of_too_many_samples_is_read_from_the_whole_file(tmp_path: Path)
 def test_a_long_input_is_cut_at_a_whole_character(tmp_path: Path) -> None:
     (tmp_path / SAMPLES_FILE).write_text('{"input": "éé\u00e9"}\n')
     assert read_samples(tmp_path, Limits(max_sample_bytes=5)) == (Sample("éé"),)
-
-
-def test_every_bad_line_is_listed(tmp_path: Path) -> None:
-    (tmp_path / SAMPLES_FILE).write_text('{"input": "fine"}\nno json\n{"input": ""}\n')
-    with pytest.raises(FileRefused) as caught:
-        read_samples(tmp_path, Limits())
-    assert [problem[:6] for problem in caught.value.problems] == ["line 2", "line 3"]

@@ -1,33 +1,32 @@
-"""The state that results from events. Looking names up is tested with the catalogue."""
+"""The state that results from events, and names that are looked up in it."""
 
 from __future__ import annotations
 
 import random
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 
 from lora_store import (
     ActivateEncoder,
+    AdapterNotFound,
     AdapterRecord,
-    Approve,
     Embed,
     Event,
     Publish,
-    SetVisibility,
     Snapshot,
     TenantQuota,
     Withdraw,
 )
 from lora_store.rules import publish_events
-from tests.lora_store.builders import NOON, MakeRecord, embedding
+from tests.lora_store.builders import NOON, MakeRecord, draw_events, embedding
 
 POET = ("local", "poet")
 
 
 @pytest.fixture
-def version(make_record: MakeRecord) -> Callable[..., AdapterRecord]:
+def version(make_record: MakeRecord) -> MakeRecord:
     """Return the n-th version of the poet."""
     return lambda number, **changes: make_record(
         digest=f"{number:064x}", weights_digest=f"{number + 99:064x}", **changes
@@ -42,13 +41,14 @@ def _numbers(records: Iterable[AdapterRecord]) -> list[int]:
     return [int(record.ref.digest, 16) for record in records]
 
 
-def test_the_last_three_versions_are_kept_newest_first(version: Callable[..., AdapterRecord]) -> None:
+def test_the_last_three_versions_are_kept_newest_first(version: MakeRecord) -> None:
     snapshot = _fold(*(Publish(version(number)) for number in range(5)))
     assert _numbers(snapshot.versions(POET)) == [4, 3, 2]
     assert snapshot.referenced() == {f"{number + 99:064x}" for number in (4, 3, 2)}
+    assert _fold(Publish(version(0, samples_digest="5" * 64))).referenced() == {f"{99:064x}", "5" * 64}
 
 
-def test_a_version_that_is_live_again_is_not_kept_twice(version: Callable[..., AdapterRecord]) -> None:
+def test_a_version_that_is_live_again_is_not_kept_twice(version: MakeRecord) -> None:
     snapshot = _fold(*(Publish(version(number)) for number in (0, 1, 2, 1)))
     assert _numbers(snapshot.versions(POET)) == [1, 2, 0]
     again = snapshot.after([Publish(version(1, visibility="private"))], 5)
@@ -56,7 +56,7 @@ def test_a_version_that_is_live_again_is_not_kept_twice(version: Callable[..., A
     assert again.records[POET].visibility == "private"
 
 
-def test_a_withdrawal_removes_every_version(version: Callable[..., AdapterRecord], make_record: MakeRecord) -> None:
+def test_a_withdrawal_removes_every_version(version: MakeRecord, make_record: MakeRecord) -> None:
     snapshot = _fold(Publish(version(0)), Publish(version(1)), Publish(make_record("other")))
     after = snapshot.after([Withdraw(version(1).ref, "me", NOON)], 4)
     assert (after.versions(POET), list(after.records)) == ((), [("local", "other")])
@@ -64,22 +64,20 @@ def test_a_withdrawal_removes_every_version(version: Callable[..., AdapterRecord
     assert _numbers(after.after([Publish(version(2))], 5).versions(POET)) == [2]
 
 
-def test_samples_are_referenced_like_weights(version: Callable[..., AdapterRecord]) -> None:
-    assert _fold(Publish(version(0, samples_digest="5" * 64))).referenced() == {f"{99:064x}", "5" * 64}
-
-
-def test_an_embedding_waits_until_its_encoder_is_active(version: Callable[..., AdapterRecord]) -> None:
+def test_an_embedding_waits_until_its_encoder_is_active(version: MakeRecord) -> None:
     new = embedding(1.0, encoder="new")
     before = _fold(Publish(version(0)), Embed(version(0).ref, new))
     assert (before.encoder, before.records[POET].encoder) == (None, "enc")
     assert before.pending == {version(0).ref: new}
+    other = before.after([ActivateEncoder("model", "third", "me", NOON)], 3)
+    assert other.records[POET].encoder == "enc", "not that of another encoder"
     after = before.after([ActivateEncoder("model", "new", "me", NOON)], 3)
     assert (after.encoder.model, after.encoder.identity) == ("model", "new")
     assert after.records[POET].embedding is new
     assert after.pending == {}
 
 
-def test_only_live_versions_get_an_embedding(version: Callable[..., AdapterRecord]) -> None:
+def test_only_live_versions_get_an_embedding(version: MakeRecord) -> None:
     live = _fold(Publish(version(0)), Publish(version(1)), Embed(version(0).ref, embedding(1.0, encoder="new")))
     assert live.pending == {}
     waiting = live.after([Embed(version(1).ref, embedding(1.0, encoder="new"))], 4)
@@ -87,48 +85,12 @@ def test_only_live_versions_get_an_embedding(version: Callable[..., AdapterRecor
         assert waiting.after([event], 5).pending == {}
 
 
-def test_another_encoders_embedding_is_not_activated(version: Callable[..., AdapterRecord]) -> None:
-    snapshot = _fold(Publish(version(0)), Embed(version(0).ref, embedding(1.0, encoder="third")))
-    after = snapshot.after([ActivateEncoder("model", "new", "me", NOON)], 3)
-    assert after.records[POET].encoder == "enc"
-
-
-def _random_events(draw: random.Random, snapshot: Snapshot, make_record: MakeRecord, number: int) -> Iterator[Event]:
-    """Draw one to four events on a few names of three tenants that the rules would allow."""
-    for _ in range(draw.randrange(1, 5)):
-        tenant, name = draw.choice(["a", "b", "c"]), f"n{draw.randrange(6)}"
-        record = snapshot.records.get((tenant, name))
-        kind = draw.randrange(8)
-        if record is None or kind < 4:
-            weights = draw.randrange(5)
-            yield Publish(
-                make_record(
-                    f"{tenant}-{name}" if draw.random() < 0.5 else name,
-                    tenant,
-                    f"{draw.randrange(number + 1):064x}",
-                    weights_digest=f"w{weights}",
-                    num_bytes=10 + weights,
-                    samples_digest=draw.choice([None, f"s{weights}"]),
-                    visibility="public" if tenant == "a" else "private",
-                )
-            )
-        elif kind == 4:
-            yield Withdraw(record.ref, "me", NOON)
-        elif kind == 5:
-            yield SetVisibility(record.ref, "private", "me", NOON)
-        elif kind == 6:
-            yield Approve(record.ref, "me", NOON)
-        else:
-            yield Embed(record.ref, embedding(1.0, encoder=f"e{number}"))
-            yield ActivateEncoder("model", f"e{number}", "me", NOON)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_updated_counts_equal_counts_from_scratch(make_record: MakeRecord, seed: int) -> None:
     draw, snapshot = random.Random(seed), Snapshot(0, {})
     assert (snapshot.public, snapshot.tallies.usage) == ({}, {})  # from now on `after` updates them
     for number in range(1, 80):
-        events = list(_random_events(draw, snapshot, make_record, number))
+        events = draw_events(draw, snapshot, make_record, number)
         snapshot = snapshot.after(events, number)
         scratch = Snapshot(number, dict(snapshot.records), dict(snapshot.previous))
         assert snapshot.public == scratch.public
@@ -155,3 +117,30 @@ def test_a_publish_into_a_large_pool_copies_no_part_of_it(make_record: MakeRecor
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50_000  # bytes; a copy of the names alone has a million
+
+
+@pytest.mark.parametrize(
+    ("tenant", "name", "owner"),
+    [
+        ("us", "poet", "us"),
+        ("them", "poet", "us"),
+        ("them", "secret", "them"),
+        ("them", "us/poet", "us"),
+        ("them", "both", "them"),  # ones own private adapter hides a public one
+        ("others", "both", "us"),
+        ("us", "them/secret", None),
+        ("us", "secret", None),
+        ("us", "them/poet", None),
+        ("us", "", None),
+        ("us", "a/b/c", None),
+    ],
+)
+def test_a_name_means_the_own_adapter_first(make_record: MakeRecord, tenant: str, name: str, owner: str | None) -> None:
+    public = [make_record("poet", "us"), make_record("both", "us")]
+    private = [make_record(name, "them", visibility="private") for name in ("secret", "both")]
+    snapshot = _fold(*map(Publish, [*public, *private]))
+    if owner is None:
+        with pytest.raises(AdapterNotFound):
+            snapshot.resolve(tenant, name)
+    else:
+        assert snapshot.resolve(tenant, name).ref.tenant == owner

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from lora_store import (
-    ActivateEncoder,
-    AdapterRecord,
-    Approve,
-    Catalogue,
-    Embed,
-    Publish,
-    SetVisibility,
-    Snapshot,
-    Withdraw,
-)
+from lora_store import ActivateEncoder, Approve, Catalogue, Embed, Publish, SetVisibility, Snapshot, Withdraw
 from lora_store.location import Location
-from tests.lora_store.builders import NOON, embedding
+from tests.lora_store.builders import NOON, MakeRecord, embedding
 
 TENANTS = ("acme", "globex", "stranger")
-MakeRecord = Callable[..., AdapterRecord]
 
 
 def generations_of(snapshot: Snapshot) -> list[int]:
     return [snapshot.generation_for(tenant) for tenant in TENANTS]
 
 
-def test_private_changes_move_only_their_tenants_generation(location: Location, make_record: MakeRecord) -> None:
-    catalogue = Catalogue(location)
+def test_private_changes_move_only_their_tenants_generation(folder_uri: str, make_record: MakeRecord) -> None:
+    catalogue = Catalogue(location := Location(folder_uri))
     private = make_record("plan", tenant="acme", visibility="private")
     public = make_record("poet", tenant="globex", visibility="public")
     steps: list[tuple[Any, list[int]]] = [
@@ -66,9 +54,7 @@ def _is_about_seen(event: Any, after: Snapshot, tenant: str) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_events_folds_and_comparison_give_the_same_generation(
-    folder_uri: str, make_record: MakeRecord, seed: int
-) -> None:
+def test_events_and_folds_give_the_same_generation(folder_uri: str, make_record: MakeRecord, seed: int) -> None:
     location = Location(folder_uri)
     draw, readers = random.Random(seed), [Catalogue(location, min_tail=10), Catalogue(location)]
     replayed, expected = Snapshot(0, {}), dict.fromkeys(TENANTS, 0)

@@ -20,20 +20,11 @@ from lora_store import (
     Staged,
     VersionConflict,
 )
-from tests.lora_store.builders import BASE, MakeFolder, OpenStore, embedding
+from tests.lora_store.builders import BASE, IN_A_FOLDER, MakeFolder, embedding
+
+pytestmark = IN_A_FOLDER
 
 ACCEPTED = Sample("Make me a rhyme about rain", is_accepted=True)
-
-
-@pytest.fixture
-def store_uri(folder_uri: str) -> str:
-    """Keep these rules off S3: they are the same over any storage."""
-    return folder_uri
-
-
-@pytest.fixture
-def store(open_store: OpenStore) -> LoraStore:
-    return open_store()
 
 
 def commit(store: LoraStore, staged: Staged, author: str = "owner") -> AdapterRecord:
@@ -54,52 +45,35 @@ def test_accepted_prompts_make_a_new_version_of_the_same_weights(store: LoraStor
     assert store.samples(second.samples_digest or "") == (*own, ACCEPTED)
     assert (second.num_samples, second.actor) == (len(own) + 1, "owner")
     assert [kept.ref for kept in store.snapshot().versions(("local", "poet"))] == [second.ref, first.ref]
+    commit(store, store.resample(live(store), [*own, ACCEPTED, Sample("another", is_accepted=True)]))
+    undone = commit(store, store.resample(live(store), None))
+    assert (undone.ref, undone.created_at) == (first.ref, first.created_at), "the very version of the publisher"
 
 
-def test_undo_makes_the_very_version_live_that_the_publisher_gave(store: LoraStore, make_folder: MakeFolder) -> None:
+def test_an_edit_of_a_version_that_is_not_live_any_more_is_refused(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder()))
     own = store.samples(first.samples_digest or "")
-    for number in range(2):
-        samples = [*own, *[Sample(f"accepted {n}", is_accepted=True) for n in range(number + 1)]]
-        commit(store, store.resample(live(store), samples))
-    undone = commit(store, store.resample(live(store), None))
-    assert (undone.ref, undone.created_at) == (first.ref, first.created_at)
-
-
-def test_samples_of_a_version_that_is_not_live_any_more_are_refused(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder()))
-    staged = store.resample(first, [*store.samples(first.samples_digest or ""), ACCEPTED])
+    resampled, edited = store.resample(first, [*own, ACCEPTED]), store.edit(first, Edit(tags=("old",)))
     newer = commit(store, store.stage(make_folder(seed=5)))
-    with pytest.raises(VersionConflict):
-        commit(store, staged)
+    for staged in (resampled, edited):
+        with pytest.raises(VersionConflict):
+            commit(store, staged)
     assert live(store).ref == newer.ref, "the newer weights stay"
-
-
-def test_the_same_samples_twice_are_one_version_and_no_conflict(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder()))
-    twice = [store.resample(first, [Sample("a"), ACCEPTED]) for _ in range(2)]
-    assert len({commit(store, staged).ref for staged in twice}) == 1
-
-
-def test_the_visibility_is_that_of_the_commit(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder(), visibility="public"))
-    staged = store.resample(first, [Sample("a"), ACCEPTED])
-    store.set_visibility("local", "poet", "private", "owner")
-    assert commit(store, staged).visibility == "private"
-
-
-def test_an_approval_does_not_pass_to_other_samples(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder()))
-    store.approve([first.ref], "admin")
-    assert not commit(store, store.resample(live(store), [Sample("a"), ACCEPTED])).approved
-
-
-def test_a_version_whose_weights_are_gone_cannot_get_other_samples(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder()))
     store.withdraw("local", ["poet"], "owner")
+    store.discard([resampled, edited])
     store.sweep(first.blobs)
-    with pytest.raises(AdapterNotFound):
+    with pytest.raises(AdapterNotFound):  # its weights are gone
         store.resample(first, [ACCEPTED])
+
+
+def test_the_same_samples_twice_are_one_version_that_is_not_approved(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder(), visibility="public"))
+    store.approve([first.ref], "admin")
+    twice = [store.resample(live(store), [Sample("a"), ACCEPTED]) for _ in range(2)]
+    store.set_visibility("local", "poet", "private", "owner")
+    made = [commit(store, staged) for staged in twice]
+    assert made[0].ref == made[1].ref and not made[0].approved
+    assert made[0].visibility == "private", "that of the commit"
 
 
 def test_a_withdrawal_deletes_the_proposals_for_the_adapter(store: LoraStore, make_folder: MakeFolder) -> None:
@@ -161,11 +135,3 @@ def test_an_unlisted_adapter_gets_no_samples(store: LoraStore, make_folder: Make
     with pytest.raises(AdapterRefused, match="an adapter with ttl_s has none"):
         store.edit(first, Edit(samples=(Sample("a"),)))
     assert commit(store, store.edit(first, Edit(tags=("step",)))).expires_at == first.expires_at
-
-
-def test_an_edit_of_a_version_that_is_not_live_any_more_is_refused(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder()))
-    staged = store.edit(first, Edit(tags=("old",)))
-    commit(store, store.stage(make_folder(seed=5)))
-    with pytest.raises(VersionConflict):
-        commit(store, staged)

@@ -61,7 +61,7 @@ def test_a_bad_label_is_refused_by_name_and_nothing_is_stored(
     assert store.snapshot().generation == 0
 
 
-def test_the_folder_is_valid_before_it_is_damaged(
+def test_the_undamaged_folder_is_valid(
     store: LoraStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
 ) -> None:
     staged = store.stage(make_folder(), module_shapes=module_shapes)

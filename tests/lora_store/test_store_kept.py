@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,12 @@ import pytest
 from lora_store import AdapterRecord, LoraStore, Sample, Staged, VersionConflict
 from lora_store.peft_files import TEMPLATE_FILE
 from lora_store.sample_files import DESCRIPTION_FILE
-from tests.lora_store.builders import FakeClock, MakeFolder, OpenStore, Stored, embedding
+from tests.lora_store.builders import IN_A_FOLDER, FakeClock, MakeFolder, OpenStore, Stored, embedding
+
+pytestmark = IN_A_FOLDER
 
 SAMPLES = ("Write a poem.", "Rhyme this.")
 GIVEN: dict[str, Any] = {"tags": ["support"], "template": "alpaca", "visibility": "private"}
-
-
-@pytest.fixture
-def store_uri(folder_uri: str) -> str:
-    """Keep these rules off S3: they are the same over any storage."""
-    return folder_uri
 
 
 @pytest.fixture
@@ -46,17 +41,18 @@ def label(record: AdapterRecord) -> tuple[tuple[str, ...], str | None, str, int]
 
 def test_a_new_version_keeps_what_its_publish_does_not_give(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder(), **GIVEN))
+    same = store.stage(make_folder(), keeps_visibility=True)
+    assert (same.ref, commit(store, same).generation) == (first.ref, 1)
     second = commit(store, again := store.stage(make_folder(seed=1, inputs=()), keeps_visibility=True))
     assert label(first) == label(second) == (("support",), "alpaca", "private", 2)
     assert (second.samples_digest, second.ref) == (first.samples_digest, again.ref)
     assert [sample.input for sample in again.samples] == list(SAMPLES), "the encoder embeds them again"
     assert second.weights_digest != first.weights_digest
-
-
-def test_the_same_folder_without_its_label_is_the_live_version(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder(), **GIVEN))
-    again = store.stage(make_folder(), keeps_visibility=True)
-    assert (again.ref, commit(store, again).generation) == (first.ref, 1)
+    trial = commit(store, offered := store.stage(make_folder(seed=2), keeps_visibility=True, share=0.1)).trial
+    assert trial is not None
+    assert (trial.digest, offered.record.template) == (offered.ref.digest, "alpaca")
+    store.withdraw("local", ["poet"], "me")
+    assert label(commit(store, store.stage(make_folder(seed=1, inputs=())))) == ((), None, "public", 0)
 
 
 def test_an_empty_contract_clears(store: LoraStore, make_folder: MakeFolder) -> None:
@@ -111,8 +107,7 @@ def test_a_description_replaces_a_description_and_never_several_samples(
     assert commit(store, kept).num_samples == 2
 
 
-def test_a_folders_template_counts_for_a_new_name_only(folder_uri: str, make_folder: MakeFolder) -> None:
-    store = LoraStore(folder_uri, accepts_base=["tiny-base"])
+def test_a_folders_template_counts_for_a_new_name_only(store: LoraStore, make_folder: MakeFolder) -> None:
     commit(store, store.stage(make_folder(), template="alpaca"))
     folder = make_folder(seed=1)
     (folder / TEMPLATE_FILE).write_text("{{ unknown }}")
@@ -120,37 +115,18 @@ def test_a_folders_template_counts_for_a_new_name_only(folder_uri: str, make_fol
     assert commit(store, store.stage(folder, template="server", templates={})).template is None
 
 
-def test_a_trial_has_the_template_of_the_live_version(store: LoraStore, make_folder: MakeFolder) -> None:
-    commit(store, store.stage(make_folder(), **GIVEN))
-    offered = store.stage(make_folder(seed=1), keeps_visibility=True, share=0.1)
-    trial = commit(store, offered).trial
-    assert trial is not None
-    assert (trial.digest, offered.record.template) == (offered.ref.digest, "alpaca")
-
-
-def _tags(store: LoraStore, make_folder: MakeFolder) -> Staged:
-    return store.stage(make_folder(), tags=["new"])
-
-
-def _template(store: LoraStore, make_folder: MakeFolder) -> Staged:
-    return store.stage(make_folder(), template="alpaca")
-
-
-def _contract(store: LoraStore, make_folder: MakeFolder) -> Staged:
-    return store.stage(make_folder(), contract='{"stop":["a"]}')
-
-
-def _samples(store: LoraStore, make_folder: MakeFolder) -> Staged:
-    return store.stage(make_folder(inputs=("Other.",)))
-
-
-@pytest.mark.parametrize("rival", [_tags, _template, _contract, _samples])
+@pytest.mark.parametrize(
+    "given",
+    [{"tags": ["new"]}, {"template": "alpaca"}, {"contract": '{"stop":["a"]}'}, {"inputs": ("Other.",)}],
+    ids=str,
+)
 def test_two_publishes_at_once_lose_nothing_of_each_other(
-    store: LoraStore, make_folder: MakeFolder, stored: Stored, rival: Callable[[LoraStore, MakeFolder], Staged]
+    store: LoraStore, make_folder: MakeFolder, stored: Stored, given: dict[str, Any]
 ) -> None:
     commit(store, store.stage(make_folder()))
     ours = store.stage(make_folder(seed=1, inputs=()))
-    theirs = commit(store, rival(store, make_folder))  # between our stage and our commit
+    rest = {"inputs": SAMPLES} | given
+    theirs = commit(store, store.stage(make_folder(inputs=rest.pop("inputs")), **rest))  # before our commit
     with pytest.raises(VersionConflict):
         commit(store, ours)
     [again] = store.take_over([ours])
@@ -172,32 +148,17 @@ def test_a_rivals_first_version_of_a_new_name_is_taken_over(store: LoraStore, ma
     assert commit(store, *store.take_over([ours])).tags == ("support",)
 
 
-def test_a_withdrawn_name_keeps_nothing(store: LoraStore, make_folder: MakeFolder) -> None:
-    commit(store, store.stage(make_folder(), **GIVEN))
-    store.withdraw("local", ["poet"], "me")
-    assert label(commit(store, store.stage(make_folder(seed=1, inputs=())))) == ((), None, "public", 0)
-
-
-def test_a_rollback_keeps_the_time_of_the_first_publish(
-    store: LoraStore, make_folder: MakeFolder, clock: FakeClock
-) -> None:
-    first = commit(store, store.stage(make_folder()))
+def test_a_rollback_keeps_the_time_and_the_label(store: LoraStore, make_folder: MakeFolder, clock: FakeClock) -> None:
+    first = commit(store, store.stage(make_folder(), tags=["old"], template="alpaca"))
     published_at = clock.at
     clock.sleep(60)
-    commit(store, store.stage(make_folder(seed=1)))
+    commit(store, store.stage(make_folder(seed=1), tags=["new"], template="chat"))
     clock.sleep(60)
     store.commit([store.restage(first)], [embedding()], [1.0], "me", "kept")
+    assert (live(store).ref, live(store).tags, live(store).template) == (first.ref, ("old",), "alpaca")
     rolled_back_at = clock.at
     clock.sleep(60)
     store.commit([store.restage(live(store))], [embedding(encoder="another")], [1.0], "me", "live")
     assert live(store).ref == first.ref
     assert (live(store).created_at, live(store).live_since) == (published_at, rolled_back_at)
     assert first.live_since is None
-
-
-def test_a_rollback_restores_the_label_of_that_version(store: LoraStore, make_folder: MakeFolder) -> None:
-    first = commit(store, store.stage(make_folder(), tags=["old"], template="alpaca"))
-    commit(store, store.stage(make_folder(seed=1), tags=["new"], template="chat"))
-    again = store.restage(first)
-    store.commit([again], [embedding()], [1.0], "me", "kept")
-    assert (live(store).ref, live(store).tags, live(store).template) == (first.ref, ("old",), "alpaca")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_store import BlobStore, Location, LoraStore, Staged, StoreDamaged, StoreUnavailable
+from lora_store import BlobStore, Location, LoraStore, StoreDamaged, StoreUnavailable
 from lora_store.event_table import create_table
 from lora_store.files import Files, StoredFile
 from tests.lora_store.builders import BASE, MakeFolder, OpenStore, Stored, embedding
@@ -47,21 +47,17 @@ def test_a_pool_that_another_process_creates_a_moment_earlier_is_no_lost_one(
     assert not store.is_new and len(store.snapshot().records) == 1
 
 
-def test_only_the_store_that_creates_the_pool_says_that_it_is_new(open_store: OpenStore) -> None:
-    assert [open_store().is_new for _ in range(2)] == [True, False]
-
-
-def test_without_its_blobs_a_location_gets_a_new_pool(folder_uri: str, make_folder: MakeFolder) -> None:
-    publish(LoraStore(folder_uri, accepts_base=[BASE]), make_folder(), "poet")
+def test_only_the_store_that_creates_the_pool_says_that_it_is_new(folder_uri: str, make_folder: MakeFolder) -> None:
+    stores = [LoraStore(folder_uri, accepts_base=[BASE]) for _ in range(2)]
+    assert [store.is_new for store in stores] == [True, False]
+    publish(stores[0], make_folder(), "poet")
     for part in ("blobs", "catalogue"):
         Path(folder_uri, part).rename(Path(folder_uri, f"old-{part}"))
-    assert LoraStore(folder_uri, accepts_base=[BASE]).is_new
+    assert LoraStore(folder_uri, accepts_base=[BASE]).is_new, "without its blobs a location gets a new pool"
 
 
 @pytest.mark.parametrize("part", ["catalogue", "catalogue/_delta_log"])
-def test_a_process_that_runs_meanwhile_names_what_is_missing(
-    folder_uri: str, make_folder: MakeFolder, part: str
-) -> None:
+def test_a_process_that_runs_then_names_what_is_missing(folder_uri: str, make_folder: MakeFolder, part: str) -> None:
     """It neither writes a new catalogue nor takes the missing one for a rival."""
     store, blobs = LoraStore(folder_uri, accepts_base=[BASE]), BlobStore(Location(folder_uri).child("blobs"))
     published = store.stage(make_folder())
@@ -75,7 +71,7 @@ def test_a_process_that_runs_meanwhile_names_what_is_missing(
     assert all(digest in blobs for digest in published.record.blobs)
 
 
-def test_a_catalogue_that_is_younger_than_its_blobs_collects_none(
+def test_a_catalogue_younger_than_its_blobs_spares_them(
     folder_uri: str, make_folder: MakeFolder, stored: Stored
 ) -> None:
     """A release before this one created a new catalogue where the old one was gone."""
@@ -94,16 +90,11 @@ def test_a_catalogue_that_is_younger_than_its_blobs_collects_none(
     assert store.gc(0).num_blobs == 0
 
 
-@pytest.fixture
-def staged(open_store: OpenStore, make_folder: MakeFolder) -> Staged:
-    return open_store().stage(make_folder())
-
-
 def test_a_publish_whose_blobs_another_machine_deletes_is_not_acknowledged(
-    open_store: OpenStore, location: Location, staged: Staged, make_folder: MakeFolder
+    store: LoraStore, location: Location, make_folder: MakeFolder
 ) -> None:
     """The other machine's clock is wrong, so it takes the lease for an expired one."""
-    store = open_store()
+    staged = store.stage(make_folder())
     digest = staged.weights_digest
     Files(location.child("blobs")).delete([f"{digest[:2]}/{digest}"])
     with pytest.raises(StoreUnavailable, match=f"1 blobs were deleted .* such as {digest}"):

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from lora_store import AdapterNotFound, AdapterRef, Edit, LoraStore, Precondition, PublicNameTaken, Snapshot, Visibility
-from tests.lora_store.builders import MakeFolder, OpenStore, embedding
+from lora_store import AdapterNotFound, Edit, LoraStore, PublicNameTaken, Snapshot
+from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, OpenStore, PublishOne, embedding
 
-
-@pytest.fixture
-def store_uri(folder_uri: str) -> str:
-    """Keep these rules off S3: they are the same over any storage."""
-    return folder_uri
-
-
-@pytest.fixture
-def store(open_store: OpenStore) -> LoraStore:
-    return open_store()
-
-
-@pytest.fixture
-def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., AdapterRef]:
-    """Publish one version and return its ref."""
-
-    def run(name: str = "poet", seed: int = 0, precondition: Precondition = "any", **label: Any) -> AdapterRef:
-        staged = store.stage(make_folder(name, seed), **label)
-        store.commit([staged], [embedding()], [1.0], "me", precondition)
-        return staged.ref
-
-    return run
+pytestmark = IN_A_FOLDER
 
 
 def seen(store: LoraStore, tenant: str) -> list[str]:
@@ -39,7 +17,7 @@ def seen(store: LoraStore, tenant: str) -> list[str]:
 
 
 def test_a_private_adapter_is_only_its_tenants_until_it_is_made_public(
-    store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
+    store: LoraStore, publish: PublishOne, open_store: OpenStore
 ) -> None:
     publish(tenant="acme", visibility="private")
     assert (seen(store, "acme"), seen(store, "other")) == (["poet"], [])
@@ -51,7 +29,7 @@ def test_a_private_adapter_is_only_its_tenants_until_it_is_made_public(
     assert open_store().snapshot() == store.snapshot()  # the events are read as they were written
 
 
-def test_only_a_public_adapter_claims_the_bare_name(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
+def test_only_a_public_adapter_claims_the_bare_name(store: LoraStore, publish: PublishOne) -> None:
     publish(tenant="acme", visibility="private")
     publish(tenant="other", visibility="private")  # no tenant learns another's private name
     store.set_visibility("acme", "poet", "public", "me")
@@ -63,65 +41,43 @@ def test_only_a_public_adapter_claims_the_bare_name(store: LoraStore, publish: C
     assert store.snapshot().generation == 3
 
 
-@pytest.mark.parametrize("visibility", ["public", "private"])
-def test_an_adapter_that_is_not_live_has_no_visibility(
-    store: LoraStore, publish: Callable[..., AdapterRef], visibility: Visibility
-) -> None:
-    publish(tenant="acme")
-    with pytest.raises(AdapterNotFound):
-        store.set_visibility("other", "poet", visibility, "me")
-
-
 def test_an_update_without_visibility_keeps_that_of_the_name_at_the_commit(
-    store: LoraStore, publish: Callable[..., AdapterRef], make_folder: MakeFolder
+    store: LoraStore, publish: PublishOne, make_folder: MakeFolder
 ) -> None:
-    publish(visibility="public")
+    publish(visibility="private", keeps_visibility=True)
+    assert seen(store, "other") == [], "a new name takes the visibility that it was staged with"
+    store.set_visibility("local", "poet", "public", "me")
     staged = store.stage(make_folder(seed=1), visibility="public", keeps_visibility=True)
     store.set_visibility("local", "poet", "private", "me")  # between stage and commit
     store.commit([staged], [embedding()], [1.0], "me")
     assert store.snapshot().records["local", "poet"].ref == staged.ref
     assert seen(store, "other") == []
+    publish(seed=1, visibility="public", precondition="live")  # embeds it again
+    assert seen(store, "other") == []
     publish(seed=2, visibility="public")
     assert seen(store, "other") == ["poet"]
 
 
-def test_a_new_name_takes_the_visibility_it_was_staged_with(
-    publish: Callable[..., AdapterRef], store: LoraStore
-) -> None:
-    publish(visibility="private", keeps_visibility=True)
-    assert seen(store, "other") == []
-
-
-def test_embedding_again_does_not_undo_a_change_of_visibility(
-    store: LoraStore, publish: Callable[..., AdapterRef]
-) -> None:
-    publish(visibility="public")
-    store.set_visibility("local", "poet", "private", "me")
-    publish(visibility="public", precondition="live")
-    assert seen(store, "other") == []
-
-
-def test_a_rollback_never_makes_a_private_adapter_public(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
-    publish(visibility="public")
-    old = store.snapshot().records["local", "poet"]
+def test_a_rollback_never_makes_a_private_adapter_public(store: LoraStore, publish: PublishOne) -> None:
+    old = publish(visibility="public")
     publish(seed=1, visibility="private")
-    store.commit([store.restage(old)], [embedding()], [1.0], "me")
+    store.commit([store.restage(old.record)], [embedding()], [1.0], "me")
     assert (store.snapshot().records["local", "poet"].ref, seen(store, "other")) == (old.ref, [])
 
 
-def test_making_a_name_private_includes_its_older_versions_and_making_it_public_does_not(
-    store: LoraStore, publish: Callable[..., AdapterRef]
-) -> None:
+def test_a_name_is_made_private_with_older_versions_and_public_without(store: LoraStore, publish: PublishOne) -> None:
     publish(visibility="public")
     publish(seed=1, visibility="public")
-    store.set_visibility("local", "poet", "private", "me")
-    assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["private"] * 2
-    store.set_visibility("local", "poet", "public", "me")
-    assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["public", "private"]
+    for change, expected in (("private", ["private"] * 2), ("public", ["public", "private"])):
+        store.set_visibility("local", "poet", change, "me")
+        assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == expected
+    for visibility in ("public", "private"):
+        with pytest.raises(AdapterNotFound):
+            store.set_visibility("other", "poet", visibility, "me")
 
 
 def test_a_private_version_makes_the_older_ones_private_too(
-    store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
+    store: LoraStore, publish: PublishOne, open_store: OpenStore
 ) -> None:
     """Otherwise plans of other tenants that pin an older version would still be answered."""
     publish(visibility="public")
@@ -136,40 +92,27 @@ def test_a_private_version_makes_the_older_ones_private_too(
     assert open_store().snapshot() == store.snapshot()
 
 
-def test_an_approval_is_for_one_version(
-    store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
-) -> None:
-    first = publish()
+def test_an_approval_is_for_one_version(store: LoraStore, publish: PublishOne, open_store: OpenStore) -> None:
+    first = publish().ref
     assert store.approve([first, first], "boss") == 2
     assert store.approve([first], "boss") == 2  # it is approved already
     assert store.snapshot().records["local", "poet"].approved
-    second = publish(seed=1)
+    second = publish(seed=1).ref
     assert not store.snapshot().records["local", "poet"].approved
     with pytest.raises(AdapterNotFound):  # the version that the admin reviewed is not live any more
         store.approve([first], "boss")
     store.approve([second], "boss")
-    assert publish() == first  # the same bytes are live again and need no second review
+    assert publish().ref == first  # the same bytes are live again and need no second review
     assert store.snapshot().records["local", "poet"].approved
     assert open_store().snapshot() == store.snapshot()
-
-
-def test_an_adapter_that_is_not_public_cannot_be_approved(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
-    ref = publish(visibility="private")
-    with pytest.raises(AdapterNotFound):
-        store.approve([ref], "boss")
-
-
-def test_an_approval_ends_with_the_name(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
-    ref = publish()
-    store.approve([ref], "boss")
     store.withdraw("local", ["poet"], "me")
     publish()
-    assert not store.snapshot().records["local", "poet"].approved
+    assert not store.snapshot().records["local", "poet"].approved, "it ended with the name"
+    with pytest.raises(AdapterNotFound):  # it is not public
+        store.approve([publish("secret", visibility="private").ref], "boss")
 
 
-def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(
-    store: LoraStore, publish: Callable[..., AdapterRef]
-) -> None:
+def test_names_of_others_cost_the_same_look_ups_if_they_exist_or_not(store: LoraStore, publish: PublishOne) -> None:
     """Look-ups are counted, because times vary; `test_isolation.py` counts the work of whole requests."""
     publish(tenant="acme", visibility="private")
     snapshot = store.snapshot()

@@ -18,7 +18,7 @@ from lora_store.events import SCHEMA
 from lora_store.files import Files
 from lora_store.repair import repair
 from lora_store.table_format import COLUMN, KEY, OURS, TableFormat
-from tests.lora_store.builders import BASE, NOON, MakeFolder, MakeRecord, embedding
+from tests.lora_store.builders import BASE, IN_A_FOLDER, NOON, MakeFolder, MakeRecord, embedding
 from tests.lora_store.pools.make import facts_of
 from tests.lora_store.publishing import publish
 
@@ -97,18 +97,9 @@ def _write_as_newer(table: Location, form: TableFormat = NEWER, *, has_values: b
         return
     row = next(row for row in EventTable(table).refresh()[0].to_pylist() if row["event"] == "publish")
     version = _delta(table).version() + 1
-    plain = {
-        "event": "publish",
-        "tenant": "local",
-        "name": "licensed",
-        "generation": version,
-        "row": 0,
-        "commit_id": "theirs",
-    }
-    rows = [
-        row | plain | {"digest": "c" * 64, "visibility": "private", "license": "MIT", "trial": None},
-        {"generation": version, "row": 1, "event": "pin", "tenant": "local", "name": "licensed", "license": "BSD"},
-    ]
+    theirs = {"tenant": "local", "name": "licensed", "generation": version}
+    added = {"digest": "c" * 64, "visibility": "private", "license": "MIT", "trial": None, "commit_id": "theirs"}
+    rows = [row | theirs | added | {"row": 0}, theirs | {"row": 1, "event": "pin", "license": "BSD"}]
     here = {field.name for field in _delta(table).schema().fields}
     schema = pa.schema([*(field for field in SCHEMA if field.name in here), pa.field("license", pa.string())])
     options = table.storage_options
@@ -145,9 +136,8 @@ def test_a_newer_pool_is_read_and_written_and_keeps_what_is_unknown(
     assert EventTable(table).format == NEWER
 
 
-def test_a_newer_column_without_values_does_not_keep_a_pool_from_being_folded(
-    copy: Copy, location: Location, table: Location
-) -> None:
+@IN_A_FOLDER
+def test_a_pool_with_an_empty_newer_column_is_folded(copy: Copy, location: Location, table: Location) -> None:
     store = copy(POOLS[-1])
     before = facts_of(store)
     _write_as_newer(table, has_values=False)
@@ -156,6 +146,7 @@ def test_a_newer_column_without_values_does_not_keep_a_pool_from_being_folded(
     assert "license" in {field.name for field in _delta(table).schema().fields}
 
 
+@IN_A_FOLDER
 def test_a_pool_that_this_release_would_damage_is_only_read(
     copy: Copy, location: Location, table: Location, make_folder: MakeFolder
 ) -> None:
@@ -177,6 +168,7 @@ def test_a_pool_that_this_release_would_damage_is_only_read(
         repair(location, NOON)
 
 
+@IN_A_FOLDER
 def test_a_pool_that_this_release_would_misread_is_not_opened(copy: Copy, location: Location, table: Location) -> None:
     running = copy(POOLS[-1])
     _write_as_newer(table, TableFormat(9, reader=9, writer=9, release="9.8.7"), has_values=False)
@@ -186,6 +178,7 @@ def test_a_pool_that_this_release_would_misread_is_not_opened(copy: Copy, locati
         running.snapshot()
 
 
+@IN_A_FOLDER
 def test_a_repair_keeps_what_a_newer_release_wrote(copy: Copy, location: Location, table: Location) -> None:
     copy(POOLS[-1])
     _write_as_newer(table)

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_store import AdapterRefused, ModuleWeights, check_folder
+from lora_store import AdapterRefused, LoraStore, ModuleWeights, check_folder
 from lora_store.peft_files import MLX_WEIGHTS_FILE, WEIGHTS_FILE, write_peft_folder
 from lora_store.tensor_names import read_names
 from lora_store.validation import CheckedFolder
 from lora_store.weights_blob import WeightsBlob
-from tests.lora_store.builders import BASE, SHAPES, MakeFolder, OpenStore
+from tests.lora_store.builders import BASE, IN_A_FOLDER, SHAPES, MakeFolder
 from tests.soak import Scale
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -132,30 +132,23 @@ def test_a_check_without_the_base_refuses_no_spelling(spelling: str, tmp_path: P
 
 
 @pytest.mark.parametrize("keeps_prefix", [False, True])
-def test_a_folder_of_mlx_is_stored_as_the_same_adapter(keeps_prefix: bool, tmp_path: Path) -> None:
-    folder = of_one_rank(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_folder_of_mlx_is_stored_as_the_same_adapter(dtype: torch.dtype, keeps_prefix: bool, tmp_path: Path) -> None:
+    folder = of_one_rank(tmp_path, dtype)
     before = check(folder)
     as_mlx(folder, keeps_prefix=keeps_prefix)
     assert digest(check(folder)) == digest(before)
     assert len(check(folder, None).pairs) == len(SHAPES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_transposed_tensors_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    folder = of_one_rank(tmp_path, dtype)
-    before = check(folder)
-    as_mlx(folder)
-    assert digest(check(folder)) == digest(before)
-
-
-def test_a_store_keeps_one_blob_of_two_spellings(make_folder: MakeFolder, open_store: OpenStore) -> None:
-    folder, store = make_folder(), open_store()
+@IN_A_FOLDER
+def test_a_store_keeps_one_blob_of_two_spellings(make_folder: MakeFolder, store: LoraStore) -> None:
+    folder = make_folder()
     first = store.stage(folder, name="one", module_shapes=SHAPES)
     respell(folder, SPELLINGS["multimodal, transformers 4"])
     second = store.stage(folder, name="two", module_shapes=SHAPES)
     assert first.weights_digest == second.weights_digest
     assert not first.warnings and "read as PEFT's" in second.warnings[0]
-    store.discard([first, second])
 
 
 def test_patterns_match_the_paths_of_the_trained_model(tmp_path: Path) -> None:
@@ -185,16 +178,13 @@ def test_a_pattern_of_neither_path_is_refused_as_its_scaling_would_be_lost(tmp_p
     assert reason.startswith("alpha_pattern has '^model") and "matches none of the tensors' modules" in reason
 
 
-def test_two_tensors_that_are_one_of_pefts_are_refused(make_folder: MakeFolder) -> None:
+def test_two_tensors_that_are_one_of_pefts_or_of_two_adapters_are_refused(make_folder: MakeFolder) -> None:
     folder = make_folder()
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file(tensors | {f"_orig_mod.{KEY}": tensors[KEY] + 1}, folder / WEIGHTS_FILE)
     [reason] = reasons(folder)
     assert f"'_orig_mod.{KEY}' and {KEY!r} are the same tensor: keep one of them" in reason
-
-
-def test_tensors_of_two_adapters_are_refused(make_folder: MakeFolder) -> None:
-    folder = make_folder()
+    save_file(tensors, folder / WEIGHTS_FILE)
     respell(folder, lambda key: key.replace(".weight", ".b.weight" if "layers.1" in key else ".a.weight"))
     [reason] = reasons(folder)
     assert "has tensors of several adapters ('a', 'b'): save one adapter a folder" in reason

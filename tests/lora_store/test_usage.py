@@ -36,8 +36,19 @@ def lines(*events: dict[str, Any]) -> bytes:
 
 
 @pytest.fixture
-def files(store_uri: str) -> UsageFiles:
-    return UsageFiles(Location(store_uri).child("usage"))
+def stored(folder_uri: str) -> Files:
+    return Files(Location(folder_uri).child("usage"))
+
+
+@pytest.fixture
+def files(folder_uri: str) -> UsageFiles:
+    return UsageFiles(Location(folder_uri).child("usage"))
+
+
+def rewrite(stored: Files, name: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    stored.write(name, sink.getvalue().to_pybytes())
 
 
 def counts(files: UsageFiles, *by: Dimension, tenant: str | None = None, days: int = 0) -> dict[Any, list[int]]:
@@ -142,9 +153,8 @@ def test_earlier_days_become_one_file_each_and_old_days_are_deleted(store_uri: s
     assert counts(files, "day", days=20) == before
 
 
-def test_many_segments_within_a_minute_do_not_become_many_files(folder_uri: str) -> None:
-    location = Location(folder_uri).child("usage")
-    files, stored, most = UsageFiles(location), Files(location), 0
+def test_many_segments_within_a_minute_do_not_become_many_files(files: UsageFiles, stored: Files) -> None:
+    most = 0
     for number in range(200):
         files.put(f"{number:032}", lines(event()), NOON, KEPT)
         most = max(most, len(stored.entries()))
@@ -152,24 +162,19 @@ def test_many_segments_within_a_minute_do_not_become_many_files(folder_uri: str)
     assert counts(files)[()][0] == 200
 
 
-def test_a_report_of_too_many_rows_is_cut_behind_them(folder_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_too_many_rows_is_cut_behind_them(files: UsageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "MAX_ROWS", 5)
-    files = UsageFiles(Location(folder_uri).child("usage"))
     files.put("a" * 32, lines(*(event(key=f"k{number}") for number in range(20))), NOON, KEPT)
     assert len(counts(files, "key")) == 6
     assert counts(files)[()][0] == 20
 
 
-def test_a_merge_keeps_columns_of_a_newer_version(folder_uri: str) -> None:
-    location = Location(folder_uri).child("usage")
-    files, stored = UsageFiles(location), Files(location)
+def test_a_merge_keeps_columns_of_a_newer_version(files: UsageFiles, stored: Files, folder_uri: str) -> None:
     files.put("a" * 32, lines(event()), NOON, KEPT)
     [file] = stored.entries()
     table = pq.read_table(Path(folder_uri, "usage", file.name), partitioning=None)
-    sink = pa.BufferOutputStream()
     newer = table.set_column(0, "id", pa.array(["c-0"])).append_column("region", pa.array(["north"]))
-    pq.write_table(newer, sink)
-    stored.write(file.name.replace("a" * 32, "c" * 32), sink.getvalue().to_pybytes())
+    rewrite(stored, file.name.replace("a" * 32, "c" * 32), newer)
     files.tidy(NOON + timedelta(1), KEPT)
     [merged] = stored.entries()
     found = pq.read_table(Path(folder_uri, "usage", merged.name), partitioning=None)
@@ -177,37 +182,32 @@ def test_a_merge_keeps_columns_of_a_newer_version(folder_uri: str) -> None:
     assert counts(files)[()][0] == 2
 
 
-def test_files_that_an_operator_rewrote_with_other_types_are_read_and_merged(folder_uri: str) -> None:
-    location = Location(folder_uri).child("usage")
-    files, stored = UsageFiles(location), Files(location)
+def test_files_that_an_operator_rewrote_with_other_types_are_read_and_merged(
+    files: UsageFiles, stored: Files, folder_uri: str
+) -> None:
     files.put("a" * 32, lines(event(adapters=["poet"]), event(status=500)), NOON, KEPT)
     [file] = stored.entries()
     table = pq.read_table(Path(folder_uri, "usage", file.name), partitioning=None)
     types = {"tenant": pa.large_string(), "status": pa.int64(), "time": pa.timestamp("ns", tz="UTC")}
     for name, type_ in types.items():
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, name, table[name].cast(type_))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.select(table.column_names[::-1]), sink)
-    stored.write(file.name, sink.getvalue().to_pybytes())
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(type_))
+    rewrite(stored, file.name, table.select(table.column_names[::-1]))
     files.put("b" * 32, lines(event()), NOON, KEPT)
     for _ in range(2):
-        assert counts(files, "tenant", "adapter") == {
-            ("acme", None): [2, 1, 10, 4, 6],
-            ("acme", "poet"): [1, 0, 5, 2, 3],
-        }
+        by_adapter = {("acme", None): [2, 1, 10, 4, 6], ("acme", "poet"): [1, 0, 5, 2, 3]}
+        assert counts(files, "tenant", "adapter") == by_adapter
         files.tidy(NOON + timedelta(1), KEPT)
     assert len([*stored.entries()]) == 1
 
 
-def test_a_file_that_is_merged_while_it_is_read_is_found_again(
-    folder_uri: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", [("tenant",), ("tenant", "adapter")], ids=str)
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_day_merged_or_deleted_while_it_is_read_is_read_as_it_is_then(
+    is_deleted: bool, by: tuple[Dimension, ...], files: UsageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    location = Location(folder_uri).child("usage")
-    files, other = UsageFiles(location), UsageFiles(location)
     for name in ("a", "b"):
         files.put(name * 32, lines(event(name)), NOON, KEPT)
-    read, merges = Files.read, [lambda: other.tidy(NOON + timedelta(1), KEPT)]
+    read, merges = Files.read, [lambda: files.tidy(NOON + timedelta(1), timedelta(0) if is_deleted else KEPT)]
 
     def merging(self: Files, name: str) -> bytes | None:
         if merges:
@@ -215,4 +215,5 @@ def test_a_file_that_is_merged_while_it_is_read_is_found_again(
         return read(self, name)
 
     monkeypatch.setattr(Files, "read", merging)
-    assert counts(files, "tenant") == {("a",): [1, 0, 5, 2, 3], ("b",): [1, 0, 5, 2, 3]}
+    found = {tenant: sums for (tenant, *_), sums in counts(files, *by).items()}
+    assert found == ({} if is_deleted else {"a": [1, 0, 5, 2, 3], "b": [1, 0, 5, 2, 3]})

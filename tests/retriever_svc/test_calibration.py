@@ -6,15 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from retriever_svc.calibration import (
-    MARGINS,
-    NO_THRESHOLD,
-    Abstain,
-    Candidates,
-    Judgement,
-    judge,
-    leave_one_out_scores,
-)
+from retriever_svc.calibration import MARGINS, NO_THRESHOLD, Abstain, Candidates, Judgement, judge, leave_one_out_scores
 
 POINTS: tuple[Abstain, ...] = ("lenient", "balanced", "strict")
 NONE = np.empty(0, np.float32)
@@ -57,29 +49,15 @@ def slow_judgement(
 
 
 def test_leave_one_out_equals_a_slow_loop() -> None:
-    rows = np.random.default_rng(1).standard_normal((9, 4))
-    for left_out, score in enumerate(leave_one_out_scores(rows)):
-        mean = np.mean([row for number, row in enumerate(rows) if number != left_out], axis=0)
-        expected = rows[left_out] @ mean / np.linalg.norm(rows[left_out]) / np.linalg.norm(mean)
-        assert score == pytest.approx(expected, abs=1e-6)
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((9, 4))
+    for others in (rows, rng.standard_normal((9, 4))):  # the means may be of other rows
+        for left_out, score in enumerate(leave_one_out_scores(rows, None if others is rows else others)):
+            mean = np.mean([row for number, row in enumerate(others) if number != left_out], axis=0)
+            expected = rows[left_out] @ mean / np.linalg.norm(rows[left_out]) / np.linalg.norm(mean)
+            assert score == pytest.approx(expected, abs=1e-6)
     assert len(leave_one_out_scores(rows[:1])) == len(leave_one_out_scores(rows[:0])) == 0
-
-
-def test_the_means_may_be_of_other_rows() -> None:
-    rng = np.random.default_rng(2)
-    rows, others = rng.standard_normal((6, 4)), rng.standard_normal((6, 4))
-    for left_out, score in enumerate(leave_one_out_scores(rows, others)):
-        mean = np.mean([row for number, row in enumerate(others) if number != left_out], axis=0)
-        expected = rows[left_out] @ mean / np.linalg.norm(rows[left_out]) / np.linalg.norm(mean)
-        assert score == pytest.approx(expected, abs=1e-6)
-
-
-def test_stricter_points_need_larger_margins() -> None:
-    assert sorted(MARGINS, key=MARGINS.__getitem__) == ["never", *POINTS]
-
-
-def test_others_that_cancel_out_score_zero() -> None:
-    assert leave_one_out_scores(np.asarray([[0.0, 1], [1, 0], [-1, 0]]))[0] == 0
+    assert leave_one_out_scores(np.asarray([[0.0, 1], [1, 0], [-1, 0]]))[0] == 0, "others that cancel out"
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -96,6 +74,7 @@ def test_candidates_are_judged_as_the_slow_formula_says(point: Abstain) -> None:
 
 
 def test_never_turns_nothing_away_and_keeps_the_confidence() -> None:
+    assert sorted(MARGINS, key=MARGINS.__getitem__) == ["never", *POINTS]
     never, usual = (judged([-0.9, 0.3], point=point) for point in ("never", "balanced"))
     assert never.thresholds.tolist() == [NO_THRESHOLD, NO_THRESHOLD]
     assert never.confidences.tolist() == usual.confidences.tolist()

@@ -78,12 +78,9 @@ def test_a_region_has_near_adapters_and_those_without_samples() -> None:
     [first, *_] = regions(adapter("a"), near, far, bare)
     assert [record.ref.name for record in first.candidates] == ["a", "near", "bare"]
     assert len(first.examples) == 20
-
-
-@pytest.mark.parametrize(("cosine", "is_near"), [(0.64, True), (0.56, False)])
-def test_as_near_as_two_adapters_of_one_task_is_near_enough_to_compete(cosine: float, is_near: bool) -> None:
-    [first, _] = regions(adapter("a"), adapter("b", (cosine, (1 - cosine**2) ** 0.5)))
-    assert (len(first.candidates) == 2) == is_near
+    for cosine, num in ((0.64, 2), (0.56, 1)):  # as near as two adapters of one task is near enough to compete
+        [first, _] = regions(adapter("a"), adapter("b", (cosine, (1 - cosine**2) ** 0.5)))
+        assert len(first.candidates) == num
 
 
 def test_only_adapters_with_outputs_have_a_region_and_examples_are_bounded() -> None:
@@ -91,21 +88,8 @@ def test_only_adapters_with_outputs_have_a_region_and_examples_are_bounded() -> 
     given = {"plain": [Sample("question", None)] * 20, "few": SAMPLES[:3], "many": many}
     [only] = regions(adapter("plain"), adapter("few"), adapter("many", NORTH), given=given)
     assert (only.anchor.ref.name, len(only.examples)) == ("many", MAX_EXAMPLES)
-
-
-def test_adapters_without_samples_are_bounded() -> None:
     [region] = regions(adapter("a"), *(adapter(f"bare-{number:03}", None) for number in range(100)))
     assert len(region.candidates) == 1 + MAX_WITHOUT_SAMPLES
-
-
-def test_an_unlisted_adapter_does_not_compete_since_only_its_name_finds_it() -> None:
-    bare = adapter("bare", None)
-    expires = bare.created_at.replace(year=2100)
-    unlisted = [
-        replace(adapter(f"secret-{tenant}", None, tenant=tenant), expires_at=expires) for tenant in ("local", "b")
-    ]
-    [region] = regions(adapter("a"), bare, *unlisted)
-    assert [record.ref.name for record in region.candidates] == ["a", "bare"]
 
 
 def test_strangers_adapters_take_no_place_of_own_or_approved_ones() -> None:
@@ -127,11 +111,14 @@ def test_another_tenants_adapter_gives_examples_only_if_an_admin_approved_it() -
     assert [region.anchor.ref.name for region in regions(own, approved)] == ["rival", "own"]
 
 
-def test_an_adapter_that_auto_may_not_choose_does_not_compete() -> None:
+def test_an_adapter_that_auto_may_not_choose_or_is_unlisted_does_not_compete() -> None:
+    bare = adapter("bare", None)
+    expires = bare.created_at.replace(year=2100)
+    unlisted = [replace(adapter(f"brief-{one}", None, tenant=one), expires_at=expires) for one in ("local", "b")]
     private = adapter("secret", tenant="rival", visibility="private")
     unapproved = adapter("new", tenant="rival")
-    [region] = regions(adapter("own"), private, unapproved, approval=True)
-    assert [record.ref.name for record in region.candidates] == ["own"]
+    [region] = regions(adapter("own"), bare, *unlisted, private, unapproved, approval=True)
+    assert [record.ref.name for record in region.candidates] == ["own", "bare"]
 
 
 def test_a_poisoned_copy_of_another_tenant_is_beaten_by_the_own_adapter() -> None:
@@ -162,9 +149,7 @@ def test_an_adapter_without_samples_is_ranked_if_it_is_not_clearly_worse_than_th
     found = regions(adapter("own"), adapter("twin", None), adapter("bad", None))
     [ranking] = evaluated(found, {"own": 0.95, "twin": 0.9, "bad": 0.2})
     assert {item.ref.name: item.is_beaten for item in ranking.adapters} == {"own": False, "twin": False}
-
-
-def test_a_better_adapter_beats_the_anchor_on_its_own_examples() -> None:
+    np.testing.assert_array_equal(ranking.vector, np.asarray(EAST, np.float32))
     [ranking] = evaluated(regions(adapter("own"), adapter("twin", None)), {"own": 0.3, "twin": 0.95})
     assert [(item.ref.name, item.is_beaten) for item in ranking.adapters] == [("twin", False), ("own", True)]
 
@@ -213,12 +198,7 @@ def test_halving_asks_less_than_everybody_everything_and_finds_the_same_best() -
         ([1.0] * 4 + [0.0] * 16, [0.0] * 4, True),
     ],
 )
-def test_clearly_better_needs_a_difference_that_is_large_and_certain(
+def test_clearly_better_means_a_large_and_certain_difference(
     first: list[float], second: list[float], expected: bool
 ) -> None:
     assert is_clearly_better(first, second) is expected
-
-
-def test_the_vector_of_the_anchor_is_kept() -> None:
-    [ranking] = evaluated(regions(adapter("own"), adapter("twin", None)), {"own": 1.0, "twin": 1.0})
-    np.testing.assert_array_equal(ranking.vector, np.asarray(EAST, np.float32))

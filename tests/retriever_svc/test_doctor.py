@@ -47,6 +47,11 @@ def test_samples_that_find_their_own_adapter_are_counted() -> None:
     assert found == {"e": (2, 2, 2, None), "n": (2, 1, 2, None), "u": (1, 1, 1, None)}
     assert (report.share_first, report.share_found) == (pytest.approx(4 / 5), 1.0)
     assert report.always_shadowed == report.never_chosen == report.collisions == report.unreadable == ()
+    empty = report_on()
+    assert (empty.adapters, empty.share_first, empty.share_found) == ((), 0, 0)
+    single = report_on(E, source=lambda record: [Sample("east")])  # no share of one is turned away
+    assert [a.turned_away for a in single.adapters] == [()]
+    assert set(single.turned_away.values()) == {0.0}
 
 
 def test_an_adapter_that_none_of_its_samples_ranks_first_is_shadowed() -> None:
@@ -102,16 +107,8 @@ def test_adapters_without_embedding_are_skipped_and_unreadable_ones_are_named() 
     assert report.unreadable == (N.ref,)
 
 
-def test_an_empty_pool_has_an_empty_report() -> None:
-    report = report_on()
-    assert report.adapters == ()
-    assert report.share_first == report.share_found == 0
-
-
 @pytest.mark.parametrize(("num_swapped", "inseparable"), [(3, False), (4, True)])
-def test_adapters_are_inseparable_if_a_fifth_of_their_samples_find_the_other(
-    num_swapped: int, inseparable: bool
-) -> None:
+def test_adapters_are_inseparable_if_a_fifth_of_the_samples_find_the_other(num_swapped: int, inseparable: bool) -> None:
     given = {"e": ["east"] * 9 + ["north"], "n": ["north"] * (11 - num_swapped) + ["east"] * (num_swapped - 1)}
     [collision] = report_on(E, N, source=lambda record: [Sample(text) for text in given[record.ref.name]]).collisions
     assert (collision.num_of_first + collision.num_of_second, collision.is_inseparable) == (num_swapped, inseparable)
@@ -174,12 +171,6 @@ def test_adapters_whose_samples_repeat_one_instruction_are_reported() -> None:
         *_, last = examine(pool, "local", lambda record, texts=texts: [Sample(text) for text in texts])
         assert last.report is not None
         assert [finding.ref.name for finding in last.report.with_one_wording] == expected
-
-
-def test_a_single_sample_has_no_share_that_is_turned_away() -> None:
-    report = report_on(E, source=lambda record: [Sample("east")])
-    assert [a.turned_away for a in report.adapters] == [()]
-    assert set(report.turned_away.values()) == {0.0}
 
 
 def test_a_refit_is_tried_on_the_samples_of_the_pool() -> None:

@@ -143,6 +143,7 @@ OPENINGS = [
     "Hello, I hope you are well",
     "Dear team, good morning to all of you",
     "Hi there, thank you for reading this",
+    "To whom it may concern, good day",
 ]
 POLISH = ["Z góry dziękuję za pomoc, pozdrawiam serdecznie Anna", "Dziękuję i pozdrawiam", "Z poważaniem, Jan Kowalski"]
 

@@ -45,6 +45,8 @@ def test_a_models_folder_is_accepted_and_all_its_files_determine_its_identity(mo
         "tokenizer.json",
         "vocab.txt",
     ]
+    (model / CONVERSION).write_text("a conversion")  # which alone determines the identity
+    assert identity_files(model) == [model / CONVERSION]
 
 
 def test_a_folder_without_safetensors_is_refused(model: Path) -> None:
@@ -95,11 +97,6 @@ def test_a_packaged_encoder_is_read_without_importing_its_package(name: str) -> 
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_record_of_a_conversion_alone_determines_the_identity(model: Path) -> None:
-    (model / CONVERSION).write_text("a conversion")
-    assert identity_files(model) == [model / CONVERSION]
-
-
 def test_the_default_encoder_is_kept_in_the_given_cache_folder(tmp_path: Path) -> None:
     assert model_folder(DEFAULT_MODEL, tmp_path) == tmp_path / DEFAULT_MODEL
     assert tmp_path not in model_folder(ENGLISH_MODEL, tmp_path).parents
@@ -124,7 +121,7 @@ def test_unknown_packaged_weights_are_refused(tmp_path: Path) -> None:
         (OSError("404 Client Error.\nRepository not found"), "the model hub has no such model: 404 Client Error."),
     ],
 )
-def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line(
+def test_a_model_missing_at_the_hub_is_refused_in_one_line(
     error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:

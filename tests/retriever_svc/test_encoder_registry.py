@@ -37,23 +37,15 @@ def test_the_default_is_active_until_another_is_activated() -> None:
     models = Models()
     encoders = EncoderRegistry(models, "default-model")
     assert models.loaded == []
-    assert encoders.encoder_of(None) is encoders.encoder_of(None)
+    default = encoders.encoder_of(None)
+    assert default is encoders.encoder_of(None)
+    assert default is encoders.encoder_of(ActiveEncoder("the same under another name", "default"))
     assert encoders.encoder_of(NEW).identity == "new"
     assert encoders.encoder_of(NEW) is encoders.encoder_of(NEW)
     assert models.loaded == ["default-model", "new-model"]
-
-
-def test_only_the_active_encoder_is_loaded_at_the_start() -> None:
-    models = Models()
-    assert EncoderRegistry(models, "default-model").encoder_of(NEW).identity == "new"
-    assert models.loaded == ["new-model"]
-
-
-def test_activating_the_active_identity_loads_nothing() -> None:
-    models = Models()
-    encoders = EncoderRegistry(models, "default-model")
-    assert encoders.encoder_of(None) is encoders.encoder_of(ActiveEncoder("the same under another name", "default"))
-    assert models.loaded == ["default-model"]
+    later = Models()
+    assert EncoderRegistry(later, "default-model").encoder_of(NEW).identity == "new"
+    assert later.loaded == ["new-model"]
 
 
 def test_a_prepared_encoder_takes_over_without_being_loaded_again() -> None:

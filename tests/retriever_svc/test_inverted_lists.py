@@ -51,10 +51,6 @@ def test_reading_all_lists_finds_the_best_within_the_codes_error(kind: str, num_
         np.testing.assert_allclose(scores, best, atol=LISTS.code_error)
 
 
-def test_the_codes_error_is_small() -> None:
-    assert 0 < LISTS.code_error < 0.02
-
-
 @pytest.mark.parametrize("kind", ["all", "half", "few", "one place", "none"])
 @pytest.mark.parametrize("num_wanted", [1, 5, 64, 4000])
 def test_lists_are_read_until_there_is_enough(kind: str, num_wanted: int) -> None:
@@ -108,16 +104,11 @@ def test_positions_in_no_list_are_returned_as_unlisted() -> None:
     assert lists.unlisted(mask).tolist() == [0, 1, 2, 6, 7, 8, 9, 3007, 3009]
 
 
-def test_lists_over_a_few_rows_can_be_trained() -> None:
+def test_training_is_deterministic_small_and_exact_also_over_a_few_rows() -> None:
+    np.testing.assert_array_equal(InvertedLists.train(VECTORS).to_bytes(), LISTS.to_bytes())
+    assert 3000 * (DIM + 8) < LISTS.num_bytes < 3000 * (DIM + 8) * 3
+    assert 0 < LISTS.code_error < 0.02
     for count in (1, 2, 5):
         lists = InvertedLists.train(VECTORS[:count])
         _, positions = lists.best(VECTORS[0], count, lists.part_of(np.ones(count, np.bool_)), 64)
         assert sorted(positions) == list(range(count))
-
-
-def test_training_is_deterministic() -> None:
-    np.testing.assert_array_equal(InvertedLists.train(VECTORS).to_bytes(), LISTS.to_bytes())
-
-
-def test_bytes_are_counted() -> None:
-    assert 3000 * (DIM + 8) < LISTS.num_bytes < 3000 * (DIM + 8) * 3

@@ -88,9 +88,6 @@ def test_at_most_a_quarter_of_the_rows_are_accepted_and_new_ones_push_out_the_ol
     assert taken == ["rhyme please", "rhyme now"]
     assert len(taken) == len(SAMPLES["poet"]) // OWN_PER_ACCEPTED
     assert 4 * len(taken) <= len(found.samples)
-
-
-def test_prompts_beyond_a_quarter_of_the_rows_are_named() -> None:
     found = accepted(["rhyme please", "rhyme now", "odd"])
     assert [sample.input for sample in found.samples if sample.is_accepted] == ["rhyme please", "rhyme now"]
     assert found.left_out == ("odd",)
@@ -197,19 +194,12 @@ def test_a_praised_adapter_answers_nearly_the_same_prompts_of_that_tenant_only()
 
 def test_a_blamed_adapter_does_not_answer_nearly_the_same_prompts() -> None:
     rankings = learnt(outcome("rhyme please", "poet", -1)).rankings
-    assert routed([], "rhyme please") == routed([], "poem 5") == ["poet"]
+    assert routed([], "rhyme please") == routed([], "poem 5") == routed([], "rhyme now") == ["poet"]
     assert routed(rankings, "rhyme please") == []
-
-
-def test_praise_of_the_base_model_takes_every_adapter_away() -> None:
-    rankings = learnt(outcome("rhyme now", None, 1)).rankings
-    assert routed([], "rhyme now") == ["poet"]
-    assert routed(rankings, "rhyme now") == []
-
-
-def test_outcomes_of_one_prompt_count_in_sum() -> None:
+    praised = learnt(outcome("rhyme now", None, 1)).rankings
+    assert routed(praised, "rhyme now") == [], "praise of the base model takes every adapter away"
     both = learnt(outcome("rhyme please", "poet", 1, "a"), outcome("rhyme please", "poet", -0.5, "b")).rankings
-    assert routed(both, "rhyme please") == ["poet"]
+    assert routed(both, "rhyme please") == ["poet"], "outcomes of one prompt count in sum"
 
 
 @pytest.mark.parametrize(
@@ -226,9 +216,6 @@ def test_one_key_has_few_outcomes_for_an_adapter_and_a_tenant_has_a_bounded_numb
     assert len(learnt(*alike).rankings) == MAX_PER_KEY
     many = [outcome("odd", "coder", 1, key=f"k{number}") for number in range(MAX_OUTCOMES + 9)]
     assert len(learnt(*many).rankings) == MAX_OUTCOMES
-
-
-def test_a_key_with_many_outcomes_pushes_out_no_other_key() -> None:
     flood = [outcome("odd", "coder", 1, key="loud", number=number) for number in range(MAX_OUTCOMES + 9)]
     assert len(learnt(*flood, outcome("odd", "coder", 1, key="quiet")).rankings) == MAX_PER_KEY + 1
 

@@ -27,47 +27,29 @@ from tests.retriever_svc.pool_fakes import FakeEncoder, Later, Source, live_pool
 DIAGONAL = np.full(DIM, DIM**-0.5, np.float32)
 
 
-def test_start_and_catching_up_call_no_encoder() -> None:
+def test_a_pool_follows_its_catalogue_and_calls_no_encoder() -> None:
     encoder, records = FakeEncoder({}, dim=DIM), records_of(5)
     source = Source(*records[:4])
     pools = live_pool(encoder, source)
     source.commit(*records)
     assert pools.catch_up() == 2
     assert_finds_exactly(pools, records)
-    assert encoder.batches == []
-
-
-def test_a_future_generation_is_stale_and_the_newest_is_served() -> None:
-    source = Source()
-    pools = live_pool(ENCODER, source)
-    source.commit()
-    source.commit(*records_of(2))
+    source.commit(*records[:2])
     with pytest.raises(StaleIndex) as caught:
         pools.catch_up(4)
     assert (caught.value.wanted, caught.value.found) == (4, 3)
     assert pools.current.snapshot is source.now
-
-
-def test_an_older_snapshot_never_replaces_a_newer() -> None:
-    source = Source()
-    source.commit(*records_of(1))
-    pools = live_pool(ENCODER, source)
     source.now = snapshot_of(generation=1)
-    assert pools.catch_up() == 2
-    assert len(pools.current.snapshot.records) == 1
+    assert pools.catch_up() == 3, "an older snapshot never replaces a newer one"
+    assert len(pools.current.snapshot.records) == 2
+    assert encoder.batches == []
 
 
 def test_an_unreadable_catalogue_does_not_change_the_pool() -> None:
-    source = Source(*records_of(2))
-    answers: list[Snapshot | StoreUnavailable] = [
-        source.now,
-        StoreUnavailable("endpoint down"),
-        snapshot_of(generation=2),
-    ]
+    answers = [snapshot_of(*records_of(2)), StoreUnavailable("endpoint down"), snapshot_of(generation=2)]
 
     def snapshots() -> Snapshot:
-        answer = answers.pop(0)
-        if isinstance(answer, StoreUnavailable):
+        if isinstance(answer := answers.pop(0), StoreUnavailable):
             raise answer
         return answer
 
@@ -189,22 +171,10 @@ def test_changes_committed_during_training_are_applied(monkeypatch: pytest.Monke
     assert_finds_exactly(pools, records[10:])
 
 
-def test_a_large_pool_removes_dead_positions_during_requests() -> None:
+def test_failed_training_is_retried_and_dead_positions_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     later, records = Later(), records_of(100)
     source = Source(*records)
     pools = live_pool(ENCODER, source, settings=TINY, background=later)
-    later.run()
-    source.commit(*records[30:])
-    pools.catch_up()
-    assert pools.stats().num_positions == 100
-    later.run()
-    assert pools.stats().num_positions == 70
-    assert_finds_exactly(pools, records[30:])
-
-
-def test_failed_training_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    later, records = Later(), records_of(60)
-    pools = live_pool(ENCODER, Source(*records), settings=TINY, background=later)
 
     def fails(vectors: np.ndarray) -> InvertedLists:
         raise MemoryError
@@ -217,6 +187,12 @@ def test_failed_training_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     pools.catch_up()
     later.run()
     assert pools.stats().has_lists
+    source.commit(*records[30:])
+    pools.catch_up()
+    assert pools.stats().num_positions == 100
+    later.run()
+    assert pools.stats().num_positions == 70
+    assert_finds_exactly(pools, records[30:])
 
 
 def test_a_thread_trains_by_default() -> None:
@@ -226,9 +202,7 @@ def test_a_thread_trains_by_default() -> None:
     assert done.is_set()
 
 
-def test_a_new_replica_loads_what_another_trained_and_applies_the_difference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_replica_loads_trained_lists_and_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     later, records = Later(), records_of(70)
     source = Source(*records[:60])
     live_pool(ENCODER, source, settings=TINY, background=later, saved=saved_in(tmp_path))
@@ -320,11 +294,7 @@ def test_encoder_and_index_change_at_one_generation() -> None:
     new = pools.current
     assert (new.snapshot.generation, new.encoder, new.index.num_live) == (2, models.new, 3)
     assert [m.record.ref.name for m in new.nearest(np.eye(3, dtype=np.float32)[1:2], 1, "local")[0]] == ["a1"]
-    assert (old.snapshot.generation, old.encoder, old.index.num_live) == (
-        1,
-        ENCODER,
-        5,
-    )  # its searches end with the encoder they began with
+    assert (old.snapshot.generation, old.encoder, old.index.num_live) == (1, ENCODER, 5), "searches end as they began"
 
 
 def test_the_old_generation_stays_in_service_until_the_new_encoder_loads() -> None:
@@ -340,6 +310,9 @@ def test_the_old_generation_stays_in_service_until_the_new_encoder_loads() -> No
     models.new = FakeEncoder({}, dim=DIM, identity="new")
     assert pools.catch_up() == 2
     assert (pools.stats().encoder, pools.stats().num_live) == ("new", 4)
+    loaded: list[str] = []
+    again = LivePool(lambda model: loaded.append(model) or models.new, source, model="the config's")
+    assert (loaded, again.stats().num_live) == (["new-model"], 4), "the start uses the active encoder"
 
 
 def test_a_prepared_encoder_is_used_after_activation() -> None:
@@ -375,19 +348,6 @@ def test_a_training_that_ends_after_its_encoder_was_replaced_changes_nothing(mon
     later.run()  # that of the new encoder
     assert pools.stats().has_lists
     assert_finds_exactly(pools, renewed)
-
-
-def test_the_start_uses_the_active_encoder() -> None:
-    loaded: list[str] = []
-
-    def load(model: str) -> FakeEncoder:
-        loaded.append(model)
-        return FakeEncoder({}, dim=DIM, identity="new")
-
-    source = Source()
-    source.commit(*records_of(3, encoder="new"), encoder=NEW)
-    pools = LivePool(load, source, model="the config's")
-    assert (loaded, pools.stats().num_live) == (["new-model"], 3)
 
 
 def test_a_generation_that_cannot_be_derived_is_built_from_scratch(

@@ -48,19 +48,15 @@ def test_a_vector_has_one_place_alone_and_among_others() -> None:
     assert np.linalg.norm(place - layout.discs[group]) == pytest.approx(layout.radii[group], abs=1e-3)
 
 
-def test_few_vectors_are_one_plane() -> None:
+def test_few_vectors_are_one_plane_and_equal_ones_one_place() -> None:
     vectors = kinds_of(5, 4)
     assert len(vectors) < FEWEST_IN_CLUSTERS
     groups, places = Layout.of(vectors).place(vectors)
     assert not groups.any()
     np.testing.assert_allclose(places, Plane.of(vectors).project(vectors), atol=1e-3)
-
-
-@pytest.mark.parametrize("num", [0, 1, 100])
-def test_equal_vectors_have_one_place(num: int) -> None:
-    vectors = np.ones((num, DIM), np.float32)
-    layout = Layout.of(vectors)
-    assert len(layout.discs) == 1 and not layout.place(vectors)[1].any()
+    for num in (0, 1, 100):
+        layout = Layout.of(vectors := np.ones((num, DIM), np.float32))
+        assert len(layout.discs) == 1 and not layout.place(vectors)[1].any()
 
 
 def test_clusters_are_named_by_what_distinguishes_them() -> None:

@@ -71,6 +71,10 @@ def test_a_candidate_shows_its_nearest_samples_best_first() -> None:
         assert [score for score, _ in expected] == pytest.approx([sample.score for sample in candidate.samples])
     assert explained.plan == route_of(*records).plan
     assert [c.ref for c in explained.candidates] == [record.ref for record in records]
+    older = record_of("a", EAST, version="0")
+    [explained] = shown(records, texts, route_of(older))
+    assert explained.candidates[0].samples == (), "no samples of the live version"
+    assert shown([], {}, route_of()) == [route_of()]
 
 
 @pytest.mark.parametrize("visibility", ["public", "private"])
@@ -80,12 +84,6 @@ def test_samples_of_another_tenant_are_neither_read_nor_shown(visibility: str) -
     texts = texts_of(["mine"])  # a read of the other's fails
     [explained] = shown([mine, theirs], texts, route_of(theirs, mine), tenant="acme")
     assert [len(candidate.samples) for candidate in explained.candidates] == [0, NUM_SHOWN]
-
-
-def test_an_older_version_shows_no_samples_of_the_live_one() -> None:
-    old, new = record_of("a", EAST, version="1"), record_of("a", EAST, version="2")
-    [explained] = shown([new], texts_of(["a"]), route_of(old))
-    assert explained.candidates[0].samples == ()
 
 
 def test_the_adapters_that_are_read_are_bounded_and_the_best_of_each_route_come_first() -> None:
@@ -126,8 +124,3 @@ def test_samples_that_cannot_be_read_are_left_out(error: Exception, caplog: pyte
         [explained] = shown(records, texts_of(["a", "b"]), route_of(*records), failing={"a": error})
     assert [len(candidate.samples) for candidate in explained.candidates] == [0, NUM_SHOWN]
     assert caplog.records
-
-
-def test_nothing_is_encoded_for_routes_without_candidates() -> None:
-    [explained] = shown([], {}, route_of())
-    assert explained == route_of()

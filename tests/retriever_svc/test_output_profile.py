@@ -46,13 +46,10 @@ def test_outputs_that_are_not_a_small_repeated_set_are_free_text(outputs: list[s
     assert texts_to_encode(samples(*outputs)) == outputs
 
 
-def test_too_few_outputs_and_blank_ones_give_no_profile() -> None:
+def test_too_few_outputs_give_no_profile_and_a_label_set_needs_no_vector() -> None:
     few = samples(*["yes"] * (MIN_OUTPUTS - 1), None, "  ")
     assert texts_to_encode(few) == []
     assert profile_of(few, NONE) is None
-
-
-def test_a_label_set_needs_no_vector() -> None:
     labelled = samples("yes", "no", "yes", "no")
     assert texts_to_encode(labelled) == []
     profile = profile_of(labelled, NONE)
@@ -93,14 +90,7 @@ def test_free_text_agrees_if_the_mean_outputs_are_near(cosine: float) -> None:
 
 
 def test_nothing_agrees_with_an_unknown_function_or_one_of_another_kind() -> None:
-    labels, text = OutputProfile(("no", "yes")), text_profile(1, 0, 0)
-    assert not functions_agree(None, labels)
-    assert not functions_agree(text, None)
-    assert not functions_agree(None, None)
-    assert not functions_agree(labels, text)
-    assert not functions_agree(text_profile(1, 0), text)
-
-
-def test_a_vector_of_zeros_agrees_with_nothing() -> None:
-    zero = text_profile(0, 0, 0)
+    labels, text, zero = OutputProfile(("no", "yes")), text_profile(1, 0, 0), text_profile(0, 0, 0)
+    for first, second in ((None, labels), (text, None), (None, None), (labels, text), (text_profile(1, 0), text)):
+        assert not functions_agree(first, second)
     assert not functions_agree(zero, zero)

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,9 +59,6 @@ def test_a_replay_has_the_plans_template() -> None:
         choices = [(f"{record.ref.name}@{record.ref.digest}", 0.5) for record in records]
         strategy: Strategy = "selection" if len(records) == 1 else "mixture"
         assert replay(strategy, *records).template == named_plan(POOL, "a", choices, strategy).template
-
-
-def test_a_base_plan_is_replayed() -> None:
     assert replay("base") == Plan("base", generation=7)
 
 
@@ -78,20 +76,16 @@ def test_missing_and_invisible_versions_give_the_same_message(tenant: str, recor
     assert str(caught.value) == said
 
 
-def test_a_formerly_private_version_is_gone_for_other_tenants() -> None:
+def test_a_replay_ignores_a_new_own_namesake_and_a_formerly_private_version_of_others() -> None:
     was_private = record_of("o", None, tenant="b", visibility="private", version="0")
     pool = Snapshot(9, POOL.records, previous={("b", "o"): (was_private,)})
     assert replayed_plan(pool, "b", "selection", pinned(was_private), 1).adapters[0].ref == was_private.ref
     with pytest.raises(PlanGone):
         replayed_plan(pool, "a", "selection", pinned(was_private), 1)
-
-
-def test_a_plan_of_a_public_adapter_is_replayed_despite_a_new_own_one_of_its_name() -> None:
     own = record_of("o", None, tenant="a", visibility="private")
     pool = Snapshot(9, {**POOL.records, ("a", "o"): own})
-    assert replayed_plan(pool, "a", "selection", pinned(OTHER), 1).adapters[0].ref == OTHER.ref
-    by_owner = [PinnedAdapter("b/o", OTHER.ref.digest, 1.0)]
-    assert replayed_plan(pool, "a", "selection", by_owner, 1).adapters[0].ref == OTHER.ref
+    for pins in (pinned(OTHER), [PinnedAdapter("b/o", OTHER.ref.digest, 1.0)]):
+        assert replayed_plan(pool, "a", "selection", pins, 1).adapters[0].ref == OTHER.ref
 
 
 @pytest.mark.parametrize(
@@ -114,18 +108,8 @@ def test_a_tampered_plan_is_invalid(strategy: Strategy, records: list[AdapterRec
         replay(strategy, *records, weight=weight)
 
 
-class Precondition:
-    """The calls of a Retriever to its pools."""
-
-    @property
-    def current(self) -> Precondition:
-        return self
-
-    snapshot, bases = POOL, ServedBases()
-
-
 def test_a_plan_of_a_later_generation_waits_for_it() -> None:
-    retriever = Retriever(Precondition())  # type: ignore[arg-type]
+    retriever = Retriever(SimpleNamespace(current=SimpleNamespace(snapshot=POOL, bases=ServedBases())))  # type: ignore[arg-type]
     assert retriever.replay("a", "selection", pinned(OLD), 9).adapters[0].ref == OLD.ref
     with pytest.raises(StaleIndex):
         retriever.replay("a", "selection", pinned(OLD), 10)
@@ -144,9 +128,7 @@ def test_a_plan_of_a_later_generation_waits_for_it() -> None:
     ],
 )
 @pytest.mark.parametrize("owner_names", [False, True])
-def test_an_unknown_name_suggests_a_visible_one_that_differs_in_spelling(
-    tenant: str, name: str, hint: str, owner_names: bool
-) -> None:
+def test_an_unknown_name_suggests_a_visible_one_like_it(tenant: str, name: str, hint: str, owner_names: bool) -> None:
     shown, secret = record_of("date_format", None, tenant="acme"), record_of("my_secret", None, tenant="globex")
     secret = replace(secret, visibility="private")
     snapshot = Snapshot(1, {(r.ref.tenant, r.ref.name): r for r in (shown, secret)})
@@ -209,12 +191,8 @@ def test_other_tenants_are_offered_only_what_they_may_use() -> None:
     for record, offered in ((OLD, 0), (replace(OLD, approved=True), 1)):
         found = with_trials(plan, trial_pool(record), "b", {NEW.ref}, requires_approval=True)
         assert len(found.trials) == offered
-
-
-def test_weights_that_the_plan_has_already_are_not_offered() -> None:
-    same = replace(OTHER, weights_digest=OLD.weights_digest)
-    plan = named_plan(trial_pool(OLD, same), "a", [("n", 0.5), ("o", 0.5)], "mixture")
-    assert plan.trials == ()
+    same = replace(OTHER, weights_digest=OLD.weights_digest)  # weights that the plan has already
+    assert named_plan(trial_pool(OLD, same), "a", [("n", 0.5), ("o", 0.5)], "mixture").trials == ()
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lora_store.records import AdapterRecord
+from lora_store.snapshot import Key
 from retriever_svc import IndexSettings
 from retriever_svc.calibration import NO_THRESHOLD, leave_one_out_scores
 from retriever_svc.encoder import unit_rows
 from retriever_svc.index import Match
-from retriever_svc.pool import Pool
+from retriever_svc.pool import PerCallerCache, Pool, diff_records
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
 
 EAST, NORTH = (1.0, 0.0), (0.0, 1.0)
@@ -55,22 +57,17 @@ def test_a_change_of_visibility_alone_is_seen() -> None:
     assert found(after, "t") == ["a"]
 
 
-@pytest.mark.parametrize(
-    ("tags", "expected"),
-    [
-        ((), ["a", "ab", "b"]),
-        (("x",), ["a", "ab"]),
-        (("x", "y"), ["ab"]),
-        (("y", "x", "y"), ["ab"]),
-        (("z",), []),
-        (("x", "z"), []),
-    ],
-)
-def test_an_adapter_must_have_every_tag(tags: tuple[str, ...], expected: list[str]) -> None:
-    pool = pool_of(
-        record_of("a", EAST, tags=("x",)), record_of("b", EAST, tags=("y",)), record_of("ab", EAST, tags=("x", "y"))
-    )
-    assert found(pool, tags=tags) == expected
+def test_an_adapter_must_have_every_tag() -> None:
+    tagged = [record_of(name, EAST, tags=tuple(tags)) for name, tags in (("a", "x"), ("b", "y"), ("ab", "xy"))]
+    pool = pool_of(*tagged)
+    cases = {"": ["a", "ab", "b"], "x": ["a", "ab"], "xy": ["ab"], "yxy": ["ab"], "z": [], "xz": []}
+    assert {tags: found(pool, tags=tuple(tags)) for tags in cases} == cases
+
+
+def test_equal_weights_are_returned_once_and_do_not_shorten_the_result() -> None:
+    copies = [record_of(f"copy-{n:02}", EAST, weights="same") for n in range(20)]
+    pool = pool_of(*copies, record_of("n", NORTH))
+    assert found(pool, top_k=2) == found(pool, top_k=16) == ["copy-00", "n"]
 
 
 def test_the_adapters_a_caller_may_see_are_computed_once_per_generation() -> None:
@@ -81,13 +78,6 @@ def test_the_adapters_a_caller_may_see_are_computed_once_per_generation() -> Non
     after = pool.after(snapshot_of(record, record_of("b", EAST), generation=2))
     assert after.allowed("t").num == 2
     assert pool.allowed("t").num == 1
-
-
-def test_equal_weights_are_returned_once_and_do_not_shorten_the_result() -> None:
-    copies = [record_of(f"copy-{n:02}", EAST, weights="same") for n in range(20)]
-    pool = pool_of(*copies, record_of("n", NORTH))
-    assert found(pool, top_k=2) == ["copy-00", "n"]
-    assert found(pool, top_k=16) == ["copy-00", "n"]
 
 
 def test_matches_are_judged_together_as_one_by_one() -> None:
@@ -176,13 +166,7 @@ def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary
         rows, adapters, asked = [unit_rows(part.astype(np.float32)) for part in parts]
         records = [record_of(f"a{n}", row, own_scores=[0.0] * 20) for n, row in enumerate(adapters)]
         centre = rows.mean(axis=0) if shared else None
-        pool = Pool.of(
-            snapshot_of(*records),
-            FakeEncoder({}, dim=9),
-            IndexSettings(),
-            ordinary=rows,
-            centre=centre,
-        )
+        pool = Pool.of(snapshot_of(*records), FakeEncoder({}, dim=9), IndexSettings(), ordinary=rows, centre=centre)
         return pool.judged(pool.nearest(asked, 3, "local"), "balanced", asked)
 
     found = list(zip(judged(0), judged(3), strict=True))
@@ -194,17 +178,75 @@ def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary
                 assert other.score - other.threshold == pytest.approx(one.score - one.threshold, abs=1e-5)
             assert other.confidence == pytest.approx(one.confidence, abs=1e-4)
     assert [plain[0].fits for plain, _ in found] == [True, True, False]
-
-
-def test_at_never_no_threshold_is_set_without_a_projection_either() -> None:
-    rows = unit_rows(np.random.default_rng(6).standard_normal((9, 2)) + 3).astype(np.float32)
-    centre = rows.mean(axis=0)
-    pool = Pool.of(
-        snapshot_of(record_of("a", EAST)),
-        FakeEncoder({}),
-        IndexSettings(),
-        ordinary=rows,
-        centre=centre,
-    )
-    [[match]] = pool.judged(pool.nearest(rows[:1], 1, "local"), "never", rows[:1])
+    rows = unit_rows(rng.standard_normal((9, 2)) + 3).astype(np.float32)
+    options = {"ordinary": rows, "centre": rows.mean(axis=0)}
+    pool = Pool.of(snapshot_of(record_of("a", EAST)), FakeEncoder({}), IndexSettings(), **options)
+    [[match]] = pool.judged(pool.nearest(QUERY, 1, "local"), "never", QUERY)
     assert match.threshold == NO_THRESHOLD
+
+
+def test_a_value_is_computed_once_per_caller() -> None:
+    cache: PerCallerCache[int] = PerCallerCache()
+    computed = []
+    for key in [("a",), ("a", "tag"), ("a",), ("a", "tag")]:
+        assert cache.get(key, lambda key=key: computed.append(key) or len(key)) == len(key)
+    assert computed == [("a",), ("a", "tag")]
+
+
+def test_ever_new_tags_do_not_fill_the_memory() -> None:
+    cache: PerCallerCache[int] = PerCallerCache()
+    cache.get(("kept",), lambda: -1)
+    for number in range(2000):
+        cache.get(("t", f"tag-{number}"), lambda number=number: number)
+        assert cache.get(("kept",), lambda: -2) == -1
+    assert len(cache._values) <= 256
+
+
+Records = dict[Key, AdapterRecord]
+
+
+def pool(count: int) -> Records:
+    return {("local", f"a{n}"): record_of(f"a{n}", None) for n in range(count)}
+
+
+def applied(old: Records, gone: list[Key], came: list[AdapterRecord]) -> Records:
+    assert len(set(gone)) == len(gone)
+    assert len({record.ref for record in came}) == len(came)
+    rest = {key: record for key, record in old.items() if key not in gone}
+    assert all(("local", record.ref.name) not in rest for record in came)
+    return rest | {("local", record.ref.name): record for record in came}
+
+
+@pytest.mark.parametrize("count", [0, 1, 30, 9000])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_changes_are_found_and_nothing_else(count: int, seed: int) -> None:
+    rng, old = random.Random(seed), pool(count)
+    new, changed = dict(old), set()
+    for step in range(rng.randrange(12)):
+        key = ("local", f"a{rng.randrange(count + 3)}")
+        match rng.randrange(3):
+            case 0:
+                new.pop(key, None)
+            case 1:
+                new[key] = record_of(key[1], None, version=f"{step}")
+            case _:  # withdrawn and published again, so it is at the end
+                new.pop(key, None)
+                new[key] = record_of(key[1], None, version=f"{step}")
+        changed.add(key)
+    gone, came = diff_records(old, new)
+    assert applied(old, gone, came) == new
+    assert {*gone, *(("local", record.ref.name) for record in came)} <= changed
+
+
+@pytest.mark.parametrize("count", [3, 5000])
+def test_moved_records_count_as_removed_and_new(count: int) -> None:
+    old = pool(count)
+    new = dict(sorted(old.items(), key=lambda item: item[0], reverse=True))
+    gone, came = diff_records(old, new)
+    assert applied(old, gone, came) == new
+    moved = dict([*list(old.items())[1:], next(iter(old.items()))])
+    assert diff_records(old, moved) == ([("local", "a0")], [old["local", "a0"]])
+    assert diff_records(old, {}) == (list(old), [])
+    assert diff_records({}, old) == ([], list(old.values()))
+    again = record_of("a2", None)  # an equal but different object, whose embedding may differ
+    assert diff_records(old, old | {("local", "a2"): again}) == ([("local", "a2")], [again])

@@ -30,13 +30,16 @@ def test_the_map_has_the_adapters_that_auto_may_choose() -> None:
     assert names_on(drawn) == ["east", "north", "west"]
     assert (drawn.num_adapters, drawn.generation) == (3, 1)
     assert names_on(retriever.map("them")) == ["local/east", "local/north", "local/west", "secret"]
-
-
-def test_private_adapters_do_not_change_another_tenants_map() -> None:
-    with_it = retriever_of(*PUBLIC, PRIVATE)
-    without = retriever_of(*PUBLIC)
-    assert with_it.map("local") == without.map("local")
-    assert with_it.place("local", "go east", []) == without.place("local", "go east", [])
+    asked = ["east@0123456789", "secret", "them/secret", "bare"]  # of a version, and invisible ones
+    assert [point.ref.name for point in retriever.place("local", "go east", asked).adapters if point.ref] == ["east"]
+    assert (retriever.count("local"), retriever.count("them")) == (PoolSize(1, 4), PoolSize(1, 5))
+    without = retriever_of(*PUBLIC, record_of("bare", None))
+    assert drawn == without.map("local"), "private adapters do not change the map of others"
+    assert retriever.place("local", "go east", []) == without.place("local", "go east", [])
+    empty = retriever_of()
+    assert empty.map("local").names == ()
+    place = empty.place("local", "go east", [])
+    assert (place.prompt.x, place.prompt.y, place.adapters) == (0.0, 0.0, ())
 
 
 def test_a_prompt_has_the_place_of_an_adapter_with_the_same_embedding() -> None:
@@ -49,19 +52,6 @@ def test_a_prompt_has_the_place_of_an_adapter_with_the_same_embedding() -> None:
         ("west", on_map["west"]),
         ("north", on_map["north"]),
     ]
-
-
-def test_names_of_versions_have_the_place_of_the_live_one_and_invisible_ones_none() -> None:
-    retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
-    names = ["east@0123456789", "secret", "them/secret", "bare"]
-    assert [point.ref.name for point in retriever.place("local", "go east", names).adapters if point.ref] == ["east"]
-
-
-def test_an_empty_pool_has_a_map() -> None:
-    retriever = retriever_of()
-    assert retriever.map("local").names == ()
-    place = retriever.place("local", "go east", [])
-    assert (place.prompt.x, place.prompt.y, place.adapters) == (0.0, 0.0, ())
 
 
 def test_a_map_is_computed_once_per_generation_and_caller() -> None:
@@ -90,8 +80,3 @@ def test_adapters_omitted_from_a_large_map_are_placed_on_request(monkeypatch: py
     assert [point.ref.name for point in retriever.place("local", "go east", [left_out]).adapters if point.ref] == [
         left_out
     ]
-
-
-def test_the_count_is_the_callers_and_includes_adapters_reachable_by_name_only() -> None:
-    retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
-    assert (retriever.count("local"), retriever.count("them")) == (PoolSize(1, 4), PoolSize(1, 5))

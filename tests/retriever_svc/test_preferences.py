@@ -42,6 +42,14 @@ def test_a_beaten_adapter_is_replaced_with_its_score_by_the_best_of_its_region()
     assert names(route) == ["good", "other"]
     assert route.candidates[0].score == pytest.approx(1)
     assert names(route_one(retriever, "north"))[0] == "other"
+    twice = route_one(retriever_of(NEAR, BAD, OTHER, ranking=ranking_of(BAD.ref, (NEAR, 0.9), (BAD, 0.1))))
+    assert names(twice) == ["near", "other"], "one that replaces two is planned once"
+    assert twice.candidates[0].score == pytest.approx(1)
+    rival = retriever_of(GOOD, BAD, ranking=ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1)), tenant="rival")
+    assert [names(route_one(rival)), names(route_one(rival, tenant="rival"))] == [["bad"], ["good"]]
+    unlisted = replace(GOOD, expires_at=NOON.replace(year=2100))  # only its name finds it
+    ranking = ranking_of(BAD.ref, (unlisted, 0.9), (BAD, 0.1))
+    assert names(route_one(retriever_of(unlisted, BAD, OTHER, ranking=ranking))) == ["bad", "other"]
 
 
 def test_an_evaluation_is_read_by_its_tenant_for_the_version_that_it_measured() -> None:
@@ -52,19 +60,6 @@ def test_an_evaluation_is_read_by_its_tenant_for_the_version_that_it_measured() 
     assert retriever.evaluation("other", "local/bad") is None
     newer = retriever_of(GOOD, record_of("bad", EAST, version="2"), ranking=ranking)
     assert newer.evaluation("local", "bad") is None
-
-
-def test_an_unlisted_adapter_takes_no_place_since_only_its_name_finds_it() -> None:
-    unlisted = replace(GOOD, expires_at=NOON.replace(year=2100))
-    ranking = ranking_of(BAD.ref, (unlisted, 0.9), (BAD, 0.1))
-    assert names(route_one(retriever_of(unlisted, BAD, OTHER, ranking=ranking))) == ["bad", "other"]
-
-
-def test_an_adapter_that_replaces_two_is_planned_once() -> None:
-    ranking = ranking_of(BAD.ref, (NEAR, 0.9), (BAD, 0.1))
-    route = route_one(retriever_of(NEAR, BAD, OTHER, ranking=ranking))
-    assert names(route) == ["near", "other"]
-    assert route.candidates[0].score == pytest.approx(1)
 
 
 def test_an_adapter_without_samples_is_found_in_the_region_of_a_withdrawn_anchor() -> None:
@@ -87,13 +82,6 @@ def test_an_adapter_without_samples_is_found_in_the_region_of_a_withdrawn_anchor
 )
 def test_a_ranking_of_other_versions_changes_nothing(records: tuple[AdapterRecord, ...], ranking: Ranking) -> None:
     assert "good" not in names(route_one(retriever_of(*records, ranking=ranking)))
-
-
-def test_another_tenants_ranking_changes_nothing() -> None:
-    ranking = ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1))
-    retriever = retriever_of(GOOD, BAD, ranking=ranking, tenant="rival")
-    assert names(route_one(retriever)) == ["bad"]
-    assert names(route_one(retriever, tenant="rival")) == ["good"]
 
 
 @pytest.mark.parametrize("approval", [False, True])

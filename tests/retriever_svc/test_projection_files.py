@@ -12,7 +12,7 @@ from retriever_svc import EncoderUnusable, ProjectionUnusable
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts, prompts_digest
 from retriever_svc.projection_files import ProjectionFiles, shipped_file
-from retriever_svc.whitening import Whitening, fit_whitening
+from retriever_svc.whitening import fit_whitening
 from tests.retriever_svc.pool_fakes import FakeEncoder
 from tests.retriever_svc.test_whitening import DIM, world
 from tests.shared_encoders import shared_encoder
@@ -66,28 +66,19 @@ def test_the_packaged_vectors_are_those_of_the_packaged_prompts(model: str, iden
     np.testing.assert_allclose(files.ordinary(projected), projected.projection.project(vectors), atol=1e-6)
 
 
-def test_another_encoder_has_neither() -> None:
-    assert ProjectionFiles().shipped("another") is None
-    assert ProjectionFiles().find("another") is None
-    assert not shipped_file("another").exists()
-
-
 def test_a_saved_projection_is_found_by_its_identity(tmp_path: Path) -> None:
-    fitted = fit_whitening("another", world())
+    fitted, other = fit_whitening("another", world()), fit_whitening("another", world(seed=1))
     ProjectionFiles(files_in(tmp_path)).save(fitted)
     again = ProjectionFiles(files_in(tmp_path)).find(fitted.identity)
     assert again is not None
     np.testing.assert_array_equal(again.matrix, fitted.matrix)
-    for files in (ProjectionFiles(files_in(tmp_path / "empty")), ProjectionFiles()):
+    assert again.project(world()[0]).shape == (20, DIM)
+    files_in(tmp_path / "other").write(f"{fitted.identity}.safetensors", other.to_bytes())
+    for files in (*(ProjectionFiles(files_in(tmp_path / name)) for name in ("empty", "other")), ProjectionFiles()):
         with pytest.raises(ProjectionUnusable, match="is missing next to the catalogue: reindex"):
             files.find(fitted.identity)
-
-
-def test_a_file_of_other_content_is_not_the_projection(tmp_path: Path) -> None:
-    fitted, other = fit_whitening("another", world()), fit_whitening("another", world(seed=1))
-    files_in(tmp_path).write(f"{fitted.identity}.safetensors", other.to_bytes())
-    with pytest.raises(ProjectionUnusable, match="is missing"):
-        ProjectionFiles(files_in(tmp_path)).find(fitted.identity)
+    assert ProjectionFiles().shipped("another") is ProjectionFiles().find("another") is None
+    assert not shipped_file("another").exists()
 
 
 def test_ordinary_prompts_are_encoded_once_for_each_encoder_and_saved(tmp_path: Path) -> None:
@@ -108,11 +99,6 @@ def test_a_damaged_file_or_a_store_that_is_down_costs_one_encoding(tmp_path: Pat
         encoder = FakeEncoder(PROMPTS, dim=3, identity="another")
         assert ProjectionFiles(place).ordinary(encoder).shape == (len(PROMPTS), 3)
         assert len(encoder.batches) == 1
-
-
-def test_a_projection_keeps_its_dimension() -> None:
-    fitted = Whitening.from_bytes(fit_whitening("another", world()).to_bytes())
-    assert fitted.project(world()[0]).shape == (20, DIM)
 
 
 def test_a_store_that_is_down_does_not_stop_the_start(caplog: pytest.LogCaptureFixture) -> None:

@@ -46,29 +46,20 @@ def test_the_gain_equals_a_slow_loop(has_projection: bool) -> None:
     assert gain.num_refitted == then.sum()
 
 
-def test_a_refit_pays_where_samples_spread_in_directions_that_tasks_share() -> None:
+def test_a_refit_pays_once_and_where_samples_spread_in_directions_that_tasks_share() -> None:
     groups = world()
-    gain = refit_gain(encoder_of(), groups, texts_of(groups), None)
+    texts = texts_of(groups)
+    gain = refit_gain(encoder_of(), groups, texts, None)
     assert gain is not None
     assert (gain.num_samples, gain.pays) == (TASKS * SAMPLES, True)
     assert gain.num_refitted > 1.5 * gain.num_first
-
-
-def test_a_refit_does_not_pay_twice() -> None:
-    groups = world()
-    texts = texts_of(groups)
-    fitted = fit_whitening("plain", groups, texts)
-    gain = refit_gain(encoder_of(fitted), groups, texts, None)
-    assert gain is not None
-    assert (gain.num_won, gain.num_lost, gain.pays) == (0, 0, False)
-
-
-def test_a_refit_of_samples_without_structure_does_not_pay() -> None:
+    again = refit_gain(encoder_of(fit_whitening("plain", groups, texts)), groups, texts, None)
+    assert again is not None
+    assert (again.num_won, again.num_lost, again.pays) == (0, 0, False)
     rng = np.random.default_rng(4)
-    groups = [unit_rows(rng.standard_normal((20, DIM)).astype(np.float32)) for _ in range(20)]
-    gain = refit_gain(encoder_of(), groups, texts_of(groups), None)
-    assert gain is not None
-    assert not gain.pays, gain
+    noise = [unit_rows(rng.standard_normal((20, DIM)).astype(np.float32)) for _ in range(20)]
+    without_structure = refit_gain(encoder_of(), noise, texts_of(noise), None)
+    assert without_structure is not None and not without_structure.pays
 
 
 @pytest.mark.parametrize(

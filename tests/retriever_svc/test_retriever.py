@@ -3,27 +3,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from lora_store.adapter import LOCAL_TENANT
+from lora_store.adapter import LOCAL_TENANT, Sample
 from lora_store.errors import AdapterNotFound
-from lora_store.records import OutputProfile
-from retriever_svc import AskedPrompt, NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
+from lora_store.records import AdapterRecord, OutputProfile
+from retriever_svc import (
+    AskedPrompt,
+    IndexSettings,
+    NoAdapterMatched,
+    Page,
+    PageRequest,
+    Retriever,
+    Route,
+    RouteRequest,
+    StaleIndex,
+)
+from retriever_svc.doctor import examine
 from retriever_svc.encoder import MAX_CHARS
 from retriever_svc.route import STICKY_MARGIN, Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
-from tests.retriever_svc.routing import (
-    EAST,
-    NORTH,
-    POOL,
-    SOUTHWEST,
-    TABLE,
-    retriever_of,
-    route_one,
-)
+from tests.retriever_svc.routing import EAST, NORTH, POOL, SOUTHWEST, TABLE, TEMPERATURE, retriever_of, route_one
 
 
 def test_a_uniform_mixture_plans_the_best_with_equal_weights() -> None:
@@ -39,22 +43,16 @@ def test_a_uniform_mixture_plans_the_best_with_equal_weights() -> None:
     assert [(c.ref, c.score) for c in route.candidates] == [(a.ref, a.score) for a in route.plan.adapters]
     assert route.generation == route.plan.generation == 1
     assert not route.abstained
-
-
-def test_selection_plans_the_best_alone_and_shows_the_others() -> None:
     route = route_one(retriever_of(*POOL), strategy="selection", weighting="softmax")
     assert [(a.ref.name, a.weight) for a in route.plan.adapters] == [("e", 1.0)]
     assert [c.ref.name for c in route.candidates] == ["e", "ne", "n"]
 
 
-@pytest.mark.parametrize("strategy", ["mixture", "fusion"])
-@pytest.mark.parametrize("weighting", get_args(Weighting))
-@pytest.mark.parametrize("top_k", [1, 2, 3, 16])
-def test_weights_of_the_rows_returned_sum_to_one(strategy: str, weighting: str, top_k: int) -> None:
-    plan = route_one(retriever_of(*POOL), strategy=strategy, weighting=weighting, top_k=top_k).plan
-    assert plan.strategy == strategy
-    assert len(plan.adapters) == min(top_k, 3)
-    assert sum(adapter.weight for adapter in plan.adapters) == pytest.approx(1)
+def test_weights_of_the_rows_returned_sum_to_one() -> None:
+    for strategy, weighting, top_k in product(("mixture", "fusion"), get_args(Weighting), (1, 2, 3, 16)):
+        plan = route_one(retriever_of(*POOL), strategy=strategy, weighting=weighting, top_k=top_k).plan
+        assert (plan.strategy, len(plan.adapters)) == (strategy, min(top_k, 3))
+        assert sum(adapter.weight for adapter in plan.adapters) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,7 @@ def test_copies_of_another_owner_do_not_share_the_weight_of_the_best_adapter(
     ],
     ids=["close", "clearly better", "below the threshold"],
 )
-def test_the_preferred_adapter_stays_unless_another_is_clearly_better(
+def test_the_preferred_adapter_stays_unless_one_is_far_better(
     lead: float, min_score: float, planned: list[str]
 ) -> None:
     score = 1 - lead
@@ -193,6 +191,7 @@ def test_private_adapters_of_others_are_never_candidates_nor_resolvable() -> Non
     ]
     neighbours = retriever.neighbours(embedding_of(EAST), 5, tenant="a")
     assert [candidate.ref.name for candidate in neighbours] == ["mine", "all"]
+    assert retriever.neighbours(embedding_of((1.0, 0.0, 0.0), encoder="another"), 5, tenant="a") == ()
     for name in ("theirs", "b/theirs", f"b/theirs@{theirs.ref.digest}", "nothing"):
         with pytest.raises(AdapterNotFound) as caught:
             retriever.resolve("a", name)
@@ -204,9 +203,7 @@ def test_private_adapters_of_others_are_never_candidates_nor_resolvable() -> Non
     ("templates", "common"),
     [(("chat", "chat"), "chat"), (("chat", "alpaca"), None), (("chat", None), None), ((None, None), None)],
 )
-def test_a_plan_has_the_template_that_all_its_adapters_name(
-    templates: tuple[str | None, ...], common: str | None
-) -> None:
+def test_a_plan_has_the_template_that_its_adapters_name(templates: tuple[str | None, ...], common: str | None) -> None:
     records = [record_of(f"a{n}", EAST, template=template) for n, template in enumerate(templates)]
     retriever = retriever_of(*records, record_of("unplanned", (-1.0, 0.0), template="other"))
     assert route_one(retriever, top_k=2).plan.template == common
@@ -219,22 +216,15 @@ def test_named_weights_are_used_as_given() -> None:
     assert [(a.ref.name, a.weight) for a in plan.adapters] == [("n", 2.5), ("e", -0.5)]
 
 
-@pytest.mark.parametrize("length", [8, 12, 64])
-def test_a_digest_prefix_of_the_live_version_resolves(length: int) -> None:
-    retriever = retriever_of(*POOL)
-    assert retriever.resolve(LOCAL_TENANT, f"n@{POOL[1].ref.digest[:length]}") == POOL[1]
-    assert retriever.resolve("other", f"local/n@{POOL[1].ref.digest[:length]}") == POOL[1]
-
-
-@pytest.mark.parametrize("digest", ["", POOL[1].ref.digest[:7], POOL[0].ref.digest, POOL[1].ref.digest + "0"])
-def test_any_other_digest_is_not_found(digest: str) -> None:
-    retriever = retriever_of(*POOL)
-    for call in (
-        lambda name: retriever.resolve(LOCAL_TENANT, name),
-        lambda name: retriever.plan_named(LOCAL_TENANT, [(name, 1.0)]),
-    ):
-        with pytest.raises(AdapterNotFound):
-            call(f"n@{digest}")
+def test_a_digest_prefix_of_the_live_version_resolves_and_no_other_digest() -> None:
+    retriever, digest = retriever_of(*POOL), POOL[1].ref.digest
+    for length in (8, 12, 64):
+        assert retriever.resolve(LOCAL_TENANT, f"n@{digest[:length]}") == POOL[1]
+        assert retriever.resolve("other", f"local/n@{digest[:length]}") == POOL[1]
+    for other in ("", digest[:7], POOL[0].ref.digest, digest + "0"):
+        for call in (retriever.resolve, lambda tenant, name: retriever.plan_named(tenant, [(name, 1.0)])):
+            with pytest.raises(AdapterNotFound):
+                call(LOCAL_TENANT, f"n@{other}")
 
 
 def test_a_page_has_the_adapters_that_the_tenant_may_use_under_its_names() -> None:
@@ -354,3 +344,99 @@ def test_the_doctor_reads_as_much_of_a_prompt_as_routing_does() -> None:
     *_, last = retriever.doctor("local", lambda record: [], prompts=[AskedPrompt(f"{text} and more")])
     assert last.report is not None and last.report.asked is not None
     assert last.report.asked.unlabelled.total() == 1
+
+
+ENCODER = FakeEncoder({"east": EAST})
+STRICT = IndexSettings(requires_approval=True)
+BY_LISTS = IndexSettings(requires_approval=True, exact_rows=0, side_rows=0)
+OPEN = IndexSettings()
+POISON = record_of("poison", EAST, tenant="mallory", own_scores=(0.25,) * 5)
+HONEST = record_of("honest", NORTH, tenant="acme")
+
+
+def chosen(retriever: Retriever, tenant: str) -> list[str]:
+    [route] = retriever.route([RouteRequest("east", tenant=tenant)])
+    assert isinstance(route, Route)
+    assert [candidate.ref.name for candidate in route.candidates] == names(route)
+    return names(route)
+
+
+def approved(record: AdapterRecord) -> AdapterRecord:
+    return replace(record, approved=True)
+
+
+@pytest.mark.parametrize("settings", [STRICT, BY_LISTS], ids=["exact", "lists"])
+def test_only_an_approved_adapter_is_chosen_for_other_tenants(settings: IndexSettings) -> None:
+    source = Source(POISON, approved(HONEST))
+    pools = live_pool(ENCODER, source, settings=settings, background=lambda work: work())
+    assert (pools.current.index.lists is not None) == (settings is BY_LISTS)
+    retriever = Retriever(pools, min_score=-1.0, temperature=TEMPERATURE)
+    assert chosen(retriever, "acme") == ["honest"]
+    assert chosen(retriever, "mallory") == ["poison", "honest"]
+    assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 5, "acme")] == ["honest"]
+    assert retriever.plan_named("acme", [("poison", 1.0)]).adapters[0].ref == POISON.ref  # it answers if named
+    assert {record.ref.name for _, record in retriever.page("acme", PageRequest(9)).rows} == {"honest", "poison"}
+    source.commit(approved(POISON), approved(HONEST))
+    pools.catch_up()
+    assert chosen(retriever, "acme") == ["poison", "honest"]
+    source.commit(POISON, approved(HONEST))  # an update without review
+    pools.catch_up()
+    assert chosen(retriever, "acme") == ["honest"]
+
+
+def test_without_the_setting_every_public_adapter_is_chosen() -> None:
+    assert chosen(
+        Retriever(live_pool(ENCODER, Source(POISON, HONEST), settings=OPEN), temperature=TEMPERATURE), "acme"
+    ) == ["poison", "honest"]
+
+
+def test_the_doctor_queries_only_adapters_that_may_be_chosen() -> None:
+    pool = live_pool(ENCODER, Source(POISON, approved(HONEST)), settings=STRICT).current
+    *_, last = examine(pool, "acme", lambda record: [Sample("east")])
+    assert last.report is not None
+    assert [finding.ref.name for finding in last.report.adapters] == ["honest"]
+    assert last.report.never_chosen == ()
+
+
+def kept_versions(*visibilities: str) -> tuple[AdapterRecord, ...]:
+    """Return the versions of one name, the live one first."""
+    return tuple(
+        record_of("n", NORTH, tenant="a", version=str(n), visibility=visibility)
+        for n, visibility in enumerate(visibilities)
+    )
+
+
+def retriever_with_history(*versions: AdapterRecord) -> Retriever:
+    source = Source()
+    source.commit(versions[0], previous={("a", "n"): versions[1:]})
+    return Retriever(live_pool(FakeEncoder(TABLE), source))
+
+
+def test_a_digest_also_names_kept_versions() -> None:
+    versions = kept_versions("public", "public", "public")
+    retriever = retriever_with_history(*versions)
+    for version in versions:
+        assert retriever.resolve("a", f"n@{version.ref.digest[:8]}") == version
+        plan = retriever.plan_named("b", [(f"a/n@{version.ref.digest}", 1.0)])
+        assert [adapter.ref for adapter in plan.adapters] == [version.ref]
+    assert retriever.resolve("a", "n") == versions[0]
+    assert retriever.versions("b", "n") == (2, list(versions))
+
+
+def test_a_version_that_was_private_stays_private() -> None:
+    versions = kept_versions("public", "private")
+    retriever = retriever_with_history(*versions)
+    assert retriever.resolve("a", f"n@{versions[1].ref.digest}") == versions[1]
+    assert retriever.versions("a", "n") == (2, list(versions))
+    assert retriever.versions("b", "n") == (2, [versions[0]])
+    with pytest.raises(AdapterNotFound):
+        retriever.resolve("b", f"a/n@{versions[1].ref.digest}")
+
+
+def test_a_withdrawn_adapter_has_no_versions() -> None:
+    with pytest.raises(AdapterNotFound):
+        retriever_of(*POOL).versions(LOCAL_TENANT, "gone")
+
+
+def test_no_samples_no_embedding() -> None:
+    assert retriever_of().embed_groups([[], [Sample("east")]])[0] is None

@@ -94,16 +94,12 @@ def test_a_pool_that_changes_keeps_leaving_out_the_other_base() -> None:
     assert pools.current.rebuilt(pools.current.index.compacted(), pools.current).index.num_live == 1
 
 
-@pytest.mark.parametrize("name", ["old", "bare", "old@" + OLD.ref.digest[:12], "local/old"])
-def test_naming_an_adapter_of_another_base_is_an_error(name: str) -> None:
+def test_an_adapter_of_another_base_is_neither_named_nor_replayed() -> None:
     retriever = over(Source(OLD, OWN, BARE))
-    with pytest.raises(AdapterIncompatible, match=f"adapter '{name}' was made for the base model '{OTHER}'"):
-        retriever.plan_named("local", [("own", 0.5), (name, 0.5)], "fusion")
-
-
-def test_a_plan_with_an_adapter_of_another_base_is_not_replayed() -> None:
+    for name in ("old", "bare", "old@" + OLD.ref.digest[:12], "local/old"):
+        with pytest.raises(AdapterIncompatible, match=f"adapter '{name}' was made for the base model '{OTHER}'"):
+            retriever.plan_named("local", [("own", 0.5), (name, 0.5)], "fusion")
     pinned = [PinnedAdapter(record.ref.name, record.ref.digest, 0.5) for record in (OWN, OLD)]
-    retriever = over(Source(OLD, OWN))
     with pytest.raises(AdapterIncompatible, match="'old' was made for"):
         retriever.replay("local", "mixture", pinned, 1)
     assert retriever.replay("local", "selection", pinned[:1], 1).adapters[0].ref == OWN.ref
@@ -118,9 +114,9 @@ def test_an_own_adapter_of_another_base_is_not_replaced_by_a_public_namesake() -
     assert retriever.plan_named("local", [("them/old", 1.0)], "selection").adapters[0].ref == public.ref
 
 
-def test_kept_versions_of_another_base_are_shown_and_cannot_be_used() -> None:
-    live = record_of("poet", EAST)
+def test_kept_versions_of_another_base_are_shown_and_neither_used_nor_tried() -> None:
     older = record_of("poet", EAST, version="1", base_model=OTHER)
+    live = replace(record_of("poet", EAST), trial=Trial(older.ref.digest, 0.5))
     source = Source()
     source.now = snapshot_of(live, previous={("local", "poet"): (older,)})
     retriever = over(source)
@@ -128,26 +124,9 @@ def test_kept_versions_of_another_base_are_shown_and_cannot_be_used() -> None:
     assert retriever.plan_named("local", [("poet", 1.0)], "selection").adapters[0].ref == live.ref
     with pytest.raises(AdapterIncompatible):
         retriever.plan_named("local", [(f"poet@{older.ref.digest}", 1.0)], "selection")
-
-
-def test_a_trial_of_a_version_of_another_base_takes_no_requests() -> None:
-    older = record_of("poet", EAST, version="1", base_model=OTHER)
-    live = replace(record_of("poet", EAST), trial=Trial(older.ref.digest, 0.5))
-    source = Source()
-    source.now = snapshot_of(live, previous={("local", "poet"): (older,)})
     for bases, num_trials in ((BASES, 0), (ServedBases(), 1)):
-        retriever = over(source, bases)
-        assert len(retriever.plan_named("local", [("poet", 1.0)], "selection").trials) == num_trials
-        assert len(route_one(retriever).plan.trials) == num_trials
-
-
-def test_a_ranking_prefers_no_adapter_of_another_base() -> None:
-    items = (RankedAdapter(OLD.ref, 1.0, 8, False), RankedAdapter(OWN.ref, 0.2, 8, True))
-    ranking = Ranking(OWN.ref, items, "fake-encoder", np.asarray(NORTH, np.float32), np.asarray([1.0], np.float32))
-    source = Source()
-    source.now = snapshot_of(OLD, OWN, rankings={"local": (Rank("local", ranking, True, "us", OWN.created_at),)})
-    assert names(route_one(over(source, ServedBases()), "north")) == ["old"]
-    assert names(route_one(over(source), "north")) == ["own"]
+        assert len(over(source, bases).plan_named("local", [("poet", 1.0)], "selection").trials) == num_trials
+        assert len(route_one(over(source, bases)).plan.trials) == num_trials
 
 
 def test_the_doctor_counts_the_other_base_and_examines_the_served_one() -> None:
@@ -155,9 +134,6 @@ def test_the_doctor_counts_the_other_base_and_examines_the_served_one() -> None:
     assert last.report is not None
     assert [finding.ref for finding in last.report.adapters] == [OWN.ref]
     assert last.report.unserved == {OTHER: (BARE.ref, OLD.ref)}
-
-
-def test_regions_have_no_adapters_of_another_base() -> None:
     own = record_of("own", NORTHEAST, num_samples=2)
     [region] = over(Source(replace(OLD, num_samples=2), own, BARE)).regions("local", many_samples)
     assert [record.ref for record in region.candidates] == [own.ref]
@@ -227,6 +203,7 @@ def test_rankings_stay_within_a_base() -> None:
         source = Source()
         source.now = snapshot_of(OLD, OWN, rankings={"local": (Rank("local", ranking, True, "us", OWN.created_at),)})
         assert names(route_one(over(source, ServedBases()), "north")) == ["old"]
+        assert names(route_one(over(source), "north")) == ["own"]
         assert names(route_one(over(source, SEVERAL), "north", base_model="tiny-chat")) == ["own"]
     praised = Ranking(replace(OWN.ref, name=f"{OUTCOME}1"), items[:1], "fake-encoder", *vectors)
     source = Source()

@@ -118,7 +118,7 @@ def test_a_network_that_cannot_be_saved_is_converted_at_each_start(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saved_network.tempfile, "TemporaryDirectory", fail)
+    monkeypatch.setattr(saved_network, "build_folder", fail)
     for _ in range(2):
         assert not is_saved(Encoder(folder))
     warnings = [line.getMessage() for line in caplog.records if line.name.startswith("retriever_svc")]

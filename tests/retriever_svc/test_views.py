@@ -24,22 +24,13 @@ def test_a_long_prompt_has_its_first_and_last_paragraphs_as_views() -> None:
     text = f"{PASSAGE}\n\n{MIDDLE}\n \n{QUESTION}\n"
     passage = PASSAGE.strip()
     assert views_of(text) == [text, QUESTION, f"{MIDDLE}\n\n{QUESTION}", passage, f"{passage}\n\n{MIDDLE}"]
-
-
-def test_two_paragraphs_have_no_view_that_repeats_the_whole() -> None:
-    text = f"{QUESTION}\n\n{PASSAGE.strip()}"
-    assert views_of(text) == [text, PASSAGE.strip(), QUESTION]
-
-
-def test_a_part_that_says_nothing_is_no_view() -> None:
-    text = f"Hi,\n\n{PASSAGE.strip()}\n\nThanks"
-    assert views_of(text) == [text, f"{PASSAGE.strip()}\n\nThanks", f"Hi,\n\n{PASSAGE.strip()}"]
-
-
-def test_a_prompt_is_long_from_this_length_on() -> None:
-    text = "a" * (LONG_CHARS - 32) + "\n\n" + "b" * 30
-    assert len(text) == LONG_CHARS and len(views_of(text)) == 3
-    assert views_of(text[:-1]) == [text[:-1]]
+    two = f"{QUESTION}\n\n{passage}"
+    assert views_of(two) == [two, passage, QUESTION], "none repeats the whole"
+    polite = f"Hi,\n\n{passage}\n\nThanks"
+    assert views_of(polite) == [polite, f"{passage}\n\nThanks", f"Hi,\n\n{passage}"], "a part that says nothing is none"
+    long = "a" * (LONG_CHARS - 32) + "\n\n" + "b" * 30
+    assert len(long) == LONG_CHARS and len(views_of(long)) == 3
+    assert views_of(long[:-1]) == [long[:-1]]
 
 
 def test_each_view_counts_with_the_tokens_that_are_read_of_it() -> None:

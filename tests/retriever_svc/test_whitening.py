@@ -42,9 +42,7 @@ def test_a_projection_equals_a_slow_loop() -> None:
     freedom = TASKS * (SAMPLES - 1)
     within = (within + 50 * np.trace(within) / freedom / DIM * np.eye(DIM)) / (freedom + 50)
     root = np.linalg.cholesky(np.linalg.inv(within))
-    for row in groups[3]:
-        expected = (row - mean) @ root
-        np.testing.assert_allclose(fitted.project(row[np.newaxis])[0], unit_rows(expected), atol=5e-3)
+    np.testing.assert_allclose(fitted.project(groups[3]), unit_rows((groups[3] - mean) @ root), atol=5e-3)
 
 
 def test_unseen_prompts_find_their_task_better_in_the_projected_space() -> None:
@@ -124,10 +122,7 @@ def test_a_damaged_file_is_refused(damage: Callable[[bytes], bytes]) -> None:
     data = fit_whitening("plain", world()).to_bytes()
     with pytest.raises(ProjectionUnusable, match="damaged"):
         Whitening.from_bytes(damage(data))
-
-
-def test_arrays_of_different_dimensions_are_refused() -> None:
-    fitted = fit_whitening("plain", world())
+    fitted = Whitening.from_bytes(data)
     with pytest.raises(ProjectionUnusable, match="disagree"):
         Whitening.from_bytes(replace(fitted, mean=fitted.mean[:-1]).to_bytes())
 
@@ -139,8 +134,6 @@ def test_too_few_samples_are_refused() -> None:
 
 
 def test_a_rows_projection_does_not_depend_on_its_batch() -> None:
-    rng = np.random.default_rng(3)
-    groups = [rng.standard_normal((20, 96)).astype(np.float32) for _ in range(12)]
-    fitted = fit_whitening("encoder", groups)
-    rows = np.concatenate(groups)
+    rows = np.random.default_rng(3).standard_normal((240, 96)).astype(np.float32)
+    fitted = fit_whitening("encoder", np.split(rows, 12))
     assert np.array_equal(fitted.project(rows), np.concatenate([fitted.project(row[None]) for row in rows]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Annotated
 
@@ -33,6 +34,10 @@ from deployments.http.dependencies import (
 )
 from deployments.http.openapi import NAME_ANSWERS, NAMES_ANSWERS, SETTLED_NAME_ANSWERS
 from deployments.http.routes.adapters import answer_settled
+from gpu_worker.errors import GrammarInvalid
+from gpu_worker.front.fair_threads import FairThreads
+from gpu_worker.front.grammar.compiler import CheckProcess
+from gpu_worker.front.request.grammar import Grammar
 from lora_store import (
     KEPT_POLICIES,
     MAX_POLICY_CHARS,
@@ -46,6 +51,9 @@ from lora_store import (
 
 router = APIRouter(route_class=AnsweringRoute)
 _NAMES, _NAME = "/v1/names", "/v1/names/{name:path}"
+_CHECKS = FairThreads(
+    "policy-check", num_threads=1, max_calls=64, full="too many policies are being checked; retry later"
+)
 _MAX_PAGE = 64  # names, of which each may have a policy of 16 kB
 MinGeneration = Annotated[int, Query(ge=0, lt=2**63)]
 
@@ -76,9 +84,14 @@ async def set_name(name: str, body: NamePolicy, caller: PublishCaller, services:
         raise RequestInvalid(f"name: 1 to 64 of A-Z a-z 0-9 . _ - and not 'auto', got {name[:100]!r}", "name")
     if key[1] in services.config.served_models.accepted_names:
         raise NameTaken(key[1], "the base model")
-    text = (await services.planner.settle(body, caller.tenant)).to_json()
+    settled = await services.planner.settle(body, caller.tenant)
+    grammars = [policy.sampling().grammar for policy in settled.both]
+    text = settled.to_json()
     if len(text) > MAX_POLICY_CHARS:
         raise RequestInvalid(f"the policy has {len(text)} characters; at most {MAX_POLICY_CHARS} are kept")
+    for grammar in grammars:
+        if grammar is not None:
+            await _check_grammar(grammar, caller.tenant)
     return await _set(services, key, text, caller)
 
 
@@ -157,6 +170,14 @@ async def _kept(name: str, tenant: str, services: Services, min_generation: int 
     if not kept:
         raise ModelNotFound(name)
     return kept
+
+
+async def _check_grammar(grammar: Grammar, tenant: str) -> None:
+    """Raises: GrammarInvalid if no answer can follow it; EngineFull if it cannot be checked now."""
+    try:
+        await asyncio.wrap_future(_CHECKS.submit(tenant, partial(CheckProcess().run, grammar)))
+    except GrammarInvalid as exc:
+        raise GrammarInvalid(exc.message, exc.pointer, grammar.param) from exc
 
 
 async def _set(services: Services, key: Key, policy: str, caller: Caller) -> JSONResponse:

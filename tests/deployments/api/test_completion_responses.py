@@ -9,6 +9,7 @@ from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from deployments.api.completion_responses import Answer, plan_object, why
+from deployments.api.logprobs import prompt_logprobs
 from deployments.api.responses import Planned
 from gpu_worker.front.request.request import Completion, Delta, PromptToken, TokenLogprob
 from gpu_worker.front.request.tools import ToolCallPiece
@@ -37,28 +38,17 @@ def choice(finish_reason: str | None, index: int = 0, **fields: Any) -> dict[str
     return {"index": index, "finish_reason": finish_reason, "logprobs": None, **fields}
 
 
-def test_a_whole_chat_answer_has_the_openai_shape() -> None:
-    whole = answer().whole([Completion("Hello", 5, 3, "length")])
-    message = {"role": "assistant", "content": "Hello"}
-    assert whole == IDENTITY | {
-        "id": "chatcmpl-r1",
-        "object": "chat.completion",
-        "choices": [choice("length", message=message)],
-        "usage": USAGE,
-        "lora": LORA,
-    }
+@pytest.mark.parametrize("explain", [False, True])
+def test_a_whole_answer_has_the_openai_shape(explain: bool) -> None:
+    """Candidates and the generation are included on request."""
+    shared = IDENTITY | {"usage": USAGE, "lora": EXPLAINED if explain else LORA}
+    assert answer(explain=explain).opening()["lora"] == shared["lora"]
+    whole = answer(explain=explain).whole([Completion("Hello", 5, 3, "length")])
+    choices = [choice("length", message={"role": "assistant", "content": "Hello"})]
+    assert whole == shared | {"id": "chatcmpl-r1", "object": "chat.completion", "choices": choices}
     ChatCompletion.model_validate(whole)
-
-
-def test_a_whole_text_answer_has_the_openai_shape() -> None:
-    whole = answer("text").whole([Completion("Hello", 5, 3, "stop")])
-    assert whole == IDENTITY | {
-        "id": "cmpl-r1",
-        "object": "text_completion",
-        "choices": [choice("stop", text="Hello")],
-        "usage": USAGE,
-        "lora": LORA,
-    }
+    whole = answer("text", explain=explain).whole([Completion("Hello", 5, 3, "stop")])
+    assert whole == shared | {"id": "cmpl-r1", "object": "text_completion", "choices": [choice("stop", text="Hello")]}
     TextCompletion.model_validate(whole)
 
 
@@ -82,13 +72,6 @@ def test_text_chunks_have_the_completions_format() -> None:
     identity = IDENTITY | {"id": "cmpl-r1", "object": "text_completion"}
     assert one.opening() == identity | {"choices": [choice(None, text="")], "lora": LORA}
     assert one.chunk(0, Delta("lo", 5, 3, "length")) == identity | {"choices": [choice("length", text="lo")]}
-
-
-@pytest.mark.parametrize("explain", [False, True])
-def test_candidates_and_generation_are_included_on_request(explain: bool) -> None:
-    expected = EXPLAINED if explain else LORA
-    one = answer(explain=explain)
-    assert one.opening()["lora"] == one.whole([Completion("", 5, 0, "stop")])["lora"] == expected
 
 
 def test_two_answers_differ_in_their_ids() -> None:
@@ -123,16 +106,13 @@ def test_with_several_prompts_choices_have_plans_and_each_prompt_counts_once() -
     assert both.chunk(3, Delta("x", 7, 1))["choices"] == [choice(None, 3, text="x")]
 
 
-def test_a_chunk_has_the_logprobs_of_its_own_tokens() -> None:
+def test_a_chunk_has_the_logprobs_of_its_own_tokens_and_an_empty_answer_has_none() -> None:
     one = answer(num_logprobs=2)
     reported = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))
     assert [entry["logprob"] for entry in reported["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
     ChatCompletionChunk.model_validate(reported)
     assert one.chunk(0, Delta("", 5, 3, "stop"))["choices"][0]["logprobs"] is None
-
-
-def test_an_empty_answer_still_has_its_logprobs() -> None:
-    whole = answer(num_logprobs=2).whole([Completion("", 5, 1, "stop")])
+    whole = one.whole([Completion("", 5, 1, "stop")])
     assert whole["choices"][0]["logprobs"] == {"content": [], "refusal": None}
 
 
@@ -231,16 +211,8 @@ def test_a_stream_echoes_the_prompt_in_the_first_chunk_of_each_choice() -> None:
     assert (only["choices"][0]["text"], len(only["choices"][0]["logprobs"]["tokens"])) == ("On", 3)
 
 
-def test_prompt_logprobs_have_vllms_form_in_chats_and_completions() -> None:
-    expected = [
-        None,
-        {
-            "79": {"logprob": -2.0, "rank": 3, "decoded_token": "O"},
-            "80": {"logprob": -0.5, "rank": 1, "decoded_token": "P"},
-        },
-        {"110": {"logprob": -0.25, "rank": 1, "decoded_token": "n"}},
-    ]
-    end = Completion("!", 3, 1, "length", (), SCORED)
+def test_log_probabilities_of_the_prompt_are_part_of_chats_and_of_choices() -> None:
+    end, expected = Completion("!", 3, 1, "length", (), SCORED), prompt_logprobs(SCORED, 1)
     assert answer(num_prompt_logprobs=1).whole([end])["prompt_logprobs"] == expected
     assert answer("text", num_prompt_logprobs=1).whole([end])["choices"][0]["prompt_logprobs"] == expected
     assert "prompt_logprobs" not in answer().whole([end])
@@ -296,40 +268,57 @@ def explained(planned: Planned, tenant: str = "local") -> tuple[str | None, str 
     return shown.get("reason"), shown.get("why")
 
 
-def test_an_abstention_names_the_adapter_that_lacks_least_and_what_would_choose_it() -> None:
-    reason, why = explained(Planned(BASE_PLAN, (FAR, NEAR), abstained=True, reason="below_threshold"))
-    assert reason == "below_threshold"
-    assert why == (
-        "No adapter fits, so the base model answers. poet comes nearest: it scores 0.457 and needs 0.500. "
-        "lora.min_score 0.456 would choose it."
-    )
-    assert NEAR.score >= 0.456
+NONE_FITS = Planned(BASE_PLAN, abstained=True)
+LED_BY_CODER = replace(PLAN, adapters=(replace(PLAN.adapters[0], ref=CODER.ref),))
+HIGHER = Candidate(CODER.ref, 0.6, threshold=0.1, confidence=0.9)  # further above its threshold than POET_FITS
+POET_FITS = Candidate(POET.ref, 0.75, 0.7, 0.5)
+BY_POET = "poet fits: it scores 0.750 and needs 0.700, and is right with a probability of about 50%."
 
 
-def test_a_choice_says_how_well_the_best_candidate_fits() -> None:
-    plan = replace(PLAN, adapters=(replace(PLAN.adapters[0], ref=CODER.ref),))
-    reason, why = explained(Planned(plan, (NEAR, FITS), reason="fits"), tenant="us")
-    assert reason == "fits"
-    assert why == ("local/coder fits: it scores 0.750 and needs 0.500, and is right with a probability of about 62%.")
+@pytest.mark.parametrize(
+    ("planned", "says"),
+    [
+        (
+            replace(NONE_FITS, candidates=(FAR, NEAR), reason="below_threshold"),
+            "No adapter fits, so the base model answers. poet comes nearest: it scores 0.457 and needs 0.500. "
+            "lora.min_score 0.456 would choose it.",
+        ),
+        (
+            Planned(LED_BY_CODER, (NEAR, FITS), reason="fits"),
+            "coder fits: it scores 0.750 and needs 0.500, and is right with a probability of about 62%.",
+        ),
+        (Planned(PLAN, (POET_FITS, HIGHER), reason="fits"), BY_POET),
+        (
+            replace(NONE_FITS, reason="no_candidates", tags=("a",)),
+            "The pool has no adapter with samples and the tag 'a' that this request may use, so the base model"
+            " answers.",
+        ),
+        (
+            replace(NONE_FITS, reason="no_candidates", tags=("a", "b")),
+            "The pool has no adapter with samples and the tags 'a' and 'b' that this request may use, so the base model"
+            " answers.",
+        ),
+    ],
+    ids=["what lacks least", "how well the best fits", "the one that leads", "a tag", "two tags"],
+)
+def test_a_choice_is_explained(planned: Planned, says: str) -> None:
+    assert explained(planned) == (planned.reason, says)
+    assert NEAR.score >= 0.456, "the score that would choose it"
 
 
-def test_a_choice_is_explained_by_the_adapter_that_leads_it() -> None:
-    wide = Candidate(CODER.ref, 0.6, threshold=0.1, confidence=0.9)  # further above its threshold
-    _, why = explained(Planned(PLAN, (Candidate(POET.ref, 0.75, 0.7, 0.5), wide), reason="fits"))
-    assert why is not None and why.startswith("poet fits: it scores 0.750 and needs 0.700")
-    assert "previous turn" not in why
+def test_an_adapter_of_another_tenant_is_explained_with_its_tenant() -> None:
+    _, why = explained(Planned(LED_BY_CODER, (FITS,), reason="fits"), tenant="us")
+    assert why is not None and why.startswith("local/coder fits: ")
 
 
 @pytest.mark.parametrize("share", [1.0, 0.0])
 def test_a_choice_is_explained_by_the_live_version_of_the_one_that_answers(share: float) -> None:
     new = adapter("poet", version="new")
     trial = TrialVersion(POET.ref, new.ref, new.weights_digest, Trial(new.ref.digest, share))
-    wide = Candidate(CODER.ref, 0.6, threshold=0.1, confidence=0.9)  # further above its threshold
-    routed = Planned(replace(PLAN, trials=(trial,)), (Candidate(POET.ref, 0.75, 0.7, 0.5), wide), reason="fits")
+    routed = Planned(replace(PLAN, trials=(trial,)), (POET_FITS, HIGHER), reason="fits")
     drawn = routed.drawn("request/0")
     assert drawn.plan.adapters[0].ref == (new.ref if share else POET.ref)
-    _, why = explained(drawn)
-    assert why is not None and why.startswith("poet fits: it scores 0.750 and needs 0.700")
+    assert explained(drawn) == ("fits", BY_POET)
 
 
 @pytest.mark.parametrize(("needs", "stays"), [(0.5, True), (0.9, False)])
@@ -343,16 +332,8 @@ def test_an_adapter_that_stays_for_the_next_turn_is_explained(needs: float, stay
 
 def test_a_pool_without_candidates_and_a_clients_own_prompt_have_their_reasons() -> None:
     for reason, said in (("no_candidates", "no adapter with samples"), ("housekeeping", "the client's own")):
-        planned = Planned(BASE_PLAN, abstained=True)
-        found, why = explained(replace(planned, reason=reason))
-        assert found == reason and why is not None
-        assert said in why
-
-
-@pytest.mark.parametrize(("tags", "said"), [(("a",), "and the tag 'a'"), (("a", "b"), "and the tags 'a' and 'b'")])
-def test_a_choice_by_tags_without_candidates_names_the_tags(tags: tuple[str, ...], said: str) -> None:
-    _, why = explained(Planned(BASE_PLAN, abstained=True, reason="no_candidates", tags=tags))
-    assert why == f"The pool has no adapter with samples {said} that this request may use, so the base model answers."
+        found, why = explained(replace(NONE_FITS, reason=reason))
+        assert found == reason and why is not None and said in why
 
 
 def test_named_adapters_need_no_reason_and_explanations_come_on_request_only() -> None:

@@ -39,7 +39,7 @@ def applied(request: GenerationRequest, contract: dict[str, Any] = WHOLE) -> App
 
 
 def test_a_contract_sets_what_the_request_does_not() -> None:
-    request = chat()
+    request = chat(instruction="ignored", output_schema={})  # fields that the server ignores
     found = applied(request)
     assert found is not None and list(found.parts) == ALL
     sampling = found.sampling(request.sampling())
@@ -107,24 +107,16 @@ def test_what_a_request_sets_under_another_apis_name_wins() -> None:
         assert found is not None and list(found.parts) == [name for name in ALL if name not in missing]
 
 
-def test_fields_that_the_server_ignores_leave_every_part() -> None:
-    found = applied(chat(instruction="ignored", output_schema={}))
-    assert found is not None and list(found.parts) == ALL
-
-
 def test_token_ids_are_read_as_they_are() -> None:
     found = applied(CompletionRequest.model_validate({"prompt": [[1, 2]]}))
     assert found is not None and list(found.parts) == ALL[1:]
     assert found.prompt(TokenIds((1, 2))) == TokenIds((1, 2))
 
 
-def test_a_request_can_ask_without_it() -> None:
-    assert applied(chat(lora={"contract": False})) is None
-
-
-def test_a_contract_of_a_newer_release_says_how_to_ask_without_it() -> None:
+def test_a_request_can_ask_without_a_contract_as_that_of_a_newer_release_says() -> None:
     with pytest.raises(RequestInvalid, match=r"'poet' is of a newer release .*mood.* set lora\.contract: false"):
         applied(chat(), {"mood": "happy"})
+    assert applied(chat(lora={"contract": False})) is None
 
 
 def test_an_empty_contract_is_none() -> None:

@@ -26,10 +26,7 @@ USER = {"role": "user", "content": "Hi"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Return it", "parameters": CITY}}
 NOW = {"type": "function", "function": {"name": "now", "strict": True}}
-FUNCTIONS = (
-    Function("get_weather", "Return it", json.dumps(CITY)),
-    Function("now", "", NO_PARAMETERS, strict=True),
-)
+FUNCTIONS = (Function("get_weather", "Return it", json.dumps(CITY)), Function("now", "", NO_PARAMETERS, strict=True))
 CALLED = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
 ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [CALLED]}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "Rain"}
@@ -60,24 +57,17 @@ def refusal(**fields: Any) -> RequestInvalid | Unsupported:
 )
 def test_tools_and_the_choice_among_them(fields: dict[str, Any], expected: Tools | None) -> None:
     assert chat(**{"tools": [WEATHER, NOW], **fields}).used_tools() == expected
-
-
-def test_completions_have_no_tools() -> None:
     assert CompletionRequest.model_validate({"prompt": "Hi"}).used_tools() is None
 
 
 def test_calls_and_results_are_turns_of_the_conversation() -> None:
-    [question] = chat(messages=[USER, ASSISTANT, RESULT]).questions()
+    [question] = chat(messages=[USER, ASSISTANT, RESULT], tools=[WEATHER]).questions()
+    assert question.text == "Hi", "the user and not the tools finds the adapters"
     assert question.prompt == (
         Message("user", "Hi"),
         Message("assistant", "", (ToolCall("c1", "get_weather", '{"city": "Rome"}'),)),
         Message("tool", "Rain", (), "c1", "get_weather"),
     )
-
-
-def test_the_user_and_not_the_tools_finds_the_adapters() -> None:
-    [question] = chat(messages=[USER, ASSISTANT, RESULT], tools=[WEATHER]).questions()
-    assert question.text == "Hi"
 
 
 @pytest.mark.parametrize(

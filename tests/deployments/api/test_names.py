@@ -6,7 +6,7 @@ from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.names import NamePolicy, parse_policy
 from deployments.errors import RequestInvalid
 
-SHARES = 2000
+SHARES = 1000
 
 
 def test_a_stored_policy_reads_as_it_was_written_and_its_order_does_not_matter() -> None:

@@ -26,13 +26,10 @@ def test_an_explained_candidate_has_its_nearest_samples() -> None:
     assert "samples" not in second
 
 
-def test_a_base_answer_names_the_base_strategy() -> None:
-    assert plan_object(Planned(BASE_PLAN), "local", explain=False) == {
-        "strategy": "base",
-        "adapters": [],
-        "abstained": False,
-    }
-    assert plan_object(Planned(BASE_PLAN, abstained=True), "local", explain=False)["abstained"]
+@pytest.mark.parametrize("abstained", [False, True])
+def test_a_base_answer_names_the_base_strategy(abstained: bool) -> None:
+    shown = plan_object(Planned(BASE_PLAN, abstained=abstained), "local", explain=False)
+    assert shown == {"strategy": "base", "adapters": [], "abstained": abstained}
 
 
 def test_an_adapter_is_shown_without_its_embedding() -> None:

@@ -70,7 +70,7 @@ def whole(deltas: Sequence[Delta], form: ResponseForm) -> Any:
     return form.whole(answer)
 
 
-def test_events_come_in_the_order_of_the_openai_api() -> None:
+def test_events_come_in_the_order_of_the_openai_api_and_agree_with_each_other() -> None:
     events = streamed(DELTAS, form_of())
     deltas = ["response.output_text.delta"] * 2
     assert [event["type"] for event in events] == [*OPENED, *deltas, *CLOSED, "response.completed"]
@@ -78,20 +78,17 @@ def test_events_come_in_the_order_of_the_openai_api() -> None:
     assert [event["delta"] for event in events if event["type"] == deltas[0]] == ["Hel", "lo"]
     for event in events:
         assert EVENT.validate_python(event).type == event["type"]
-
-
-def test_events_of_one_item_agree_with_each_other_and_with_the_response() -> None:
-    events = {event["type"]: event for event in streamed(DELTAS, form_of())}
-    response = events["response.completed"]["response"]
+    by_type = {event["type"]: event for event in events}
+    response = by_type["response.completed"]["response"]
     [item] = response["output"]
-    assert item == events["response.output_item.done"]["item"]
-    assert item["content"] == [events["response.content_part.done"]["part"]]
-    assert item["content"][0]["text"] == events["response.output_text.done"]["text"] == "Hello"
-    assert {event["item_id"] for event in events.values() if "item_id" in event} == {item["id"]}
-    added = events["response.output_item.added"]["item"]
+    assert item == by_type["response.output_item.done"]["item"]
+    assert item["content"] == [by_type["response.content_part.done"]["part"]]
+    assert item["content"][0]["text"] == by_type["response.output_text.done"]["text"] == "Hello"
+    assert {event["item_id"] for event in events if "item_id" in event} == {item["id"]}
+    added = by_type["response.output_item.added"]["item"]
     assert added == item | {"status": "in_progress", "content": []}
-    assert events["response.content_part.added"]["part"]["text"] == ""
-    begun = events["response.created"]["response"]
+    assert by_type["response.content_part.added"]["part"]["text"] == ""
+    begun = by_type["response.created"]["response"]
     assert (begun["status"], begun["output"], begun["usage"], begun["id"]) == ("in_progress", [], None, response["id"])
 
 
@@ -121,17 +118,13 @@ def test_a_response_repeats_the_request_and_has_nothing_stored() -> None:
     assert usage is not None and (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (5, 3, 8)
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_an_answer_cut_at_the_limit_is_incomplete(is_streamed: bool) -> None:
+def test_an_answer_cut_at_the_limit_is_incomplete() -> None:
     cut = (*DELTAS[:2], Delta("", 5, 3, "length"))
-    if is_streamed:
-        [*_, last] = streamed(cut, form_of())
-        assert last["type"] == "response.incomplete"
-        response = last["response"]
-    else:
-        response = whole(cut, form_of())
-    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
-    assert (response["output"][0]["status"], response["output"][0]["content"][0]["text"]) == ("incomplete", "Hello")
+    [*_, last] = streamed(cut, form_of())
+    assert last["type"] == "response.incomplete"
+    for found in (last["response"], whole(cut, form_of())):
+        assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+        assert (found["output"][0]["status"], found["output"][0]["content"][0]["text"]) == ("incomplete", "Hello")
 
 
 def test_an_empty_answer_is_an_empty_message() -> None:

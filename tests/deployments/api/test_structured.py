@@ -60,7 +60,11 @@ def test_any_text_has_no_grammar(fields: dict[str, Any]) -> None:
     ("fields", "param"),
     [
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: is missing"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"schema": {}}}},
+            "response_format.json_schema: goes with type 'json_schema' only",
+        ),
         ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
         (with_schema(), "response_format.json_schema.schema"),
         (with_schema(schema=[1]), "response_format.json_schema.schema"),
@@ -77,7 +81,8 @@ def test_any_text_has_no_grammar(fields: dict[str, Any]) -> None:
 def test_a_malformed_format_is_refused_at_its_field(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestInvalid) as refused:
         parse(CHAT | fields)
-    assert refused.value.param == param
+    name, _, message = param.partition(": ")
+    assert refused.value.param == name and message in str(refused.value)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SERVED_IN_STRUCTURED))
@@ -107,12 +112,3 @@ def test_a_large_or_deep_schema_is_refused_before_it_is_sent_to_a_worker() -> No
 def test_the_grammar_alone_ends_the_answer(name: str) -> None:
     with pytest.raises(SamplingInvalid, match=name):
         asked(**{name: 1 if name == "min_tokens" else True, "structured_outputs": {"regex": "a"}})
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({"type": "json_schema"}, "is missing"), ({"type": "text", "json_schema": {"schema": {}}}, "'json_schema' only")],
-)
-def test_a_schema_and_its_type_belong_together(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestInvalid, match=message):
-        parse(CHAT | {"response_format": given})

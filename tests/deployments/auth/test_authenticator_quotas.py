@@ -25,53 +25,31 @@ def limited(work: Callable[[], Any]) -> RateLimited:
     return caught.value
 
 
-def test_requests_above_the_rate_are_refused_until_it_recovers() -> None:
+@pytest.mark.parametrize(("num_replicas", "per_minute"), [(1, 2), (3, 6)])
+def test_requests_above_a_replicas_share_of_the_rate_are_refused_until_it_recovers(
+    num_replicas: int, per_minute: int
+) -> None:
     clock = Clock()
-    limiter, asks = Limiter(1, clock=clock, sweep_above=10), caller(requests_per_minute=2)
+    limiter, asks = Limiter(num_replicas, clock=clock, sweep_above=10), caller(requests_per_minute=per_minute)
     limiter.count_request(asks)
     limiter.count_request(asks)
     error = limited(lambda: limiter.count_request(asks))
-    assert (error.retry_after_s, str(error)) == (
-        30,
-        "the key's limit of 2 requests per minute is exceeded; retry in 30.0 s",
-    )
+    assert error.retry_after_s == pytest.approx(30)
+    assert str(error) == f"the key's limit of {per_minute} requests per minute is exceeded; retry in 30.0 s"
+    limiter.count_request(caller("another", requests_per_minute=per_minute))
     clock.at += 30
     limiter.count_request(asks)
 
 
-def test_keys_have_separate_limits() -> None:
-    limiter = Limiter(1)
-    for key_id in ("a", "b"):
-        limiter.count_request(caller(key_id, requests_per_minute=1))
-    limited(lambda: limiter.count_request(caller("a", requests_per_minute=1)))
-
-
-def test_concurrent_rows_are_limited_and_an_error_frees_them() -> None:
-    limiter, asks = Limiter(1), caller(concurrent_requests=2)
-    with ExitStack() as running:
-        for _ in range(2):
-            running.enter_context(limiter.running(asks, Work()))
-        limited(lambda: running.enter_context(limiter.running(asks, Work())))
+@pytest.mark.parametrize(("limit", "replicas", "here"), [(2, 1, 2), (4, 2, 2), (3, 2, 2), (1, 4, 1), (8, 3, 3)])
+def test_a_replica_runs_its_share_rounded_up_and_an_error_frees_rows(limit: int, replicas: int, here: int) -> None:
+    limiter, asks = Limiter(replicas), caller(concurrent_requests=limit)
     with pytest.raises(KeyError), limiter.running(asks, Work()):
         raise KeyError
-    with limiter.running(asks, Work()), limiter.running(asks, Work()):
-        pass
-
-
-@pytest.mark.parametrize(("limit", "replicas", "here"), [(4, 2, 2), (3, 2, 2), (1, 4, 1), (8, 3, 3)])
-def test_a_replica_runs_its_share_rounded_up(limit: int, replicas: int, here: int) -> None:
-    limiter, asks = Limiter(replicas), caller(concurrent_requests=limit)
     with ExitStack() as running:
         for _ in range(here):
             running.enter_context(limiter.running(asks, Work()))
-        limited(lambda: running.enter_context(limiter.running(asks, Work())))
-
-
-def test_a_replica_grants_its_share_of_a_rate() -> None:
-    limiter, asks = Limiter(3, clock=Clock()), caller(requests_per_minute=6)
-    limiter.count_request(asks)
-    limiter.count_request(asks)
-    assert limited(lambda: limiter.count_request(asks)).retry_after_s == pytest.approx(30)
+        refused(limiter, asks, Work())
 
 
 def test_a_request_counts_as_many_times_as_it_has_rows() -> None:
@@ -159,22 +137,18 @@ def test_a_request_above_the_limit_is_refused_at_once() -> None:
 
 
 def test_changed_limits_apply_at_once_and_count_running_rows() -> None:
-    limiter = Limiter(1)
-    with limiter.running(caller(concurrent_requests=1), Work()):
-        refused(limiter, caller(concurrent_requests=1), Work())
-        with limiter.running(caller(concurrent_requests=2), Work()):
-            limited(lambda: ExitStack().enter_context(limiter.running(caller(concurrent_requests=2), Work())))
-    with limiter.running(caller(concurrent_requests=1), Work()):
-        refused(limiter, caller(concurrent_requests=1), Work())
-
-
-def test_a_changed_rate_applies_at_once() -> None:
+    limiter, one, two = Limiter(1), caller(concurrent_requests=1), caller(concurrent_requests=2)
+    with limiter.running(one, Work()):
+        refused(limiter, one, Work())
+        with limiter.running(two, Work()):
+            refused(limiter, two, Work())
+    with limiter.running(one, Work()):
+        refused(limiter, one, Work())
     limiter = Limiter(1, clock=Clock())
-    limiter.count_request(caller(requests_per_minute=1))
-    limited(lambda: limiter.count_request(caller(requests_per_minute=1)))
-    for _ in range(5):
-        limiter.count_request(caller(requests_per_minute=5))
-    limited(lambda: limiter.count_request(caller(requests_per_minute=5)))
+    for rate in (1, 5):
+        for _ in range(rate):
+            limiter.count_request(caller(requests_per_minute=rate))
+        limited(lambda rate=rate: limiter.count_request(caller(requests_per_minute=rate)))
 
 
 def test_a_caller_without_limits_is_never_refused() -> None:
@@ -214,28 +188,17 @@ def bucket_of(per_minute: float) -> tuple[TokenBucket, Clock]:
 
 
 def test_a_full_bucket_grants_a_minutes_amount_and_then_gives_the_wait() -> None:
-    bucket, clock = bucket_of(60)
-    assert [bucket.take(1) for _ in range(60)] == [0.0] * 60
-    assert bucket.take(2) == pytest.approx(2)
-    clock.at += 1.5
-    assert bucket.take(2) == pytest.approx(0.5)
-    clock.at += 0.5
-    assert bucket.take(2) == 0
-
-
-def test_a_refused_amount_is_not_taken() -> None:
-    bucket, _clock = bucket_of(60)
-    bucket.take(59)
-    for _ in range(5):
-        assert bucket.take(2) == pytest.approx(1)
-    assert bucket.take(1) == 0
-
-
-def test_at_most_a_minutes_amount_is_saved() -> None:
+    """A refused amount is not taken, and at most a minute's amount is saved."""
     bucket, clock = bucket_of(60)
     clock.at += 3600
-    assert bucket.take(60) == 0
-    assert bucket.take(1) > 0
+    assert [bucket.take(1) for _ in range(60)] == [0.0] * 60
+    for _ in range(5):
+        assert bucket.take(2) == pytest.approx(2)
+    clock.at += 1.5
+    assert bucket.take(2) == pytest.approx(0.5)
+    assert bucket.take(1) == 0
+    clock.at += 1.5
+    assert bucket.take(2) == 0
 
 
 @pytest.mark.parametrize(("used", "wait_s"), [(10, 0), (40, 30), (70, 60)])
@@ -246,15 +209,7 @@ def test_real_usage_counts_and_may_make_the_level_negative(used: int, wait_s: fl
     assert bucket.take(50) == pytest.approx(max(0, wait_s))
 
 
-def test_a_bucket_does_not_exceed_its_size() -> None:
-    bucket, clock = bucket_of(60)
-    bucket.take(40)
-    clock.at += 60
-    bucket.settle(40, 0)
-    assert (bucket.take(60), bucket.take(1) > 0) == (0, True)
-
-
-def test_a_bucket_is_full_once_it_has_refilled() -> None:
+def test_a_bucket_is_full_once_it_has_refilled_and_does_not_exceed_its_size() -> None:
     bucket, clock = bucket_of(60)
     assert bucket.is_full
     bucket.take(2)
@@ -262,6 +217,10 @@ def test_a_bucket_is_full_once_it_has_refilled() -> None:
     assert not bucket.is_full
     clock.at += 0.5
     assert bucket.is_full
+    bucket.take(40)
+    clock.at += 60
+    bucket.settle(40, 0)
+    assert (bucket.take(60), bucket.take(1) > 0) == (0, True)
 
 
 def test_headers_say_what_is_left_of_a_rate_and_when_all_of_it_is_back() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from deployments.auth.key_file import KeyFile
 from deployments.errors import KeysUnavailable
+from tests.clocks import Clock
 from tests.deployments.app_fakes import config_of
 from tests.deployments.asking import get, request
 from tests.deployments.key_files import entry, write
@@ -92,33 +93,23 @@ def test_a_server_does_not_start_on_a_file_it_cannot_use(
         KeyFile(path)
 
 
-class Clock:
-    """A monotonic clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
 def test_a_file_missing_for_longer_than_the_grace_period_admits_no_key(path: Path) -> None:
     clock = Clock()
     keys = KeyFile(write(path, entry("a")), missing_grace_s=300, monotonic=clock)
-    clock.seconds += 10_000
+    clock.at += 10_000
     assert known(keys, "a") == ["a"]  # the period starts when the file is found missing
     path.unlink()
     assert known(keys, "a") == ["a"]
-    clock.seconds += 299
+    clock.at += 299
     assert known(keys, "a", "b") == ["a"]
-    clock.seconds += 1
+    clock.at += 1
     for key in ("a", "b"):  # valid and invalid keys look the same
         with pytest.raises(KeysUnavailable):
             keys.find(key)
     write(path, entry("b"))
     assert known(keys, "a", "b") == ["b"]
     path.unlink()
-    clock.seconds += 299
+    clock.at += 299
     assert known(keys, "a", "b") == ["b"]  # a new period
 
 
@@ -127,7 +118,7 @@ def test_a_broken_file_is_not_missing(path: Path) -> None:
     keys = KeyFile(write(path, entry("a")), missing_grace_s=0, monotonic=clock)
     path.write_text("[")
     assert known(keys, "a") == ["a"]
-    clock.seconds += 10_000
+    clock.at += 10_000
     assert known(keys, "a") == ["a"]
     path.unlink()
     with pytest.raises(KeysUnavailable):
@@ -143,11 +134,8 @@ def test_the_single_key_of_the_settings_opens_every_route() -> None:
     assert request("DELETE", "/v1/loras/poet", api_key=secret, headers=headers, host="192.0.2.9").status_code == 200
 
 
-def test_the_single_key_is_never_printed_with_the_settings() -> None:
+def test_the_single_key_is_never_printed_and_excludes_a_keys_file(tmp_path: Path) -> None:
     config = config_of(api_key="a-single-key")
     assert "a-single-key" not in f"{config!r} {config.model_dump()} {config.model_dump_json()}"
-
-
-def test_a_single_key_and_a_keys_file_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="api_key: cannot be combined with keys_file"):
         config_of(api_key="a-single-key", keys_file=tmp_path / "keys.yaml")

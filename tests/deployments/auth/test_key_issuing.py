@@ -81,11 +81,6 @@ def test_existing_entries_are_kept(tmp_path: Path, dump: Dump) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_new_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    add_entry(tmp_path / "keys.yaml", made()[1])
-    assert stat.S_IMODE((tmp_path / "keys.yaml").stat().st_mode) == 0o600
-
-
 def test_comments_of_a_yaml_list_stay_and_a_link_stays_a_link(tmp_path: Path) -> None:
     target, file = tmp_path / "real.yaml", tmp_path / "keys.yaml"
     target.write_text("# ours\n" + yaml.safe_dump([entry("old")]))
@@ -122,6 +117,7 @@ def test_two_commands_at_once_lose_no_entry(tmp_path: Path) -> None:
         list(threads.map(lambda each: add_entry(file, each), entries))
     assert {each.id for each in parse_entries(file.read_text())} == {each["id"] for each in entries}
     assert [path.name for path in tmp_path.iterdir()] == ["keys.yaml"]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600, "only its owner reads a new file"
 
 
 def test_the_file_is_read_and_replaced_under_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

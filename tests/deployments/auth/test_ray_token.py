@@ -12,63 +12,52 @@ import pytest
 from deployments.errors import RayUnauthenticated
 
 BUILD = """
-import logging, sys
+import logging, os, sys
 logging.basicConfig()
 from deployments.app import build_app
+from deployments.auth.ray_token import use_token_mode
 from deployments.config.app import AppConfig
 from deployments.errors import RayUnauthenticated
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 for choice in sys.argv[2:]:
+    if choice == "switch on":
+        use_token_mode()
+        print("switched on", is_token_auth_enabled(), os.environ["RAY_AUTH_MODE"])
+        break
     try:
         build_app(AppConfig(store_uri=sys.argv[1], allow_unauthenticated_ray=choice == "allow"))
         print("built", is_token_auth_enabled())
     except RayUnauthenticated as refusal:
         print("refused:", refusal)
 """
-SWITCH_ON = """
-import logging, os
-logging.basicConfig()
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from deployments.auth.ray_token import use_token_mode
-
-print("before", is_token_auth_enabled())
-use_token_mode()
-print("after", is_token_auth_enabled(), os.environ["RAY_AUTH_MODE"])
-"""
 
 
-def python(script: str, mode: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+def python(mode: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     environment |= {} if mode is None else {"RAY_AUTH_MODE": mode}
-    command = [sys.executable, "-c", script, *arguments]
+    command = [sys.executable, "-c", BUILD, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_without_rays_token_mode_the_application_is_built_only_if_a_setting_allows_it(tmp_path: Path) -> None:
-    """one process for both, because its imports take most of the time"""
-    run = python(BUILD, "disabled", str(tmp_path), "refuse", "allow")
+    """The server overrides such an environment. One process for all, because its imports take most of the time."""
+    run = python("disabled", str(tmp_path), "refuse", "allow", "switch on")
     assert run.returncode == 0, run.stderr
-    refused, built = run.stdout.splitlines()
+    refused, built, switched = run.stdout.splitlines()
     assert refused.startswith("refused: ")
     for part in ("RAY_AUTH_MODE is 'disabled'", "Set RAY_AUTH_MODE=token", "allow_unauthenticated_ray: true"):
         assert part in refused
-    assert built == "built False"
+    assert (built, switched) == ("built False", "switched on True token")
+    assert "RAY_AUTH_MODE=disabled is ignored" in run.stderr
     assert run.stderr.count("WARNING:deployments.auth.ray_token:Ray runs without token authentication") == 1
 
 
 def test_without_a_mode_in_the_environment_the_builder_switches_it_on(tmp_path: Path) -> None:
     """`serve run` builds before it connects."""
-    run = python(BUILD, None, str(tmp_path), "refuse")
+    run = python(None, str(tmp_path), "refuse")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["built", "True"]
-
-
-def test_the_server_overrides_an_environment_that_switches_the_token_off() -> None:
-    run = python(SWITCH_ON, "disabled")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["before", "False", "after", "True", "token"]
-    assert "RAY_AUTH_MODE=disabled is ignored" in run.stderr
 
 
 @pytest.mark.parametrize(("mode", "given"), [(None, "RAY_AUTH_MODE is not set"), ("off", "RAY_AUTH_MODE is 'off'")])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+from contextlib import closing
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -33,18 +34,14 @@ from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, linear_shapes, ti
 POISON = "~"  # one byte, one token
 
 
-def answer(run: BatchRun, answerer: PartAnswerer) -> list[dict[str, int]]:
+async def answer(run: BatchRun, answerer: PartAnswerer) -> list[dict[str, int]]:
     """Answer the remaining parts, two at a time, as an actor does."""
     planner = PartPlanner(run)
-
-    async def all_parts() -> list[dict[str, int]]:
-        planned = [await planner.plan(part) for part in run.parts]
-        return list(await asyncio.gather(*[answerer.answer(part) for part in planned]))
-
-    return asyncio.run(all_parts())
+    planned = [await planner.plan(part) for part in run.parts]
+    return list(await asyncio.gather(*[answerer.answer(part) for part in planned]))
 
 
-def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Place) -> None:
+async def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Place) -> None:
     rows = prompts(18)
     bad: dict[int, tuple[dict[str, Any], str]] = {
         1: ({"prompt": None}, "invalid_request"),
@@ -61,12 +58,9 @@ def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Pl
     usage = LoraStore(place.config.store_uri, accepts_base=[BASE]).usage
     query = UsageQuery(date(2000, 1, 1), date(2100, 1, 1), ("key", "base"), run.settings.tenant)
     before = next(iter(usage.sums(query)), dict.fromkeys(SUMS, 0))
-    answerer = PartAnswerer(run)
-    try:
-        reported = answer(run, answerer)
-        answer(replace(run, parts=run.parts[:1]), answerer)  # counts once
-    finally:
-        answerer.close()
+    with closing(PartAnswerer(run)) as answerer:
+        reported = await answer(run, answerer)
+        await answer(replace(run, parts=run.parts[:1]), answerer)  # counts once
     [after] = usage.sums(query)
     tokens = [sum(row[name] or 0 for row in place.written()) for name in ("num_prompt_tokens", "num_new_tokens")]
     assert (after["key"], after["base"]) == ("batch", place.config.served_model.name)
@@ -86,7 +80,7 @@ def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Pl
     assert (found[17]["num_new_tokens"], found[0]["num_new_tokens"], found[17]["finish_reason"]) == (5, 6, "length")
 
 
-def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
+async def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
     place: Place, model: Path, tmp_path: Path
 ) -> None:
     own = replace(place, config=tiny_app(model, str(tmp_path / "pool")))
@@ -94,18 +88,15 @@ def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
     publish(own.config, shapes, tmp_path / "adapters", TOPICS[:2])
     rows = [{"prompt": "Tell me about wild bees", "model": name} for name in (None, "wild-bees", None, "the-sea")]
     run = own.begin(rows, part_rows=2)
-    answerer = PartAnswerer(run)
-    try:
-        answer(replace(run, parts=run.parts[:1]), answerer)
+    with closing(PartAnswerer(run)) as answerer:
+        await answer(replace(run, parts=run.parts[:1]), answerer)
         first = next((place.folder / "out").glob("part-*"))
         before = first.stat()
         publish(own.config, shapes, tmp_path / "later", ["wild bees"])
         LoraStore(own.config.store_uri, accepts_base=[BASE]).withdraw("local", ["the-sea"], "tester")
         again = own.begin(rows, part_rows=2)
         assert (again.generation, again.num_done, [part.number for part in again.parts]) == (1, 1, [1])
-        answer(again, answerer)
-    finally:
-        answerer.close()
+        await answer(again, answerer)
     assert first.stat().st_mtime_ns == before.st_mtime_ns
     found = own.written()
     assert [row["error"] and row["error"]["code"] for row in found] == [None, "model_not_found", None, None]
@@ -116,18 +107,17 @@ def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
     assert own.begin(rows, part_rows=2).parts == ()
 
 
-def test_rows_of_several_base_models_are_written_and_counted_by_base(two_bases: AppConfig, tmp_path: Path) -> None:
+async def test_rows_of_several_base_models_are_written_and_counted_by_base(
+    two_bases: AppConfig, tmp_path: Path
+) -> None:
     place = Place(tmp_path, two_bases)
     topics = ("the sea", "wild bees", "good bread", "old trains", "wild bees")
     expected = ["first", "second", "second", "first", "second"]
     rows = [{"prompt": f"Explain {topic}, please."} for topic in topics]
     run = place.begin(rows, part_rows=3)
     assert (run.num_adapters, run.unserved) == (4, ())
-    answerer = PartAnswerer(run)
-    try:
-        answer(run, answerer)
-    finally:
-        answerer.close()
+    with closing(PartAnswerer(run)) as answerer:
+        await answer(run, answerer)
     found = place.written()
     assert [(row["prompt"], row["base_model"], row["error"]) for row in found] == [
         (row["prompt"], base, None) for row, base in zip(rows, expected, strict=True)
@@ -144,24 +134,21 @@ def test_rows_of_several_base_models_are_written_and_counted_by_base(two_bases: 
         place.begin([row | {"base_model": "x"} for row in rows], config=other)
 
 
-def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place) -> None:
+async def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place) -> None:
     rows = [{"prompt": f"The sea {n}", "model": BASE} for n in range(12)]
     rows[5]["prompt"] = f"Say {POISON}"
     run = place.begin(rows, part_rows=6)
-    answerer = PartAnswerer(run)
-    assert isinstance(answerer.named("").engine, NativeEngine)
-    engine = answerer.named("").engine.loop
-    [token] = engine.base.tokenizer(POISON, add_special_tokens=False).input_ids
+    with closing(PartAnswerer(run)) as answerer:
+        engine = answerer.named("").engine
+        assert isinstance(engine, NativeEngine) and engine.loop.num_steps == 0, "warmed up"
+        [token] = engine.loop.base.tokenizer(POISON, add_special_tokens=False).input_ids
 
-    def break_on_poison(module: Any, args: Any, kwargs: Any) -> None:
-        if (kwargs["input_ids"] == token).any():
-            raise RuntimeError("this one")
+        def break_on_poison(module: Any, args: Any, kwargs: Any) -> None:
+            if (kwargs["input_ids"] == token).any():
+                raise RuntimeError("this one")
 
-    engine.base.model.register_forward_pre_hook(break_on_poison, with_kwargs=True)
-    try:
-        answer(run, answerer)
-    finally:
-        answerer.close()
+        engine.loop.base.model.register_forward_pre_hook(break_on_poison, with_kwargs=True)
+        await answer(run, answerer)
     found = place.written()
     assert [n for n, row in enumerate(found) if row["error"]] == [5]
     assert found[5]["error"]["code"] == "request_failed"
@@ -177,15 +164,10 @@ def test_an_engine_that_is_not_installed_is_refused_and_no_other_answers(pool: A
         LoraRetriever(pool.model_copy(update={"worker": VllmSettings()}))
 
 
-def test_the_native_engine_is_warmed_up_and_answers_from_any_event_loop(place: Place) -> None:
+def test_an_engine_answers_from_any_event_loop_until_it_is_closed(place: Place) -> None:
     run = place.begin(prompts(6))
-    answerer = PartAnswerer(run)
-    assert isinstance(answerer.named("").engine, NativeEngine) and answerer.named("").engine.loop.num_steps == 0
-    try:
-        planned = asyncio.run(PartPlanner(run).plan(run.parts[0]))
-        assert asyncio.run(answerer.answer(planned)) == asyncio.run(answerer.answer(planned))
-    finally:
-        answerer.close()
+    with closing(PartAnswerer(run)) as answerer:
+        assert asyncio.run(answer(run, answerer)) == asyncio.run(answer(run, answerer))
     assert not answerer.named("").engine.health().is_alive
 
 
@@ -226,20 +208,15 @@ def test_one_process_answers_with_an_engine_of_each_kind(two_bases: AppConfig, t
 
 
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
-def test_vllm_answers_a_batch_of_every_kind(tmp_path: Path) -> None:
+async def test_vllm_answers_a_batch_of_every_kind(tmp_path: Path) -> None:
     folder = wide_gemma3(tmp_path / "model")
     config = tiny_app(folder, str(tmp_path / "pool"), engine="vllm", enforce_eager=True, num_threads=1)
     publish(config, linear_shapes(load_base_model(tiny_config(folder))), tmp_path / "adapters", TOPICS[:5])
     place = Place(tmp_path, config)
     run = place.begin(prompts(12))
-    answerer = PartAnswerer(run)
-    try:
+    with closing(PartAnswerer(run)) as answerer:
         assert type(answerer.named("").engine).__name__ == "VllmEngine"
-        for part in run.parts:
-            planned = asyncio.run(PartPlanner(run).plan(part))
-            asyncio.run(answerer.answer(planned))
-    finally:
-        answerer.close()
+        await answer(run, answerer)
     found = place.written()
     assert len(found) == 12 and [row["error"] for row in found] == [None] * 12
     assert {row["strategy"] for row in found} == set(STRATEGIES)

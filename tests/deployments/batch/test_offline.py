@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,10 @@ def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRet
     rows = [{"prompt": row["prompt"]} for row in prompts(6)]
     run = place.begin(rows)
     before = threading.enumerate()
-    answerer = PartAnswerer(run)
-    try:
+    with closing(PartAnswerer(run)) as answerer:
         planned = asyncio.run(PartPlanner(run).plan(run.parts[0]))
         asyncio.run(answerer.answer(planned))
         loads = [thread for thread in threading.enumerate() if "adapter-load" in thread.name and thread not in before]
-    finally:
-        answerer.close()
     assert loads
     for thread in loads:
         thread.join(120)
@@ -96,6 +94,8 @@ def test_options_apply_to_all_prompts_or_to_each(offline: LoraRetriever) -> None
     assert offline.generate("Hello", model=BASE, **SHORT)[0].strategy == "base"
     with pytest.raises(ValueError, match="2 options for 3 prompts"):
         offline.generate(texts, lora=[None, None])
+    with pytest.raises(ValueError, match="send a list of conversations"):
+        offline.generate([{"role": "user", "content": "Hi"}], **SHORT)  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -119,16 +119,6 @@ def test_fields_whose_results_would_be_lost_are_refused_by_name(
         offline.generate("Hi", **SHORT, **{field: value})
 
 
-def test_fields_that_ask_for_nothing_more_are_accepted(offline: LoraRetriever) -> None:
-    [answer] = offline.generate("Hi", n=1, stream=False, logprobs=False, tools=None, **SHORT)
-    assert answer.error is None and answer.num_new_tokens == 6
-
-
-def test_a_conversation_that_is_not_in_a_list_is_refused(offline: LoraRetriever) -> None:
-    with pytest.raises(ValueError, match="send a list of conversations"):
-        offline.generate([{"role": "user", "content": "Hi"}], **SHORT)  # type: ignore[list-item]
-
-
 def test_a_text_is_a_message_of_a_chat_unless_it_is_taken_as_it_is(offline: LoraRetriever) -> None:
     message = [{"role": "user", "content": "Explain the sea"}]
     chat, text, as_is = (
@@ -140,7 +130,8 @@ def test_a_text_is_a_message_of_a_chat_unless_it_is_taken_as_it_is(offline: Lora
 
 
 def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(offline: LoraRetriever) -> None:
-    good, bad = offline.generate(["Explain the sea", "x" * 600], **SHORT)
+    asks_for_nothing_more = {"n": 1, "stream": False, "logprobs": False, "tools": None}
+    good, bad = offline.generate(["Explain the sea", "x" * 600], **SHORT, **asks_for_nothing_more)
     assert good.error is None and good.num_new_tokens == 6
     assert bad.error is not None and bad.error["code"] == "context_length_exceeded"
     assert bad.text == ""

@@ -15,13 +15,14 @@ from retriever_svc import NoAdapterMatched, Retriever, Route, RouteRequest
 from tests.deployments.batching import BASE, TOPICS, Place, prompts
 
 
-def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place) -> None:
+async def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place) -> None:
     rows = prompts(8)
     rows[6] = rows[6] | {"model": "nobody", "lora": None}
-    run = place.begin(rows, part_rows=5)
+    run = place.begin(rows, part_rows=5, tenant="acme")
     planner = PartPlanner(run)
-    first, second = [asyncio.run(planner.plan(part)) for part in run.parts]
-    assert [asked.job.request_id for asked in first.asked if asked.job is not None] == [f"row-{n}" for n in range(5)]
+    first, second = [await planner.plan(part) for part in run.parts]
+    jobs = [(asked.job.request_id, asked.job.tenant) for asked in first.asked if asked.job is not None]
+    assert jobs == [(f"row-{n}", "acme") for n in range(5)]
     assert [asked.job is None for asked in second.asked] == [False, True, False]
     assert [row["prompt"] for row in second.rows.to_pylist()] == [row["prompt"] for row in rows[5:]]
     error = second.asked[1].error
@@ -29,34 +30,28 @@ def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place) -> N
     assert {asked.job.sampling.max_tokens for asked in first.asked if asked.job is not None} == {6}, "the run's default"
 
 
-def test_a_run_of_a_tenant_plans_for_that_tenant(place: Place) -> None:
-    run = place.begin([{"prompt": "The sea"}], tenant="acme")
-    [asked] = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
-    assert asked.job is not None and asked.job.tenant == "acme"
-
-
-def test_a_run_of_another_base_uses_no_adapter_and_names_it_where_a_row_does(place: Place) -> None:
+async def test_a_run_of_another_base_uses_no_adapter_and_names_it_where_a_row_does(place: Place) -> None:
     other = AppConfig.model_validate(place.config.model_dump() | {"base_model_name": "another-base"})
     run = place.begin([{"prompt": "The sea", "model": "auto"}, {"prompt": "The sea", "model": "the-sea"}], config=other)
-    found, named = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
+    found, named = (await PartPlanner(run).plan(run.parts[0])).asked
     assert (run.num_adapters, run.unserved) == (0, ((BASE, 5),))
     assert found.job is not None and found.job.plan.strategy == "base"
     assert named.error is not None and named.error["code"] == "adapter_incompatible"
     assert f"base model '{BASE}', and this server serves 'another-base'" in named.error["message"]
 
 
-def test_a_row_has_the_template_of_the_base_model_that_answers(two_bases: AppConfig, tmp_path: Path) -> None:
+async def test_a_row_has_the_template_of_the_base_model_that_answers(two_bases: AppConfig, tmp_path: Path) -> None:
     first, second = two_bases.models
     models = (first, second.model_copy(update={"template": "chat"}))
     config = AppConfig(models=models, store_uri=two_bases.store_uri, retrieval=two_bases.retrieval)
     rows = [{"messages": json.dumps([{"role": "user", "content": f"Explain {topic}."}])} for topic in TOPICS[::2]]
     run = Place(tmp_path, config).begin(rows)
-    asked = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
+    asked = (await PartPlanner(run).plan(run.parts[0])).asked
     found = [(item.job.plan.base_model, item.job.template) for item in asked if item.job is not None]
     assert found == [("first", "auto"), ("second", "chat"), ("second", "chat")]
 
 
-def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
+async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
     class Asked(BatchRouting):
         async def policies(self, *args: object, **options: object) -> list[NamedPolicy]:
             return []
@@ -69,11 +64,11 @@ def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
     planner = Planner(served, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
     for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
-        asked = asyncio.run(ask_planner(planner, served, "local", "row-0", body))
+        asked = await ask_planner(planner, served, "local", "row-0", body)
         assert asked.job is not None and asked.job.prompt == content
 
 
-def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
+async def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
     calls: list[list[str]] = []
 
     class Counting:
@@ -86,13 +81,10 @@ def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
                 for number, r in enumerate(requests)
             ]
 
-    async def main() -> list[Any]:
-        retriever = BatchRouting(Counting())  # type: ignore[arg-type]
-        asked = [retriever.route([RouteRequest(text)]) for text in ("one", "odd", "two")]
-        together = await asyncio.gather(*asked, return_exceptions=True)
-        return [*together, await retriever.route([RouteRequest("later"), RouteRequest("last")])]
-
-    one, odd, two, later = asyncio.run(main())
+    retriever = BatchRouting(Counting())  # type: ignore[arg-type]
+    asked = [retriever.route([RouteRequest(text)]) for text in ("one", "odd", "two")]
+    together = await asyncio.gather(*asked, return_exceptions=True)
+    one, odd, two, later = [*together, await retriever.route([RouteRequest("later"), RouteRequest("last")])]
     assert calls == [["one", "odd", "two"], ["later", "last"]]
     assert [[route.generation for route in routes] for routes in (one, two, later)] == [[0], [2], [0, 1]]
     assert isinstance(odd, NoAdapterMatched)

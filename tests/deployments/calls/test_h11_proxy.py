@@ -36,7 +36,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def answer_to(*pieces: bytes) -> bytes:
-    """Return the response of a server configured like Serve's to these bytes."""
+    """Return what a server configured like Serve's answers to these bytes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(hello, log_level="critical", lifespan="off"))
@@ -46,7 +46,7 @@ async def answer_to(*pieces: bytes) -> bytes:
         try:
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             writer.writelines(pieces)
-            return await asyncio.wait_for(reader.read(), 120)
+            return await reader.read()
         finally:
             server.should_exit = server.force_exit = True
             await serving
@@ -78,12 +78,12 @@ def test_a_node_without_the_callback_is_reported_with_the_remedy(caplog: pytest.
     assert "limits no connections on this node" in message and f"{CALLBACK_VARIABLE}={CALLBACK}" in message
 
 
-def test_a_request_of_common_size_is_answered() -> None:
-    answer = asyncio.run(answer_to(GOOD, b"X-A: ", b"a" * 8000, b"\r\n\r\n"))
-    assert answer.startswith(b"HTTP/1.1 200")
-
-
 CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+async def test_a_request_of_common_size_is_answered() -> None:
+    answer = await answer_to(GOOD, b"X-A: ", b"a" * 8000, b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,9 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding
     ],
     ids=["a header", "many headers", "an address", "a trailer"],
 )
-def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces: tuple[bytes, ...]) -> None:
+async def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces: tuple[bytes, ...]) -> None:
     """None of these ends: without a limit the server would wait for more."""
-    assert asyncio.run(answer_to(*pieces)).startswith(b"HTTP/1.1 400")
-
-
-async def until_closed(reader: asyncio.StreamReader) -> bytes:
-    """Return everything received until the server closed."""
-    return await asyncio.wait_for(reader.read(), 120)
+    assert (await answer_to(*pieces)).startswith(b"HTTP/1.1 400")
 
 
 def code_of(answer: bytes) -> str:
@@ -114,132 +109,106 @@ def code_of(answer: bytes) -> str:
 
 
 @pytest.mark.parametrize("start", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\n"])
-def test_a_head_that_is_not_complete_in_time_is_refused(start: bytes) -> None:
-    async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, book):
-            reader, writer = await connect(port)
-            writer.write(start)
-            for _ in range(9):
-                await timers.advance(1)
-                writer.write(b"X: y\r\n" if start.endswith(b"x\r\n") else b"")
-            assert book.num_connections == 1
+async def test_a_head_that_is_not_complete_in_time_is_refused(start: bytes) -> None:
+    async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, book):
+        reader, writer = await connect(port)
+        writer.write(start)
+        for _ in range(9):
             await timers.advance(1)
-            answer = await until_closed(reader)
-            await let_arrive()
-            assert book.num_connections == 0
-            return answer
-
-    answer = asyncio.run(run())
+            writer.write(b"X: y\r\n" if start.endswith(b"x\r\n") else b"")
+        assert book.num_connections == 1
+        await timers.advance(1)
+        answer = await reader.read()
+        await let_arrive()
+        assert book.num_connections == 0
     assert answer.startswith(b"HTTP/1.1 408")
     assert code_of(answer) == BodyTooSlow.code
 
 
-def test_a_connection_without_a_byte_is_closed_silently() -> None:
-    async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, book):
-            reader, _ = await connect(port)
-            await timers.advance(9)
-            assert book.num_connections == 1
-            await timers.advance(1)
-            return await until_closed(reader)
-
-    assert asyncio.run(run()) == b""
+async def test_a_connection_without_a_byte_is_closed_silently() -> None:
+    async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, book):
+        reader, _ = await connect(port)
+        await timers.advance(9)
+        assert book.num_connections == 1
+        await timers.advance(1)
+        assert await reader.read() == b""
 
 
-def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadline() -> None:
-    async def run() -> tuple[bytes, bytes]:
-        limits, timers = ProxyLimits(head_timeout_s=10), Timers()
-        async with server_of(limits, timers=timers, timeout_keep_alive=30) as (port, _):
-            reader, writer = await connect(port)
-            for pause_s in (0, 25):
-                await timers.advance(pause_s)
-                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-                answer = await asyncio.wait_for(reader.readuntil(b"hello"), 120)
-            writer.write(b"GET / HT")
-            await timers.advance(0)
-            await timers.advance(10)
-            return answer, await until_closed(reader)
-
-    answer, late = asyncio.run(run())
+async def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadline() -> None:
+    limits, timers = ProxyLimits(head_timeout_s=10), Timers()
+    async with server_of(limits, timers=timers, timeout_keep_alive=30) as (port, _):
+        reader, writer = await connect(port)
+        for pause_s in (0, 25):
+            await timers.advance(pause_s)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await reader.readuntil(b"hello")
+        writer.write(b"GET / HT")
+        await timers.advance(0)
+        await timers.advance(10)
+        late = await reader.read()
     assert answer.startswith(b"HTTP/1.1 200")
     assert code_of(late) == BodyTooSlow.code
 
 
-def test_a_partial_head_after_a_request_has_a_deadline_too() -> None:
-    async def run() -> bytes:
-        limits, timers = ProxyLimits(head_timeout_s=10), Timers()
-        async with server_of(limits, timers=timers, timeout_keep_alive=30) as (port, _):
-            reader, writer = await connect(port)
-            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
-            answer = await reader.readuntil(b"hello")
-            await timers.advance(10)
-            return answer + await until_closed(reader)
-
-    answer = asyncio.run(run())
+async def test_a_partial_head_after_a_request_has_a_deadline_too() -> None:
+    limits, timers = ProxyLimits(head_timeout_s=10), Timers()
+    async with server_of(limits, timers=timers, timeout_keep_alive=30) as (port, _):
+        reader, writer = await connect(port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+        answer = await reader.readuntil(b"hello")
+        await timers.advance(10)
+        answer += await reader.read()
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"hello")
 
 
-def test_a_body_may_take_longer_than_a_head() -> None:
-    async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, _):
-            reader, writer = await connect(port)
-            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\na")
-            await timers.advance(40)
-            writer.write(b"b")
-            return await until_closed(reader)
+async def test_a_body_may_take_longer_than_a_head() -> None:
+    async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, _):
+        reader, writer = await connect(port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\na")
+        await timers.advance(40)
+        writer.write(b"b")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
 
-    assert asyncio.run(run()).startswith(b"HTTP/1.1 200")
+
+async def ask(port: int, address: str = "127.0.0.1") -> bytes:
+    reader, writer = await connect(port, address)
+    writer.write(GOOD + b"\r\n")
+    return await reader.read()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"], ids=["of the same address", "of another"])
-def test_half_open_connections_do_not_block_other_requests(address: str) -> None:
+async def test_half_open_connections_do_not_block_other_requests(address: str) -> None:
     """The process may open few files, and the slow clients would use far more. Their deadline does not help here."""
-
-    async def run() -> list[bytes]:
-        async with server_of(ProxyLimits(head_timeout_s=60, connections_per_address=20)) as (port, book):
-            slow = []
-            for _ in range(200):
-                slow.append(await connect(port))
-                slow[-1][1].write(b"GET / HTTP/1.1\r\nX-A: ")
-                await asyncio.sleep(0)
-            answers = []
-            for _ in range(3):
-                reader, writer = await connect(port, address)
-                writer.write(GOOD + b"\r\n")
-                answers.append(await until_closed(reader))
-            assert book.num_connections <= 20
-            for _, writer in slow:
-                writer.close()
-            return answers
-
-    for answer in asyncio.run(run()):
-        assert answer.startswith(b"HTTP/1.1 200"), answer
+    async with server_of(ProxyLimits(head_timeout_s=60, connections_per_address=20)) as (port, book):
+        slow = []
+        for _ in range(200):
+            slow.append(await connect(port))
+            slow[-1][1].write(b"GET / HTTP/1.1\r\nX-A: ")
+            await asyncio.sleep(0)
+        answers = [await ask(port, address) for _ in range(3)]
+        assert book.num_connections <= 20
+        for _, writer in slow:
+            writer.close()
+    assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
 
 
-def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> None:
-    async def run() -> None:
-        async with server_of(ProxyLimits(connections_per_address=3)) as (port, book):
-            busy = [await connect(port) for _ in range(3)]
-            for _, writer in busy:
-                writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n")
-            while book.num_connections < 3 or book._waiting:
-                await asyncio.sleep(0.01)
-            reader, _ = await connect(port)
-            answer = await until_closed(reader)
-            assert answer.startswith(b"HTTP/1.1 429") and code_of(answer) == RateLimited.code
-            reader, writer = await connect(port, "127.0.0.3")
-            writer.write(GOOD + b"\r\n")
-            assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
-            for reader, writer in busy:
-                writer.write(b"x")
-                assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
-            while book.num_connections:
-                await asyncio.sleep(0.01)
-            reader, writer = await connect(port)
-            writer.write(GOOD + b"\r\n")
-            assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
-
-    asyncio.run(asyncio.wait_for(run(), 120))
+async def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> None:
+    async with server_of(ProxyLimits(connections_per_address=3)) as (port, book):
+        busy = [await connect(port) for _ in range(3)]
+        for _, writer in busy:
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n")
+        while book.num_connections < 3 or book._waiting:
+            await asyncio.sleep(0.01)
+        reader, _ = await connect(port)
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 429") and code_of(answer) == RateLimited.code
+        assert (await ask(port, "127.0.0.3")).startswith(b"HTTP/1.1 200")
+        for reader, writer in busy:
+            writer.write(b"x")
+            assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        while book.num_connections:
+            await asyncio.sleep(0.01)
+        assert (await ask(port)).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(

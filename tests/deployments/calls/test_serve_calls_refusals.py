@@ -69,62 +69,49 @@ async def gathered(stream: AsyncIterator[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
-def test_a_refusal_is_returned_by_the_replica_and_raised_by_the_caller(error: Exception) -> None:
-    async def run() -> None:
-        replica = made(error)
-        assert await replica.read("bad") is error
-        assert await gathered(replica.lines("bad")) == ["first", error]
-        calls: ServeCalls[Reads] = ServeCalls(FakeHandle(replica))  # type: ignore[arg-type]
-        for call in (calls.once, calls.retry):
-            with pytest.raises(type(error)) as raised:
-                await call(Reads.read, "bad")
-            assert raised.value is error
-        seen = []
-        with pytest.raises(type(error)):
-            async for item in calls.stream(Reads.lines, "bad"):
-                seen.append(item)
-        assert seen == ["first"]
-        assert str(pickle.loads(pickle.dumps(error))) == str(error)
-
-    asyncio.run(run())
+async def test_a_refusal_is_returned_by_the_replica_and_raised_by_the_caller(error: Exception) -> None:
+    replica = made(error)
+    assert await replica.read("bad") is error
+    assert await gathered(replica.lines("bad")) == ["first", error]
+    calls: ServeCalls[Reads] = ServeCalls(FakeHandle(replica))  # type: ignore[arg-type]
+    for call in (calls.once, calls.retry):
+        with pytest.raises(type(error)) as raised:
+            await call(Reads.read, "bad")
+        assert raised.value is error
+    seen = []
+    with pytest.raises(type(error)):
+        async for item in calls.stream(Reads.lines, "bad"):
+            seen.append(item)
+    assert seen == ["first"]
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-def test_a_failure_of_the_server_is_raised_by_the_replica(error: Exception) -> None:
-    async def run() -> None:
-        replica = made(error)
-        with pytest.raises(type(error)):
-            await replica.read("bad")
-        with pytest.raises(type(error)):
-            await gathered(replica.lines("bad"))
-
-    asyncio.run(run())
+async def test_a_failure_of_the_server_is_raised_by_the_replica(error: Exception) -> None:
+    replica = made(error)
+    with pytest.raises(type(error)):
+        await replica.read("bad")
+    with pytest.raises(type(error)):
+        await gathered(replica.lines("bad"))
 
 
-def test_other_answers_and_methods_stay_as_they_are() -> None:
-    async def run() -> None:
-        replica = made(AdapterNotFound("x"))
-        assert await replica.read("good") == "text"
-        assert await gathered(replica.lines("good")) == ["first", "text"]
-        with pytest.raises(AdapterNotFound):
-            await replica.check_health()  # Serve calls it, and reads an exception as ill health
-
-    asyncio.run(run())
+async def test_other_answers_and_methods_stay_as_they_are() -> None:
+    replica = made(AdapterNotFound("x"))
+    assert await replica.read("good") == "text"
+    assert await gathered(replica.lines("good")) == ["first", "text"]
+    with pytest.raises(AdapterNotFound):
+        await replica.check_health()  # Serve calls it, and reads an exception as ill health
 
 
-def test_a_refused_job_ends_its_stream_with_its_error() -> None:
+async def test_a_refused_job_ends_its_stream_with_its_error() -> None:
     refused = GrammarInvalid("no", "/properties/a", "response_format")
     worker = returning_refusals(FakeWorker, WorkerReplica)(events=(DELTAS[0], refused))
-
-    async def run() -> None:
-        stream = serve_worker(FakeHandle(worker)).stream(Job("r", "hi", BASE_PLAN))  # type: ignore[arg-type]
-        deadline = asyncio.get_running_loop().time() + 60
-        assert await stream.next(deadline) == DELTAS[0]
-        with pytest.raises(GrammarInvalid) as raised:
-            await stream.next(deadline)
-        assert raised.value is refused
-
-    asyncio.run(run())
+    stream = serve_worker(FakeHandle(worker)).stream(Job("r", "hi", BASE_PLAN))  # type: ignore[arg-type]
+    deadline = asyncio.get_running_loop().time() + 60
+    assert await stream.next(deadline) == DELTAS[0]
+    with pytest.raises(GrammarInvalid) as raised:
+        await stream.next(deadline)
+    assert raised.value is refused
 
 
 def test_every_deployment_of_the_application_returns_refusals() -> None:

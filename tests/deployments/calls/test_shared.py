@@ -38,103 +38,73 @@ class Counted:
         return Shared(self, kept_s=KEPT_S, keeps_errors=keeps_errors, clock=lambda: self.now_s)
 
 
-def test_callers_at_the_same_time_share_one_call_however_long_it_takes() -> None:
-    async def main() -> None:
-        counted = Counted()
-        shared = counted.shared()
-        early = asyncio.create_task(shared.get())
-        await asyncio.sleep(0)
-        counted.now_s = 100 * KEPT_S
-        late = asyncio.create_task(shared.get())
-        await asyncio.sleep(0)
-        counted.open.set()
-        assert await asyncio.gather(early, late) == [1, 1]
-
-    asyncio.run(asyncio.wait_for(main(), 120))
+async def test_callers_at_the_same_time_share_one_call_however_long_it_takes() -> None:
+    counted = Counted()
+    shared = counted.shared()
+    early = asyncio.create_task(shared.get())
+    await asyncio.sleep(0)
+    counted.now_s = 100 * KEPT_S
+    late = asyncio.create_task(shared.get())
+    await asyncio.sleep(0)
+    counted.open.set()
+    assert await asyncio.gather(early, late) == [1, 1]
 
 
-def test_an_answer_is_kept_for_a_while_after_its_call_ended() -> None:
-    async def main() -> list[int]:
-        counted = Counted()
-        counted.open.set()
-        shared, found = counted.shared(), []
-        for counted.now_s in (1.0, 1.0 + KEPT_S * 0.9, 1.0 + KEPT_S, 1.0 + KEPT_S * 1.9):
-            found.append(await shared.get())
-        return found
-
-    assert asyncio.run(main()) == [1, 1, 2, 2]
-
-
-def test_the_answer_of_a_slow_call_is_kept_too() -> None:
-    async def main() -> list[int]:
-        counted = Counted()
-        shared = counted.shared()
-        first = asyncio.create_task(shared.get())
-        await asyncio.sleep(0)
-        counted.now_s = 10 * KEPT_S
-        counted.open.set()
-        found = [await first]
-        for counted.now_s in (10 * KEPT_S, 10.9 * KEPT_S, 11 * KEPT_S):
-            found.append(await shared.get())
-        return found
-
-    assert asyncio.run(asyncio.wait_for(main(), 60)) == [1, 1, 1, 2]
+async def test_an_answer_is_kept_for_a_while_after_its_call_ended_however_slow_that_was() -> None:
+    counted = Counted()
+    shared = counted.shared()
+    first = asyncio.create_task(shared.get())
+    await asyncio.sleep(0)
+    counted.now_s = 10 * KEPT_S
+    counted.open.set()
+    found = [await first]
+    for counted.now_s in (10 * KEPT_S, 10.9 * KEPT_S, 11 * KEPT_S, 11.9 * KEPT_S):
+        found.append(await shared.get())
+    assert found == [1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("keeps_errors", "num_calls"), [(False, 2), (True, 1)])
-def test_a_failed_call_is_repeated_unless_its_error_is_kept(keeps_errors: bool, num_calls: int) -> None:
-    async def main() -> int:
-        counted = Counted(errors=[ValueError("first"), ValueError("second")])
-        counted.open.set()
-        shared = counted.shared(keeps_errors=keeps_errors)
-        for _ in range(2):
-            with pytest.raises(ValueError, match="first" if keeps_errors else ""):
-                await shared.get()
-        return counted.num_calls
-
-    assert asyncio.run(main()) == num_calls
+async def test_a_failed_call_is_repeated_unless_its_error_is_kept(keeps_errors: bool, num_calls: int) -> None:
+    counted = Counted(errors=[ValueError("first"), ValueError("second")])
+    counted.open.set()
+    shared = counted.shared(keeps_errors=keeps_errors)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="first" if keeps_errors else "first|second"):
+            await shared.get()
+    assert counted.num_calls == num_calls
 
 
-def test_a_caller_that_leaves_does_not_cancel_the_call_of_the_others() -> None:
-    async def main() -> None:
-        counted = Counted()
-        shared = counted.shared()
-        leaving, staying = asyncio.create_task(shared.get()), asyncio.create_task(shared.get())
-        await asyncio.sleep(0)
-        leaving.cancel()
-        await asyncio.wait([leaving])
-        counted.open.set()
-        assert await staying == 1 and counted.num_cancelled == 0
-
-    asyncio.run(asyncio.wait_for(main(), 120))
+async def test_a_caller_that_leaves_does_not_cancel_the_call_of_the_others() -> None:
+    counted = Counted()
+    shared = counted.shared()
+    leaving, staying = asyncio.create_task(shared.get()), asyncio.create_task(shared.get())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    counted.open.set()
+    assert await staying == 1 and counted.num_cancelled == 0
 
 
-def test_the_call_does_not_run_in_the_context_of_its_first_caller() -> None:
+async def test_the_call_does_not_run_in_the_context_of_its_first_caller() -> None:
     """Serve cancels the calls that were made in the context of a request whose client leaves."""
     request = contextvars.ContextVar("request", default="none")
 
     async def read_request() -> str:
         return request.get()
 
-    async def main() -> str:
-        request.set("of the first caller")
-        return await Shared(read_request, kept_s=KEPT_S).get()
-
-    assert asyncio.run(main()) == "none"
+    request.set("of the first caller")
+    assert await Shared(read_request, kept_s=KEPT_S).get() == "none"
 
 
-def test_an_error_that_no_caller_waits_for_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        counted = Counted(errors=[ValueError("abandoned")])
-        shared = counted.shared()
-        leaving = asyncio.create_task(shared.get())
-        await asyncio.sleep(0)
-        leaving.cancel()
-        await asyncio.wait([leaving])
-        counted.open.set()
-        await asyncio.sleep(0.01)
-        del shared
-        gc.collect()
-
-    asyncio.run(asyncio.wait_for(main(), 120))
+async def test_an_error_that_no_caller_waits_for_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    counted = Counted(errors=[ValueError("abandoned")])
+    shared = counted.shared()
+    leaving = asyncio.create_task(shared.get())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    counted.open.set()
+    await asyncio.sleep(0.01)
+    del shared
+    gc.collect()
     assert caplog.records == []

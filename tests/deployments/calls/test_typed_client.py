@@ -102,18 +102,14 @@ def test_a_call_without_a_policy_is_refused_where_the_client_is_declared() -> No
         (lambda shop: shop.price("bread"), 2),
     ],
 )
-def test_only_a_call_that_is_safe_to_repeat_is_repeated(
+async def test_only_a_call_that_is_safe_to_repeat_is_repeated(
     call: Callable[[ShopClient], Awaitable[str]], num_sent: int
 ) -> None:
     shop = Replicas(num_deaths=1)
-
-    async def main() -> None:
-        try:
-            await call(client(FakeHandle(shop)))
-        except RayActorError:
-            assert num_sent == 1
-
-    asyncio.run(main())
+    try:
+        await call(client(FakeHandle(shop)))
+    except RayActorError:
+        assert num_sent == 1
     assert len(shop.asked) == num_sent
 
 
@@ -124,13 +120,10 @@ def test_large_arguments_go_over_the_object_store() -> None:
     assert [call.by_reference for call in handle.calls] == [True, None]
 
 
-def test_a_stream_yields_the_items_of_one_replica() -> None:
+async def test_a_stream_yields_the_items_of_one_replica() -> None:
     class Numbers:
         async def catalogue(self, since: int) -> AsyncGenerator[int]:
             for number in range(since, since + 3):
                 yield number
 
-    async def main() -> list[int]:
-        return [item async for item in client(FakeHandle(Numbers())).catalogue(since=4)]
-
-    assert asyncio.run(main()) == [4, 5, 6]
+    assert [item async for item in client(FakeHandle(Numbers())).catalogue(since=4)] == [4, 5, 6]

@@ -20,18 +20,14 @@ from tests.fakes import FakeHandle
 JOB = Job("r-1", "hello")
 
 
-def test_a_stream_goes_over_grpc_and_can_be_cancelled() -> None:
+async def test_a_stream_goes_over_grpc_and_can_be_cancelled() -> None:
     handle = FakeHandle(FakeWorker())
-
-    async def main() -> None:
-        deadline = time.monotonic() + 60
-        deltas = serve_worker(handle).stream(JOB)
-        assert [await deltas.next(deadline) for _ in range(4)] == [*DELTAS, StreamEnd.END]
-        assert handle.responses[0].num_cancels == 0
-        deltas.cancel()
-        assert handle.responses[0].num_cancels == 1
-
-    asyncio.run(main())
+    deadline = time.monotonic() + 60
+    deltas = serve_worker(handle).stream(JOB)
+    assert [await deltas.next(deadline) for _ in range(4)] == [*DELTAS, StreamEnd.END]
+    assert handle.responses[0].num_cancels == 0
+    deltas.cancel()
+    assert handle.responses[0].num_cancels == 1
     assert [(call.name, call.args, call.by_reference) for call in handle.calls] == [("stream", (JOB,), False)]
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,74 +48,48 @@ class Held:
         return len(self.handle.called("module_shapes"))
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 120))
-
-
-def test_all_waiting_calls_continue_when_a_worker_answers() -> None:
-    async def main() -> None:
-        held = Held()
-        waiting = [asyncio.create_task(held.workers.ready()) for _ in range(5)]
-        await asyncio.wait(waiting, timeout=0.01)
-        assert not any(task.done() for task in waiting)
-        held.worker.awake.set()
-        await asyncio.gather(*waiting)
-        assert held.num_calls == 1
-
-    run(main())
-
-
-def test_the_starting_call_continues_after_its_waiters_have_left() -> None:
-    async def main() -> None:
-        held = Held(timeout_s=0.01)
-        for _ in range(3):
-            with pytest.raises(WorkerStarting):
-                await held.workers.ready()
-        leaving = asyncio.create_task(held.workers.ready())
-        await asyncio.sleep(0)
-        leaving.cancel()
-        await asyncio.wait([leaving])
-        assert held.num_calls == 1 and held.handle.responses[0].num_cancels == 0
-        held.worker.awake.set()
-        held.workers._timeout_s = 120
-        await held.workers.ready()
-        assert held.num_calls == 1
-
-    run(main())
-
-
-def test_a_worker_that_answered_is_not_asked_again_for_a_while() -> None:
-    async def main() -> None:
-        held = Held()
-        held.worker.awake.set()
-        for now_s, num_calls in ((0, 1), (KEPT_S * 0.9, 1), (KEPT_S * 1.1, 2), (KEPT_S * 2, 2)):
-            held.now_s = now_s
+async def test_the_starting_call_continues_after_its_waiters_have_left_and_answers_the_others() -> None:
+    held = Held(timeout_s=0.01)
+    for _ in range(3):
+        with pytest.raises(WorkerStarting):
             await held.workers.ready()
-            assert held.num_calls == num_calls
+    leaving = asyncio.create_task(held.workers.ready())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    assert held.num_calls == 1 and held.handle.responses[0].num_cancels == 0
+    held.workers._timeout_s = 120
+    waiting = [asyncio.create_task(held.workers.ready()) for _ in range(5)]
+    await asyncio.wait(waiting, timeout=0.01)
+    assert not any(task.done() for task in waiting)
+    held.worker.awake.set()
+    await asyncio.gather(*waiting)
+    assert held.num_calls == 1
 
-    run(main())
 
-
-def test_a_worker_that_dies_while_answering_is_reported_and_another_is_started() -> None:
-    async def main() -> None:
-        held = Held(RayActorError())
-        held.worker.awake.set()
-        with pytest.raises(RayActorError):
-            await held.workers.ready()
+async def test_a_worker_that_answered_is_not_asked_again_for_a_while() -> None:
+    held = Held()
+    held.worker.awake.set()
+    for now_s, num_calls in ((0, 1), (KEPT_S * 0.9, 1), (KEPT_S * 1.1, 2), (KEPT_S * 2, 2)):
+        held.now_s = now_s
         await held.workers.ready()
-        assert held.num_calls == 2
-
-    run(main())
+        assert held.num_calls == num_calls
 
 
-def test_workers_that_never_scale_to_zero_are_not_called() -> None:
-    async def main() -> None:
-        held = Held(timeout_s=None)
+async def test_a_worker_that_dies_while_answering_is_reported_and_another_is_started() -> None:
+    held = Held(RayActorError())
+    held.worker.awake.set()
+    with pytest.raises(RayActorError):
         await held.workers.ready()
-        assert not await held.workers.is_scaled_to_zero()
-        assert held.num_calls == 0
+    await held.workers.ready()
+    assert held.num_calls == 2
 
-    run(main())
+
+async def test_workers_that_never_scale_to_zero_are_not_called() -> None:
+    held = Held(timeout_s=None)
+    await held.workers.ready()
+    assert not await held.workers.is_scaled_to_zero()
+    assert held.num_calls == 0
 
 
 @pytest.mark.parametrize(

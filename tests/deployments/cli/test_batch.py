@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.deployments.scripted import run, words
+from tests.deployments.scripted import run, run_alone, words
 
 
 @pytest.fixture
@@ -20,28 +18,23 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "in.parquet"
 
 
-def settings_of(output: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((output / "_manifest.json").read_text())["settings"]
-    return settings
-
-
 def test_options_become_the_runs_settings_and_the_rows_defaults(rows: Path, tmp_path: Path) -> None:
+    def run_settings(name: str, *options: object) -> dict[str, Any]:
+        result = run("batch", rows, tmp_path / name, *options)
+        assert result.exit_code == 0, result.stderr
+        settings: dict[str, Any] = json.loads((tmp_path / name / "_manifest.json").read_text())["settings"]
+        return settings
+
     options = ("--store", tmp_path / "store", "--tenant", "acme", "--part-rows", 7, "--model", "poet")
     options += ("--max-tokens", 9, "--temperature", 0.5, "--strategy", "fusion", "--k", 2, "--weights", "softmax")
-    result = run("batch", rows, tmp_path / "out", *options)
-    assert result.exit_code == 0, result.stderr
-    settings = settings_of(tmp_path / "out")
+    settings = run_settings("options", *options)
     assert (settings["store_uri"], settings["tenant"], settings["part_rows"]) == (str(tmp_path / "store"), "acme", 7)
     assert settings["defaults"] == {"model": "poet", "max_tokens": 9, "temperature": 0.5}
     retrieval = settings["retrieval"]
     assert (retrieval["strategy"], retrieval["k"], retrieval["weights"]) == ("fusion", 2, "softmax")
-
-
-def test_without_options_the_settings_decide(rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(f"store_uri: {tmp_path / 'store'}\nretrieval: {{k: 5}}\n")
-    assert run("batch", rows, tmp_path / "out", "--config", file).exit_code == 0
-    settings = settings_of(tmp_path / "out")
+    settings = run_settings("file", "--config", file)
     assert (settings["defaults"], settings["tenant"], settings["retrieval"]["k"]) == ({}, "local", 5)
 
 
@@ -71,14 +64,5 @@ def test_a_missing_base_model_is_refused_unless_a_cluster_has_it(given: str, row
 
 
 def test_a_missing_input_is_refused_without_the_engines_packages(tmp_path: Path) -> None:
-    script = f"""if True:
-        import sys
-        from deployments.cli.main import cli
-        try:
-            cli(["batch", "nofile.parquet", {str(tmp_path / "out")!r}])
-        finally:
-            print({{"torch", "ray.data"}} & set(sys.modules))
-    """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout.strip()) == (1, "set()")
-    assert done.stderr.strip() == "no parquet file at nofile.parquet"
+    refused = run_alone(("torch", "ray.data"), ("batch", "nofile.parquet", tmp_path / "out"))
+    assert refused == [(1, "", "no parquet file at nofile.parquet", [])]

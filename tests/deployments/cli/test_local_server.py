@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -26,17 +23,11 @@ from ray.serve.schema import (
 
 from deployments.cli import local_server
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import (
-    APP_NAME,
-    Server,
-    _fewer_processes,
-    _inherited,
-    _shut_down_serve,
-    causes_in,
-)
+from deployments.cli.local_server import APP_NAME, Server, _fewer_processes, _inherited, _shut_down_serve, causes_in
 from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
+from tests.deployments.scripted import scripted
 
 
 @pytest.fixture(autouse=True)
@@ -51,30 +42,11 @@ def private_files_of_another_home(
     os.umask(before)
 
 
-class Ready(BaseHTTPRequestHandler):
-    """Answers with the server's next status, and `/ready` as the body."""
-
-    statuses: list[int]
-
-    def do_GET(self) -> None:
-        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps({"path": self.path, "status": status}).encode())
-
-    def log_message(self, *_: object) -> None:
-        """Keeps the tests' output clean."""
-
-
 @contextmanager
 def ready_server(*statuses: int) -> Iterator[Server]:
-    handler = type("Handler", (Ready,), {"statuses": list(statuses)})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield Server(config_of(), port=http.server_address[1])
-        http.shutdown()
-        thread.join()
+    with scripted(*((status, {"status": status}) for status in statuses)) as http:
+        yield Server(config_of(), port=int(http.url.rpartition(":")[2]))
+        assert {path for _, path in http.asked} <= {"/ready"}
 
 
 def test_only_a_pool_that_the_start_creates_is_new(tmp_path: Path) -> None:
@@ -84,35 +56,20 @@ def test_only_a_pool_that_the_start_creates_is_new(tmp_path: Path) -> None:
         assert server.has_new_pool == is_new
 
 
-def test_a_free_port_is_free() -> None:
+def test_a_port_or_an_address_that_cannot_be_listened_at_is_named_before_ray_starts() -> None:
     port = free_port("127.0.0.1")
     assert 0 < port < 65536
     check_free("127.0.0.1", port)
-
-
-def test_a_port_in_use_is_named() -> None:
-    with listener() as port, pytest.raises(ServerFailed, match=f"127.0.0.1:{port}: Address already in use"):
-        check_free("127.0.0.1", port)
-
-
-def test_an_address_without_an_interface_is_named() -> None:
+    with listener() as port:
+        with pytest.raises(ServerFailed, match=f"127.0.0.1:{port}: Address already in use"):
+            check_free("127.0.0.1", port)
+        with Server(config_of(), port=port) as server, pytest.raises(ServerFailed, match="in use"):
+            server.start()
     with pytest.raises(ServerFailed, match=r"192\.0\.2\.1:0"):
         check_free("192.0.2.1", 0)
-
-
-def test_a_port_in_use_stops_the_start_before_ray_starts() -> None:
-    with listener() as port, Server(config_of(), port=port) as server, pytest.raises(ServerFailed, match="in use"):
-        server.start()
-
-
-def test_port_zero_uses_a_free_port_and_the_url_contains_it() -> None:
-    server = Server(config_of(), port=0)
-    host, _, port = server.url.removeprefix("http://").partition(":")
+    host, _, chosen = Server(config_of(), port=0).url.removeprefix("http://").partition(":")
     assert host == "127.0.0.1"
-    check_free(host, int(port))
-
-
-def test_an_ipv6_address_is_in_brackets() -> None:
+    check_free(host, int(chosen))
     assert Server(config_of(), host="::1", port=8000).url == "http://[::1]:8000"
 
 
@@ -135,14 +92,10 @@ def test_a_pool_that_cannot_be_opened_is_named_before_ray_starts(tmp_path: Path)
         server.prepare(lambda _: None)
     assert str(failed.value).startswith(f"store_uri: the pool {pool} cannot be opened: ")
     assert str(failed.value.__cause__) in str(failed.value)
-    assert not ray.is_initialized()
-
-
-def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    pool = tmp_path / "file" / "pool"
-    with pytest.raises(ServerFailed, match=f"the pool {pool} cannot be opened: "):
-        Server(config_of(store_uri=str(pool)), port=1).prepare(lambda _: None)
+    with pytest.raises(ServerFailed, match=f"the pool {tmp_path / 'file' / 'pool'} cannot be opened: "):
+        Server(config_of(store_uri=str(tmp_path / "file" / "pool")), port=1).prepare(lambda _: None)
+    assert not ray.is_initialized()
 
 
 def status_of(**messages: tuple[DeploymentStatus, str]) -> ServeStatus:
@@ -182,23 +135,16 @@ def test_ray_starts_without_processes_that_nobody_needs_and_others_have_them_aga
     assert (parameter.RayParams, services.start_api_server) == before
 
 
-def test_the_start_waits_for_ready() -> None:
+def test_the_start_waits_for_ready_and_reports_the_last_answer_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with ready_server(503, 200) as server:
-        assert server.wait_ready(timeout_s=120) == {"path": "/ready", "status": 200}
-
-
-def test_the_last_answer_is_reported_if_ready_never_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+        assert server.wait_ready(timeout_s=120) == {"status": 200}
+    silent = Server(config_of(), port=free_port("127.0.0.1"))
+    with pytest.raises(ServerFailed, match="not ready after 0 s"):
+        silent.wait_ready(timeout_s=0.1)
     seconds = iter(range(10))
-    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None)
-    monkeypatch.setattr(local_server, "time", clock)
+    monkeypatch.setattr(local_server, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
     with ready_server(503) as server, pytest.raises(ServerFailed, match=r"not ready after 3 s.*503"):
         server.wait_ready(timeout_s=3)
-
-
-def test_no_answer_at_all_is_reported() -> None:
-    server = Server(config_of(), port=free_port("127.0.0.1"))
-    with pytest.raises(ServerFailed, match="not ready after 0 s"):
-        server.wait_ready(timeout_s=0.1)
 
 
 @pytest.mark.parametrize(
@@ -283,36 +229,30 @@ def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkey
     assert ended == ["answered", "cancelled"]
 
 
-def test_no_thread_can_start_another_ray_once_the_server_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = list[str]()
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_ray_stops_for_good_even_if_serve_could_not_be_stopped(
+    is_broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No thread can start another Ray once the server stops."""
+    happened = list[str]()
 
-    async def stop_serve(_: object) -> None:
-        pass
+    async def stop_serve() -> None:
+        if is_broken:
+            raise ValueError("the controller's answer is broken")
+
+    def stop_ray() -> None:
+        happened.append("stopped")
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
     monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(local_server, "_shut_down_serve", stop_serve)
-    monkeypatch.setattr(ray, "shutdown", lambda: monkeypatch.setattr(ray, "is_initialized", lambda: False))
-    monkeypatch.setattr(ray, "init", lambda: started.append("another"))
-    with Server(config_of(), port=8000):
+    monkeypatch.setattr(serve, "shutdown_async", stop_serve)
+    monkeypatch.setattr(ray, "shutdown", stop_ray)
+    monkeypatch.setattr(ray, "init", lambda: happened.append("another"))
+    with pytest.raises(ValueError, match="is broken") if is_broken else nullcontext(), Server(config_of(), port=8000):
         pass
     auto_init_hook.auto_init_ray()
-    assert started == []
-
-
-def test_ray_stops_although_serve_could_not_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = list[str]()
-
-    async def fail() -> None:
-        raise ValueError("the controller's answer is broken")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append("ray"))
-    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)  # restored after the test
-    monkeypatch.setattr(serve, "shutdown_async", fail)
-    with pytest.raises(ValueError, match="is broken"), Server(config_of(), port=8000):
-        pass
-    assert stopped == ["ray"]
+    assert happened == ["stopped"]
 
 
 def test_variables_for_rays_processes_respect_the_users_and_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.deployments.scripted import run, scripted, words
+from tests.deployments.scripted import run, run_with, words
 
 DIGEST = "e" * 64
 ROLLBACK, APPROVE = ("POST", "/v1/names/support/rollback"), ("POST", "/v1/names/acme/support/approve")
@@ -16,10 +16,10 @@ SHOWN = {"id": "support", **VERSION, "policy": {"temperature": 0.5, "lora": {"k"
 @pytest.mark.parametrize("text", ['{"temperature": 0.5}', "temperature: 0.5\n"], ids=["json", "yaml"])
 def test_set_sends_the_file_as_the_policy(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy").write_text(text)
-    with scripted((200, {"name": "support", "digest": DIGEST, "generation": 9})) as server:
-        result = run("name", "set", "support", str(tmp_path / "policy"), "--url", server.url)
-    assert (server.asked, server.sent) == ([("PUT", "/v1/names/support")], [{"temperature": 0.5}])
-    assert f"support {'e' * 12} is in use at generation 9" in words(result.stdout)
+    answer = {"name": "support", "digest": DIGEST, "generation": 9}
+    said = run_with(answer, "name", "set", "support", tmp_path / "policy")
+    assert (said.asked, said.sent) == ([("PUT", "/v1/names/support")], [{"temperature": 0.5}])
+    assert f"support {'e' * 12} is in use at generation 9" in said.out
 
 
 @pytest.mark.parametrize(("text", "says"), [("[1]", "must hold the fields"), ("a: [", "policy: "), (None, "policy: ")])
@@ -28,7 +28,7 @@ def test_a_file_that_is_no_policy_is_refused_before_the_server_is_asked(
 ) -> None:
     if text is not None:
         (tmp_path / "policy").write_text(text)
-    result = run("name", "set", "support", str(tmp_path / "policy"), "--url", "http://127.0.0.1:9")
+    result = run("name", "set", "support", tmp_path / "policy", "--url", "http://127.0.0.1:9")
     assert result.exit_code == 1 and says in words(result.stderr)
 
 
@@ -40,11 +40,10 @@ def test_a_file_that_is_no_policy_is_refused_before_the_server_is_asked(
     ],
 )
 def test_list_shows_names_or_the_versions_of_one(given: tuple[str, ...], answer: dict[str, Any]) -> None:
-    with scripted((200, answer)) as server:
-        result = run("name", "list", *given, "--url", server.url)
-    assert server.asked == [("GET", "/v1/names/support" if given else "/v1/names?after=")]
+    said = run_with(answer, "name", "list", *given)
+    assert said.asked == [("GET", "/v1/names/support" if given else "/v1/names?after=")]
     for word in ("support", "e" * 12, "2026-01-02 03:04:05", '"k":', '"[/INST]"', "me"):
-        assert word in words(result.stdout)
+        assert word in said.out
 
 
 @pytest.mark.parametrize(
@@ -61,17 +60,17 @@ def test_a_change_is_sent_and_its_generation_printed(
     command: tuple[str, ...], asked: tuple[str, str], sent: list[Any], says: str
 ) -> None:
     about = {} if command[0] == "remove" else {"digest": DIGEST, "approved": command[0] == "approve"}
-    with scripted((200, {"name": command[1], "generation": 9, **about})) as server:
-        result = run("name", *command, "--url", server.url)
-    assert (server.asked, [body for body in server.sent if body is not None]) == ([asked], sent)
-    assert says in words(result.stdout)
+    said = run_with({"name": command[1], "generation": 9, **about}, "name", *command)
+    assert (said.asked, [body for body in said.sent if body is not None]) == ([asked], sent)
+    assert says in said.out
 
 
 def test_an_approval_shows_the_policy_and_asks() -> None:
+    command = ("name", "approve", "acme/support", DIGEST)
     shown = {"name": "acme/support", "policy": SHOWN["policy"], "digest": DIGEST}
-    with scripted((200, shown), (200, shown | {"approved": True, "generation": 9})) as server:
-        refused = run("name", "approve", "acme/support", DIGEST, "--url", server.url, input="n\n")
-        assert refused.exit_code == 1 and '"temperature": 0.5' in refused.stderr
-        assert server.asked == [("POST", "/v1/names/acme/support/approve?dry_run=true")]
-        result = run("name", "approve", "acme/support", DIGEST, "--url", server.url, input="y\n")
-    assert server.asked[-1] == APPROVE and result.exit_code == 0
+    refused = run_with(shown, *command, input="n\n")
+    assert refused.code == 1 and '"temperature": 0.5' in refused.err
+    check = ("POST", "/v1/names/acme/support/approve?dry_run=true")
+    assert refused.asked == [check]
+    approved = run_with([(200, shown), (200, shown | {"approved": True, "generation": 9})], *command, input="y\n")
+    assert (approved.code, approved.asked) == (0, [check, APPROVE])

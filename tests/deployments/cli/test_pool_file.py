@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deployments.scripted import Script, refusal, run, scripted, words
+from tests.deployments.scripted import Outcome, refusal, run, run_with, words
 
 
 def write(folder: Path, *entries: dict[str, Any], **more: Any) -> Path:
@@ -39,8 +39,8 @@ def answers(*rows: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return 207, {"object": "list", "data": list(rows)}
 
 
-def publish(server: Script, file: Path, *options: str) -> Any:
-    return run("publish", "--file", file, "--url", server.url, *options)
+def publish(answers: Any, file: Path, *options: str) -> Outcome:
+    return run_with(answers, "publish", "--file", file, *options)
 
 
 def test_each_adapter_is_sent_with_its_own_description(tmp_path: Path) -> None:
@@ -51,36 +51,26 @@ def test_each_adapter_is_sent_with_its_own_description(tmp_path: Path) -> None:
         {"source": "adapters/theirs", "owner": "beta"},
         defaults={"visibility": "public", "owner": "acme"},
     )
-    with scripted(listing(), answers(published("poet"), published("far"))) as server:
-        result = publish(server, file)
+    said = publish([listing(), answers(published("poet"), published("far"))], file)
     poet = {"path": str(tmp_path / "adapters" / "poet"), "tags": ["fun"], "template": "chat", "visibility": "public"}
     far = {"source": "s3://bucket/other", "name": "far", "visibility": "private", "base_model": "tiny", "contract": {}}
-    assert (result.exit_code, server.sent[1]) == (0, {"adapters": [poet, far]})
-    assert "1 adapter of other owners" in words(result.stderr)
+    assert (said.code, said.sent[1]) == (0, {"adapters": [poet, far]})
+    assert "1 adapter of other owners" in said.err
 
 
-def test_samples_of_a_training_file_are_sent_with_their_adapter(tmp_path: Path) -> None:
-    file = write(tmp_path, {"source": "poet", "samples": "data/poet.jsonl"}, {"source": "plain"})
+def test_samples_of_a_training_file_are_sent_with_their_adapter_and_refuse_that_one_only(tmp_path: Path) -> None:
+    rows = ({"source": name, "samples": f"data/{name}.jsonl"} for name in ("bad", "poet"))
+    file = write(tmp_path, *rows, {"source": "plain"})
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "poet.jsonl").write_text(json.dumps({"instruction": "Rhyme", "output": "time"}))
-    with scripted(listing(), (201, published("poet")), answers(published("plain"))) as server:
-        result = publish(server, file)
-    assert (result.exit_code, [method for method, _ in server.asked]) == (0, ["GET", "POST", "POST"])
-    assert b'"input": "Rhyme"' in server.bodies[1] and b'filename="lora_samples.jsonl"' in server.bodies[1]
-    assert json.loads(server.bodies[2]) == {"adapters": [{"path": str(tmp_path / "plain")}]}
-    assert words(result.stdout).endswith("2 new, 0 changed, 0 unchanged, 0 refused")
-
-
-def test_a_training_file_is_read_when_its_adapter_is_sent_and_refuses_that_one_only(tmp_path: Path) -> None:
-    rows = ({"source": name, "samples": f"{name}.jsonl"} for name in ("bad", "poet"))
-    file = write(tmp_path, *rows)
-    (tmp_path / "bad.jsonl").write_text('{"label": 1}')
-    (tmp_path / "poet.jsonl").write_text('{"instruction": "Rhyme", "output": "time"}')
-    with scripted(listing(), (201, published("poet"))) as server:
-        result = publish(server, file)
-    assert (result.exit_code, [method for method, _ in server.asked]) == (1, ["GET", "POST"])
-    assert "bad.jsonl: has no row with a user's text" in words(result.stderr)
-    assert words(result.stdout).endswith("1 new, 0 changed, 0 unchanged, 1 refused")
+    (tmp_path / "data" / "bad.jsonl").write_text('{"label": 1}')
+    (tmp_path / "data" / "poet.jsonl").write_text('{"instruction": "Rhyme", "output": "time"}')
+    said = publish([listing(), (201, published("poet")), answers(published("plain"))], file)
+    assert (said.code, [method for method, _ in said.asked]) == (1, ["GET", "POST", "POST"])
+    upload, batch = said.server.bodies[1:]
+    assert b'"input": "Rhyme"' in upload and b'filename="lora_samples.jsonl"' in upload
+    assert json.loads(batch) == {"adapters": [{"path": str(tmp_path / "plain")}]}
+    assert "bad.jsonl: has no row with a user's text" in said.err
+    assert said.out.endswith("2 new, 0 changed, 0 unchanged, 1 refused")
 
 
 def test_new_changed_and_unchanged_adapters_are_told_apart(tmp_path: Path) -> None:
@@ -92,46 +82,37 @@ def test_new_changed_and_unchanged_adapters_are_told_apart(tmp_path: Path) -> No
         published("same"),
     ]
     before = [live(name) for name in ("tagged", "heavier", "same", "stray")]
-    with scripted(listing(*before, live("new", tenant="beta")), answers(*rows)) as server:
-        result = publish(server, file, "--dry-run")
-    assert server.asked == [("GET", "/v1/loras?after="), ("POST", "/v1/loras?dry_run=true")]
-    said = words(result.stdout)
-    assert "new: new is fit to publish" in said
-    assert "changed: tagged is fit to publish; tags: fun (was none)" in said
-    assert "its weights, samples or base model changed" in said
-    assert "same is" not in said
-    assert f"not in {file}: stray (--prune withdraws them)" in said
-    assert said.endswith("1 new, 2 changed, 1 unchanged, 0 refused")
-
-
-def test_a_changed_visibility_counts_although_the_digest_is_equal(tmp_path: Path) -> None:
-    file = write(tmp_path, {"source": "poet", "visibility": "private"})
-    row = published("poet", changed={"visibility": {"from": "public", "to": "private"}})
-    with scripted(listing(live("poet")), answers(row)) as server:
-        result = publish(server, file, "--json")
-    assert json.loads(result.stdout)["data"][0]["change"] == "changed"
+    said = publish([listing(*before, live("new", tenant="beta")), answers(*rows)], file, "--dry-run")
+    assert said.asked == [("GET", "/v1/loras?after="), ("POST", "/v1/loras?dry_run=true")]
+    for part in (
+        "new: new is fit to publish",
+        "changed: tagged is fit to publish; tags: fun (was none)",
+        "its weights, samples or base model changed",
+        f"not in {file}: stray (--prune withdraws them)",
+    ):
+        assert part in said.out
+    assert "same is" not in said.out and said.out.endswith("1 new, 2 changed, 1 unchanged, 0 refused")
+    row = published("same", changed={"visibility": {"from": "public", "to": "private"}})
+    labelled = publish([listing(live("same")), answers(row)], write(tmp_path, {"source": "same"}), "--json")
+    assert labelled.json["data"][0]["change"] == "changed", "although the digest is equal"
 
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_only_prune_withdraws_what_is_not_listed(dry: bool, tmp_path: Path) -> None:
     file = write(tmp_path, {"source": "poet"})
     gone = (200, {"names": ["stray"], "generation": 5})
-    with scripted(listing(live("poet"), live("stray")), answers(published("poet")), gone) as server:
-        result = publish(server, file, "--prune", "--json", *(["--dry-run"] if dry else []))
-    said = json.loads(result.stdout)
-    assert said["not_listed"] == ["stray"]
-    assert said["withdrawn"] == ([] if dry else ["stray"])
-    assert (("DELETE", "/v1/loras/stray") in server.asked) == (not dry)
+    options = ("--prune", "--json", *(["--dry-run"] if dry else []))
+    said = publish([listing(live("poet"), live("stray")), answers(published("poet")), gone], file, *options)
+    assert (said.json["not_listed"], said.json["withdrawn"]) == (["stray"], [] if dry else ["stray"])
+    assert (("DELETE", "/v1/loras/stray") in said.asked) == (not dry)
 
 
 def test_a_refused_adapter_stops_the_withdrawal(tmp_path: Path) -> None:
     file = write(tmp_path, {"source": "poet"}, {"source": "bard"})
     rows = [{"status": 400, **refusal(f"adapter {name!r} refused: it is bad")} for name in ("poet", "bard")]
-    with scripted(listing(live("stray")), answers(*rows)) as server:
-        result = publish(server, file, "--prune")
-    assert result.exit_code == 1
-    assert [method for method, _ in server.asked] == ["GET", "POST"]
-    assert "2 adapters refused: it is bad poet, bard" in words(result.stderr)
+    said = publish([listing(live("stray")), answers(*rows)], file, "--prune")
+    assert (said.code, [method for method, _ in said.asked]) == (1, ["GET", "POST"])
+    assert "2 adapters refused: it is bad poet, bard" in said.err
 
 
 @pytest.mark.parametrize(
@@ -142,10 +123,9 @@ def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
     owners: list[str | None], problem: str, tmp_path: Path
 ) -> None:
     file = write(tmp_path, *({"source": "poet"} | ({"owner": owner} if owner else {}) for owner in owners))
-    with scripted(listing(live("poet"), live("stray"))) as server:
-        result = publish(server, file, "--prune")
-    assert (result.exit_code, [method for method, _ in server.asked]) == (1, ["GET"])
-    assert problem in words(result.stderr)
+    said = publish(listing(live("poet"), live("stray")), file, "--prune")
+    assert (said.code, [method for method, _ in said.asked]) == (1, ["GET"])
+    assert problem in said.err
 
 
 @pytest.mark.parametrize(
@@ -164,13 +144,10 @@ def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_is_sent(content: Any, problem: str, tmp_path: Path) -> None:
-    write(tmp_path, {"source": "poet"})
-    file = tmp_path / "pool.yaml"
+    file = write(tmp_path, {"source": "poet"})
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    with scripted((500, {})) as server:
-        result = publish(server, file)
-    assert (result.exit_code, server.asked) == (1, [])
-    assert problem in words(result.stderr)
+    said = publish((500, {}), file)
+    assert (said.code, said.asked) == (1, []) and problem in said.err
 
 
 @pytest.mark.parametrize(

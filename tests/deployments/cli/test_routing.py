@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.cli.routing import auroc
-from tests.deployments.scripted import refusal, run, scripted, words
+from tests.deployments.scripted import lines, refusal, run, run_with, words
 
 
 def plan(*names: str, abstained: bool = False, confidence: float = 0.5) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def plan(*names: str, abstained: bool = False, confidence: float = 0.5) -> dict[
 
 def file_of(folder: Path, *rows: Any) -> Path:
     path = folder / "prompts.jsonl"
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    path.write_text(lines(*rows))
     return path
 
 
@@ -43,19 +42,13 @@ def test_hits_are_counted_up_to_each_rank_and_abstentions_separately(tmp_path: P
     others = [f"x{number}" for number in range(8)]
     plans = [plan("poet"), plan("x"), plan("x"), plan("x", abstained=True)]
     wide = [plan("poet"), plan("x", "y", "bard", "poet"), plan(*others[:7], "poet"), plan(*others)]  # the last one fits
-    with scripted(pool("poet", "bard"), (200, {"data": plans}), (200, {"data": wide})) as server:
-        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
-    assert result.exit_code == 0
-    assert server.asked == [("GET", "/v1/loras?after="), *[("POST", "/v1/route")] * 2]
-    assert server.sent[1:] == [{"prompt": ["a", "b", "c", "d"], "lora": options} for options in ({}, {"k": 8})]
-    assert "4 prompts" in result.stdout
-    assert shares(result.stdout) == {
-        "hit@1": "25.0%",
-        "hit@3": "50.0%",
-        "hit@5": "50.0%",
-        "hit@8": "75.0%",
-        "answered by adapters": "75.0%",
-    }
+    answers = [pool("poet", "bard"), (200, {"data": plans}), (200, {"data": wide})]
+    said = run_with(answers, "route", "--file", file_of(tmp_path, *rows))
+    assert said.code == 0 and "4 prompts" in said.out
+    assert said.asked == [("GET", "/v1/loras?after="), *[("POST", "/v1/route")] * 2]
+    assert said.sent[1:] == [{"prompt": ["a", "b", "c", "d"], "lora": options} for options in ({}, {"k": 8})]
+    hits = {"hit@1": "25.0%", "hit@3": "50.0%", "hit@5": "50.0%", "hit@8": "75.0%"}
+    assert shares(said.stdout) == hits | {"answered by adapters": "75.0%"}
 
 
 def test_prompts_without_an_adapter_should_reach_the_base_model(tmp_path: Path) -> None:
@@ -66,16 +59,14 @@ def test_prompts_without_an_adapter_should_reach_the_base_model(tmp_path: Path) 
         plan("poet", abstained=True, confidence=0.001),
         plan("poet", confidence=0.1),
     ]
-    with scripted(pool("poet"), (200, {"data": plans}), (200, {"data": plans})) as server:
-        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
-    assert "2 prompts of adapters, 2 others" in words(result.stdout)
-    found = shares(result.stdout)
+    said = run_with([pool("poet"), (200, {"data": plans})], "route", "--file", file_of(tmp_path, *rows))
+    assert "2 prompts of adapters, 2 others" in said.out
+    found = shares(said.stdout)
     assert (found["answered by adapters"], found["others answered by the base model"]) == ("50.0%", "50.0%")
-    assert "0.750" in result.stdout  # AUROC: 0.9 is above both, 0.02 above one
-    points = [row.split("│")[1:4] for row in result.stdout.splitlines() if row.startswith("│ 3.0%")]
-    assert [[cell.strip() for cell in point] for point in points] == [["3.0%", "50.0%", "50.0%"]]
-    rows_shown = [line.split("│") for line in result.stdout.splitlines() if "│" in line]
-    bars = [row[4].strip() for row in rows_shown if len(row) > 4 and row[4].strip()]
+    assert "0.750" in said.stdout  # AUROC: 0.9 is above both, 0.02 above one
+    cells = [[cell.strip() for cell in line.split("│")] for line in said.stdout.splitlines() if "│" in line]
+    assert [row[1:4] for row in cells if row[1] == "3.0%"] == [["3.0%", "50.0%", "50.0%"]]
+    bars = [row[4] for row in cells if len(row) > 4 and row[4]]
     assert bars[:3] == ["░" * 10, "█" * 10, "░" * 10]  # at 1 %: none and half; at 3 %: half of both
 
 
@@ -91,58 +82,45 @@ def test_auroc_compares_every_pair(inside: list[float], outside: list[float]) ->
 def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
     rows = [{"input": str(number), "adapter": "poet"} for number in range(33)]
     answers = [(200, {"data": [plan("poet")] * count}) for count in (32, 32, 1, 1)]
-    with scripted(pool("poet"), *answers) as server:
-        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
-    assert [len(body["prompt"]) for body in server.sent[1:]] == [32, 32, 1, 1]
-    assert shares(result.stdout)["hit@1"] == "100.0%"
+    said = run_with([pool("poet"), *answers], "route", "--file", file_of(tmp_path, *rows))
+    assert [len(body["prompt"]) for body in said.sent[1:]] == [32, 32, 1, 1]
+    assert shares(said.stdout)["hit@1"] == "100.0%"
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("text", "says"),
     [
-        (["{"], "prompts.jsonl:1: invalid JSON"),
-        ([{"input": "a", "adapter": "poet"}, {"input": "a"}], "prompts.jsonl:2: must be"),
-        ([{"adapter": "poet"}], "prompts.jsonl:1: must be"),
-        ([{"input": "", "adapter": "poet"}], "prompts.jsonl:1: must be"),
-        ([{"input": "a", "adapter": []}], "prompts.jsonl:1: must be"),
-        ([[]], "prompts.jsonl:1: must be"),
-        ([], "contains no prompts"),
+        ("{", "prompts.jsonl:1: invalid JSON"),
+        ('{"input": "a", "adapter": "poet"}\n{"input": "a"}', "prompts.jsonl:2: must be"),
+        ('{"adapter": "poet"}', "prompts.jsonl:1: must be"),
+        ('{"input": "", "adapter": "poet"}', "prompts.jsonl:1: must be"),
+        ('{"input": "a", "adapter": []}', "prompts.jsonl:1: must be"),
+        ("[]", "prompts.jsonl:1: must be"),
+        ("", "contains no prompts"),
+        (None, "prompts.jsonl: no such file"),
     ],
 )
-def test_an_invalid_line_is_named(rows: list[Any], said: str, tmp_path: Path) -> None:
-    with scripted((500, {})) as server:
-        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
-    assert (result.exit_code, server.asked) == (1, [])
-    assert said in words(result.stderr)
+def test_an_invalid_line_or_file_is_named(text: str | None, says: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "prompts.jsonl").write_text(text)
+    said = run_with((500, {}), "route", "--file", tmp_path / "prompts.jsonl")
+    assert (said.code, said.asked) == (1, []) and says in said.err
 
 
 def test_a_line_with_an_unknown_adapter_is_named_and_nothing_is_measured(tmp_path: Path) -> None:
     rows = [{"input": "a", "adapter": "poet"}, {"input": "b", "adapter": None}, {"input": "c", "adapter": ["poett"]}]
-    with scripted(pool("poet")) as server:
-        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
-    assert (result.exit_code, result.stdout, len(server.asked)) == (1, "", 1)
-    assert "line 3: no adapter 'poett' in the pool; did you mean 'poet'?" in words(result.stderr)
-
-
-def test_many_unknown_adapters_are_counted(tmp_path: Path) -> None:
+    said = run_with([pool("poet")], "route", "--file", file_of(tmp_path, *rows))
+    assert (said.code, said.stdout, len(said.asked)) == (1, "", 1)
+    assert "line 3: no adapter 'poett' in the pool; did you mean 'poet'?" in said.err
     rows = [{"input": "a", "adapter": f"nosuch-{number}"} for number in range(13)]
-    with scripted(pool("poet")) as server:
-        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
-    assert result.exit_code == 1
-    assert result.stderr.count("no adapter") == 10 and "and 3 more" in result.stderr
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    result = run("route", "--file", tmp_path / "nowhere.jsonl")
-    assert result.exit_code == 1
-    assert "nowhere.jsonl: no such file" in words(result.stderr)
+    many = run_with([pool("poet")], "route", "--file", file_of(tmp_path, *rows))
+    assert many.code == 1 and many.err.count("no adapter") == 10 and "and 3 more" in many.err
 
 
 def test_a_refused_route_ends_the_evaluation(tmp_path: Path) -> None:
-    with scripted((503, refusal("a part of the server is not available"))) as server:
-        result = run("route", "--file", file_of(tmp_path, {"input": "a", "adapter": "poet"}), "--url", server.url)
-    assert result.exit_code == 1
-    assert "not available" in words(result.stderr)
+    file = file_of(tmp_path, {"input": "a", "adapter": "poet"})
+    said = run_with([pool("poet"), (503, refusal("a part of the server is not available"))], "route", "--file", file)
+    assert said.code == 1 and "not available" in said.err
 
 
 @pytest.mark.parametrize("options", [("Hi",), ("--k", 2), ("--tag", "fun")])

@@ -13,8 +13,6 @@ from deployments.batch.output import BatchOutput
 from deployments.batch.run import BatchSettings, begin
 from deployments.cli.run_batch import run_batch
 from deployments.config.app import AppConfig
-from deployments.config.loading import load_config
-from deployments.config.settings_errors import SettingsInvalid
 from lora_store import Catalogue, Location, Publish
 from tests.deployments.adapter_records import BASE, adapter
 from tests.deployments.batching import write_rows
@@ -28,32 +26,23 @@ def settings(tmp_path: Path) -> BatchSettings:
     return BatchSettings(config, str(rows), str(tmp_path / "out"), part_rows=2)
 
 
-def test_a_complete_run_starts_nothing(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
-    run = begin(settings)
-    for part in run.parts:
-        BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
-    run_batch(settings, address="no cluster is there", concurrency=1)
-    said = words(capsys.readouterr().out)
-    assert "5 rows in 3 parts, 3 of them already done; 0 adapters at generation 0" in said
-    assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
-
-
-def test_a_run_says_which_adapters_are_not_served(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_complete_run_starts_nothing_and_says_what_is_not_served(
+    as_json: bool, settings: BatchSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
     Catalogue(Location(settings.config.store_uri).child("catalogue")).commit(lambda _: [Publish(adapter("poet"))])
     for part in begin(settings).parts:
         BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
-    run_batch(settings, address="no cluster is there", concurrency=1)
+    run_batch(settings, address="no cluster is there", concurrency=1, as_json=as_json)
     printed = capsys.readouterr()
-    assert "0 adapters at generation 1" in words(printed.out)
-    assert words(printed.err).startswith(f"1 adapter was made for {BASE} and is not served: start the server with")
-
-
-def test_the_outcome_is_one_json_object_on_request(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
-    for part in begin(settings).parts:
-        BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
-    run_batch(settings, address="no cluster is there", concurrency=1, as_json=True)
-    printed = json.loads(capsys.readouterr().out)
-    assert (printed["output"], printed["rows"], printed["answered"]) == (settings.output_uri, 5, 0)
+    if as_json:
+        outcome = json.loads(printed.out)
+        assert (outcome["output"], outcome["rows"], outcome["answered"]) == (settings.output_uri, 5, 0)
+    else:
+        said = words(printed.out)
+        assert "5 rows in 3 parts, 3 of them already done; 0 adapters at generation 1" in said
+        assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
+        assert words(printed.err).startswith(f"1 adapter was made for {BASE} and is not served: start the server with")
 
 
 def test_a_run_that_cannot_begin_is_refused_with_the_reason(
@@ -67,8 +56,3 @@ def test_a_run_that_cannot_begin_is_refused_with_the_reason(
     printed = capsys.readouterr()
     assert printed.out == "" and str(tmp_path / "out") in printed.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
-
-
-def test_a_bad_value_on_the_command_line_is_named() -> None:
-    with pytest.raises(SettingsInvalid, match=r"retrieval\.k"):
-        load_config(None, retrieval={"k": 0})

@@ -56,13 +56,11 @@ def test_a_bad_file_is_refused_with_the_place(
 
 
 def test_a_missing_file_or_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = job_of(tmp_path / "out", tmp_path / "none")
-    with pytest.raises(typer.Exit):
-        run_training(job)
-    assert str(tmp_path / "none") in words(capsys.readouterr().err)
-    with pytest.raises(typer.Exit):
-        run_training(replace(job, samples=tmp_path / "nofile"))
-    assert words(capsys.readouterr().err).endswith("nofile: no such file")
-    with pytest.raises(typer.Exit):
-        run_training(replace(job, samples=None, store=str(tmp_path / "nowhere")))
-    assert "no samples to train on" in words(capsys.readouterr().err)
+    job = job_of(tmp_path / "out", tmp_path / "nofile")
+    for wrong, says in (
+        (job, f"{tmp_path / 'nofile'}: no such file"),
+        (replace(job, samples=None, store=str(tmp_path / "nowhere")), "no samples to train on"),
+    ):
+        with pytest.raises(typer.Exit):
+            run_training(wrong)
+        assert says in words(capsys.readouterr().err)

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from tests.deployments.scripted import run, scripted, words
+from tests.deployments.scripted import run, run_with, words
 
 TRIAL = {"digest": "e" * 64, "share": 0.1, "shadow": False}
+SHARE = [("POST", "/v1/loras/poet/share")]
 
 
 @pytest.mark.parametrize(
@@ -19,28 +20,23 @@ TRIAL = {"digest": "e" * 64, "share": 0.1, "shadow": False}
 def test_a_trial_sends_the_share_and_prints_who_answers(
     options: tuple[str, ...], body: dict[str, Any], trial: dict[str, Any], says: str
 ) -> None:
-    with scripted((200, {"name": "poet", "trial": trial, "generation": 9})) as server:
-        result = run("trial", "start", "poet", *options, "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/loras/poet/share")], [body])
-    assert says in words(result.stdout) and "since generation 9" in words(result.stdout)
+    said = run_with({"name": "poet", "trial": trial, "generation": 9}, "trial", "start", "poet", *options)
+    assert (said.asked, said.sent) == (SHARE, [body])
+    assert says in said.out and "since generation 9" in said.out
 
 
 def test_promote_makes_the_version_under_trial_live() -> None:
-    answer = {"name": "poet", "digest": "e" * 64, "generation": 9}
-    with scripted((200, {"id": "poet", "trial": TRIAL}), (201, answer)) as server:
-        result = run("trial", "promote", "poet", "--url", server.url)
-    assert server.sent[-1] == {"digest": "e" * 64}
-    assert f"poet is live as {'e' * 12}" in words(result.stdout)
-    with scripted((200, {"id": "poet", "trial": None})) as server:
-        result = run("trial", "promote", "poet", "--url", server.url)
-    assert result.exit_code == 1 and "no version of 'poet' is under trial" in words(result.stderr)
+    answers = [(200, {"id": "poet", "trial": TRIAL}), (201, {"name": "poet", "digest": "e" * 64, "generation": 9})]
+    said = run_with(answers, "trial", "promote", "poet")
+    assert said.sent[-1] == {"digest": "e" * 64} and f"poet is live as {'e' * 12}" in said.out
+    none = run_with({"id": "poet", "trial": None}, "trial", "promote", "poet")
+    assert none.code == 1 and "no version of 'poet' is under trial" in none.err
 
 
 def test_stop_ends_the_trial() -> None:
-    with scripted((200, {"name": "poet", "trial": None, "generation": 9})) as server:
-        result = run("trial", "stop", "poet", "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/loras/poet/share")], [{"share": 0}])
-    assert "the live version answers every request since generation 9" in words(result.stdout)
+    said = run_with({"name": "poet", "trial": None, "generation": 9}, "trial", "stop", "poet")
+    assert (said.asked, said.sent) == (SHARE, [{"share": 0}])
+    assert "the live version answers every request since generation 9" in said.out
 
 
 @pytest.mark.parametrize("percent", ["0", "101", "-1"])

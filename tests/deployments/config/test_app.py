@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,18 @@ from ray import serve
 from deployments.config.app import OTHER_FILES_BYTES, AppConfig
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import RetrieverScaling, WorkerScaling
-from gpu_worker.config import (
-    NativeSettings,
-    NativeWorkerConfig,
-    VllmSettings,
-    VllmWorkerConfig,
-)
+from gpu_worker.config import NativeSettings, NativeWorkerConfig, VllmSettings, VllmWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 
 
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"basemodel": "x"}, "basemodel"),
-        ({"worker": {"bank_rows": 1}}, "worker.native.bank_rows"),
         ({"retrieval": {"top_k": 1}}, "retrieval.top_k"),
         ({"store_scaling": {"replicas": 1}}, "store_scaling.replicas"),
         ({"worker": {"bank_rank_rows": 0}}, "worker.native.bank_rank_rows"),
         ({"worker": {"dtype": "int4"}}, "worker.native.dtype"),
-        ({"retrieval": {"k": 17}}, "retrieval.k"),
         ({"retrieval": {"weights": "heavy"}}, "retrieval.weights"),
-        ({"template": "jinja"}, "template"),
         (
             {"worker_scaling": {"autoscaling_config": {"min_replicas": -1}}},
             "worker_scaling.autoscaling_config.min_replicas",
@@ -50,6 +42,22 @@ def test_a_bad_setting_is_refused_by_its_key(settings: dict[str, Any], key: str)
         AppConfig.model_validate(settings)
     [problem] = caught.value.errors()
     assert ".".join(map(str, problem["loc"])) == key
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 255},
+        {"max_concurrent_requests": 0},
+        {"max_request_s": 0},
+        {"max_request_s": 601},
+        {"max_upload_total_bytes": 10, "admission": {"max_weights_bytes": 10}},
+    ],
+    ids=str,
+)
+def test_contradictory_limits_stop_the_start(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"max_"):
+        AppConfig(**settings)
 
 
 @pytest.mark.parametrize("settings", [{"base_model_name": "auto"}, {"base_model": "org/my:model"}, {"base_model": "/"}])
@@ -93,11 +101,8 @@ def test_a_remote_store_uri_is_unchanged_and_cached_on_disk(uri: str) -> None:
     assert config.store_uri == uri
     assert config.weights_cache == (Path("/c/weights"), 7)
     assert AppConfig(store_uri=uri, disk_cache_bytes=0).weights_cache is None
-
-
-@pytest.mark.parametrize("uri", ["pool", "/data/pool", "file:///data/pool"])
-def test_a_store_in_a_folder_needs_no_disk_cache(uri: str) -> None:
-    assert AppConfig(store_uri=uri).weights_cache is None
+    for folder in ("pool", "/data/pool", "file:///data/pool"):
+        assert AppConfig(store_uri=folder).weights_cache is None
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/pool", "s3://key:secret@bucket/pool", "s3://bucket/pool?anonymous=true"])
@@ -134,11 +139,7 @@ def test_with_keys_a_list_of_source_prefixes_is_refused_with_the_remedy() -> Non
     assert AppConfig(source_prefixes=[], keys_file=Path("keys.json")).source_prefixes_of("acme") == ()
 
 
-def test_remote_clients_may_not_change_the_pool_by_default() -> None:
-    assert AppConfig().allow_remote_publish is False
-    assert AppConfig().source_prefixes == ()
-
-
+TWO_GPUS = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}
 COMMON = {
     "device": "cpu",
     "dtype": "bfloat16",
@@ -169,12 +170,7 @@ COMMON = {
         (
             VllmSettings,
             VllmWorkerConfig,
-            {
-                "tensor_parallel_size": 2,
-                "enforce_eager": True,
-                "fusion_rank_rows": 9,
-                "model_check_max_parameters": 7,
-            },
+            {"tensor_parallel_size": 2, "enforce_eager": True, "fusion_rank_rows": 9, "model_check_max_parameters": 7},
         ),
     ],
 )
@@ -188,16 +184,13 @@ def test_worker_settings_reach_the_engine_field_by_field(kind: Any, config_kind:
     assert {*settings, "engine"} == {field.name for field in fields(kind)}, "a setting without a case here"
 
 
-def test_without_a_setting_threads_are_counted_on_the_workers_machine() -> None:
-    assert AppConfig().worker_config().num_threads is None
-
-
 @pytest.mark.parametrize(("num_gpus", "share"), [(0.5, 0.5), (0.25, 0.25), (1, 1.0), (2, 1.0)])
 def test_a_worker_plans_with_its_share_of_the_gpu(num_gpus: float, share: float) -> None:
     scaling = {"ray_actor_options": {"num_gpus": num_gpus}}
     config = AppConfig(worker=NativeSettings(device="cuda"), worker_scaling=scaling)
     assert config.worker_config().device_share == share
     assert AppConfig().worker_config().device_share == 1.0
+    assert AppConfig().worker_config().num_threads is None, "they are counted on the worker's machine"
 
 
 def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:
@@ -205,6 +198,10 @@ def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> No
         ValidationError, match=r"worker\.native\n.*max_step_tokens must be at least max_batch_size \(8\), got 4"
     ):
         AppConfig.model_validate({"worker": {"max_batch_size": 8, "max_step_tokens": 4}})
+    with pytest.raises(WorkerConfigInvalid, match=r"kv_tokens must be at least max_model_len \(100\), got 99"):
+        NativeSettings(max_model_len=100, kv_tokens=99)
+    with pytest.raises(ValidationError, match="kv_tokens must be at least"):
+        AppConfig.model_validate({"worker": {"max_model_len": 100, "kv_tokens": 99}})
 
 
 def test_each_bad_worker_setting_is_reported_by_its_path() -> None:
@@ -214,35 +211,28 @@ def test_each_bad_worker_setting_is_reported_by_its_path() -> None:
     assert {problem["loc"] for problem in caught.value.errors()} == {("worker", "native", name) for name in bad}
 
 
-def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
-    with pytest.raises(WorkerConfigInvalid, match=r"kv_tokens must be at least max_model_len \(100\), got 99"):
-        NativeSettings(max_model_len=100, kv_tokens=99)
-    with pytest.raises(ValidationError, match="kv_tokens must be at least"):
-        AppConfig.model_validate({"worker": {"max_model_len": 100, "kv_tokens": 99}})
-
-
-@pytest.mark.parametrize("num_gpus", [1, 0.5, 4])
-def test_a_worker_reserves_a_gpu_for_each_process_that_shares_the_model(num_gpus: float) -> None:
-    worker = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}
-    with pytest.raises(ValidationError, match="set num_gpus to 2"):
-        AppConfig(worker=worker, worker_scaling={"ray_actor_options": {"num_gpus": num_gpus}})
-    config = AppConfig(worker=worker, worker_scaling={"ray_actor_options": {"num_gpus": 2}})
-    assert config.worker_config().tensor_parallel_size == 2
-    options = config.worker_options()
-    assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 2}
-    assert not any(name.startswith("placement_group") for name in options), "one actor sees all its GPUs"
-
-
-@pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cpu", 1), ("cpu", 0.5)])
-def test_device_and_placement_of_a_gpu_worker_must_agree(device: str, num_gpus: float) -> None:
-    with pytest.raises(ValidationError, match="num_gpus"):
-        AppConfig(worker={"device": device}, worker_scaling={"ray_actor_options": {"num_gpus": num_gpus}})
-
-
-def test_a_gpu_worker_reserves_a_gpu() -> None:
-    config = AppConfig(worker={"device": "cuda"}, worker_scaling={"ray_actor_options": {"num_gpus": 1}})
-    assert config.worker_config().device == "cuda"
-    assert config.worker_options()["ray_actor_options"]["num_gpus"] == 1
+@pytest.mark.parametrize(
+    ("worker", "num_gpus", "problem"),
+    [
+        ({"device": "cuda"}, 0, "num_gpus"),
+        ({"device": "cpu"}, 1, "num_gpus"),
+        ({"device": "cpu"}, 0.5, "num_gpus"),
+        ({"device": "cuda"}, 1, None),
+        (TWO_GPUS, 1, "set num_gpus to 2"),
+        (TWO_GPUS, 0.5, "set num_gpus to 2"),
+        (TWO_GPUS, 4, "set num_gpus to 2"),
+        (TWO_GPUS, 2, None),
+    ],
+)
+def test_a_worker_reserves_a_gpu_for_each_process_that_shares_the_model(
+    worker: dict[str, Any], num_gpus: float, problem: str | None
+) -> None:
+    with nullcontext() if problem is None else pytest.raises(ValidationError, match=problem):
+        config = AppConfig(worker=worker, worker_scaling={"ray_actor_options": {"num_gpus": num_gpus}})
+        assert config.worker_config().device == "cuda"
+        options = config.worker_options()
+        assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": num_gpus}
+        assert not any(name.startswith("placement_group") for name in options), "one actor sees all its GPUs"
 
 
 @pytest.mark.parametrize("name", ["ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"])
@@ -275,12 +265,9 @@ def test_workers_and_retrievers_have_their_own_scaling_policies_and_workers_a_ro
     taken = serve.deployment(AppConfig, **config.worker_options())._deployment_config
     assert taken.autoscaling_config.policy.get_policy().__name__ == WorkerScaling.__name__
     assert taken.request_router_config.get_request_router_class().__name__ == AdapterAffinityRouter.__name__
-
-
-def test_an_operators_policy_overrides_that_of_the_workers() -> None:
     policy = {"policy_function": "ray.serve.autoscaling_policy:default_autoscaling_policy"}
     config = AppConfig(worker_scaling={"autoscaling_config": {"max_replicas": 2, "policy": policy}})
-    assert config.worker_options()["autoscaling_config"]["policy"] == policy
+    assert config.worker_options()["autoscaling_config"]["policy"] == policy, "an operator's own"
 
 
 def test_only_workers_may_scale_to_zero() -> None:
@@ -300,10 +287,9 @@ def test_a_removed_replica_has_time_for_the_longest_request(name: str) -> None:
 
 
 def test_the_worker_deployment_accepts_as_many_requests_as_its_engine() -> None:
-    config = AppConfig()
-    assert (
-        config.worker_scaling.root["max_ongoing_requests"] >= config.worker.max_batch_size + config.worker.max_waiting
-    )
+    worker = AppConfig().worker
+    most = AppConfig().worker_scaling.root["max_ongoing_requests"]
+    assert most >= worker.max_batch_size + worker.max_waiting
 
 
 def test_a_relative_keys_file_is_resolved_at_the_start_and_keeps_its_links(
@@ -315,28 +301,18 @@ def test_a_relative_keys_file_is_resolved_at_the_start_and_keeps_its_links(
     assert AppConfig(keys_file=Path("keys.json")).keys_file == tmp_path / "keys.json"
 
 
-def test_with_keys_a_new_adapter_is_private_by_default() -> None:
-    assert AppConfig().default_visibility == "public"
-    assert AppConfig(keys_file=Path("keys.json")).default_visibility == "private"
-
-
-def test_with_keys_public_adapters_need_approval_by_default() -> None:
-    assert not AppConfig().public_requires_approval
-    assert AppConfig(keys_file=Path("keys.json")).public_requires_approval
-    assert not AppConfig(keys_file=Path("keys.json"), public_requires_approval=False).public_requires_approval
-    assert AppConfig(public_requires_approval=True).public_requires_approval
-
-
-def test_with_keys_adapters_of_others_are_named_with_their_owner() -> None:
-    assert not AppConfig().owner_names
-    assert AppConfig(keys_file=Path("keys.json")).owner_names
-
-
-def test_with_keys_server_paths_are_published_only_if_the_setting_allows_it() -> None:
-    assert AppConfig().may_publish_paths
-    assert not AppConfig(keys_file=Path("/keys")).may_publish_paths
-    assert AppConfig(keys_file=Path("/keys"), publish_paths=True).may_publish_paths
-    assert not AppConfig(publish_paths=False).may_publish_paths
+def test_keys_set_the_defaults_that_protect_tenants_and_settings_override_them() -> None:
+    """With keys, adapters are private and named with their owner, public ones need approval, and paths are refused."""
+    open_, keyed = AppConfig(), AppConfig(keys_file=Path("/keys.json"))
+    assert (open_.default_visibility, keyed.default_visibility) == ("public", "private")
+    assert (open_.public_requires_approval, keyed.public_requires_approval) == (False, True)
+    assert (open_.owner_names, keyed.owner_names) == (False, True)
+    assert (open_.may_publish_paths, keyed.may_publish_paths) == (True, False)
+    assert (open_.allow_remote_publish, open_.source_prefixes) == (False, ())
+    chosen = AppConfig(keys_file=Path("/keys.json"), public_requires_approval=False, publish_paths=True)
+    assert (chosen.public_requires_approval, chosen.may_publish_paths) == (False, True)
+    chosen = AppConfig(public_requires_approval=True, publish_paths=False)
+    assert (chosen.public_requires_approval, chosen.may_publish_paths) == (True, False)
 
 
 def test_an_operators_chat_template_reaches_the_workers(tmp_path: Path) -> None:
@@ -368,8 +344,7 @@ def test_a_scaling_group_changes_only_what_it_names() -> None:
 
 def test_cuda_implies_the_gpus_of_a_worker() -> None:
     assert AppConfig.model_validate({"worker": {"device": "cuda"}}).worker_scaling.num_gpus == 1
-    two = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}
-    assert AppConfig.model_validate({"worker": two}).worker_scaling.num_gpus == 2
+    assert AppConfig.model_validate({"worker": TWO_GPUS}).worker_scaling.num_gpus == 2
     half = {"worker": {"device": "cuda"}, "worker_scaling": {"ray_actor_options": {"num_gpus": 0.5}}}
     assert AppConfig.model_validate(half).worker_scaling.num_gpus == 0.5
 
@@ -387,16 +362,8 @@ def test_each_of_several_models_has_settings_of_its_own_and_shares_the_others() 
     config = AppConfig(models=models, max_new_tokens=300)
     first, second = config.by_model.values()
     assert list(config.by_model) == [model.name for model in config.served_models] == ["a", "b"]
-    assert (first.worker_config().device, first.worker_scaling.num_gpus, first.workers_scale_to_zero) == (
-        "cuda",
-        1,
-        False,
-    )
-    assert (second.worker_config().device, second.worker_scaling.num_gpus, second.workers_scale_to_zero) == (
-        "cpu",
-        0,
-        True,
-    )
+    found = [(c.worker_config().device, c.worker_scaling.num_gpus, c.workers_scale_to_zero) for c in (first, second)]
+    assert found == [("cuda", 1, False), ("cpu", 0, True)]
     assert {each.worker_config().max_new_tokens for each in (first, second)} == {300}
     assert (config.served_models.first.max_model_len, config.served_models.widest.name) == (512, "b")
     assert (config.served_models.made_for("x/b").name, config.served_models.made_for(None).name) == ("b", "a")

@@ -12,15 +12,12 @@ from deployments.config.settings_errors import SettingsInvalid
 from gpu_worker.config import NativeSettings
 
 
-def test_changes_override_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("template: chat\nretrieval: {k: 5}\npreload: [/a]\n")
-    config = load_config(file, preload=["/b"])
-    assert (config.template, config.retrieval.k, config.preload) == ("chat", 5, (Path("/b"),))
-
-
-def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
+def test_changes_override_the_file_and_leave_other_settings_of_a_group(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("template: chat\nworker: {max_batch_size: 8}\nretrieval: {k: 2}\npreload: [/a]\n")
+    config = load_config(file, preload=["/b"], worker={"max_model_len": 512}, retrieval={"k": 4})
+    assert (config.template, config.retrieval.k, config.preload) == ("chat", 4, (Path("/b"),))
+    assert (config.worker.max_batch_size, config.worker.max_model_len) == (8, 512)
     file.write_text("# nothing\n")
     assert load_config(file) == load_config(None) == AppConfig()
 
@@ -28,13 +25,6 @@ def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
 def test_a_keys_file_of_the_file_sets_the_defaults_that_protect_tenants(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("keys_file: keys.yaml\n")
     assert load_config(tmp_path / "settings.yaml").public_requires_approval
-
-
-def test_a_change_of_a_group_leaves_its_other_settings(tmp_path: Path) -> None:
-    file = tmp_path / "settings.yaml"
-    file.write_text("worker: {max_batch_size: 8}\nretrieval: {k: 2}\n")
-    config = load_config(file, worker={"max_model_len": 512}, retrieval={"k": 4})
-    assert (config.worker.max_batch_size, config.worker.max_model_len, config.retrieval.k) == (8, 512, 4)
 
 
 @pytest.mark.parametrize("changes", [{"base_model": "org/other"}, {"worker": {"device": "cuda"}}])

@@ -1,12 +1,15 @@
-"""Sampling parameters that the settings give to requests without them."""
+"""Sampling parameters that the settings give to requests without them, and the least queue of an encoder."""
 
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
+from deployments.api.completions import MAX_QUERIES
 from deployments.config.app import AppConfig
-from deployments.config.parts import SamplingDefaults
+from deployments.config.parts import RetrievalSettings, SamplingDefaults
 from gpu_worker.front.request.request import SAMPLING_DEFAULTS, SamplingParams
+from retriever_svc.views import LONG_CHARS, views_of
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,11 @@ def test_sampling_defaults_reach_the_worker_and_are_valid_there(given: dict[str,
 
 def test_every_parameter_that_a_base_model_may_set_is_a_setting() -> None:
     assert tuple(SamplingDefaults.model_fields) == SAMPLING_DEFAULTS
+
+
+def test_every_queue_of_an_encoder_holds_one_request_of_the_most_texts() -> None:
+    views = views_of("\n\n".join(letter * LONG_CHARS for letter in "abcd"))
+    num_texts = MAX_QUERIES * len(views)
+    assert RetrievalSettings(max_waiting=num_texts).max_waiting == num_texts == MAX_QUERIES * 5
+    with pytest.raises(ValidationError, match="max_waiting"):
+        RetrievalSettings(max_waiting=num_texts - 1)

@@ -11,6 +11,7 @@ from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.responses import Planned
 from deployments.generation.completions import jobs_of, seed_of
 from deployments.generation.row_stream import merge
+from gpu_worker.front.request.request import Job
 from gpu_worker.front.request.tools import Function, Tools
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import POOL
@@ -18,31 +19,30 @@ from tests.deployments.adapter_records import POOL
 CODER = Planned(Plan("selection", (PlannedAdapter(POOL[1].ref, "w", 1.0),), template="chat"))
 
 
+def jobs(request: ChatCompletionRequest | CompletionRequest, plans: list[Planned], count: int) -> list[Job]:
+    templates = ["alpaca"] * len(plans)
+    return jobs_of("r", "acme", request.sampling(), request.questions(), plans, templates, count)
+
+
 def test_jobs_are_ordered_by_prompt_with_their_own_plans_and_names() -> None:
     request = CompletionRequest.model_validate({"prompt": ["a", "b"], "n": 2, "seed": 5, "max_tokens": 3})
-    plans = [Planned(BASE_PLAN), CODER]
-    jobs = jobs_of("r", "acme", request.sampling(), request.questions(), plans, ["alpaca"] * 2, 2)
-    assert [job.prompt for job in jobs] == ["a", "a", "b", "b"]
-    assert [job.request_id for job in jobs] == ["r", "r-1", "r-2", "r-3"]
-    assert [job.plan for job in jobs] == [BASE_PLAN, BASE_PLAN, CODER.plan, CODER.plan]
-    assert [job.template for job in jobs] == ["alpaca", "alpaca", "chat", "chat"]
-    assert [job.sampling.seed for job in jobs] == [5, seed_of(5, 1), 5, seed_of(5, 1)]
-    assert {(job.tenant, job.sampling.max_tokens) for job in jobs} == {("acme", 3)}
+    made = jobs(request, [Planned(BASE_PLAN), CODER], 2)
+    assert [job.prompt for job in made] == ["a", "a", "b", "b"]
+    assert [job.request_id for job in made] == ["r", "r-1", "r-2", "r-3"]
+    assert [job.plan for job in made] == [BASE_PLAN, BASE_PLAN, CODER.plan, CODER.plan]
+    assert [job.template for job in made] == ["alpaca", "alpaca", "chat", "chat"]
+    assert [job.sampling.seed for job in made] == [5, seed_of(5, 1), 5, seed_of(5, 1)]
+    assert {(job.tenant, job.sampling.max_tokens) for job in made} == {("acme", 3)}
+    unseeded = CompletionRequest.model_validate({"prompt": "a", "n": 3})
+    assert [job.sampling.seed for job in jobs(unseeded, [Planned(BASE_PLAN)], 3)] == [None] * 3, "each has its own"
 
 
-def test_every_choice_of_a_chat_gets_its_tools() -> None:
-    body = {"messages": [{"role": "user", "content": "a"}], "n": 2}
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    for fields, expected in (({"tools": tools}, Tools((Function("f"),))), ({}, None)):
-        request = ChatCompletionRequest.model_validate(body | fields)
-        jobs = jobs_of("r", "local", request.sampling(), request.questions(), [Planned(BASE_PLAN)], ["alpaca"], 2)
-        assert [job.tools for job in jobs] == [expected] * 2
-
-
-def test_without_a_seed_every_row_has_its_own() -> None:
-    request = CompletionRequest.model_validate({"prompt": "a", "n": 3})
-    jobs = jobs_of("r", "local", request.sampling(), request.questions(), [Planned(BASE_PLAN)], ["alpaca"], 3)
-    assert [job.sampling.seed for job in jobs] == [None, None, None]
+@pytest.mark.parametrize("has_tools", [False, True])
+def test_every_choice_of_a_chat_gets_its_tools(has_tools: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}] if has_tools else None
+    body = {"messages": [{"role": "user", "content": "a"}], "n": 2, "tools": tools}
+    made = jobs(ChatCompletionRequest.model_validate(body), [Planned(BASE_PLAN)], 2)
+    assert [job.tools for job in made] == [Tools((Function("f"),)) if has_tools else None] * 2
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
@@ -72,61 +72,49 @@ class Stream:
 
 
 @pytest.mark.parametrize("counts", [[3], [2, 0, 3], [0, 0], [1, 1, 1, 1]])
-def test_every_item_arrives_once_in_the_order_of_its_stream(counts: list[int]) -> None:
-    async def main() -> None:
-        streams = [Stream([(place, number) for number in range(count)]) for place, count in enumerate(counts)]
-        for stream in streams:
-            stream.gate.set()
-        seen: list[list[object]] = [[] for _ in streams]
-        async for place, item in merge([stream.run() for stream in streams]):
-            seen[place].append((place, item))
-        assert seen == [list(stream.items) for stream in streams]
-        assert all(stream.is_closed for stream in streams)
-
-    asyncio.run(main())
+async def test_every_item_arrives_once_in_the_order_of_its_stream(counts: list[int]) -> None:
+    streams = [Stream([(place, number) for number in range(count)]) for place, count in enumerate(counts)]
+    for stream in streams:
+        stream.gate.set()
+    seen: list[list[object]] = [[] for _ in streams]
+    async for place, item in merge([stream.run() for stream in streams]):
+        seen[place].append((place, item))
+    assert seen == [list(stream.items) for stream in streams]
+    assert all(stream.is_closed for stream in streams)
 
 
-def test_a_slow_stream_does_not_delay_others() -> None:
-    async def main() -> None:
-        slow, fast = Stream(["s"]), Stream(["f1", "f2"])
-        fast.gate.set()
-        async with aclosing(merge([slow.run(), fast.run()])) as items:
-            assert [await anext(items) for _ in range(2)] == ["f1", "f2"]
-            slow.gate.set()
-            assert await anext(items) == "s"
-
-    asyncio.run(main())
+async def test_a_slow_stream_does_not_delay_others() -> None:
+    slow, fast = Stream(["s"]), Stream(["f1", "f2"])
+    fast.gate.set()
+    async with aclosing(merge([slow.run(), fast.run()])) as items:
+        assert [await anext(items) for _ in range(2)] == ["f1", "f2"]
+        slow.gate.set()
+        assert await anext(items) == "s"
 
 
-def test_an_error_of_one_stream_ends_all() -> None:
-    async def main() -> None:
-        waiting, broken = Stream(["never"]), Stream([ValueError("broken")])
-        broken.gate.set()
-        with pytest.raises(ValueError, match="broken"):
-            async for _ in merge([waiting.run(), broken.run()]):
-                raise AssertionError
-        assert waiting.is_closed
-
-    asyncio.run(main())
+async def test_an_error_of_one_stream_ends_all() -> None:
+    waiting, broken = Stream(["never"]), Stream([ValueError("broken")])
+    broken.gate.set()
+    with pytest.raises(ValueError, match="broken"):
+        async for _ in merge([waiting.run(), broken.run()]):
+            raise AssertionError
+    assert waiting.is_closed
 
 
 @pytest.mark.parametrize("way", ["close", "cancel"])
-def test_leaving_closes_every_stream(way: str) -> None:
-    async def main() -> None:
-        streams = [Stream(["a", "b"]), Stream(["c"]), Stream(["d"])]
-        streams[0].gate.set()
-        streams[1].gate.set()
+async def test_leaving_closes_every_stream(way: str) -> None:
+    streams = [Stream(["a", "b"]), Stream(["c"]), Stream(["d"])]
+    streams[0].gate.set()
+    streams[1].gate.set()
 
-        async def consume() -> None:
-            async with aclosing(merge([stream.run() for stream in streams])) as items:
-                await anext(items)
-                if way == "cancel":
-                    task.cancel()
-                    await asyncio.sleep(0)
+    async def consume() -> None:
+        async with aclosing(merge([stream.run() for stream in streams])) as items:
+            await anext(items)
+            if way == "cancel":
+                task.cancel()
+                await asyncio.sleep(0)
 
-        task = asyncio.create_task(consume())
-        await asyncio.wait([task])
-        assert task.cancelled() == (way == "cancel")
-        assert [stream.is_closed for stream in streams] == [True, True, True]
-
-    asyncio.run(main())
+    task = asyncio.create_task(consume())
+    await asyncio.wait([task])
+    assert task.cancelled() == (way == "cancel")
+    assert [stream.is_closed for stream in streams] == [True, True, True]

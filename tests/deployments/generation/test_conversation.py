@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,26 +28,29 @@ def said(*turns: str) -> list[Message]:
     return messages[:-1]
 
 
-@pytest.mark.parametrize("before", [[], [TASK], [TASK, OTHER]])
-def test_a_complete_last_turn_is_read_alone(before: list[str]) -> None:
-    reading = reading_of(said(*before, OTHER))
-    assert reading.texts == (OTHER,)
-    assert reading.previous == tuple(before[::-1])
+LONG = "And the king said to his people that the war was over and that they could all go home now"
 
 
-@pytest.mark.parametrize("turn", ["and for coffee?", "Now the same with dogs", "What about the dogs?", "again"])
-def test_an_elliptic_turn_is_joined_to_the_complete_turn_before_it(turn: str) -> None:
-    assert reading_of(said(OTHER, TASK, turn)).texts == (f"{TASK}\n{turn}",)
-
-
-def test_a_short_turn_is_tried_alone_first() -> None:
-    assert reading_of(said(TASK, "the dogs bark")).texts == ("the dogs bark", f"{TASK}\nthe dogs bark")
-    assert reading_of(said("the dogs bark")).texts == ("the dogs bark",)
-
-
-def test_several_dependent_turns_are_joined_back_to_a_complete_one() -> None:
-    reading = reading_of(said(OTHER, TASK, "and tea?", "and milk?"))
-    assert reading == Reading((f"{TASK}\nand tea?\nand milk?",), previous=(f"{TASK}\nand tea?", TASK, OTHER))
+@pytest.mark.parametrize(
+    ("turns", "texts", "previous"),
+    [
+        ([OTHER], [OTHER], []),
+        ([TASK, OTHER], [OTHER], [TASK]),
+        ([TASK, LONG], [LONG], [TASK]),
+        ([OTHER, TASK, "and for coffee?"], [f"{TASK}\nand for coffee?"], [TASK, OTHER]),
+        ([TASK, "Now the same with dogs"], [f"{TASK}\nNow the same with dogs"], [TASK]),
+        ([TASK, "What about the dogs?"], [f"{TASK}\nWhat about the dogs?"], [TASK]),
+        ([TASK, "again"], [f"{TASK}\nagain"], [TASK]),
+        ([TASK, "the dogs bark"], ["the dogs bark", f"{TASK}\nthe dogs bark"], [TASK]),
+        (["the dogs bark"], ["the dogs bark"], []),
+        ([OTHER, TASK, "and tea?", "and milk?"], [f"{TASK}\nand tea?\nand milk?"], [f"{TASK}\nand tea?", TASK, OTHER]),
+    ],
+)
+def test_a_turn_is_read_alone_if_it_is_complete_and_with_earlier_ones_otherwise(
+    turns: list[str], texts: list[str], previous: list[str]
+) -> None:
+    """An elliptic turn is joined back to a complete one, and a short turn is tried alone first."""
+    assert reading_of(said(*turns)) == Reading(tuple(texts), previous=tuple(previous))
 
 
 def test_no_more_than_the_bound_is_joined() -> None:
@@ -60,26 +65,38 @@ def test_earlier_turns_are_kept_newest_first_up_to_the_bound() -> None:
     assert reading_of(said(*turns[:MAX_JOINED], OTHER)).previous == tuple(turns[:MAX_JOINED][::-1])
 
 
-def test_an_instruction_in_the_system_text_is_tried_last() -> None:
-    messages = [Message("system", "Negate each statement."), *said("The dogs are barking loudly today")]
-    last = "The dogs are barking loudly today"
-    assert reading_of(messages).texts == (last, f"Negate each statement.\n{last}")
+ORDER = "Negate each statement. Act as an AI that is brief."
+LONG_ORDER = "Negate each statement. " + "x" * MAX_SYSTEM_CHARS
 
 
-@pytest.mark.parametrize("system", ["You are a helpful assistant.", "You are ChatX, a large language model.", ""])
-def test_a_system_text_that_fits_every_conversation_is_not_read(system: str) -> None:
-    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK,)
+@pytest.mark.parametrize(
+    ("system", "read"),
+    [
+        ("You are a helpful assistant.", None),
+        ("You are ChatX, a large language model.", None),
+        ("", None),
+        ("Negate each statement.", "Negate each statement."),
+        (f"You are a helpful assistant. {ORDER}", ORDER),
+        (LONG_ORDER, LONG_ORDER[:MAX_SYSTEM_CHARS]),
+    ],
+)
+def test_an_instruction_in_the_system_text_is_tried_last(system: str, read: str | None) -> None:
+    """A first sentence that describes the assistant is left out, and so is what exceeds the bound."""
+    expected = (TASK,) if read is None else (TASK, f"{read}\n{TASK}")
+    assert reading_of([Message("system", system), *said(TASK)]).texts == expected
 
 
-def test_only_the_first_sentence_that_describes_the_assistant_is_left_out() -> None:
-    system = "You are a helpful assistant. Negate each statement. Act as an AI that is brief."
-    order = "Negate each statement. Act as an AI that is brief."
-    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"{order}\n{TASK}")
+@pytest.mark.parametrize("repeated", [" ", "\n", "i am "])
+def test_no_system_text_takes_long_to_read(repeated: str) -> None:
+    system = "Negate each statement." + repeated * (8_000 // len(repeated)) + "x"
+    began = time.thread_time()
+    reading_of([Message("system", system), *said(TASK)])
+    assert time.thread_time() - began < 0.2
 
 
-def test_a_long_system_text_is_read_to_the_bound() -> None:
-    system = "Negate each statement. " + "x" * MAX_SYSTEM_CHARS
-    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"{system[:MAX_SYSTEM_CHARS]}\n{TASK}")
+def test_a_description_after_many_blank_lines_is_left_out() -> None:
+    system = "\n" * 5_000 + "You are a helpful assistant.\n\nNegate each statement."
+    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"Negate each statement.\n{TASK}")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
@@ -128,11 +145,6 @@ def test_a_prompt_of_a_task_is_not_housekeeping(text: str) -> None:
 def test_a_word_that_begins_like_an_opener_is_not_elliptic(text: str) -> None:
     assert not is_elliptic(text)
     assert is_short(text)
-
-
-def test_a_long_text_that_begins_like_a_continuation_is_complete() -> None:
-    text = "And the king said to his people that the war was over and that they could all go home now"
-    assert reading_of(said(TASK, text)).texts == (text,)
 
 
 ROLES = st.sampled_from(["system", "user", "assistant"])

@@ -97,30 +97,26 @@ def test_a_store_that_is_away_fails_no_request() -> None:
     assert noted({"model": "poet", "messages": turns("Rhyme.")}, store=store) == []
 
 
-def test_noting_is_sampled_for_each_tenant() -> None:
+async def test_noting_is_sampled_for_each_tenant() -> None:
     now = [1000.0]
     store = FakeStore(pool_of(*POOL))
+    background = Background()
+    handle = FakeHandle(store)
+    notes = PromptNotes(serve_store(handle), background, is_on=True, clock=lambda: now[0])  # type: ignore[arg-type]
+    plan = await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection")
 
-    async def run() -> tuple[int, int, int]:
-        background = Background()
-        handle = FakeHandle(store)
-        notes = PromptNotes(serve_store(handle), background, is_on=True, clock=lambda: now[0])  # type: ignore[arg-type]
-        plan = await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection")
+    async def note(number: int, model: str, planned: Planned, caller: Caller = LOCAL_CALLER) -> None:
+        notes.note(Question(f"text {number}", f"text {number}", model, LoraOptions()), planned, caller, f"{number}")
+        await background.idle()
 
-        async def note(number: int, model: str, planned: Planned, caller: Caller = LOCAL_CALLER) -> None:
-            notes.note(Question(f"text {number}", f"text {number}", model, LoraOptions()), planned, caller, f"{number}")
-            await background.idle()
-
-        for number in range(3 * MAX_ASKED):
-            await note(number, "poet", Planned(plan))
-            await note(number, "auto", Planned(plan, reason="fits"))
-        first = len(store.given)
-        caller = replace(LOCAL_CALLER, tenant="quiet")
-        await note(0, "auto", Planned(plan, reason="fits"), caller)
-        of_others = len(store.given) - first
-        now[0] += PAUSE_S
-        await note(99, "poet", Planned(plan))
-        await note(99, "auto", Planned(plan, reason="fits"))
-        return first, of_others, len(store.given)
-
-    assert asyncio.run(run()) == (1 + MAX_ASKED, 1, 1 + MAX_ASKED + 1 + 2)
+    for number in range(3 * MAX_ASKED):
+        await note(number, "poet", Planned(plan))
+        await note(number, "auto", Planned(plan, reason="fits"))
+    first = len(store.given)
+    caller = replace(LOCAL_CALLER, tenant="quiet")
+    await note(0, "auto", Planned(plan, reason="fits"), caller)
+    of_others = len(store.given) - first
+    now[0] += PAUSE_S
+    await note(99, "poet", Planned(plan))
+    await note(99, "auto", Planned(plan, reason="fits"))
+    assert (first, of_others, len(store.given)) == (1 + MAX_ASKED, 1, 1 + MAX_ASKED + 1 + 2)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,12 +44,12 @@ def names(planned: Planned) -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["auto", f"{BASE}:auto"])
-def test_auto_asks_the_retriever(model: str) -> None:
-    handle = handle_of()
+def test_auto_asks_the_retriever_even_if_an_adapter_has_that_name(model: str) -> None:
+    handle = handle_of("auto")
     planned = plan(handle, model)
     assert [call.name for call in handle.calls] == ["route"]
-    assert names(planned) == ["poet", "coder"]
-    assert [candidate.ref.name for candidate in planned.candidates] == ["poet", "coder"]
+    assert names(planned) == ["poet", "coder", "auto"]
+    assert [candidate.ref.name for candidate in planned.candidates] == ["poet", "coder", "auto"]
 
 
 def test_the_bases_name_means_the_base_model_without_retrieval() -> None:
@@ -64,10 +66,6 @@ def test_an_adapters_name_is_one_adapter_of_weight_one(model: str) -> None:
     assert planned.candidates == ()
 
 
-def test_auto_has_priority_over_an_adapter_of_that_name() -> None:
-    assert names(plan(handle_of("auto"), "auto")) == ["poet", "coder", "auto"]
-
-
 @pytest.mark.parametrize("model", ["unknown", f"{BASE}:unknown", f"{BASE}:", "other:poet", "auto:poet", ":poet", "a/b"])
 def test_an_unknown_model_is_reported_under_the_clients_name(model: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
@@ -82,20 +80,22 @@ def test_an_unknown_model_is_reported_under_the_clients_name(model: str) -> None
     }
 
 
-def test_omitted_options_come_from_the_config() -> None:
-    handle = handle_of()
-    plan(handle, strategy="fusion", k=5, weights="softmax", fallback="error", min_score=0.9)
+def route_request(handle: FakeHandle) -> RouteRequest:
     [([request],)] = handle.called("route")
-    assert request == RouteRequest("Rhyme", "local", "fusion", 5, "softmax", 0.9, "error", abstain="balanced")
+    assert isinstance(request, RouteRequest)
+    return request
 
 
-def test_a_requests_options_override_the_config() -> None:
-    handle = handle_of()
+def test_options_come_from_the_config_unless_the_request_sets_them() -> None:
+    settings = {"strategy": "fusion", "k": 5, "weights": "softmax", "fallback": "error"}
+    plan(handle := handle_of(), **settings, min_score=0.9)
+    expected = RouteRequest("Rhyme", "local", "fusion", 5, "softmax", 0.9, "error", abstain="balanced")
+    assert route_request(handle) == expected
     said = {"strategy": "selection", "k": 2, "weights": "uniform", "fallback": "base", "min_score": 0.0}
     said |= {"filter": {"tags": ["a", "b"]}, "min_generation": 9}
-    plan(handle, lora=said, strategy="fusion", k=5, weights="softmax", fallback="error")
-    [([request],)] = handle.called("route")
-    assert request == RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
+    plan(handle := handle_of(), lora=said, **settings)
+    expected = RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
+    assert route_request(handle) == expected
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,8 @@ def test_a_requests_options_override_the_config() -> None:
 def test_a_strategys_option_is_the_requests_then_the_settings_then_its_own(
     given: dict[str, float], setting: dict[str, float], expected: float
 ) -> None:
-    handle = handle_of()
-    plan(handle, lora={"strategy_options": given}, strategy="top_p_mixture", strategy_options=setting)
-    [([request],)] = handle.called("route")
+    plan(handle := handle_of(), lora={"strategy_options": given}, strategy="top_p_mixture", strategy_options=setting)
+    request = route_request(handle)
     assert (request.strategy, request.options) == ("top_p_mixture", {"kept_weight": expected})
 
 
@@ -122,16 +121,11 @@ def test_an_option_that_the_strategy_lacks_is_refused_before_retrieval() -> None
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [
-        ({"abstain": "never"}, ("never", None)),
-        ({"min_score": 0.5}, (None, 0.5)),
-        ({}, ("lenient", 0.3)),
-    ],
+    [({"abstain": "never"}, ("never", None)), ({"min_score": 0.5}, (None, 0.5)), ({}, ("lenient", 0.3))],
 )
 def test_the_operating_point_is_the_requests_or_else_the_settings(given: dict[str, Any], expected: object) -> None:
-    handle = handle_of()
-    plan(handle, lora=given, abstain="lenient", min_score=0.3)
-    [([request],)] = handle.called("route")
+    plan(handle := handle_of(), lora=given, abstain="lenient", min_score=0.3)
+    request = route_request(handle)
     assert (request.abstain, request.min_score) == expected
 
 
@@ -175,36 +169,33 @@ def test_a_named_model_is_composed_as_requested(strategy: str) -> None:
     assert (planned.plan.strategy, names(planned)) == (strategy, ["poet"])
 
 
-def test_the_base_alone_is_not_composed() -> None:
+@pytest.mark.parametrize(
+    ("model", "lora", "param"),
+    [
+        (BASE, {"strategy": "mixture"}, "lora.strategy"),
+        *((model, {"adapters": [{"name": "poet"}]}, "lora.adapters") for model in (BASE, "poet", f"{BASE}:poet")),
+    ],
+)
+def test_the_base_is_not_composed_and_named_adapters_require_model_auto(
+    model: str, lora: dict[str, Any], param: str
+) -> None:
     handle = handle_of()
-    with pytest.raises(RequestInvalid) as caught:
-        plan(handle, BASE, {"strategy": "mixture"})
-    assert caught.value.param == "lora.strategy"
-    assert handle.calls == []
-
-
-def test_named_adapters_are_planned_with_their_weights_and_without_retrieval() -> None:
-    handle = handle_of()
-    adapters = [{"name": "coder", "weight": -0.5}, {"name": "poet"}]
-    planned = plan(handle, lora={"adapters": adapters, "strategy": "fusion"})
-    assert planned.plan.strategy == "fusion"
-    assert [(row.ref.name, row.weight) for row in planned.plan.adapters] == [("coder", -0.5), ("poet", 1.0)]
-    assert handle.called("route") == []
+    with pytest.raises(RequestInvalid, match="auto" if param == "lora.adapters" else "") as caught:
+        plan(handle, model, lora)
+    assert (caught.value.param, handle.calls) == (param, [])
 
 
 @pytest.mark.parametrize(("count", "strategy"), [(1, "selection"), (2, "fusion")])
-def test_named_adapters_use_the_configs_strategy_by_default(count: int, strategy: str) -> None:
-    adapters = [{"name": "poet"}, {"name": "coder"}][:count]
-    assert plan(handle_of(), lora={"adapters": adapters}, strategy="fusion").plan.strategy == strategy
-
-
-@pytest.mark.parametrize("model", [BASE, "poet", f"{BASE}:poet"])
-def test_named_adapters_require_model_auto(model: str) -> None:
+def test_named_adapters_are_planned_with_their_weights_by_the_configs_strategy(count: int, strategy: str) -> None:
     handle = handle_of()
-    with pytest.raises(RequestInvalid, match="auto") as caught:
-        plan(handle, model, {"adapters": [{"name": "poet"}]})
-    assert caught.value.param == "lora.adapters"
-    assert handle.calls == []
+    adapters = [{"name": "coder", "weight": -0.5}, {"name": "poet"}][:count]
+    planned = plan(handle, lora={"adapters": adapters}, strategy="fusion")
+    assert planned.plan.strategy == strategy
+    assert [(row.ref.name, row.weight) for row in planned.plan.adapters] == [("coder", -0.5), ("poet", 1.0)][:count]
+    assert handle.called("route") == []
+    assert (
+        plan(handle, lora={"adapters": adapters, "strategy": "mixture"}, strategy="fusion").plan.strategy == "mixture"
+    )
 
 
 def test_an_unknown_named_adapter_is_not_found() -> None:
@@ -235,27 +226,34 @@ def plan_turns(handle: FakeHandle, *turns: str, lora: dict[str, Any] | None = No
     return asyncio.run(planner_over(handle).plan_all([question], "local"))[0]
 
 
+def routed(handle: FakeHandle) -> list[RouteRequest]:
+    return [request for ([request],) in handle.called("route")]
+
+
+SEA, SKY, WARMER, SHORTER = (
+    "Write a poem about the sea",
+    "How far is the sky?",
+    "a bit warmer please",
+    "und etwas kürzer",
+)
+
+
 def test_a_conversation_prefers_the_adapter_of_its_previous_turn() -> None:
-    handle = handle_of()
-    plan_turns(handle, "Write a poem about the sea", "Write another poem about the sky")
-    requests = [request for ([request],) in handle.called("route")]
-    assert [request.text for request in requests] == ["Write a poem about the sea", "Write another poem about the sky"]
-    assert [request.preferred for request in requests] == [None, POOL[0].ref]
-    assert [request.counted for request in requests] == ["never", "if_chosen"]
+    plan_turns(handle := handle_of(), SEA, SKY)
+    found = [(request.text, request.preferred, request.counted) for request in routed(handle)]
+    assert found == [(SEA, None, "never"), (SKY, POOL[0].ref, "if_chosen")]
 
 
 def test_further_texts_are_tried_only_after_the_first_found_no_adapter() -> None:
-    found = handle_of()
-    plan_turns(found, "Write a poem about the sea", "blue sky")
-    assert [request.text for ([request],) in found.called("route")] == ["Write a poem about the sea", "blue sky"]
+    plan_turns(found := handle_of(), SEA, "blue sky")
+    assert [request.text for request in routed(found)] == [SEA, "blue sky"]
     none = FakeHandle(FakeRetriever(POOL, abstains=True))
-    planned = plan_turns(none, "Write a poem about the sea", "blue sky", lora={"fallback": "error"})
-    assert planned.abstained
-    requests = [request for ([request],) in none.called("route")]
-    assert [request.text for request in requests[1:]] == ["blue sky", "Write a poem about the sea\nblue sky"]
-    assert [request.fallback for request in requests] == ["base", "base", "error"]
-    assert [request.preferred for request in requests] == [None] * 3
-    assert [request.counted for request in requests] == ["never", "if_chosen", "always"]
+    assert plan_turns(none, SEA, "blue sky", lora={"fallback": "error"}).abstained
+    assert [(request.text, request.fallback, request.preferred, request.counted) for request in routed(none)] == [
+        (SEA, "base", None, "never"),
+        ("blue sky", "base", None, "if_chosen"),
+        (f"{SEA}\nblue sky", "error", None, "always"),
+    ]
 
 
 @dataclass
@@ -274,50 +272,36 @@ class BackReferring(FakeRetriever):
         return routes
 
 
-def planned_texts(retriever: FakeRetriever, *turns: str, **lora: Any) -> tuple[list[str], Planned]:
-    handle = FakeHandle(retriever)
-    planned = plan_turns(handle, *turns, lora=lora)
-    return [request.text for ([request],) in handle.called("route")], planned
-
-
-SEA, SKY, WARMER, SHORTER = (
-    "Write a poem about the sea",
-    "How far is the sky?",
-    "a bit warmer please",
-    "und etwas kürzer",
+@pytest.mark.parametrize(
+    ("turns", "back", "texts", "abstains"),
+    [
+        ([SEA, WARMER], (WARMER,), [SEA, WARMER, SEA], False),
+        ([SEA, SHORTER, WARMER], (WARMER, SHORTER), [SHORTER, SEA, WARMER, SEA], False),
+        ([SEA, SKY], (), [SEA, SKY, SKY], True),
+        ([SEA, SKY, WARMER], (WARMER,), [SKY, WARMER], True),
+    ],
+    ids=["the turn that it means", "a chain of turns", "no reference", "a complete turn in between"],
 )
+def test_a_turn_that_refers_back_keeps_the_adapter_of_the_turn_that_it_means(
+    turns: list[str], back: tuple[str, ...], texts: list[str], abstains: bool
+) -> None:
+    handle = FakeHandle(BackReferring(fitting=(SEA,), back=back))
+    planned = plan_turns(handle, *turns)
+    assert ([request.text for request in routed(handle)], planned.abstained) == (texts, abstains)
+    assert names(planned) == ([] if abstains else ["poet", "coder"])
 
 
-def test_a_turn_that_refers_back_keeps_the_adapter_of_the_turn_that_it_means() -> None:
-    texts, planned = planned_texts(BackReferring(fitting=(SEA,), back=(WARMER,)), SEA, WARMER)
-    assert (texts, names(planned)) == ([SEA, WARMER, SEA], ["poet", "coder"])
-
-
-def test_a_chain_of_turns_that_refer_back_leads_to_the_turn_that_began_it() -> None:
-    retriever = BackReferring(fitting=(SEA,), back=(WARMER, SHORTER))
-    texts, planned = planned_texts(retriever, SEA, SHORTER, WARMER)
-    assert (texts, names(planned)) == ([SHORTER, SEA, WARMER, SEA], ["poet", "coder"])
-
-
-def test_a_turn_that_does_not_refer_back_is_answered_by_the_base_model() -> None:
-    texts, planned = planned_texts(BackReferring(fitting=(SEA,)), SEA, SKY)
-    assert (texts, planned.abstained) == ([SEA, SKY, SKY], True)
-
-
-def test_a_conversation_is_counted_once_whatever_answers_it() -> None:
-    for retriever in (FakeRetriever(), BackReferring(fitting=(SEA,), back=(WARMER,)), BackReferring(fitting=(SEA,))):
-        handle = FakeHandle(retriever)
-        planned = plan_turns(handle, SEA, WARMER)
-        counted = [request.counted for ([request],) in handle.called("route")]
-        assert counted == (
-            ["never", "if_chosen"] if type(retriever) is FakeRetriever else ["never", "if_chosen", "always"]
-        )
-        assert planned.abstained == (getattr(retriever, "back", None) == ())
-
-
-def test_a_turn_in_between_that_is_complete_ends_the_search_for_the_earlier_one() -> None:
-    texts, planned = planned_texts(BackReferring(fitting=(SEA,), back=(WARMER,)), SEA, SKY, WARMER)
-    assert (texts, planned.abstained) == ([SKY, WARMER], True)
+@pytest.mark.parametrize(
+    ("retriever", "counted"),
+    [
+        (FakeRetriever(), ["never", "if_chosen"]),
+        (BackReferring(fitting=(SEA,), back=(WARMER,)), ["never", "if_chosen", "always"]),
+        (BackReferring(fitting=(SEA,)), ["never", "if_chosen", "always"]),
+    ],
+)
+def test_a_conversation_is_counted_once_whatever_answers_it(retriever: FakeRetriever, counted: list[str]) -> None:
+    plan_turns(handle := FakeHandle(retriever), SEA, WARMER)
+    assert [request.counted for request in routed(handle)] == counted
 
 
 def test_housekeeping_is_answered_by_the_base_and_asks_nobody() -> None:
@@ -330,7 +314,7 @@ def test_housekeeping_is_answered_by_the_base_and_asks_nobody() -> None:
 def test_a_query_of_the_request_replaces_the_conversation() -> None:
     handle = handle_of()
     plan_turns(handle, "Write a poem", "Generate a title for this conversation", lora={"query": "Rhyme"})
-    assert [request.text for ([request],) in handle.called("route")] == ["Rhyme"]
+    assert [request.text for request in routed(handle)] == ["Rhyme"]
 
 
 @pytest.mark.parametrize(
@@ -365,7 +349,7 @@ def test_every_text_that_may_be_encoded_is_counted(turns: list[str], lora: dict[
         ("a", "auto", "a", None),
     ],
 )
-def test_a_plan_without_adapters_is_replayed_on_its_base(
+async def test_a_plan_without_adapters_is_replayed_on_its_base(
     names: str, model: str, base_model: str | None, said: str | None
 ) -> None:
     models = AppConfig(models=[{"base_model": f"x/{name}"} for name in names]).served_models
@@ -373,10 +357,6 @@ def test_a_plan_without_adapters_is_replayed_on_its_base(
     lora = {"plan": {"strategy": "base", "adapters": [], "base_model": base_model}}
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora}
     [question] = ChatCompletionRequest.model_validate(body).questions()
-    if said is None:
-        planned = asyncio.run(planner.plan_all([question], "local"))[0]
+    with nullcontext() if said is None else pytest.raises(RequestInvalid, match=re.escape(said)):
+        [planned] = await planner.plan_all([question], "local")
         assert planned.plan.base_model == ("b" if names == "ab" else "")
-    else:
-        with pytest.raises(RequestInvalid) as refused:
-            asyncio.run(planner.plan_all([question], "local"))[0]
-        assert said in str(refused.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,15 +116,12 @@ def case_of(
     return Case(worker, handle, row, usage)
 
 
-Way = Callable[[Case], Awaitable[list[Any]]]
+Way = Callable[[Case], Coroutine[Any, Any, list[Any]]]
 WAYS: list[Way] = [Case.taken, Case.collected]
 
 
 def run(way: Way, case: Case) -> list[Any]:
-    async def main() -> list[Any]:
-        return await way(case)
-
-    return run_in_virtual_time(main())
+    return run_in_virtual_time(way(case))
 
 
 def name(value: object) -> str:
@@ -195,18 +192,6 @@ def test_a_worker_that_hangs_past_deadline_and_grace_is_abandoned(said: tuple[An
     assert [response.num_cancels for response in case.handle.responses] in ([1], [])
 
 
-def test_leaving_cancels_the_job_at_once() -> None:
-    async def main() -> None:
-        case = case_of((A, FOREVER))
-        deltas = case.row.deltas()
-        assert await anext(deltas) == (3, A)
-        assert case.handle.responses[0].num_cancels == 0
-        await deltas.aclose()
-        assert case.handle.responses[0].num_cancels == 1
-
-    asyncio.run(main())
-
-
 class ClosedWorkers(BaseWorkers):
     """No worker starts in time."""
 
@@ -225,12 +210,10 @@ def test_without_a_worker_nothing_is_sent_or_charged(way: Way) -> None:
     assert (case.worker.jobs, case.usage.num_tokens) == ([], 0)
 
 
-def test_the_tokens_of_a_cancelled_row_are_charged() -> None:
-    async def main() -> None:
-        case = case_of((A, B, FOREVER))
-        deltas = case.row.deltas()
-        assert [await anext(deltas) for _ in range(2)] == [(3, A), (3, B)]
-        await deltas.aclose()
-        assert case.usage.num_tokens == 4 + 2
-
-    asyncio.run(main())
+async def test_leaving_cancels_the_job_at_once_and_its_tokens_are_charged() -> None:
+    case = case_of((A, B, FOREVER))
+    deltas = case.row.deltas()
+    assert [await anext(deltas) for _ in range(2)] == [(3, A), (3, B)]
+    assert case.handle.responses[0].num_cancels == 0
+    await deltas.aclose()
+    assert (case.handle.responses[0].num_cancels, case.usage.num_tokens) == (1, 4 + 2)

@@ -113,6 +113,7 @@ def test_an_intrinsic_of_ibm_is_imported() -> None:
         ({"instruction": "About {pet}?"}, r"instruction: has \{pet\}"),
         ({"instruction": "{{input}} {last_message}"}, r"instruction: has \{input\}"),
         ({"instruction": "About {"}, "instruction: .*brace"),
+        ({"instruction": "About \0?"}, "instruction: has the character NUL"),
         ({"response_format": "{"}, "response_format: is not valid JSON"),
         ({"parameters": {"logprobs": True}}, r"sampling\.logprobs: unknown field"),
         ({"parameters": [1]}, "parameters: must be a mapping"),

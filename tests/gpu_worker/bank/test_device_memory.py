@@ -29,20 +29,14 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def test_unused_memory_and_cached_files_count_as_free(tmp_path: Path) -> None:
+    assert cgroup_bytes(tmp_path) == []
+    write(tmp_path, {"memory.max": "max"})
+    assert cgroup_bytes(tmp_path) == [], "no limit"
     stat = "anon 300\ninactive_file 100\ntotal_inactive_file 150"
     write(tmp_path, {"memory.max": "1000", "memory.current": "600", "memory.stat": stat})
     assert cgroup_bytes(tmp_path) == [500]
-    write(
-        tmp_path / "memory",
-        {"memory.limit_in_bytes": "2000", "memory.usage_in_bytes": "800", "memory.stat": stat},
-    )
+    write(tmp_path / "memory", {"memory.limit_in_bytes": "2000", "memory.usage_in_bytes": "800", "memory.stat": stat})
     assert cgroup_bytes(tmp_path) == [500, 1350]
-
-
-def test_without_limits_the_list_is_empty(tmp_path: Path) -> None:
-    assert cgroup_bytes(tmp_path) == []
-    write(tmp_path, {"memory.max": "max"})
-    assert cgroup_bytes(tmp_path) == []
 
 
 def test_workers_of_one_device_plan_with_at_most_its_memory() -> None:
@@ -76,12 +70,8 @@ def test_mappings_are_limited_by_the_process_and_by_strict_overcommit(tmp_path: 
         MappingLimit("RLIMIT_DATA", 3 << 20),
         MappingLimit("vm.overcommit_memory=2", 5 << 20),
     ]
-
-
-def test_without_limits_mappings_are_unlimited(tmp_path: Path) -> None:
     for overcommit in (0, 1):
-        limits = mapping_limits(proc_of(tmp_path, overcommit), lambda kind: (resource.RLIM_INFINITY, -1))
-        assert limits == []
+        assert mapping_limits(proc_of(tmp_path, overcommit), lambda kind: (resource.RLIM_INFINITY, -1)) == []
 
 
 def test_this_process_reads_its_own_limits() -> None:
@@ -143,9 +133,6 @@ def test_changed_pages_that_are_swapped_out_stay(tmp_path: Path) -> None:
     tensor = torch.from_file(str(file), size=file.stat().st_size // 8, dtype=torch.int64)
     assert tensor.sum() and resident(file) != [0]
     smaps.write_text(re.sub(r"(?m)^Swap: +0 kB$", "Swap:                  4 kB", Path("/proc/self/smaps").read_text()))
-    release_unused(smaps)
-    assert resident(file) != [0]
-
-
-def test_a_linux_that_does_not_list_mappings_releases_none(tmp_path: Path) -> None:
-    release_unused(tmp_path / "missing")
+    for listed in (smaps, tmp_path / "missing"):  # a Linux that does not list mappings
+        release_unused(listed)
+        assert resident(file) != [0]

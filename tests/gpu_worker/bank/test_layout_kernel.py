@@ -89,10 +89,7 @@ def test_a_source_of_any_strides_is_read_in_order(layout_kernel: LayoutKernel) -
 @pytest.mark.parametrize("size", SIZES.values(), ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_found_wherever_it_is(
-    layout_kernel: LayoutKernel,
-    target: torch.dtype,
-    size: tuple[int, int, int],
-    value: float,
+    layout_kernel: LayoutKernel, target: torch.dtype, size: tuple[int, int, int], value: float
 ) -> None:
     for part in ("lora_a", "lora_b"):
         weights = {name: weights_of(*size, torch.float32) for name in ("good", "spoiled", "last")}

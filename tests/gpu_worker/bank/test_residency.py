@@ -40,7 +40,7 @@ def unpin(residency: Residency, *digests: str) -> None:
     residency.settle()
 
 
-POOL = [adapter(f"d{i}", rank, 1) for i, rank in enumerate(RANKS)]
+POOL = [adapter(f"d{i}", 1, rank, 1) for i, rank in enumerate(RANKS)]  # the widest module decides
 
 
 STALE = ("nobody's", 0)
@@ -229,32 +229,6 @@ TestResidency = ResidencyMachine.TestCase
 TestUnpacked = UnpackedMachine.TestCase
 TestResidency.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestUnpacked.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-
-
-def test_an_adapter_takes_the_rows_of_its_widest_module() -> None:
-    residency = Residency(RowList())
-    assert try_pin(residency, adapter("wide", 2, 5, 1))
-    assert residency.active_rows == 5
-
-
-def test_a_plan_that_needs_pinned_rows_waits_until_they_are_unpinned() -> None:
-    residency = Residency(RowList(4))
-    first, second = adapter("first", 3), adapter("second", 2)
-    assert try_pin(residency, first)
-    assert not try_pin(residency, second)
-    unpin(residency, "first")
-    assert try_pin(residency, second)
-    assert residency.resident == {"second"}
-
-
-def test_an_adapter_stays_active_until_its_last_pin_is_removed() -> None:
-    residency = Residency(RowList(4))
-    shared = adapter("shared", 3)
-    assert try_pin(residency, shared) and try_pin(residency, shared)
-    unpin(residency, "shared")
-    assert residency.active_rows == 3
-    unpin(residency, "shared")
-    assert residency.active_rows == 0
 
 
 def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_on_eviction() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging.handlers
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.soak import Scale
-from tests.tiny import plan_of, tiny_config
+from tests.tiny import TinyFolders, plan_of, tiny_config
 
 MakeAdapter = Callable[..., AdapterWeights]
 ENDLESS = SamplingParams(max_tokens=140, temperature=0, ignore_eos=True)
@@ -120,7 +120,7 @@ def test_the_death_of_a_process_ends_every_job_and_the_engine(hosted: HostedEngi
     assert not health.is_alive and health.failure
 
 
-def test_the_error_that_ends_a_process_at_start_is_named(tiny_folders: Mapping[str, Path]) -> None:
+def test_the_error_that_ends_a_process_at_start_is_named(tiny_folders: TinyFolders) -> None:
     """vLLM's attention has no heads of 8 values on the CPU, and only its worker knows."""
     with pytest.raises(WarmUpFailed, match=r"^vLLM did not start: \w+: .*head_dim=8"):
         HostedEngine(ENGINES["vllm"], tiny_config(tiny_folders["llama"], engine="vllm"))

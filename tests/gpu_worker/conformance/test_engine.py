@@ -37,13 +37,15 @@ def own(
     hosted.close()
 
 
-def test_an_engine_describes_itself(hosted: HostedEngine) -> None:
+def test_an_engine_describes_itself_and_is_healthy(hosted: HostedEngine) -> None:
     engine = hosted.engine
     assert engine.num_missing_kernels == 0
     shapes = engine.module_shapes
     assert shapes["model.layers.0.self_attn.q_proj"] == (128, 64)
     assert shapes["model.layers.2.mlp.down_proj"] == (64, 96)
     assert len(shapes) == 3 * 7
+    health = engine.health()
+    assert health.is_alive and health.failure is None
 
 
 def test_a_base_model_that_lacks_weights_is_refused_by_name(
@@ -55,12 +57,6 @@ def test_a_base_model_that_lacks_weights_is_refused_by_name(
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseModelUnsupported, match=r"1 of .* missing \(model.layers.1.self_attn.q_proj.weight\)"):
         HostedEngine(session_engine.start, replace(session_engine.config, base_model=str(tmp_path)))
-
-
-def test_an_idle_engine_is_healthy(hosted: HostedEngine) -> None:
-    hosted.answers(job("healthy"))
-    health = hosted.engine.health()
-    assert health.is_alive and health.failure is None
 
 
 def test_counters_rise_with_each_job(hosted: HostedEngine) -> None:
@@ -85,4 +81,6 @@ def test_stopping_ends_every_job_and_refuses_later_ones(own: HostedEngine, scrat
     assert not health.is_alive and health.failure
     with pytest.raises(EngineStopped):
         own.answers(job("late"))
+    with pytest.raises(EngineStopped):
+        own.run(own.engine.probe(["0" * 64]))
     assert not list(scratch.rglob("*")), "files are left"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpu_worker.errors import BaseModelUnsupported
 from tests.gpu_worker.conformance.driver import HostedEngine
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.families import SMALL, assert_equal, save
@@ -23,3 +24,9 @@ def test_a_family_answers_every_kind_of_plan_as_the_reference(family: str, tmp_p
         assert_equal(hosted, folder)
     finally:
         hosted.close()
+
+
+def test_a_family_whose_window_vllm_reads_otherwise_is_refused_at_the_start(tmp_path: Path) -> None:
+    config = tiny_config(save(tmp_path, "cohere2"), engine="vllm", max_model_len=96)
+    with pytest.raises(BaseModelUnsupported, match=r"cohere2: for prompts of 28 tokens its log probabilities differ"):
+        HostedEngine(ENGINES["vllm"], config)

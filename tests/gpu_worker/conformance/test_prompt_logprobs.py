@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 
-from gpu_worker.errors import PromptInvalid, PromptTooLong
 from gpu_worker.front.request.request import Completion, Job, TokenIds
 from lora_store.adapter import AdapterWeights
-from lora_store.plan import BASE_PLAN, Plan
+from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference
 from tests.tiny import plan_of
@@ -79,31 +77,19 @@ def test_without_new_tokens_only_the_prompt_is_computed(
     assert (empty.text, empty.num_new_tokens, empty.prompt) == ("", 0, ())
 
 
-def test_token_ids_are_the_prompt_as_they_are(hosted: HostedEngine, reference: Reference, tolerance: float) -> None:
-    ids = reference.tokens_of("as token ids")
-    text, tokens, bare = hosted.answers(job("as token ids"), job(TokenIds(tuple(ids))), job(TokenIds(tuple(ids[1:]))))
-    assert_same([tokens], [text], tolerance)
+def test_token_ids_are_the_prompt_as_they_are_under_any_plan(
+    hosted: HostedEngine, adapter: MakeAdapter, reference: Reference, tolerance: float
+) -> None:
+    plan, ids = plan_of("selection", (adapter(4), 1.0)), reference.tokens_of("as token ids")
+    whole = TokenIds(tuple(ids))
+    asked = [
+        job("as token ids"),
+        job("as token ids", plan),
+        job(whole),
+        job(whole, plan),
+        job(TokenIds(tuple(ids[1:]))),
+    ]
+    text, adapted, tokens, adapted_tokens, bare = hosted.answers(*asked)
+    assert_same([tokens, adapted_tokens], [text, adapted], tolerance)
     assert (tokens.num_prompt_tokens, bare.num_prompt_tokens) == (len(ids), len(ids) - 1), "nothing is added"
     assert tokens_of(bare) != tokens_of(text) or bare.logprobs != text.logprobs
-
-
-@pytest.mark.parametrize(
-    ("ids", "error"),
-    [((300,), PromptInvalid), ((-1,), PromptInvalid), ((1, 2**40), PromptInvalid), ((1,) * 300, PromptTooLong)],
-    ids=["beyond the vocabulary", "negative", "huge", "too many"],
-)
-def test_token_ids_that_are_no_prompt_are_refused(
-    ids: tuple[int, ...], error: type[Exception], hosted: HostedEngine
-) -> None:
-    outcome, neighbour = hosted.outcomes(job(TokenIds(ids)), job("neighbour"))
-    assert isinstance(neighbour, Completion)
-    assert isinstance(outcome, error)
-
-
-def test_plans_are_not_changed_by_a_prompt_of_ids(
-    hosted: HostedEngine, adapter: MakeAdapter, reference: Reference
-) -> None:
-    plan: Plan = plan_of("selection", (adapter(4), 1.0))
-    ids = TokenIds(tuple(reference.tokens_of("the same plan")))
-    [text], [tokens] = hosted.answers(job("the same plan", plan)), hosted.answers(job(ids, plan))
-    assert tokens_of(text) == tokens_of(tokens)

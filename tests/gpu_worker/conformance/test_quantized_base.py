@@ -1,9 +1,10 @@
-"""A quantised base model, which only vLLM serves, answers plans as its rounded weights do in float64."""
+"""A base model of rounded weights, or with float32 products, answers plans as its numbers do in float64."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_store.adapter import AdapterWeights
-from lora_store.plan import BASE_PLAN, Plan
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.packed_linear import KernelLinear
+from gpu_worker.model.quantization import QuantizedLinear
+from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
@@ -146,26 +149,80 @@ def write_folders(form: Format, model: Path, path: Path) -> tuple[Path, Path]:
     return quantized, floats
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.fixture
+def serve() -> Iterator[Callable[..., HostedEngine]]:
+    """Return a starter of engines over a folder, which end with the test."""
+    started: list[HostedEngine] = []
+
+    def start(folder: Path, **changes: Any) -> HostedEngine:
+        config = tiny_config(folder, max_model_len=256, **changes)
+        started.append(HostedEngine(ENGINES[config.engine], config))
+        return started[-1]
+
+    yield start
+    for hosted in started:
+        hosted.close()
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"), [(engine, name) for engine in ENGINES for name in FORMATS if engine == "vllm" or name == "int8"]
+)
 def test_mixtures_over_a_quantized_base_equal_the_reference(
-    name: str, model_folder: Path, tmp_path: Path, scale: Scale
+    engine: str, name: str, model_folder: Path, tmp_path: Path, scale: Scale, serve: Callable[..., HostedEngine]
 ) -> None:
     if name not in list(FORMATS)[: scale.pick("formats", small=1, full=len(FORMATS))]:
         pytest.skip("runs at full counts")
     quantized, floats = write_folders(FORMATS[name], model_folder, tmp_path)
-    config = tiny_config(quantized, max_model_len=256, engine="vllm", dtype="bfloat16")
-    hosted = HostedEngine(ENGINES["vllm"], config)
-    try:
-        assert_within(FORMATS[name].bound, hosted, Reference(floats))
-    finally:
-        hosted.close()
+    assert_within(FORMATS[name].bound, serve(quantized, engine=engine, dtype="bfloat16"), Reference(floats))
+
+
+def write_copy(model: Path, target: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Copy the model's folder with other tensors."""
+    shutil.copytree(model, target, dirs_exist_ok=True)
+    tensors = change(load_file(model / "model.safetensors"))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_weights_rounded_at_the_start_equal_the_rounded_model(
+    quantization: str, model_folder: Path, tmp_path: Path, serve: Callable[..., HostedEngine]
+) -> None:
+    """The native engine rounds a bfloat16 checkpoint; the reference has the same numbers as floats."""
+    changes = {"dtype": "auto", "quantization": quantization}
+    rounded = load_base_model(tiny_config(model_folder, max_model_len=256, **changes)).model
+    head = rounded.get_output_embeddings()
+    assert isinstance(head, QuantizedLinear)
+    assert torch.equal(rounded.get_input_embeddings().weight, head.weight), "the embedding has the head's matrix"
+    layers = {f"{name}.weight": layer for name, layer in rounded.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers |= {"lm_head.weight": head, "model.embed_tokens.weight": head}
+    floats = {name: layer.quantized.dequantized() for name, layer in layers.items()}
+    folder = write_copy(model_folder, tmp_path, lambda tensors: tensors | floats)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    assert_within(0.15, serve(model_folder, **changes), Reference(folder))
+
+
+def test_products_of_bfloat16_weights_are_float32_without_bfloat16_instructions(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., HostedEngine]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    folder = write_copy(model_folder, tmp_path, lambda tensors: {n: t.bfloat16().float() for n, t in tensors.items()})
+    hosted = serve(folder, dtype="auto")
+    model = hosted.engine.loop.base.model  # type: ignore[attr-defined]  # the native engine's
+    packed = [module for module in model.modules() if isinstance(module, KernelLinear)]
+    assert len(packed) == 7 * 3 + 1 and {layer.dtype for layer in packed} == {torch.float32}
+    left = sum(parameter.nbytes for parameter in model.parameters())
+    assert left < 1 << 14, "only norms are left; the embedding is looked up in the output head"
+    assert_within(1e-3, hosted, Reference(folder))
 
 
 def assert_within(bound: float, hosted: HostedEngine, reference: Reference) -> list[float]:
     """Check each kind of plan, and that each has its own answer. Return the differences."""
     one, other = (random_adapter(hosted.engine.module_shapes, seed) for seed in (1, 2))
     hosted.add(one, other)
-    plans = plans_of(one, other)
+    parts = (one, 0.7), (other, 0.6)
+    plans = [BASE_PLAN, plan_of("selection", (one, 1.0)), plan_of("mixture", *parts), plan_of("fusion", *parts)]
     known = [reference.greedy("A parrot says", plan, hosted.pool, 1)[0].logprobs for plan in plans]
     found_errors = []
     for number, answer in enumerate(hosted.answers(*[job("A parrot says", plan) for plan in plans])):
@@ -175,11 +232,6 @@ def assert_within(bound: float, hosted: HostedEngine, reference: Reference) -> l
         assert min(errors[:number] + errors[number + 1 :]) > 2 * errors[number], "each plan has its own answer"
         found_errors.append(errors[number])
     return found_errors
-
-
-def plans_of(one: AdapterWeights, other: AdapterWeights) -> list[Plan]:
-    parts = (one, 0.7), (other, 0.6)
-    return [BASE_PLAN, plan_of("selection", (one, 1.0)), plan_of("mixture", *parts), plan_of("fusion", *parts)]
 
 
 def error_of(found: Mapping[bytes, float], known: Tensor, reference: Reference) -> float:

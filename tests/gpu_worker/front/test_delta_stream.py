@@ -11,7 +11,7 @@ import pytest
 
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.delta_stream import Events, StreamPace, deltas, merged
-from gpu_worker.front.request.request import Delta
+from gpu_worker.front.request.request import Delta, TokenLogprob
 from gpu_worker.front.request.tools import ToolCallPiece
 from tests.virtual_time import run_in_virtual_time
 
@@ -57,19 +57,17 @@ def test_an_error_among_the_events_is_raised_after_the_text_before_the_interval(
         streamed([(0.0, delta("a", 1)), (0.1, delta("b", 2)), (0.1, EngineStopped("gone"))], interval_s=1.0)
 
 
-def test_merging_keeps_the_last_counts_and_all_text() -> None:
+def test_merging_keeps_the_last_counts_and_all_text_calls_and_log_probabilities() -> None:
+    pieces = [ToolCallPiece(0, "", "c1", "f"), ToolCallPiece(0, "{}"), ToolCallPiece(0, "x")]
+    scores = [TokenLogprob(text.encode(), -0.5, (), 0) for text in "abc"]
+    parts = [delta("a", 1), delta("b", 2), delta("c", 3, is_last=True)]
+    parts = [replace(p, tool_calls=(c,), logprobs=(s,)) for p, c, s in zip(parts, pieces, scores, strict=True)]
     events = Events()
-    events.put_nowait(delta("b", 2))
-    events.put_nowait(delta("c", 3, is_last=True))
-    whole = merged(delta("a", 1), events)
+    for part in parts[1:]:
+        events.put_nowait(part)
+    whole = merged(parts[0], events)
     assert (whole.text, whole.num_new_tokens, whole.finish_reason) == ("abc", 3, "length")
-
-
-def test_merging_keeps_the_pieces_of_calls_in_order() -> None:
-    begun, more = ToolCallPiece(0, "", "c1", "f"), ToolCallPiece(0, "{}")
-    events = Events()
-    events.put_nowait(replace(delta("", 2), tool_calls=(more,)))
-    assert merged(replace(delta("", 1), tool_calls=(begun,)), events).tool_calls == (begun, more)
+    assert (whole.tool_calls, whole.logprobs) == (tuple(pieces), tuple(scores))
 
 
 def test_the_last_delta_is_sent_at_once() -> None:

@@ -52,10 +52,6 @@ def test_a_temperature_below_the_bound_is_greedy() -> None:
         Draw(SamplingParams(logit_bias=((3, 1.0),)), 0, 0),
     ],
 )
-def test_forbidden_ids_penalties_and_biases_change_the_logits(draw: Draw) -> None:
-    assert draw.changes_logits
-
-
-def test_temperature_and_cuts_do_not_change_the_logits() -> None:
-    params = SamplingParams(temperature=2.0, top_p=0.5, top_k=3, min_p=0.1, logprobs=5)
-    assert not Draw(params, 0, 0, tokens=[1, 2], num_prompt_tokens=1).changes_logits
+def test_only_forbidden_ids_penalties_and_biases_change_the_logits(draw: Draw) -> None:
+    others = SamplingParams(temperature=2.0, top_p=0.5, top_k=3, min_p=0.1, logprobs=5)
+    assert draw.changes_logits and not Draw(others, 0, 0, tokens=[1, 2], num_prompt_tokens=1).changes_logits

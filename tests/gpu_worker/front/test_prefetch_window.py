@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
+import pytest
 import torch
 
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
@@ -27,24 +28,26 @@ def window_of(count: int, *, budget: int, max_rows: int = 100, num_pending: int 
     return window
 
 
-def test_a_few_rows_load_with_any_budget() -> None:
-    assert window_of(MIN_ROWS - 1, budget=0, max_rows=1).has_room
-    assert not window_of(MIN_ROWS, budget=0).has_room
-
-
-def test_above_these_the_budget_decides() -> None:
-    assert window_of(MIN_ROWS + 1, budget=10 * (MIN_ROWS + 1) + 1).has_room
-    assert not window_of(MIN_ROWS + 1, budget=10 * (MIN_ROWS + 1)).has_room
+@pytest.mark.parametrize(
+    ("count", "budget", "max_rows", "has_room"),
+    [
+        (MIN_ROWS - 1, 0, 1, True),  # a few rows load with any budget
+        (MIN_ROWS, 0, 100, False),
+        (MIN_ROWS + 1, 10 * (MIN_ROWS + 1) + 1, 100, True),  # above these the budget decides
+        (MIN_ROWS + 1, 10 * (MIN_ROWS + 1), 100, False),
+        (19, 1 << 30, 20, True),
+        (20, 1 << 30, 20, False),
+    ],
+)
+def test_rows_load_within_the_budget_and_the_number_of_rows(
+    count: int, budget: int, max_rows: int, has_room: bool
+) -> None:
+    assert window_of(count, budget=budget, max_rows=max_rows).has_room == has_room
 
 
 def test_a_load_in_progress_counts_like_the_others() -> None:
     assert window_of(MIN_ROWS, budget=1000, num_pending=MIN_ROWS - 1).num_bytes == 10 * MIN_ROWS
     assert window_of(MIN_ROWS, budget=1000, num_pending=MIN_ROWS).num_bytes == 0
-
-
-def test_at_most_max_rows_are_prefetched() -> None:
-    assert window_of(19, budget=1 << 30, max_rows=20).has_room
-    assert not window_of(20, budget=1 << 30, max_rows=20).has_room
 
 
 def test_weights_that_rows_share_count_once() -> None:

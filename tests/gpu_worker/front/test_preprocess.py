@@ -5,27 +5,35 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+from tokenizers import processors
 
-from gpu_worker.errors import PromptInvalid, PromptTooLong
+from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.front.request.grammar import Grammar
-from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.prompts import ALPACA_STOPS, Message
 from gpu_worker.front.request.request import Job, SamplingParams, TokenIds
 from gpu_worker.front.request.tools import NO_PARAMETERS, Function, Tools
+from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
-from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, ask, assert_same, greedy
+from tests.clocks import Clock
+from tests.gpu_worker.engine_driver import MakeEngine, ask
 from tests.gpu_worker.front.grammar.small_vocabulary import ids_of
-from tests.tiny import VOCABULARY, byte_tokenizer
+from tests.tiny import VOCABULARY, TinyBase, byte_tokenizer
+
+
+def ignore(event: object) -> None:
+    """Receive the events of a row that never runs."""
+
 
 LAST, BEYOND = "<last>", "<image_soft_token>"  # the last id in the embedding, and the first one outside
 
 
 @pytest.fixture
-def wide_base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+def wide_base(tiny_base: TinyBase) -> BaseModel:
     """Return a tiny model whose tokenizer has one more id than the embedding has rows, like published models."""
     tokenizer = byte_tokenizer()
     spare = [f"<spare{i}>" for i in range(VOCABULARY - len(tokenizer) - 1)]
@@ -34,34 +42,42 @@ def wide_base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
     return replace(tiny_base(), tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize(
-    "prompt", [f"look at {BEYOND}, please", (Message("user", f"look at {BEYOND}"),)], ids=["raw", "messages"]
-)
-def test_a_token_outside_the_embedding_is_refused_without_affecting_others(
-    prompt: str | tuple[Message, ...],
-    wide_base: BaseModel,
-    make_engine: MakeEngine,
-    alone: Alone,
-) -> None:
-    engine = make_engine({}, base=wide_base)
-    base = ask(engine, BASE_JOB)
-    engine.step()
+@pytest.mark.parametrize("is_raw", [True, False], ids=["raw", "messages"])
+def test_only_a_token_outside_the_embedding_is_refused(is_raw: bool, wide_base: BaseModel) -> None:
+    prepare = RequestPreprocessor(wide_base, 400)
+
+    def row_of(token: str) -> Row:
+        text = f"look at {token}"
+        return prepare(Job("1", text if is_raw else (Message("user", text),)), ignore)
+
+    assert VOCABULARY - 1 in row_of(LAST).tokens
     with pytest.raises(PromptInvalid, match=rf"'{BEYOND}' \(id {VOCABULARY}\).*ids 0 to {VOCABULARY - 1}"):
-        ask(engine, Job("bad", prompt))
-    engine.run_until_idle()
-    assert_same(base, alone(BASE_JOB, {}))
+        row_of(BEYOND)
 
 
-def test_the_last_token_of_the_embedding_is_accepted(wide_base: BaseModel, make_engine: MakeEngine) -> None:
-    engine = make_engine({}, base=wide_base)
-    answer = ask(engine, greedy(f"look at {LAST}"))
-    engine.run_until_idle()
-    assert answer.row.tokens[answer.row.num_prompt_tokens - 1] == VOCABULARY - 1
-    assert len(answer.tokens) == 8
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "max_tokens", "new_tokens"),
+    [(159, None, 1), (159, 1, 1), (160, None, None), (159, 2, None), (5000, None, None), (10, 150, 150)],
+)
+def test_prompt_and_new_tokens_fit_the_context_or_are_refused(
+    num_prompt_tokens: int, max_tokens: int | None, new_tokens: int | None, tiny_base: TinyBase
+) -> None:
+    prepare = RequestPreprocessor(tiny_base(), 160)
+    job = Job("1", "x" * (num_prompt_tokens - 1), sampling=SamplingParams(max_tokens=max_tokens))  # <bos> comes first
+    with pytest.raises(PromptTooLong, match="160") if new_tokens is None else nullcontext():
+        assert prepare(job, ignore).max_new_tokens == new_tokens
+
+
+def test_a_prompt_of_too_many_characters_is_refused(tiny_base: TinyBase) -> None:
+    """It is refused before it is tokenized: 64 characters per token, a template's included."""
+    prepare = RequestPreprocessor(tiny_base(), 10)
+    for num_chars, what in ((641, "641 characters"), (640, "641 prompt tokens")):
+        with pytest.raises(PromptTooLong, match=what):
+            prepare(Job("1", "x" * num_chars), ignore)
 
 
 def test_the_servers_sampling_applies_to_what_a_request_leaves_unset_alone(
-    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine
+    tiny_base: TinyBase, make_engine: MakeEngine
 ) -> None:
     engine = make_engine({}, base=replace(tiny_base(), sampling_defaults={"temperature": 0, "top_k": 5}))
     unset = SamplingParams(max_tokens=4, unset=frozenset({"temperature"}))
@@ -69,7 +85,7 @@ def test_the_servers_sampling_applies_to_what_a_request_leaves_unset_alone(
     assert [(answer.row.sampling.temperature, answer.row.sampling.top_k) for answer in answers] == [(0, 0), (1, 0)]
 
 
-def test_a_marker_that_is_not_called_special_is_no_text_of_a_grammar(tiny_base: Callable[..., BaseModel]) -> None:
+def test_a_marker_that_is_not_called_special_is_no_text_of_a_grammar(tiny_base: TinyBase) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["[multimodal]", "<table>", "<tool_call>"])
     marker, tag, call = tokenizer.convert_tokens_to_ids(["[multimodal]", "<table>", "<tool_call>"])
@@ -83,7 +99,7 @@ def test_a_marker_that_is_not_called_special_is_no_text_of_a_grammar(tiny_base: 
 
 
 @pytest.mark.parametrize("work", ["tokenize", "detokenize"])
-def test_other_threads_run_while_a_long_text_is_read(tiny_base: Callable[..., BaseModel], work: str) -> None:
+def test_other_threads_run_while_a_long_text_is_read(tiny_base: TinyBase, work: str) -> None:
     """A thread that held the interpreter's lock all the time would delay the steps of every answer."""
     prepare, stops, count = RequestPreprocessor(tiny_base(), 65_536), threading.Event(), 0
     ids = TokenIds(prepare.tokenize("a bc " * 13_000, "auto").ids)
@@ -113,9 +129,7 @@ def test_other_threads_run_while_a_long_text_is_read(tiny_base: Callable[..., Ba
         other.join()
 
 
-def test_a_counted_prompt_has_its_tools_as_a_jobs_prompt_has(
-    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine
-) -> None:
+def test_a_counted_prompt_has_its_tools_as_a_jobs_prompt_has(tiny_base: TinyBase, make_engine: MakeEngine) -> None:
     base, prompt = tiny_base(), (Message("user", "Hi"),)
     tools = Tools((Function("look", "Look out.", NO_PARAMETERS),))
     prepare = RequestPreprocessor(base, 512)
@@ -123,3 +137,60 @@ def test_a_counted_prompt_has_its_tools_as_a_jobs_prompt_has(
     assert counted[0] > counted[1]
     with pytest.raises(PromptTooLong, match=f"^{counted[0]} prompt tokens exceed"):  # the context of a tiny model
         ask(make_engine({}, base=base), Job("tools", prompt, template="alpaca", tools=tools))
+
+
+def test_without_max_tokens_an_answer_may_fill_the_context_within_the_workers_limit(
+    tiny_base: TinyBase, make_engine: MakeEngine
+) -> None:
+    base = tiny_base()
+    for limit, expected in ((8192, 510), (300, 300)):
+        row = RequestPreprocessor(base, 512, max_new_tokens=limit)(Job("1", "x"), ignore)  # two tokens
+        assert row.max_new_tokens == expected
+        assert row.expected_len == 2 + 256, "estimates of load do not count a whole context"
+    engine = make_engine({}, max_model_len=512, max_new_tokens=300)
+    assert engine.prepare(Job("1", "x"), ignore).max_new_tokens == 300
+    with pytest.raises(SamplingInvalid, match="min_tokens must be at most the 510 new tokens"):
+        RequestPreprocessor(base, 512)(Job("1", "x", sampling=SamplingParams(min_tokens=511)), ignore)
+
+
+def test_a_bias_for_an_invalid_id_is_refused(tiny_base: TinyBase) -> None:
+    job = Job("1", "x", sampling=SamplingParams(logit_bias=((300, 1.0),)))
+    with pytest.raises(SamplingInvalid, match=r"logit_bias must have ids from 0 to .*, got 300"):
+        RequestPreprocessor(tiny_base(), 160)(job, ignore)
+
+
+def test_an_empty_prompt_is_invalid(tiny_base: TinyBase) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no <bos>
+    with pytest.raises(PromptInvalid, match="no tokens"):
+        RequestPreprocessor(replace(tiny_base(), tokenizer=tokenizer), 160)(Job("1", ""), ignore)
+
+
+def test_messages_are_rendered_and_the_answer_ends_with_the_template(tiny_base: TinyBase) -> None:
+    prepare = RequestPreprocessor(base := tiny_base(), 400)
+    for stop_string in ALPACA_STOPS:
+        row = prepare(Job("1", (Message("user", "Hi"),), sampling=SamplingParams(max_tokens=8, stop=("mine",))), ignore)
+        text = base.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        assert text.endswith("### Instruction:\nHi\n\n### Response:\n")
+        for token in base.tokenizer(f"yes{stop_string}", add_special_tokens=False).input_ids:
+            row.detokenizer.push(token)
+        assert row.detokenizer.stopped
+
+
+@pytest.mark.parametrize("template", ["chat", "auto"])
+def test_a_chat_prompt_begins_with_one_bos(template: str, tiny_base: TinyBase) -> None:
+    base = tiny_base()
+    base.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    row = RequestPreprocessor(base, 160)(Job("1", (Message("user", "Hi"),), template=template), ignore)
+    assert row.tokens.count(256) == 1
+
+
+def test_the_time_left_counts_from_the_arrival_of_the_job(tiny_base: TinyBase) -> None:
+    prepare, job = RequestPreprocessor(tiny_base(), 160, Clock(1000.0)), Job("1", "x", time_left_s=10.0)
+    assert [prepare(job, ignore).deadline, prepare(job, ignore, arrived=995.0).deadline] == [1010.0, 1005.0]
+
+
+def test_the_models_ends_and_the_clients_end_an_answer_unless_it_ignores_the_models(tiny_base: TinyBase) -> None:
+    prepare, own = RequestPreprocessor(base := tiny_base(), 160), SamplingParams(stop_token_ids=(5,))
+    assert prepare(Job("1", "x", sampling=own), ignore).end_ids == {5} | base.eos_token_ids
+    assert prepare(Job("1", "x", sampling=replace(own, ignore_eos=True)), ignore).end_ids == {5}

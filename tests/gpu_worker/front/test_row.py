@@ -42,13 +42,10 @@ def test_tokens_join_to_the_text_and_have_its_offsets() -> None:
     )
 
 
-def test_tokens_removed_by_a_stop_string_are_not_reported() -> None:
+def test_tokens_held_back_for_a_stop_string_are_reported_unless_it_removes_them() -> None:
     deltas = taken(answering(stops=("##",)), "a#b##c")
     assert "".join(delta.text for delta in deltas) == "a#b"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
-
-
-def test_held_back_tokens_are_reported_at_the_end() -> None:
     deltas = taken(answering(stops=("##",), max_new=2), "a#")
     assert deltas[-1].finish_reason == "length"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"
@@ -60,9 +57,12 @@ def test_held_back_tokens_are_reported_at_the_end() -> None:
     ids=["as long as it may get", "an end id", "a stop string"],
 )
 def test_only_the_last_delta_has_the_reason(text: str, end: int | None, reason: str, num_new: int) -> None:
-    *others, last = taken(answering(stops=("##",), max_new=4), text, end=end)
+    row = answering(stops=("##",), max_new=4)
+    row.queued_s = 1.5
+    *others, last = taken(row, text, end=end)
     assert (last.finish_reason, last.num_new_tokens, last.num_prompt_tokens) == (reason, num_new, 1)
     assert {delta.finish_reason for delta in others} == {None}
+    assert {delta.queued_s for delta in (*others, last)} == {1.5}
 
 
 def slow_end(text: str, max_repeats: int, min_tokens: int) -> int:
@@ -106,9 +106,6 @@ def test_an_end_id_adds_no_text_and_has_its_log_probability() -> None:
     [_, last] = taken(answering(), "a", end=END)
     [entry] = last.logprobs
     assert (last.text, entry.token, entry.text_offset, entry.is_end) == ("", b"<eos>", 1, True)
-
-
-def test_each_new_token_has_a_log_probability_also_where_the_answer_is_its_end_alone() -> None:
     [only] = taken(answering(max_new=1), "", end=END)
     assert (only.finish_reason, only.num_new_tokens, len(only.logprobs)) == ("stop", 1, 1)
 

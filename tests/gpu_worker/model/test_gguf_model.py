@@ -21,13 +21,6 @@ from tests.gpu_worker.model.gguf_tensors import random_tensor
 from tests.tiny import tiny_config
 
 
-def gguf_with(path: Path, kind: str) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    type_ = gguf.GGMLQuantizationType[kind]
-    writer.add_tensor("output.weight", gguf.quants.quantize(np.ones((4, 256), np.float32), type_), raw_dtype=type_)
-    return written(writer, path)
-
-
 def written(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -138,6 +131,30 @@ def test_what_transformers_leaves_out_of_a_file_is_refused(
         gguf_folder(file, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("Q8_0", {"without": "blk.0.ffn_up"}, r"1 of the model's \d+ tensors are missing \(.*up_proj.weight\)"),
+        ("Q8_0", {"architecture": "other"}, r"model.gguf cannot be converted \(.*other"),
+        ("Q5_1", {}, "has tensors of type Q5_1; the native engine reads GGUF files of Q8_0"),
+        (None, {}, "cannot be read as a GGUF file"),
+    ],
+    ids=["a part of a model", "an architecture", "a type of tensors", "a broken file"],
+)
+def test_a_file_that_cannot_be_converted_is_refused(
+    kind: str | None, changes: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    """The first file of several has a part, and the rest of the model would be random numbers."""
+    file = tmp_path / "model.gguf"
+    if kind is None:
+        file.write_bytes(b"GGUF")
+    else:
+        tiny_llama(file, kind, **changes)
+    with pytest.raises(BaseModelUnsupported, match=says):
+        gguf_folder(file, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("gguf-*"))
+
+
 def test_a_corrected_converter_does_not_read_what_an_earlier_one_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,34 +165,6 @@ def test_a_corrected_converter_does_not_read_what_an_earlier_one_wrote(
         folders.append(gguf_folder(file, tmp_path / "cache"))
     assert folders[0] != folders[1] == folders[2]
     assert all((folder / "model.safetensors").exists() for folder in folders)
-
-
-def test_a_file_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
-    """The first file of several is one, and the rest of the model would be random numbers."""
-    file = tiny_llama(tmp_path / "model-00001-of-00002.gguf", "Q8_0", without="blk.0.ffn_up")
-    with pytest.raises(BaseModelUnsupported, match=r"1 of the model's \d+ tensors are missing \(.*up_proj.weight\)"):
-        gguf_folder(file, tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("gguf-*"))
-
-
-def test_an_architecture_that_transformers_does_not_read_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture="other")
-    with pytest.raises(BaseModelUnsupported, match=r"model.gguf cannot be converted \(.*other"):
-        gguf_folder(file, tmp_path / "cache")
-
-
-def test_other_types_of_tensors_are_refused_by_name(tmp_path: Path) -> None:
-    file = gguf_with(tmp_path / "model.gguf", "Q5_1")
-    with pytest.raises(
-        BaseModelUnsupported, match="has tensors of type Q5_1; the native engine reads GGUF files of Q8_0"
-    ):
-        gguf_folder(file, tmp_path / "cache")
-
-
-def test_a_broken_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(BaseModelUnsupported, match="cannot be read as a GGUF file"):
-        gguf_folder(tmp_path / "model.gguf", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("engine", ["native", "vllm"])

@@ -56,7 +56,6 @@ def test_a_conversion_shows_no_progress_bars_of_other_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def convert(gguf: Path, target: Path) -> None:
-        target.mkdir()
         (target / "model.safetensors").write_text("weights")
         print("Loading weights: 100%", file=sys.stderr)
 

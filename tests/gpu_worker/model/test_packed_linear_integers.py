@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
-from gpu_worker.model.quantization import (
-    GROUP,
-    SMALL_GROUP,
-    QuantizedWeight,
-    quantize,
-    round_to_halves,
-    rounded_inputs,
-)
+from gpu_worker.model.quantization import GROUP, SMALL_GROUP, QuantizedWeight, quantize, round_to_halves, rounded_inputs
 from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, source_of
 from gpu_worker.native.kernels.kernel_loading import share_openmp
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor

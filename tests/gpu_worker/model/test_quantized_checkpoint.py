@@ -15,7 +15,7 @@ from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.checkpoint import read_tensors
 from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.model.quantized_checkpoint import check_format, pack_words, take_weights, unpack_words
-from tests.tiny import tiny_config
+from tests.tiny import TinyFolders, tiny_config
 
 _CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 _GROUPS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -52,7 +52,7 @@ def checkpoint(source: Path, target: Path, *, bits: int) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_integers_of_a_checkpoint_are_kept(bits: int, tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+def test_the_integers_of_a_checkpoint_are_kept(bits: int, tmp_path: Path, tiny_folders: TinyFolders) -> None:
     expected = checkpoint(tiny_folders["llama"], tmp_path, bits=bits)
     base = load_base_model(tiny_config(tmp_path, dtype="auto", quantization="int8" if bits == 8 else "none"))
     assert base.dtype == torch.bfloat16
@@ -72,7 +72,7 @@ def test_the_integers_of_a_checkpoint_are_kept(bits: int, tmp_path: Path, tiny_f
     ("bits", "part", "said"), [(4, "weight_packed", "integers"), (8, "weight_scale", "the scales")]
 )
 def test_a_checkpoint_without_its_integers_or_scales_is_refused(
-    bits: int, part: str, said: str, tmp_path: Path, tiny_folders: Mapping[str, Path]
+    bits: int, part: str, said: str, tmp_path: Path, tiny_folders: TinyFolders
 ) -> None:
     checkpoint(tiny_folders["llama"], tmp_path, bits=bits)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -99,7 +99,7 @@ def test_a_checkpoint_without_its_integers_or_scales_is_refused(
     ],
 )
 def test_integers_of_another_shape_are_refused(
-    suffix: str, tensor: torch.Tensor | None, tmp_path: Path, tiny_folders: Mapping[str, Path]
+    suffix: str, tensor: torch.Tensor | None, tmp_path: Path, tiny_folders: TinyFolders
 ) -> None:
     checkpoint(tiny_folders["llama"], tmp_path, bits=4)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -123,7 +123,7 @@ def test_the_config_says_how_long_groups_are() -> None:
     assert torch.equal(weight.dequantized(), scales.float().repeat_interleave(16, dim=1))
 
 
-def test_a_broken_file_is_refused_in_one_sentence(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+def test_a_broken_file_is_refused_in_one_sentence(tmp_path: Path, tiny_folders: TinyFolders) -> None:
     checkpoint(tiny_folders["llama"], tmp_path, bits=8)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -141,18 +141,14 @@ def test_weights_that_are_not_on_this_machine_are_fetched(monkeypatch: pytest.Mo
     assert list(read_tensors("somebody/model")) == ["a"]
 
 
-def test_integers_that_the_config_does_not_mention_are_refused(
-    tmp_path: Path, tiny_folders: Mapping[str, Path]
+def test_integers_in_float32_or_that_the_config_does_not_mention_are_refused(
+    tmp_path: Path, tiny_folders: TinyFolders
 ) -> None:
     checkpoint(tiny_folders["llama"], tmp_path, bits=8)
+    with pytest.raises(BaseModelUnsupported, match="dtype 'auto' or 'bfloat16', got 'cpu' and 'float32'"):
+        load_base_model(tiny_config(tmp_path))
     shutil.copy(tiny_folders["llama"] / "config.json", tmp_path)
     with pytest.raises(BaseModelUnsupported, match=r"weights of 8 bits \(model.layers.0.*no quantization_config"):
-        load_base_model(tiny_config(tmp_path))
-
-
-def test_integers_are_not_read_in_float32(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
-    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
-    with pytest.raises(BaseModelUnsupported, match="dtype 'auto' or 'bfloat16', got 'cpu' and 'float32'"):
         load_base_model(tiny_config(tmp_path))
 
 

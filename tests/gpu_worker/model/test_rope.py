@@ -13,6 +13,7 @@ from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.rope import pin_longrope
 from gpu_worker.native.loop import Engine
 from tests.gpu_worker.engine_driver import MakeEngine, greedy, run_together
+from tests.gpu_worker.families import eager_answer, whole_model
 from tests.tiny import SHAPE, byte_tokenizer, tiny_config
 
 ORIGINAL_LEN = 64
@@ -36,14 +37,9 @@ def engine_over(folder: Path, make_engine: MakeEngine, max_model_len: int) -> En
     return make_engine({}, base=base, max_model_len=max_model_len)
 
 
-def continuation(folder: Path, prompt: str, num_new: int) -> list[int]:
-    """Return the greedy tokens of transformers' own model, without a cache."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = AutoTokenizer.from_pretrained(folder)(prompt).input_ids
-    with torch.inference_mode():
-        for _ in range(num_new):
-            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[-num_new:]
+def eager_tokens(folder: Path, prompt: str) -> list[int]:
+    """Return 30 tokens of transformers' own model."""
+    return eager_answer(whole_model(folder), AutoTokenizer.from_pretrained(folder)(prompt).input_ids, 30)[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,7 +65,7 @@ def test_the_maximum_length_selects_the_factors_of_all_rows(
     [answer] = run_together(
         engine_over(save(tmp_path / "own", family), make_engine, max_model_len), [greedy("q" * 20, num_new=30)]
     )
-    assert answer.tokens == continuation(expected, "q" * 20, 30)
+    assert answer.tokens == eager_tokens(expected, "q" * 20)
 
 
 def test_a_row_that_outgrows_the_original_length_keeps_its_factors(tmp_path: Path, make_engine: MakeEngine) -> None:
@@ -77,7 +73,7 @@ def test_a_row_that_outgrows_the_original_length_keeps_its_factors(tmp_path: Pat
     engine = engine_over(save(tmp_path / "own", "phi3"), make_engine, 160)
     prompt = "z" * (ORIGINAL_LEN - 10)
     [answer] = run_together(engine, [greedy(prompt, num_new=30)])
-    assert answer.tokens == continuation(expected, prompt, 30)
+    assert answer.tokens == eager_tokens(expected, prompt)
 
 
 def test_factors_that_differ_between_kinds_of_layers_are_refused() -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gpu_worker.front.request.request import Job
+from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import greedy, only, run_together
-from tests.tiny import plan_of
+from tests.gpu_worker.engine_driver import by_digest, greedy, only, run_together
+from tests.tiny import plan_of, tiny_config
 
 NUM_LAYERS = 3
 NUM_NEW = 12
@@ -51,3 +52,13 @@ def logits_of(engine: Engine, jobs: list[Job]) -> list[Tensor]:
     engine._forward.logits = recorded  # type: ignore[method-assign]
     assert all(len(answer.tokens) == NUM_NEW for answer in run_together(engine, jobs))
     return steps
+
+
+def assert_as_parts(make_bf16: MakeBf16, pool: list[AdapterWeights], jobs: list[Job], **changes: Any) -> None:
+    """Check that compiled layers and their parts give the same logits in every step. `base`: a folder to load."""
+    folder, found = changes.pop("base", None), list[list[Tensor]]()
+    for compiles in (True, False):
+        base = {} if folder is None else {"base": load_base_model(tiny_config(folder, dtype="bfloat16"))}
+        found.append(logits_of(make_bf16(by_digest(*pool), compiles=compiles, **base, **changes), jobs))
+    for step, (one, other) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(one, other), f"step {step}"

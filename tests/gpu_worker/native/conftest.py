@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import MakeEngine, compiled
 from tests.gpu_worker.native.compiled_layers import MakeBf16, randomise
-from tests.tiny import tiny_config
+from tests.tiny import TinyFolders, tiny_config
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def make_bf16(make_engine: MakeEngine, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
+def make_bf16(make_engine: MakeEngine, tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
     """Return a factory of engines in bfloat16, whose layers are compiled on every processor, by default.
 
     Torch attends for prompts of nine tokens and more, as it does for long prompts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from gpu_worker.native.compiled_layer import load_layer_kernel
 from lora_store.adapter import AdapterWeights
 from lora_store.location import DEFAULT_CACHE_DIR
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import ask, by_digest, compiled, greedy, only, run_together
+from tests.gpu_worker.engine_driver import Shapes, ask, by_digest, compiled, greedy, only, run_together
 from tests.gpu_worker.families import EQUAL, save
-from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, NUM_NEW, MakeBf16, jobs_of, logits_of
+from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, NUM_NEW, MakeBf16, assert_as_parts, jobs_of, logits_of
 from tests.gpu_worker.native.one_step import OneStep
 from tests.soak import Scale
-from tests.tiny import FAMILIES, SHAPE, byte_tokenizer, linear_shapes, plan_of, random_adapter, tiny_config
+from tests.tiny import FAMILIES, SHAPE, TinyFolders, byte_tokenizer, linear_shapes, plan_of, random_adapter, tiny_config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,29 +80,18 @@ def test_layers_whose_widths_differ(
     byte_tokenizer().save_pretrained(tmp_path)
     shapes = linear_shapes(load_base_model(tiny_config(tmp_path)))
     pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
-    found, expected = (
-        logits_of(make_bf16(by_digest(*pool), base=load_base_model(config), compiles=compiles), jobs_of(pool))
-        for config in [tiny_config(tmp_path, dtype="bfloat16")]
-        for compiles in (True, False)
-    )
+    assert_as_parts(make_bf16, pool, jobs_of(pool), base=tmp_path)
     assert calls
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("parts", [("q_proj", "down_proj"), ("v_proj", "up_proj"), ("o_proj",)])
-def test_adapters_of_few_modules(
-    parts: tuple[str, ...], make_bf16: MakeBf16, shapes: dict[str, tuple[int, int]], calls: list[int]
-) -> None:
+def test_adapters_of_few_modules(parts: tuple[str, ...], make_bf16: MakeBf16, shapes: Shapes, calls: list[int]) -> None:
     pool = [random_adapter(shapes, seed, rank=3, modules=lambda name: name.endswith(parts)) for seed in (1, 2)]
-    found = logits_of(make_bf16(by_digest(*pool)), jobs_of(pool))
+    assert_as_parts(make_bf16, pool, jobs_of(pool))
     assert calls
-    expected = logits_of(make_bf16(by_digest(*pool), compiles=False), jobs_of(pool))
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_modules_without_an_adapter_are_not_added(
-    make_bf16: MakeBf16, shapes: dict[str, tuple[int, int]], calls: list[int]
-) -> None:
+def test_modules_without_an_adapter_are_not_added(make_bf16: MakeBf16, shapes: Shapes, calls: list[int]) -> None:
     """Of adapters in the bank that lack a module, the zeros in its place are not read: here they are NaN."""
     wide = random_adapter(shapes, 1, rank=3)
     narrow = random_adapter(shapes, 2, rank=4, modules=lambda name: name.endswith("q_proj"))
@@ -120,9 +109,7 @@ def test_modules_without_an_adapter_are_not_added(
     assert answer.tokens == alone.tokens
 
 
-def test_a_row_that_is_not_finite_changes_no_other(
-    make_bf16: MakeBf16, shapes: dict[str, tuple[int, int]], calls: list[int]
-) -> None:
+def test_a_row_that_is_not_finite_changes_no_other(make_bf16: MakeBf16, shapes: Shapes, calls: list[int]) -> None:
     good, bad = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=3, size=1e25)
     engine = make_bf16(by_digest(good, bad))
     wanted = [greedy("abc", only(good), 1), greedy("abc", BASE_PLAN, 2)]
@@ -151,17 +138,12 @@ def test_steps_with_a_prompt_call_the_layer_in_two_parts(
     assert calls == [1] * NUM_LAYERS and halves == [("before", 10), ("after", 10)] * NUM_LAYERS
     engine.step()
     assert calls == [1] * NUM_LAYERS + [2] * NUM_LAYERS and len(halves) == 2 * NUM_LAYERS
-
-
-def test_steps_with_a_short_prompt_are_one_call_for_each_layer(
-    make_bf16: MakeBf16, calls: list[int], halves: list[tuple[str, int]]
-) -> None:
-    engine = make_bf16({})
+    engine.run_until_idle()
     calls.clear()
     halves.clear()
     ask(engine, greedy("a short", num_new=2))
     engine.step()
-    assert calls == [8] * NUM_LAYERS and halves == []
+    assert calls == [8] * NUM_LAYERS and halves == [], "a short prompt takes one call for each layer"
 
 
 def test_a_long_prompt_has_the_logits_of_its_parts(
@@ -176,12 +158,8 @@ def test_a_long_prompt_has_the_logits_of_its_parts(
     sizes = {"max_model_len": 512, "kv_tokens": 512, "max_step_tokens": 512, "max_chunk_tokens": 512}
     pool = [random_adapter(linear_shapes(load_base_model(config)), seed, rank=3) for seed in (1, 2)]
     job = greedy("abcdefg " * 61, plan_of("mixture", (pool[0], 0.7), (pool[1], 0.6)), num_new=NUM_NEW)
-    found, expected = (
-        logits_of(make_bf16(by_digest(*pool), base=load_base_model(config), compiles=compiles, **sizes), [job])
-        for compiles in (True, False)
-    )
+    assert_as_parts(make_bf16, pool, [job], base=tmp_path, **sizes)
     assert halves.count(("after", num_tokens)) == NUM_LAYERS
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_guessed_tokens_are_compiled(make_bf16: MakeBf16, calls: list[int]) -> None:
@@ -257,7 +235,7 @@ def test_only_layers_with_the_kernels_order_are_compiled(
     kind: type[LlamaDecoderLayer],
     num_compiled: int,
     make_bf16: MakeBf16,
-    tiny_folders: Mapping[str, Path],
+    tiny_folders: TinyFolders,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base: BaseModel = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16"))

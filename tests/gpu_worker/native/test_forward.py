@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +17,13 @@ from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.front.grammar.state import Mask
 from gpu_worker.model.attention_plan import Segment
-from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.inject import inject, target_linears
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.forward import ForwardPass
 from tests.gpu_worker.engine_driver import kv_shape
 from tests.gpu_worker.rows import row_of
-from tests.tiny import VOCABULARY, assert_equal_logits
+from tests.tiny import VOCABULARY, TinyBase, TinyFolders, assert_equal_logits
 
 FIRST, SECOND = [256, 1, 2, 3, 4, 5, 6], [256, 90, 91, 92, 93]
 
@@ -40,7 +38,7 @@ class Parts:
 
 
 @pytest.fixture
-def parts(tiny_base: Callable[..., BaseModel]) -> Parts:
+def parts(tiny_base: TinyBase) -> Parts:
     base, step = tiny_base("llama"), StepContext()
     bank = LoraBank(target_linears(base.model, base.model.get_output_embeddings()), 4)
     inject(base.model, bank, step)
@@ -49,7 +47,7 @@ def parts(tiny_base: Callable[..., BaseModel]) -> Parts:
 
 
 @pytest.fixture
-def plain(tiny_folders: Mapping[str, Path]) -> Callable[[list[int]], Tensor]:
+def plain(tiny_folders: TinyFolders) -> Callable[[list[int]], Tensor]:
     """Return transformers' logits (V,) after these tokens."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folders["llama"], dtype=torch.float32).eval()
 
@@ -66,6 +64,7 @@ def test_rows_of_a_step_have_the_same_logits_as_alone(parts: Parts, plain: Calla
     """A whole prompt together with the first and then the last chunk of another, and a decode token at the end."""
     long, short = row_of(tokens=FIRST), row_of(tokens=SECOND)
     rows = [parts.cache.allocate(len(tokens) + 1, 40) for tokens in (FIRST, SECOND)]
+    assert parts.forward([(long, Segment(rows[0], 0, 4, 0))]).shape == (0, VOCABULARY), "the prompt is incomplete"
     [logits] = parts.forward([(long, Segment(rows[0], 0, 4, 0)), (short, Segment(rows[1], 4, 5, 0))])
     assert_equal_logits(logits, plain(SECOND))
     short.tokens.append(17)
@@ -75,18 +74,9 @@ def test_rows_of_a_step_have_the_same_logits_as_alone(parts: Parts, plain: Calla
 
 
 @torch.inference_mode()
-def test_a_step_of_incomplete_prompts_has_no_logits(parts: Parts) -> None:
-    row = parts.cache.allocate(7, 40)
-    assert parts.forward([(row_of(tokens=FIRST), Segment(row, 0, 4, 0))]).shape == (0, VOCABULARY)
-
-
-@torch.inference_mode()
 def test_the_same_segments_can_be_computed_again_whole_or_in_part(parts: Parts) -> None:
     rows = [parts.cache.allocate(7, 40) for _ in range(2)]
-    scheduled = [
-        (row_of(tokens=FIRST), Segment(rows[0], 0, 7, 0)),
-        (row_of(tokens=SECOND), Segment(rows[1], 7, 5, 0)),
-    ]
+    scheduled = [(row_of(tokens=FIRST), Segment(rows[0], 0, 7, 0)), (row_of(tokens=SECOND), Segment(rows[1], 7, 5, 0))]
     first, again = parts.forward(scheduled), parts.forward(scheduled)
     assert torch.equal(first, again)
     [alone] = parts.forward(scheduled[:1])
@@ -113,22 +103,16 @@ def test_a_pass_keeps_no_reference_to_its_rows(fails: bool, parts: Parts) -> Non
     assert kept() is None
 
 
-def test_a_device_that_works_computes_a_token_and_keeps_nothing(parts: Parts) -> None:
-    with torch.inference_mode():
-        assert parts.forward.can_compute(row_of(tokens=[0]))
-    assert (parts.cache.num_free, parts.cache.num_free_tokens) == (3, 120)
-
-
 def raising(module: nn.Module, args: object) -> None:
     raise RuntimeError("the device is lost")
 
 
-@pytest.mark.parametrize("fault", ["an error", "no finite logits"])
-def test_a_device_that_fails_computes_none_and_keeps_nothing(fault: str, parts: Parts) -> None:
+@pytest.mark.parametrize("fault", ["none", "an error", "no finite logits"])
+def test_a_device_computes_a_token_unless_it_fails_and_keeps_nothing(fault: str, parts: Parts) -> None:
     if fault == "an error":
         parts.model.register_forward_pre_hook(raising)
-    else:
+    elif fault != "none":
         parts.model.get_output_embeddings().whole.weight.data.fill_(torch.nan)
     with torch.inference_mode():
-        assert not parts.forward.can_compute(row_of(tokens=[0]))
+        assert parts.forward.can_compute(row_of(tokens=[0])) == (fault == "none")
     assert (parts.cache.num_free, parts.cache.num_free_tokens) == (3, 120)

@@ -14,12 +14,12 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
-from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.packed_attention import ATTENTION_NAME, packed_attention
 from gpu_worker.native.fused import FusedKernel, FusedRmsNorm, fuse, load_fused_kernel
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only
+from tests.tiny import TinyBase
 
 DTYPES = [torch.float32, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
@@ -95,13 +95,10 @@ def test_non_finite_values_stay_non_finite(is_silu: bool, dtype: torch.dtype, ke
     torch.testing.assert_close(found[1:], expected[1:], equal_nan=True)
     assert found.isfinite().tolist() == [False, *[True] * 6, False, False]
     assert not kernel.rms_norm(gate, torch.ones(9), 1e-6, rounds_first=False).isfinite().any()
-
-
-def test_a_bad_row_does_not_affect_others(kernel: FusedKernel) -> None:
-    x = draw(3, 640, dtype=torch.bfloat16)
+    x = draw(3, 640, dtype=dtype)
     x[1] = NAN
-    y = kernel.rms_norm(x, torch.ones(640), 1e-6, rounds_first=True)
-    assert y.isfinite().all(dim=1).tolist() == [True, False, True]
+    found = kernel.rms_norm(x, torch.ones(640), 1e-6, rounds_first=True)
+    assert found.isfinite().all(dim=1).tolist() == [True, False, True], "other rows are unaffected"
 
 
 @pytest.mark.parametrize(
@@ -172,19 +169,6 @@ class Interleaved(LlamaAttention):
         return self.o_proj(attended.flatten(-2)), None
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [(LlamaAttention, "FusedAttention"), *[(kind, kind.__name__) for kind in (Scaled, Clipped, Interleaved)]],
-)
-def test_an_attention_is_replaced_if_it_computes_the_same(
-    family: type[LlamaAttention], name: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
-) -> None:
-    model = nn.Module()
-    model.attention = family(tiny_base("llama").model.config, 0)
-    fuse(model, kernel)
-    assert type(model.attention).__name__ == name
-
-
 class Rounding(LlamaAttention):
     """Rounds its angles, which the fused attention would not do with float32 angles."""
 
@@ -193,19 +177,21 @@ class Rounding(LlamaAttention):
         return super().forward(hidden_states, rounded, **others)
 
 
-@pytest.mark.parametrize(("family", "name"), [(LlamaAttention, "FusedAttention"), (Rounding, "Rounding")])
-def test_an_attention_that_rounds_float32_angles_is_not_replaced(
-    family: type[LlamaAttention], name: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", [LlamaAttention, Scaled, Clipped, Interleaved, Rounding])
+def test_an_attention_is_replaced_if_it_computes_the_same(
+    family: type[LlamaAttention], dtype: torch.dtype, tiny_base: TinyBase, kernel: FusedKernel
 ) -> None:
     model = nn.Module()
-    model.attention = family(tiny_base("llama").model.config, 0).bfloat16()
+    model.attention = family(tiny_base("llama").model.config, 0).to(dtype)
     fuse(model, kernel)
-    assert type(model.attention).__name__ == name
+    is_same = family is LlamaAttention or (family is Rounding and dtype == torch.float32)
+    assert type(model.attention).__name__ == ("FusedAttention" if is_same else family.__name__)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_every_norm_mlp_and_attention_of_a_model_is_fused(
-    family: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
+    family: str, tiny_base: TinyBase, kernel: FusedKernel
 ) -> None:
     model = tiny_base(family).model
     before = Counter(type(module).__name__ for module in model.modules())

@@ -6,28 +6,15 @@ Requests past their deadline end at the next step, in any state.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import processors
 from torch import Tensor
 
-from gpu_worker.errors import (
-    AdapterLoadFailed,
-    DeadlineExceeded,
-    LogitsNotFinite,
-    PromptInvalid,
-    PromptTooLong,
-    SamplingInvalid,
-    WaitedTooLong,
-)
-from gpu_worker.front.request.prompts import ALPACA_STOPS, Message
+from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, LogitsNotFinite, WaitedTooLong
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
-from gpu_worker.model.base_model import BaseModel
-from gpu_worker.native.engine import NativeEngine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.clocks import Clock
@@ -38,6 +25,7 @@ from tests.gpu_worker.engine_driver import (
     HeldExecutor,
     MakeEngine,
     Shapes,
+    Start,
     always_says,
     ask,
     assert_nothing_held,
@@ -49,7 +37,7 @@ from tests.gpu_worker.engine_driver import (
     run_together,
     stream_text,
 )
-from tests.tiny import assert_equal_logits, byte_tokenizer, plan_of, random_adapter
+from tests.tiny import assert_equal_logits, plan_of, random_adapter
 
 
 def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngine, shapes: Shapes) -> None:
@@ -75,45 +63,6 @@ def test_weights_under_another_digest_fail_their_request(make_engine: MakeEngine
     assert isinstance(bad.error, AdapterLoadFailed)
     assert base.is_finished
     assert_nothing_held(engine)
-
-
-@pytest.mark.parametrize(
-    ("num_prompt_tokens", "max_tokens", "new_tokens"),
-    [(159, None, 1), (159, 1, 1), (160, None, None), (159, 2, None), (5000, None, None), (10, 150, 150)],
-)
-def test_prompt_and_new_tokens_fit_the_context_or_are_refused(
-    num_prompt_tokens: int, max_tokens: int | None, new_tokens: int | None, make_engine: MakeEngine
-) -> None:
-    engine = make_engine({}, max_model_len=160)
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    job = Job("1", "x" * (num_prompt_tokens - 1), sampling=params)  # the tokenizer prepends <bos>
-    if new_tokens is None:
-        with pytest.raises(PromptTooLong, match="160"):
-            engine.prepare(job, lambda event: None)
-        return
-    [answer] = run_together(engine, [job])
-    assert len(answer.tokens) == new_tokens
-    assert isinstance(answer.events[-1], Delta) and answer.events[-1].finish_reason == "length"
-
-
-def test_a_prompt_of_too_many_characters_is_refused(make_engine: MakeEngine) -> None:
-    """It is refused before it is tokenized: 64 characters per token, a template's included."""
-    prepare = make_engine({}, max_model_len=10).prepare
-    with pytest.raises(PromptTooLong, match="641 characters"):
-        prepare(Job("1", "x" * 641), lambda event: None)
-    with pytest.raises(PromptTooLong, match="641 prompt tokens"):
-        prepare(Job("1", "x" * 640), lambda event: None)
-
-
-def test_without_max_tokens_an_answer_may_fill_the_context_within_the_workers_limit(make_engine: MakeEngine) -> None:
-    job = Job("1", "x")  # two tokens
-    for limit, expected in ((8192, 510), (300, 300)):
-        row = make_engine({}, max_model_len=512, max_new_tokens=limit).prepare(job, lambda event: None)
-        assert row.max_new_tokens == expected
-        assert row.expected_len == 2 + 256, "estimates of load do not count a whole context"
-    with pytest.raises(SamplingInvalid, match="min_tokens must be at most the 510 new tokens"):
-        engine = make_engine({}, max_model_len=512)
-        engine.prepare(Job("1", "x", sampling=SamplingParams(min_tokens=511)), lambda event: None)
 
 
 def test_a_prompt_whose_logits_are_not_finite_fails_its_own_row_only(make_engine: MakeEngine) -> None:
@@ -143,38 +92,6 @@ def test_a_preempted_row_keeps_the_scores_of_its_prompt(make_engine: MakeEngine)
         ]
         assert [entry.token_id for entry in prompt] == answer.row.tokens[: answer.row.num_prompt_tokens]
         assert [entry.logprob for entry in prompt[1:]] == pytest.approx([e.logprob for e in known[1:]], abs=1e-4)
-
-
-def test_an_empty_prompt_is_invalid(tiny_base: Callable[..., BaseModel], make_engine: MakeEngine) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no <bos>
-    engine = make_engine({}, base=replace(tiny_base(), tokenizer=tokenizer))
-    with pytest.raises(PromptInvalid, match="no tokens"):
-        engine.prepare(Job("1", ""), lambda event: None)
-
-
-@pytest.mark.parametrize("stop_string", ALPACA_STOPS)
-def test_messages_are_rendered_and_the_answer_ends_with_the_template(make_engine: MakeEngine, stop_string: str) -> None:
-    engine = make_engine({}, max_model_len=400)
-    messages = (Message("user", "Hi"),)
-    stop = SamplingParams(max_tokens=8, stop=("mine",))
-    row = engine.prepare(Job("1", messages, sampling=stop), lambda event: None)
-    text = engine.base.tokenizer.decode(row.tokens, skip_special_tokens=True)
-    assert text.endswith("### Instruction:\nHi\n\n### Response:\n")
-    for token in engine.base.tokenizer(f"yes{stop_string}", add_special_tokens=False).input_ids:
-        row.detokenizer.push(token)
-    assert row.detokenizer.stopped
-
-
-@pytest.mark.parametrize("template", ["chat", "auto"])
-def test_a_chat_prompt_begins_with_one_bos(
-    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine, template: str
-) -> None:
-    base = tiny_base()
-    base.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    engine = make_engine({}, base=base)
-    row = engine.prepare(Job("1", (Message("user", "Hi"),), template=template), lambda event: None)
-    assert row.tokens.count(256) == 1
 
 
 def test_a_cancelled_request_frees_its_row_and_pins_and_the_others_go_on_unchanged(
@@ -290,13 +207,6 @@ def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: Mak
     assert late.row not in engine.waiting and not late.row.loads
 
 
-def test_the_time_left_counts_from_the_arrival_of_the_job(make_engine: MakeEngine) -> None:
-    engine = make_engine({}, clock=Clock(1000.0))
-    job, sink = replace(greedy("x"), time_left_s=10.0), lambda event: None
-    assert engine.prepare(job, sink).deadline == 1010.0
-    assert engine.prepare(job, sink, arrived=995.0).deadline == 1005.0
-
-
 def test_a_request_that_cannot_start_is_refused_in_time_and_one_that_runs_may_go_on(make_engine: MakeEngine) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, clock=clock, max_batch_size=1, max_wait_s=5.0)
@@ -333,9 +243,7 @@ def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine)
     engine.run_until_idle()
 
 
-def test_an_idle_loop_wakes_for_a_deadline(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
-) -> None:
+def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shapes, start: Start) -> None:
     """Nothing runs and no request arrives: this one waits for a load that never ends."""
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
     native = start(make_engine(by_digest(weights), executor=executor, max_wait_s=0.05))

@@ -27,8 +27,7 @@ from lora_store.strategies.registry import Strategy
 from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
-from tests.gpu_worker.families import EQUAL, WITH_EXPERTS, save
-from tests.gpu_worker.native.test_loop_text_parts import continuation, whole_model
+from tests.gpu_worker.families import EQUAL, WITH_EXPERTS, eager_answer, save, whole_model
 from tests.soak import Scale
 from tests.tiny import assert_equal_logits, plan_of, random_adapter, tiny_config
 
@@ -92,7 +91,7 @@ def test_adapters_on_experts_answer_as_with_peft(
         if path is not None:
             model = PeftModel.from_pretrained(model, path).eval()
         for prompt in PROMPTS:
-            answer, (first, tokens) = next(answers), continuation(model, tokenizer(prompt).input_ids)
+            answer, (first, tokens) = next(answers), eager_answer(model, tokenizer(prompt).input_ids, NUM_NEW)
             assert_equal_logits(answer.first_logits, first)
             assert answer.tokens == tokens, (path, prompt)
             plain.setdefault(prompt, first)

@@ -12,17 +12,10 @@ from dataclasses import replace
 
 import pytest
 
-from gpu_worker.errors import (
-    AdapterUnfit,
-    DeadlineExceeded,
-    EngineStopped,
-    LogitsNotFinite,
-    RequestFailed,
-)
+from gpu_worker.errors import AdapterUnfit, DeadlineExceeded, EngineStopped, LogitsNotFinite, RequestFailed
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.attention.kv_cache import KvShape
 from gpu_worker.native.attention.kv_pages import HostKvCache
-from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
@@ -32,6 +25,7 @@ from tests.gpu_worker.engine_driver import (
     BrokenSink,
     MakeEngine,
     Shapes,
+    Start,
     ask,
     assert_nothing_held,
     assert_same,
@@ -62,12 +56,7 @@ def neighbours(pool: Sequence[AdapterWeights]) -> list[Job]:
 @pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("step", [0, 1, 4])
 def test_a_step_that_fails_once_ends_no_request_and_changes_nothing(
-    step: int,
-    num_rows: int,
-    after: bool,
-    make_engine: MakeEngine,
-    pool: list[AdapterWeights],
-    alone: Alone,
+    step: int, num_rows: int, after: bool, make_engine: MakeEngine, pool: list[AdapterWeights], alone: Alone
 ) -> None:
     jobs = neighbours(pool)[-num_rows:]
     engine = make_engine(by_digest(*pool), max_step_tokens=40)
@@ -85,11 +74,7 @@ def test_a_step_that_fails_once_ends_no_request_and_changes_nothing(
 @pytest.mark.parametrize("after", [False, True], ids=["before the pass", "after the pass"])
 @pytest.mark.parametrize("places", [[0], [2], [4], [0, 1], [1, 5]], ids=str)
 def test_only_rows_that_make_a_step_fail_end(
-    places: list[int],
-    after: bool,
-    make_engine: MakeEngine,
-    pool: list[AdapterWeights],
-    alone: Alone,
+    places: list[int], after: bool, make_engine: MakeEngine, pool: list[AdapterWeights], alone: Alone
 ) -> None:
     good = neighbours(pool)
     jobs = list(good)
@@ -189,9 +174,7 @@ def test_a_deadline_is_reported_although_the_device_is_lost(make_engine: MakeEng
     assert isinstance(answer.error, DeadlineExceeded)
 
 
-def test_the_thread_of_a_lost_device_ends_and_all_its_streams_fail(
-    make_engine: MakeEngine, start: Callable[..., NativeEngine]
-) -> None:
+def test_the_thread_of_a_lost_device_ends_and_all_its_streams_fail(make_engine: MakeEngine, start: Start) -> None:
     executor = ThreadPoolExecutor(1)
     engine, lose = losing(make_engine, max_batch_size=2, executor=executor)
     native = start(engine)

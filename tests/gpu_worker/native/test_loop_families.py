@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.loop import Engine
 from tests.gpu_worker.engine_driver import MakeEngine, greedy, run_together
-from tests.gpu_worker.families import EQUAL, REFUSED, save
+from tests.gpu_worker.families import EQUAL, REFUSED, eager_answer, save, whole_model
 from tests.soak import Scale
 from tests.tiny import tiny_config
 
@@ -29,20 +28,6 @@ def engine_over(folder: Path, make_engine: MakeEngine, **changes: object) -> Eng
     return make_engine({}, base=base, max_step_tokens=16, **changes)
 
 
-def continuations(folder: Path) -> list[list[int]]:
-    """Return the greedy tokens of transformers' eager model, each prompt alone and without a cache."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = []
-    for prompt in PROMPTS:
-        tokens = tokenizer(prompt).input_ids
-        with torch.inference_mode():
-            for _ in range(NUM_NEW):
-                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-        found.append(tokens[-NUM_NEW:])
-    return found
-
-
 def some(names: Sequence[str], what: str, small: int, scale: Scale) -> Sequence[str]:
     """Return the first names, or all of them in a full run."""
     return names[: scale.pick(what, small=small, full=len(names))]
@@ -53,7 +38,9 @@ def test_supported_families_give_transformers_own_tokens(tmp_path: Path, make_en
     for name in some(list(EQUAL), "families served", SMALL_EQUAL, scale):
         folder = save(tmp_path / name, name, EQUAL[name])
         answers = run_together(engine_over(folder, make_engine), jobs)
-        assert [answer.tokens for answer in answers] == continuations(folder), name
+        model, tokenizer = whole_model(folder), AutoTokenizer.from_pretrained(folder)
+        expected = [eager_answer(model, tokenizer(prompt).input_ids, NUM_NEW)[1] for prompt in PROMPTS]
+        assert [answer.tokens for answer in answers] == expected, name
 
 
 def test_supported_families_start_in_bfloat16(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,18 +29,11 @@ from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.native.loop import Engine
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.chat_templates import HERMES_TEMPLATE, LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, TEMPLATES
-from tests.gpu_worker.engine_driver import (
-    Answer,
-    ask,
-    assert_nothing_held,
-    greedy,
-    run_together,
-)
+from tests.gpu_worker.engine_driver import Answer, MakeEngine, ask, assert_nothing_held, greedy, run_together
 from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.soak import Scale
-from tests.tiny import tiny_config
+from tests.tiny import TinyBase, TinyFolders, tiny_config
 
-MakeEngine = Callable[..., Engine]
 COLOURS = Grammar("regex", "(red|green|blue)")
 
 
@@ -71,7 +62,7 @@ def test_random_schemas_give_valid_json_at_temperature_1(make_engine: MakeEngine
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_answers_are_those_of_an_engine_that_computes_the_whole_head(
-    dtype: str, make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
+    dtype: str, make_engine: MakeEngine, tiny_folders: TinyFolders
 ) -> None:
     """Greedy and sampled rows, some with log probabilities, in one batch with free rows and guesses of these."""
     grammars = [Grammar("json_schema", json.dumps(random_schema(3))), Grammar("regex", "(one|two) [0-9]{3}-[a-z]{2,5}")]
@@ -112,17 +103,11 @@ def logprobs_of(answer: Answer) -> list[float]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"temperature": 0.0},
-        {"logprobs": 2},
-        {"stop": ("ange, or",)},
-        {"max_tokens": 9},
-        {"presence_penalty": 1.0},
-    ],
+    [{"temperature": 0.0}, {"logprobs": 2}, {"stop": ("ange, or",)}, {"max_tokens": 9}, {"presence_penalty": 1.0}],
     ids=str,
 )
 def test_tokens_without_a_choice_are_computed_in_one_step(
-    changes: dict[str, object], dtype: str, make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
+    changes: dict[str, object], dtype: str, make_engine: MakeEngine, tiny_folders: TinyFolders
 ) -> None:
     """The answers are those of one token a step, bit for bit in a batch with other rows."""
     base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype=dtype))
@@ -207,7 +192,6 @@ def test_a_step_without_grammars_starts_no_thread(make_engine: MakeEngine) -> No
     assert not [name for name in started if name.startswith("grammar")]
 
 
-TinyBase = Callable[..., BaseModel]
 CITY: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Bern"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gpu_worker.model.base_model import load_base_model
 from lora_store import check_folder
 from lora_store.adapter import AdapterWeights
 from lora_store.peft_files import read_peft_folder, write_peft_folder
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
-from tests.tiny import assert_equal_logits, linear_shapes, plan_of, tiny_config
+from tests.gpu_worker.families import train, whole_model
+from tests.tiny import TinyFolders, assert_equal_logits, linear_shapes, plan_of, tiny_config
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -68,28 +68,16 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+def trained(tiny_folders: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """Return an adapter of every config, created and saved by PEFT, with a random lora_B instead of zeros."""
     pool = {}
     for seed, (name, settings) in enumerate(CONFIGS.items()):
-        torch.manual_seed(seed)
-        model = get_peft_model(plain_model(tiny_folders), LoraConfig(task_type="CAUSAL_LM", **settings))
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                torch.nn.init.normal_(parameter, std=0.15)
-        folder = tmp_path_factory.mktemp("adapter")
-        model.save_pretrained(folder)
+        folder = train(tiny_folders["gemma3"], tmp_path_factory.mktemp("adapter"), seed, **settings)
         pool[name] = Trained(folder, AdapterWeights(f"digest of {name}", read_peft_folder(folder).modules))
     return pool
 
 
-def plain_model(tiny_folders: Mapping[str, Path]) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        tiny_folders["gemma3"], dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-def logits_of(model: PeftModel, tiny_folders: Mapping[str, Path], prompt: str) -> Tensor:
+def logits_of(model: PeftModel, tiny_folders: TinyFolders, prompt: str) -> Tensor:
     """Return PEFT's logits for the prompt's last token."""
     tokens = AutoTokenizer.from_pretrained(tiny_folders["gemma3"])(prompt, return_tensors="pt").input_ids
     with torch.inference_mode():
@@ -99,10 +87,10 @@ def logits_of(model: PeftModel, tiny_folders: Mapping[str, Path], prompt: str) -
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_selection_equals_the_peft_model(
-    name: str, trained: dict[str, Trained], tiny_folders: Mapping[str, Path], make_engine: MakeEngine
+    name: str, trained: dict[str, Trained], tiny_folders: TinyFolders, make_engine: MakeEngine
 ) -> None:
     weights = trained[name].weights
-    model = PeftModel.from_pretrained(plain_model(tiny_folders), trained[name].folder).eval()
+    model = PeftModel.from_pretrained(whole_model(tiny_folders["gemma3"]), trained[name].folder).eval()
     jobs = [greedy(prompt, plan_of("selection", (weights, 1.0)), prompt, num_new=1) for prompt in PROMPTS]
     for answer, job in zip(run_together(make_engine(by_digest(weights)), jobs), jobs, strict=True):
         assert isinstance(job.prompt, str)
@@ -115,12 +103,12 @@ def test_selection_equals_the_peft_model(
 
 @pytest.mark.parametrize("kind", TRAINING)
 def test_settings_of_the_training_do_not_change_the_answer(
-    kind: str, tiny_folders: Mapping[str, Path], make_engine: MakeEngine, tmp_path: Path
+    kind: str, tiny_folders: TinyFolders, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     """Trained for a step, saved by PEFT, checked as an upload, and compared with PEFT's model for generating."""
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR, "task_type": "CAUSAL_LM", **TRAINING[kind]}
-    trained = get_peft_model(plain_model(tiny_folders), LoraConfig(**settings)).train()
+    trained = get_peft_model(whole_model(tiny_folders["gemma3"]), LoraConfig(**settings)).train()
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.5)
     for key, parameter in trained.named_parameters():
         if ".lora_B." in key:
@@ -133,7 +121,7 @@ def test_settings_of_the_training_do_not_change_the_answer(
 
 
 def test_float64_tensors_are_rounded_as_by_peft(
-    trained: dict[str, Trained], tiny_folders: Mapping[str, Path], make_engine: MakeEngine, tmp_path: Path
+    trained: dict[str, Trained], tiny_folders: TinyFolders, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     shutil.copytree(trained["plain"].folder, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -142,14 +130,14 @@ def test_float64_tensors_are_rounded_as_by_peft(
     checked_equals_peft(tmp_path, tiny_folders, make_engine)
 
 
-def checked_equals_peft(folder: Path, tiny_folders: Mapping[str, Path], make_engine: MakeEngine) -> None:
+def checked_equals_peft(folder: Path, tiny_folders: TinyFolders, make_engine: MakeEngine) -> None:
     """Check the folder as an upload, and compare the engine's logits with PEFT's."""
     base = load_base_model(tiny_config(tiny_folders["gemma3"]))
     accepts = {str(tiny_folders["gemma3"])}
     checked = check_folder(folder, accepts_base=accepts, module_shapes=linear_shapes(base))
     weights = AdapterWeights("digest", checked.modules)
     assert len(weights.modules) == 3 * len(ALL_LINEAR)
-    model = PeftModel.from_pretrained(plain_model(tiny_folders), folder).eval()
+    model = PeftModel.from_pretrained(whole_model(tiny_folders["gemma3"]), folder).eval()
     job = greedy(PROMPTS[0], plan_of("selection", (weights, 1.0)), num_new=1)
     [answer] = run_together(make_engine(by_digest(weights)), [job])
     expected = logits_of(model, tiny_folders, PROMPTS[0])
@@ -160,11 +148,13 @@ def checked_equals_peft(folder: Path, tiny_folders: Mapping[str, Path], make_eng
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_written_here_is_the_same_adapter_under_peft(
-    name: str, trained: dict[str, Trained], tiny_folders: Mapping[str, Path], tmp_path: Path
+    name: str, trained: dict[str, Trained], tiny_folders: TinyFolders, tmp_path: Path
 ) -> None:
     write_peft_folder(tmp_path, trained[name].weights.modules, base_model="tiny")
     found, expected = (
-        logits_of(PeftModel.from_pretrained(plain_model(tiny_folders), folder).eval(), tiny_folders, PROMPTS[0])
+        logits_of(
+            PeftModel.from_pretrained(whole_model(tiny_folders["gemma3"]), folder).eval(), tiny_folders, PROMPTS[0]
+        )
         for folder in (tmp_path, trained[name].folder)
     )
     assert_equal_logits(found, expected)

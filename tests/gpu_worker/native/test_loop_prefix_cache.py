@@ -11,7 +11,6 @@ from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.attention.kv_cache import KvShape
 from gpu_worker.native.attention.kv_pages import DeviceKvCache
-from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
@@ -50,16 +49,6 @@ def job_of(question: str, plan: Plan = BASE_PLAN, sampling: SamplingParams = GRE
 def logprobs_of(answer: Answer) -> list[tuple[bytes, float]]:
     deltas = [event for event in answer.events if isinstance(event, Delta)]
     return [(entry.token, entry.logprob) for delta in deltas for entry in delta.logprobs]
-
-
-def found_by(engine: Engine, *jobs: Job) -> list[int]:
-    """Run the jobs one after another and return the cached tokens that each found."""
-    found = []
-    for job in jobs:
-        [answer] = run_together(engine, [job])
-        assert isinstance(answer.events[-1], Delta)
-        found.append(answer.events[-1].num_cached_tokens)
-    return found
 
 
 MODES: dict[str, tuple[SamplingParams, dict[str, object]]] = {

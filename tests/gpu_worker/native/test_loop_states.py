@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ from tests.gpu_worker.engine_driver import (
     run_together,
 )
 from tests.soak import Scale
-from tests.tiny import linear_shapes, plan_of, random_adapter
+from tests.tiny import TinyBase, linear_shapes, plan_of, random_adapter
 
 MAX_LEN, KV_TOKENS, BATCH = 64, 112, 5
 TIGHT = {
@@ -223,7 +223,7 @@ def fresh(base: BaseModel) -> BaseModel:
 
 
 @pytest.fixture
-def world(make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]) -> World:
+def world(make_engine: MakeEngine, tiny_base: TinyBase) -> World:
     base = tiny_base()
     shapes = linear_shapes(base)
     pool = [random_adapter(shapes, seed, rank=rank) for seed, rank in enumerate((2, 4, 4, 1, 14))]

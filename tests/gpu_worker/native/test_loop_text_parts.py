@@ -12,16 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from lora_store import AdapterRefused, check_folder
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
-from tests.gpu_worker.families import EQUAL, MULTIMODAL, save, save_multimodal
+from tests.gpu_worker.families import (
+    EQUAL,
+    MULTIMODAL,
+    eager_answer,
+    save,
+    save_multimodal,
+    train,
+    whole_model,
+)
 from tests.soak import Scale
 from tests.tiny import assert_equal_logits, linear_shapes, plan_of, tiny_config
 
@@ -32,36 +40,6 @@ ALL_TEXT = r".*(language_model|text_model)\..*\w+_proj"
 VISION = r".*(vision_tower|vision_model|visual)\..*(q_proj|qkv)"
 # The prefixes of the text part's layers in published checkpoints, by what transformers writes now.
 LAYOUTS = ("language_model.model.", "model.language_model.")
-
-
-def whole_model(folder: Path) -> Any:
-    """Load transformers' model of the checkpoint, with its vision part if it has one."""
-    is_multimodal = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
-    model_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
-    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def train(folder: Path, target: Path, seed: int, modules: str = ALL_TEXT, **settings: Any) -> Path:
-    """Save an adapter of the whole model, with random weights, as PEFT does."""
-    torch.manual_seed(seed)
-    chosen: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": modules, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(whole_model(folder), LoraConfig(**chosen | settings))
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(target)
-    return target
-
-
-def continuation(model: Any, tokens: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-    """Return the logits of the first new token, and the greedy tokens without a cache."""
-    found, first = list(tokens), torch.empty(0)
-    with torch.inference_mode():
-        for number in range(NUM_NEW):
-            logits = model(input_ids=torch.tensor([found])).logits[0, -1]
-            first = first if number else logits
-            found.append(int(logits.argmax()))
-    return first, found[-NUM_NEW:]
 
 
 def assert_answers_as_peft(
@@ -85,7 +63,7 @@ def assert_answers_as_peft(
         if path is not None:
             model = PeftModel.from_pretrained(model, path).eval()
         for prompt in prompts:
-            answer, (first, tokens) = next(answers), continuation(model, tokenizer(prompt).input_ids)
+            answer, (first, tokens) = next(answers), eager_answer(model, tokenizer(prompt).input_ids, NUM_NEW)
             assert_equal_logits(answer.first_logits, first)
             assert answer.tokens == tokens, (folder.name, path, prompt)
             plain.setdefault(prompt, first)
@@ -99,7 +77,7 @@ def test_multimodal_checkpoints_answer_as_the_whole_model(
     names = list(MULTIMODAL)[: scale.pick("multimodal families", small=2, full=len(MULTIMODAL))]
     for name in names:
         folder = save_multimodal(tmp_path / name.partition(" ")[0] / str(len(name)), name)
-        adapters = [train(folder, tmp_path / name / str(seed), seed) for seed in (1, 2)]
+        adapters = [train(folder, tmp_path / name / str(seed), seed, target_modules=ALL_TEXT) for seed in (1, 2)]
         assert_answers_as_peft(folder, adapters, make_engine)
 
 
@@ -117,7 +95,9 @@ def test_every_layout_of_a_checkpoint_on_disk_is_read(prefix: str, tmp_path: Pat
         layout["language_model.lm_head.weight"] = layout.pop("lm_head.weight")
     others = {name: t for name, t in tensors.items() if not name.startswith("language_model")}
     save_file(layout | others, folder / "model.safetensors", metadata={"format": "pt"})
-    assert_answers_as_peft(folder, [train(folder, tmp_path / "adapter", 1)], make_engine, PROMPTS[:1])
+    assert_answers_as_peft(
+        folder, [train(folder, tmp_path / "adapter", 1, target_modules=ALL_TEXT)], make_engine, PROMPTS[:1]
+    )
     loaded = load_base_model(tiny_config(folder)).model.get_output_embeddings().weight
     assert torch.equal(loaded, text["lm_head.weight"])
 
@@ -139,7 +119,7 @@ def test_a_text_adapter_of_either_class_moves_the_logits_of_a_multimodal_checkpo
     A server that matches neither spelling loads it, and answers as the base model.
     """
     folder = save_multimodal(tmp_path / "base", "gemma3")
-    adapter = train(folder, tmp_path / "whole", 1)
+    adapter = train(folder, tmp_path / "whole", 1, target_modules=ALL_TEXT)
     theirs = load_file(adapter / "adapter_model.safetensors")
     shapes = linear_shapes(load_base_model(tiny_config(folder)))
     expected = None
@@ -162,7 +142,7 @@ def test_a_text_adapter_of_either_class_moves_the_logits_of_a_multimodal_checkpo
 
 def test_an_adapter_of_the_vision_part_is_refused(tmp_path: Path) -> None:
     folder = save_multimodal(tmp_path / "base", "gemma3")
-    adapter = train(folder, tmp_path / "adapter", 1, modules=VISION)
+    adapter = train(folder, tmp_path / "adapter", 1, target_modules=VISION)
     shapes = linear_shapes(load_base_model(tiny_config(folder)))
     with pytest.raises(AdapterRefused, match="2 tensors adapt the vision or audio part"):
         check_folder(adapter, accepts_base={str(folder)}, module_shapes=shapes)
@@ -173,7 +153,7 @@ def test_adapters_of_families_without_groups_of_heads_equal_peft(
     family: str, tmp_path: Path, make_engine: MakeEngine
 ) -> None:
     folder = save(tmp_path / "base", family, EQUAL[family])
-    adapters = [train(folder, tmp_path / str(seed), seed, modules="all-linear") for seed in (1, 2)]
+    adapters = [train(folder, tmp_path / str(seed), seed, target_modules="all-linear") for seed in (1, 2)]
     assert_answers_as_peft(folder, adapters, make_engine)
 
 
@@ -211,7 +191,7 @@ def test_random_bases_of_the_new_families_answer_as_peft(tmp_path: Path, make_en
                 folder,
                 tmp_path / f"{seed}-{number}",
                 number,
-                modules=modules,
+                target_modules=modules,
                 r=draw.choice((1, 2, 5)),
                 lora_alpha=draw.choice((1, 4, 9)),
                 use_rslora=draw.random() < 0.5,

@@ -6,7 +6,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.native import memory_plan
 from gpu_worker.native.loop import Engine
 from gpu_worker.native.memory_plan import MemoryPlan, plan_memory
-from tests.tiny import tiny_config
+from tests.gpu_worker.engine_driver import MakeEngine
+from tests.tiny import TinyBase, TinyFolders, tiny_config
 
 GIB = 1 << 30
 TOKEN_BYTES = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, float32
 
 
 @pytest.fixture
-def plan(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) -> Callable[..., MemoryPlan]:
+def plan(tiny_base: TinyBase, tiny_folders: TinyFolders) -> Callable[..., MemoryPlan]:
     base = tiny_base("llama")
 
     def make(free_bytes: int, *limits: MappingLimit, **changes: object) -> MemoryPlan:
@@ -38,7 +39,7 @@ def plan(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) 
 
 
 def test_the_parts_of_the_plan_equal_the_engines_use(
-    plan: Callable[..., MemoryPlan], make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+    plan: Callable[..., MemoryPlan], make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="gpu_worker.native.memory_plan"):
         engine = make_engine({}, "llama", kv_tokens=320)
@@ -65,9 +66,7 @@ def windowed(base: BaseModel) -> BaseModel:
     return replace(base, window=20, window_layers=frozenset({0, 1}))
 
 
-def test_layers_with_a_window_plan_what_rows_and_prefixes_hold(
-    tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
-) -> None:
+def test_layers_with_a_window_plan_what_rows_and_prefixes_hold(tiny_base: TinyBase, tiny_folders: TinyFolders) -> None:
     """Eight rows of 512 tokens hold at most four pages each in a window, and a step computes four pages more."""
     base, folder = tiny_base("llama"), tiny_folders["llama"]
     of_layer, ample = TOKEN_BYTES // 3, {"max_model_len": 512, "max_step_tokens": 64}
@@ -87,7 +86,7 @@ def test_layers_with_a_window_plan_what_rows_and_prefixes_hold(
 
 @pytest.mark.parametrize("num_tokens", [512, 1024, 2000, 4000])
 def test_memory_that_is_left_is_used_with_windows_too(
-    num_tokens: int, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
+    num_tokens: int, tiny_base: TinyBase, tiny_folders: TinyFolders
 ) -> None:
     base = windowed(tiny_base("llama"))
     config = tiny_config(tiny_folders["llama"], max_model_len=512, prefix_cache=False)
@@ -119,7 +118,7 @@ def test_memory_that_may_not_be_mapped_stops_the_start_with_the_sum(plan: Callab
 
 
 def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(
-    tiny_folders: Mapping[str, Path], tmp_path: Path
+    tiny_folders: TinyFolders, tmp_path: Path
 ) -> None:
     """Runs in a separate process, because the limit applies to all of it."""
     script = f"""
@@ -159,7 +158,7 @@ def test_the_sum_contains_the_setting_that_cannot_fit(
 
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_a_tied_output_head_in_bfloat16_counts_twice_only_where_onednn_packs_it(
-    has_kernel: bool, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    has_kernel: bool, tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gemma3 ties them. The embedding is looked up in what the kernel packs, and not in what oneDNN packs."""
     monkeypatch.setattr(memory_plan, "choose_linear_kernel", lambda model, config: has_kernel or None)
@@ -172,7 +171,7 @@ def test_a_tied_output_head_in_bfloat16_counts_twice_only_where_onednn_packs_it(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_integer_weights_count_as_the_packed_layers_hold_them(family: str, tiny_folders: Mapping[str, Path]) -> None:
+def test_integer_weights_count_as_the_packed_layers_hold_them(family: str, tiny_folders: TinyFolders) -> None:
     """A tied model has one matrix for its embedding and its output head."""
     planned = {}
     for quantization in ("none", "int8", "int4"):
@@ -188,7 +187,7 @@ def test_integer_weights_count_as_the_packed_layers_hold_them(family: str, tiny_
 
 
 @pytest.mark.usefixtures("without_bfloat16")
-def test_bfloat16_weights_of_a_float32_model_take_half_its_memory(tiny_folders: Mapping[str, Path]) -> None:
+def test_bfloat16_weights_of_a_float32_model_take_half_its_memory(tiny_folders: TinyFolders) -> None:
     planned = {}
     for dtype in ("float32", "auto"):
         config = tiny_config(tiny_folders["gemma3"], dtype=dtype)
@@ -201,17 +200,6 @@ def test_bfloat16_weights_of_a_float32_model_take_half_its_memory(tiny_folders: 
 @pytest.fixture
 def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"kv_tokens": 159}, "kv_tokens"), ({"device": "cuda", "dtype": "float32"}, "float32")],
-)
-def test_a_config_that_could_never_run_is_refused(
-    changes: dict[str, object], named: str, tiny_folders: Mapping[str, Path]
-) -> None:
-    with pytest.raises(WorkerConfigInvalid, match=named):
-        tiny_config(tiny_folders["llama"], **changes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -14,16 +14,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, OPTConfig, OPT
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from tests.gpu_worker.conformance.families import config_of
-from tests.tiny import SHAPE, byte_tokenizer, tiny_config
+from tests.tiny import SHAPE, TinyFolders, byte_tokenizer, tiny_config
 
 _PARTS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 # The tiny models have 4 attention heads, 2 key heads and MLPs of 48 values.
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_processes_share_a_model_evenly_or_several_have_one_key_head(
-    size: int, tiny_folders: Mapping[str, Path]
-) -> None:
+def test_processes_share_a_model_evenly_or_several_have_one_key_head(size: int, tiny_folders: TinyFolders) -> None:
     config = tiny_config(tiny_folders["llama"], engine="vllm", tensor_parallel_size=size)
     assert load_front_model(config).num_kv_heads == 2
 
@@ -33,7 +31,7 @@ def test_processes_share_a_model_evenly_or_several_have_one_key_head(
     [(3, "4 attention heads and 2 key heads"), (8, "4 attention heads"), (5, "4 .* and 48 hidden .* and 2 key heads")],
 )
 def test_a_number_of_processes_that_does_not_divide_the_model_is_refused_with_the_counts(
-    size: int, uneven: str, tiny_folders: Mapping[str, Path]
+    size: int, uneven: str, tiny_folders: TinyFolders
 ) -> None:
     config = tiny_config(tiny_folders["llama"], engine="vllm", tensor_parallel_size=size)
     with pytest.raises(WorkerConfigInvalid, match=rf"must divide the base model's {uneven}, got {size}"):
@@ -60,7 +58,7 @@ def test_a_width_of_mlps_with_another_name_in_the_configuration_is_checked(tmp_p
 
 
 def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_engine(
-    tiny_folders: Mapping[str, Path], tmp_path: Path
+    tiny_folders: TinyFolders, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folders["llama"], tmp_path / "quantized")
     config = json.loads((folder / "config.json").read_text())
@@ -152,7 +150,7 @@ def test_a_mixture_of_experts_takes_adapters_of_its_other_layers(tmp_path: Path)
 
 
 @pytest.fixture
-def llama(tiny_folders: Mapping[str, Path]) -> FrontModel:
+def llama(tiny_folders: TinyFolders) -> FrontModel:
     return load_front_model(tiny_config(tiny_folders["llama"], engine="vllm"))
 
 

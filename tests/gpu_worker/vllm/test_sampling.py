@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
+from tests.tiny import TinyBase
 
 GIVEN = SamplingParams(
     max_tokens=9,
@@ -46,12 +47,11 @@ def row_of(base: BaseModel, sampling: SamplingParams, **changes: Any) -> Row:
     return prepare(Job("x", "prompt", sampling=sampling), lambda event: None, **changes)
 
 
-def test_every_parameter_reaches_vllm(tiny_base: Callable[..., BaseModel]) -> None:
+def test_every_parameter_reaches_vllm(tiny_base: TinyBase) -> None:
     base = tiny_base()
     found = sampling_params(row_of(base, GIVEN), 300)
-    for name in ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "logprobs", "seed"):
-        assert getattr(found, name) == getattr(GIVEN, name), name
-    for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+    same = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "logprobs", "seed")
+    for name in (*same, "presence_penalty", "frequency_penalty", "repetition_penalty"):
         assert getattr(found, name) == getattr(GIVEN, name), name
     assert found.logit_bias == {3: 1.5}
     assert set(found.stop_token_ids) == {5} | base.eos_token_ids
@@ -59,9 +59,10 @@ def test_every_parameter_reaches_vllm(tiny_base: Callable[..., BaseModel]) -> No
     assert found.logprob_token_ids is None
     unending = sampling_params(row_of(base, replace(GIVEN, ignore_eos=True)), 300)
     assert set(unending.stop_token_ids) == {5}
+    assert sampling_params(row_of(base, replace(GIVEN, top_k=2**80)), 300).top_k == 300, "its messages hold 64 bits"
 
 
-def test_a_temperature_above_vllms_own_limit_is_refused_by_name(tiny_base: Callable[..., BaseModel]) -> None:
+def test_a_temperature_above_vllms_own_limit_is_refused_by_name(tiny_base: TinyBase) -> None:
     base = tiny_base()
     assert sampling_params(row_of(base, replace(GIVEN, temperature=2.0)), 300).temperature == 2.0
     for above in (2.01, 100.0):
@@ -69,13 +70,7 @@ def test_a_temperature_above_vllms_own_limit_is_refused_by_name(tiny_base: Calla
             sampling_params(row_of(base, replace(GIVEN, temperature=above)), 300)
 
 
-def test_a_top_k_beyond_the_vocabulary_becomes_all_of_it(tiny_base: Callable[..., BaseModel]) -> None:
-    """vLLM's messages hold 64 bits: a larger number would fail the request."""
-    row = row_of(tiny_base(), replace(GIVEN, top_k=2**80))
-    assert sampling_params(row, 300).top_k == 300
-
-
-def test_a_probe_asks_for_ids_spread_over_the_vocabulary(tiny_base: Callable[..., BaseModel]) -> None:
+def test_a_probe_asks_for_ids_spread_over_the_vocabulary(tiny_base: TinyBase) -> None:
     row = row_of(tiny_base(), SamplingParams(max_tokens=1), capture_first_logits=True)
     assert sampling_params(row, 300).logprob_token_ids == probed_ids(300)
     for size in (5, 128, 300, 262_144):
@@ -92,7 +87,7 @@ def test_the_most_likely_ids_are_listed_best_first_without_the_chosen_one_beyond
     assert scored(7, {7: Entry(float("-inf"), 1)}, 0).logprob == -9999.0
 
 
-def test_each_token_of_the_prompt_but_the_first_has_its_score_and_rank(tiny_base: Callable[..., BaseModel]) -> None:
+def test_each_token_of_the_prompt_but_the_first_has_its_score_and_rank(tiny_base: TinyBase) -> None:
     row = row_of(tiny_base(), replace(GIVEN, prompt_logprobs=1))
     tokens = row.tokens
     found = [None, *[{token: Entry(-3.0 - n, 40 + n), 290 + n: Entry(-0.5, 1)} for n, token in enumerate(tokens[1:])]]
@@ -106,10 +101,6 @@ def test_each_token_of_the_prompt_but_the_first_has_its_score_and_rank(tiny_base
         [290 + n] for n in range(len(tokens) - 1)
     ]
     assert not row.has_unsound_prompt
-
-
-def test_a_prompt_whose_scores_are_no_numbers_is_unsound(tiny_base: Callable[..., BaseModel]) -> None:
-    row = row_of(tiny_base(), replace(GIVEN, prompt_logprobs=0))
-    found = [None, *[{token: Entry(float("nan"), 1)} for token in row.tokens[1:]]]
-    row.add_prompt_scores(prompt_scores(row, found))
-    assert row.has_unsound_prompt
+    unsound = row_of(tiny_base(), replace(GIVEN, prompt_logprobs=0))
+    unsound.add_prompt_scores(prompt_scores(unsound, [None, *[{token: Entry(math.nan, 1)} for token in tokens[1:]]]))
+    assert unsound.has_unsound_prompt

@@ -295,6 +295,15 @@ def test_route_shows_the_plan_that_a_name_gets(tmp_path: Path) -> None:
     assert [event["model"] for event in events_in(tmp_path)] == ["", "support", "poet", BASE, "nobody"]
 
 
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Return a policy whose schema is nested this deeply."""
+    schema = json.loads('{"items": ' * depth + "{}" + "}" * depth)
+    return {"structured_outputs": {"json": schema}}
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "status", "code", "words"),
     [
@@ -330,13 +339,26 @@ def test_route_shows_the_plan_that_a_name_gets(tmp_path: Path) -> None:
         ("x", {"variant": {"share": 0.5, "model": "nobody"}}, 404, "model_not_found", "nobody"),
         (
             "x",
+            {"max_tokens": 5, "min_tokens": 10},
+            400,
+            "invalid_request",
+            "min_tokens must be between 0 and max_tokens",
+        ),
+        ("x", {"variant": JSON_OBJECT | {"ignore_eos": True, "share": 0.5}}, 400, "invalid_request", "ignore_eos must"),
+        ("x", {"stop_token_ids": [-5]}, 400, "invalid_request", "stop_token_ids.0: must be at least 0"),
+        ("x", {"logit_bias": {"-5": 1}}, 400, "invalid_request", "logit_bias.-5: must be at least 0"),
+        ("x", {"structured_outputs": {"regex": "(["}}, 400, "invalid_request", "structured_outputs.regex cannot be"),
+        ("x", nested(200), 400, "invalid_request", "cannot be compiled: recursion limit"),
+        ("x", nested(260), 400, "invalid_request", "the policy is nested too deeply"),
+        (
+            "x",
             {"stop": ["s" * 256] * 16, "structured_outputs": {"regex": "a" * 30_000}},
             400,
             "invalid_request",
             "at most",
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_cannot_be_a_name_or_a_policy_is_refused(
     name: str, policy: dict[str, Any], status: int, code: str, words: str

@@ -29,6 +29,15 @@ PIECES = [
 TOKENS = [*(bytes([byte]) for byte in range(256)), b"<end>", b"<other>", b"<start>", b"", *PIECES]
 
 
+BYTES = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < END else b"", END + 1, [END])
+
+
+def allows(grammar: Grammar, text: str) -> bool:
+    """Tell whether the text is a whole answer of the grammar, byte by byte."""
+    matcher = matcher_of(grammar, BYTES)
+    return bool(matcher.consume_tokens(list(text.encode()))) and bool(matcher.is_accepting())
+
+
 def vocabulary_of(tokens: list[bytes]) -> LLTokenizer:
     return make_vocabulary(tokens.__getitem__, len(tokens), [END, OTHER_END], [SPECIAL])
 

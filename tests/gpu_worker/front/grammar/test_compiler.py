@@ -20,6 +20,7 @@ from tests.gpu_worker.engine_driver import run
 from tests.gpu_worker.front.grammar.small_vocabulary import TOKENS, ids_of, vocabulary_of
 
 GOOD = Grammar("regex", "ab")
+Make = Callable[..., GrammarCompiler]  # the fixture `make`
 
 
 class FakeCheck(CheckProcess):
@@ -83,24 +84,19 @@ def use(compiler: GrammarCompiler, grammar: Grammar = GOOD, tenant: str = "a") -
     return ids_of(state)
 
 
-def test_a_grammar_is_compiled_once_for_each_tenant(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+def test_a_grammar_is_compiled_once_for_each_tenant(make: Make, checks: Checks) -> None:
     compiler = make()
     checks.released.set()
     for tenant in "aab":
         assert use(compiler, tenant=tenant) == [ord("a")]
     assert checks.checked == ["ab", "ab"] and compiler.num_grammars == 2
     assert checks.num_vocabularies == 1
-
-
-def test_rows_with_one_grammar_have_states_of_their_own(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
-    compiler, tokens = make(), [ord("a")]
-    checks.released.set()
-    ahead = compiler.state(GOOD, "a", tokens, 0, len(TOKENS))
+    ahead = compiler.state(GOOD, "a", [ord("a")], 0, len(TOKENS))
     ahead.update()
-    assert ids_of(ahead) == [ord("b")] and use(compiler) == [ord("a")]
+    assert ids_of(ahead) == [ord("b")] and use(compiler) == [ord("a")], "each row has a state of its own"
 
 
-def test_requests_that_wait_together_share_a_compilation(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+def test_requests_that_wait_together_share_a_compilation(make: Make, checks: Checks) -> None:
     compiler = make()
 
     async def main() -> None:
@@ -116,7 +112,7 @@ def test_requests_that_wait_together_share_a_compilation(make: Callable[..., Gra
     assert checks.checked == ["ab"]
 
 
-def test_the_check_is_killed_when_the_last_request_leaves(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+def test_the_check_is_killed_when_the_last_request_leaves(make: Make, checks: Checks) -> None:
     compiler = make()
 
     async def main() -> None:
@@ -132,9 +128,7 @@ def test_the_check_is_killed_when_the_last_request_leaves(make: Callable[..., Gr
     assert use(compiler) == [ord("a")], "a later request compiles it again"
 
 
-def test_a_refusal_is_remembered_and_names_the_field_of_each_request(
-    make: Callable[..., GrammarCompiler], checks: Checks
-) -> None:
+def test_a_refusal_is_remembered_and_names_the_field_of_each_request(make: Make, checks: Checks) -> None:
     compiler = make()
     checks.released.set()
     for param in ("response_format", "structured_outputs.regex"):
@@ -145,9 +139,7 @@ def test_a_refusal_is_remembered_and_names_the_field_of_each_request(
     assert checks.checked == ["bad"]
 
 
-def test_many_refusals_are_remembered_apart_from_compiled_grammars(
-    make: Callable[..., GrammarCompiler], checks: Checks
-) -> None:
+def test_many_refusals_are_remembered_apart_from_compiled_grammars(make: Make, checks: Checks) -> None:
     compiler = make(max_grammars=1, max_refused=2)
     checks.released.set()
     for text in ("bad 1", "bad 2", "a", "b", "bad 1", "bad 3", "bad 1", "bad 2"):
@@ -158,7 +150,7 @@ def test_many_refusals_are_remembered_apart_from_compiled_grammars(
     assert checks.checked == ["bad 1", "bad 2", "a", "b", "bad 3", "bad 2"], "the second was forgotten for the third"
 
 
-def test_a_slow_grammar_is_refused_for_a_while(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+def test_a_slow_grammar_is_refused_for_a_while(make: Make, checks: Checks) -> None:
     now = [100.0]
     compiler = make(clock=lambda: now[0])
     checks.released.set()
@@ -173,22 +165,7 @@ def test_a_slow_grammar_is_refused_for_a_while(make: Callable[..., GrammarCompil
     assert use(compiler) == [ord("a")] and checks.checked == ["ab", "ab", "ab"]
 
 
-def test_a_check_that_was_killed_refuses_nothing(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
-    """its error is the result of the kill, and a later request may have the time"""
-    compiler = make()
-
-    async def leave() -> None:
-        waiting = asyncio.ensure_future(compiler.compile(Grammar("regex", "ab"), "a"))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-
-    run(leave())
-    checks.released.set()
-    assert use(compiler) == [ord("a")]
-
-
-def test_a_failure_of_the_machine_is_not_remembered(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+def test_a_failure_of_the_machine_is_not_remembered(make: Make, checks: Checks) -> None:
     compiler, limits = make(new_check=CheckProcess), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # a process needs pipes
     try:
@@ -200,7 +177,7 @@ def test_a_failure_of_the_machine_is_not_remembered(make: Callable[..., GrammarC
     assert use(compiler) == [ord("a")]
 
 
-def test_the_oldest_unused_grammars_are_dropped(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+def test_the_oldest_unused_grammars_are_dropped(make: Make, checks: Checks) -> None:
     compiler = make(max_grammars=3)
     checks.released.set()
     for text in ("a", "b", "c", "a", "d"):
@@ -212,7 +189,7 @@ def test_the_oldest_unused_grammars_are_dropped(make: Callable[..., GrammarCompi
 
 
 def test_a_grammar_that_passed_is_compiled_again_without_a_check(
-    make: Callable[..., GrammarCompiler], checks: Checks, monkeypatch: pytest.MonkeyPatch
+    make: Make, checks: Checks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
 
@@ -234,23 +211,7 @@ def test_a_grammar_that_passed_is_compiled_again_without_a_check(
     assert checks.checked[4:] == ["b"], "other tenants know nothing of it"
 
 
-def test_too_many_waiting_grammars_are_refused(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
-    compiler = make(max_pending=3)
-
-    async def main() -> None:
-        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", "a"), tenant)) for tenant in "abcd"]
-        await asyncio.sleep(0)
-        with pytest.raises(EngineFull, match="3 grammars"):
-            await waiting[3]
-        checks.released.set()
-        await asyncio.gather(*waiting[:3])
-
-    run(main())
-
-
-def test_a_lone_tenant_may_use_every_place_and_makes_room_for_another(
-    make: Callable[..., GrammarCompiler], checks: Checks
-) -> None:
+def test_a_lone_tenant_may_use_every_place_and_makes_room_for_another(make: Make, checks: Checks) -> None:
     compiler = make(max_pending=8)
 
     async def main() -> None:
@@ -267,22 +228,5 @@ def test_a_lone_tenant_may_use_every_place_and_makes_room_for_another(
 
     run(main())
     assert checks.checked.index("b") < 4, "two were being compiled, and the tenants take turns"
-    assert compiler.num_grammars == 8
-
-
-def test_a_grammar_that_made_room_is_compiled_when_it_comes_again(
-    make: Callable[..., GrammarCompiler], checks: Checks
-) -> None:
-    compiler = make(max_pending=4)
-
-    async def main() -> None:
-        wanted = [("a", text) for text in "0123"] + [("b", "4")]
-        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), tenant)) for tenant, text in wanted]
-        with pytest.raises(EngineFull):
-            await waiting.pop(3)
-        checks.released.set()
-        await asyncio.gather(*waiting)
-
-    run(main())
-    assert "3" not in checks.checked
-    assert use(compiler, Grammar("regex", "3")) == [ord("3")]
+    assert compiler.num_grammars == 8 and "7" not in checks.checked
+    assert use(compiler, Grammar("regex", "7")) == [ord("7")], "what made room is compiled when it comes again"

@@ -31,27 +31,18 @@ def test_a_saved_tokenizer_means_what_it_means_when_it_is_loaded(
     assert resolve_template("auto", AutoTokenizer.from_pretrained(tmp_path)) == template
 
 
-def test_a_template_within_the_tokenizers_config_is_found(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": SOURCE}))
-    assert template_of_files(str(tmp_path)) == "chat"
-    assert chat_templates_of_files(str(tmp_path)) == (SOURCE,)
-
-
-def test_all_of_several_named_templates_are_found(tmp_path: Path) -> None:
+def test_the_templates_within_the_tokenizers_config_are_found(tmp_path: Path) -> None:
     named = [{"name": "default", "template": SOURCE}, {"name": "tool_use", "template": "{{ tools }}"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert template_of_files(str(tmp_path)) == "chat"
-    assert chat_templates_of_files(str(tmp_path)) == (SOURCE, "{{ tools }}")
+    for written, found in ((SOURCE, (SOURCE,)), (named, (SOURCE, "{{ tools }}"))):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": written}))
+        assert template_of_files(str(tmp_path)) == "chat"
+        assert chat_templates_of_files(str(tmp_path)) == found
 
 
 @pytest.mark.parametrize("base_model", ["nobody/never-fetched", "/no/such/folder", "no-such-name"])
-def test_a_model_that_is_not_here_stays_auto(base_model: str) -> None:
-    assert template_of_files(base_model) == "auto"
-
-
-def test_a_broken_config_stays_auto_and_is_left_to_the_worker(tmp_path: Path) -> None:
+def test_a_model_that_is_not_here_or_broken_stays_auto(base_model: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
-    assert template_of_files(str(tmp_path)) == "auto"
+    assert template_of_files(base_model) == template_of_files(str(tmp_path)) == "auto"
 
 
 def test_an_operators_file_is_read_whole_and_a_broken_one_is_refused_by_its_line(tmp_path: Path) -> None:
@@ -78,9 +69,6 @@ def test_the_models_own_sampling_is_read_and_what_is_not_supported_is_left_out(
     (tmp_path / "generation_config.json").write_text(json.dumps(declared))
     assert sampling_defaults_of_files(str(tmp_path)) == {"temperature": 0.7, "top_k": 20}
     assert "min_p must be between 0 and 1, got 3" in caplog.text
-
-
-@pytest.mark.parametrize("text", ["[]", "{", "3"])
-def test_a_broken_generation_config_gives_no_defaults(tmp_path: Path, text: str) -> None:
-    (tmp_path / "generation_config.json").write_text(text)
-    assert sampling_defaults_of_files(str(tmp_path)) == {}
+    for broken in ("[]", "{", "3"):
+        (tmp_path / "generation_config.json").write_text(broken)
+        assert sampling_defaults_of_files(str(tmp_path)) == {}

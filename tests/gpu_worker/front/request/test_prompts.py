@@ -49,11 +49,6 @@ def test_chat_is_the_tokenizers_own_template() -> None:
     assert render(TURNS, "chat", tokenizer) == "<bos>[system]Be brief.[user]Hi[assistant]Hello[user]Bye[assistant]"
 
 
-def test_chat_without_a_template_is_refused() -> None:
-    with pytest.raises(PromptInvalid, match="needs a chat template"):
-        render(TURNS, "chat", byte_tokenizer())
-
-
 ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -75,17 +70,19 @@ def test_messages_of_the_user_in_a_row_are_one_where_roles_must_alternate(templa
         render([Message("assistant", "Hi"), *turns], "chat", tokenizer)
 
 
-def test_a_conversation_the_chat_template_refuses_is_invalid() -> None:
+@pytest.mark.parametrize(
+    ("name", "template", "reason"),
+    [
+        *[(name, None, "'auto', 'alpaca' or 'chat'") for name in ("", "Alpaca", "{{ 1 }}")],
+        ("chat", None, "needs a chat template"),
+        ("chat", "{{ messages.append(1) }}", "append"),  # it runs in a sandbox
+    ],
+)
+def test_a_template_that_cannot_render_is_refused(name: str, template: str | None, reason: str) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(PromptInvalid, match="roles must alternate"):
-        render(TURNS, "chat", tokenizer)
-
-
-@pytest.mark.parametrize("name", ["", "Alpaca", "{{ 1 }}"])
-def test_an_unknown_template_is_refused_by_name(name: str) -> None:
-    with pytest.raises(PromptInvalid, match="'auto', 'alpaca' or 'chat'"):
-        render(TURNS, name, byte_tokenizer())
+    tokenizer.chat_template = template
+    with pytest.raises(PromptInvalid, match=reason):
+        render(TURNS, name, tokenizer)
 
 
 def test_alpaca_stops_at_the_next_instruction_and_at_another_response() -> None:
@@ -101,13 +98,6 @@ def test_auto_is_the_tokenizers_chat_template_or_alpaca() -> None:
     tokenizer.chat_template = CHAT
     assert render(TURNS, "auto", tokenizer) == render(TURNS, "chat", tokenizer) != render_alpaca(TURNS)
     assert template_stops("auto", tokenizer) == ()
-
-
-def test_a_chat_template_runs_in_a_sandbox() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ messages.append(1) }}"
-    with pytest.raises(PromptInvalid, match="append"):
-        render(TURNS, "chat", tokenizer)
 
 
 def test_templates_get_calls_as_objects_and_ids_of_nine_characters() -> None:

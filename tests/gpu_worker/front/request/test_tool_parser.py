@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gpu_worker.front.request.request import FinishReason
 from gpu_worker.front.request.tool_parser import MAX_MALFORMED, ToolCallParser, new_call_id
-from gpu_worker.front.request.tools import FORMS, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, ToolForm, joined_calls
+from gpu_worker.front.request.tools import HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, ToolForm, joined_calls
+from tests.gpu_worker.chat_templates import FORM, call, written
 
 NAMES = {"f", "get_weather"}
 Found = tuple[str, list[tuple[str, str]], FinishReason | None]
@@ -42,7 +43,7 @@ def slow(form: ToolForm, text: str, max_calls: int | None = None) -> Found:
             content, at = content + text[at:end], end
             continue
         content += text[at:begin].rstrip()
-        calls += [call for call, _ in found]
+        calls += [each for each, _ in found]
         at = found[-1][1]
         if max_calls is not None and len(calls) >= max_calls:
             break
@@ -119,23 +120,12 @@ def fast(
     return content, [(call.name, call.arguments) for call in whole], ending
 
 
-def call_of(form: ToolForm, name: str, arguments: str) -> str:
-    if form.arguments_key is None:
-        return f"{name}{form.before_arguments}{arguments}"
-    return f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}'
-
-
-def calls_of(form: ToolForm, *bodies: str) -> str:
-    return form.opening + form.separator.join(bodies) + form.closing
-
-
 ONE = '{"city": "Z\u00fcrich \\"{}\\"", "days": [1, {"a": null}]}'
-FORM = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 
 
 @FORM
 def test_calls_are_found_with_the_text_around_them(form: ToolForm) -> None:
-    text = calls_of(form, call_of(form, "f", "{}"), call_of(form, "get_weather", ONE))
+    text = written(form, call(form, "f", "{}"), call(form, "get_weather", ONE))
     normal = json.dumps(json.loads(ONE), ensure_ascii=False)
     expected = ("", [("f", "{}"), ("get_weather", normal)], "tool_calls")
     assert fast(form, text) == fast(form, [text]) == slow(form, text) == expected
@@ -163,7 +153,7 @@ def test_the_pieces_of_an_answer_change_nothing(form: ToolForm, parts: list[str]
 
 @FORM
 def test_every_split_of_a_constrained_answer_gives_the_same_calls_and_every_beginning_a_part(form: ToolForm) -> None:
-    text = calls_of(form, call_of(form, "get_weather", ONE), call_of(form, "f", "{}"))
+    text = written(form, call(form, "get_weather", ONE), call(form, "f", "{}"))
     expected = ("", [("get_weather", ONE), ("f", "{}")], "tool_calls")
     for cut in range(len(text) + 1):
         assert fast(form, [text[:cut], text[cut:]], is_constrained=True) == expected

@@ -63,6 +63,8 @@ def rendered(messages: list[Message], template: str | None, tools: Tools | None 
 )
 def test_the_form_of_calls_is_the_one_that_the_template_writes(name: str, form: ToolForm, has_parallel: bool) -> None:
     assert find_style(tokenizer_with(TEMPLATES[name])) == ToolStyle(form, is_native=True, has_parallel=has_parallel)
+    text = rendered(LOOP, TEMPLATES[name])  # calls and results of another server
+    assert "Rain" in text and text.index("Rome") < text.index("Rain")
 
 
 @pytest.mark.parametrize(
@@ -84,12 +86,6 @@ def test_a_template_that_knows_tools_gets_them_calls_and_results() -> None:
     assert '"name": "get_weather", "description": "Return the weather"' in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>' in text
     assert "<|im_start|>user\n<tool_response>\nRain\n</tool_response><|im_end|>\n<|im_start|>assistant\n" in text
-
-
-def test_every_known_template_takes_calls_and_results_of_another_server() -> None:
-    for name, template in TEMPLATES.items():
-        text = rendered(LOOP, template)
-        assert "Rain" in text and text.index("Rome") < text.index("Rain"), name
 
 
 @pytest.mark.parametrize("name", ["alpaca", "auto"])
@@ -119,15 +115,13 @@ def test_a_template_that_takes_no_system_text_gets_the_description_in_the_first_
         rendered([Message("system", "Be brief."), ASKED], template)
 
 
-def test_a_conversation_without_tools_is_rendered_as_ever() -> None:
+def test_a_conversation_without_tools_is_rendered_as_ever_with_its_calls() -> None:
     turns = [ASKED, Message("assistant", "Fine"), ASKED]
     tokenizer = tokenizer_with(HERMES_TEMPLATE)
     assert rendered(turns, HERMES_TEMPLATE, None) == render(turns, "auto", tokenizer)
-
-
-def test_calls_stay_in_the_history_without_tools() -> None:
-    assert "<tool_call>" in rendered(LOOP, None, None) and "can call" not in rendered(LOOP, None, None)
-    assert "<tool_call>" in rendered(LOOP, HERMES_TEMPLATE, None)
+    for template in (None, HERMES_TEMPLATE):
+        history = rendered(LOOP, template, None)
+        assert "<tool_call>" in history and "can call" not in history, "calls stay in it"
 
 
 @pytest.mark.parametrize(
@@ -150,11 +144,8 @@ def test_results_and_the_next_question_are_one_turn() -> None:
     result = "<tool_response>\n{}\n</tool_response>"
     assert turns[-1].content == f"{result.format('Rain')}\n{result.format('Sun')}\nSo?"
     assert without_tool_turns([ASKED, ASKED]) == [ASKED, ASKED]
-
-
-def test_invalid_arguments_stay_text() -> None:
     [turn] = without_tool_turns([Message("assistant", "Hm", (ToolCall("1", "f", "{broken"),))])
-    assert turn.content == "Hm\n" + call_text({"name": "f", "arguments": "{broken"})
+    assert turn.content == "Hm\n" + call_text({"name": "f", "arguments": "{broken"}), "invalid arguments stay text"
 
 
 def test_arguments_that_a_template_cannot_read_are_refused() -> None:

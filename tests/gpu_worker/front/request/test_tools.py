@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from gpu_worker.front.request.tools import (
     DESCRIBED,
-    FORMS,
     HERMES,
     NO_PARAMETERS,
     Function,
@@ -58,11 +55,3 @@ def test_an_answer_has_several_calls_if_client_and_template_can_have_them(
     style: ToolStyle, tools: Tools, expected: int | None
 ) -> None:
     assert style.max_calls(tools) == expected
-
-
-def test_every_form_begins_with_its_marker_or_may_begin_without() -> None:
-    assert len({form.name for form in FORMS}) == len(FORMS) == 4
-    for form in FORMS:
-        assert form.is_bare or form.opening.startswith(form.marker)
-        assert (form.arguments_key is None) == ("name" in form.lead.groupindex)
-        json.dumps([form.opening, form.separator, form.closing])

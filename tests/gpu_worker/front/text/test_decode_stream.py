@@ -70,6 +70,8 @@ PROMPT = [BOS, *ids_of("The", "▁capital", "▁is")]
 @KINDS
 def test_the_first_space_of_an_answer_is_kept(tokenizer: Tokenizer) -> None:
     assert streamed(tokenizer, PROMPT, ids_of("▁Paris", ",", "▁is")) == [" Paris", ",", " is", ""]
+    answer = ids_of("▁Paris", "▁is")
+    assert "".join(streamed(tokenizer, [BOS], answer)) == behind(tokenizer, [BOS], answer), "there is no text before it"
 
 
 @KINDS
@@ -88,16 +90,13 @@ def test_special_tokens_and_padding_have_no_text_and_hide_no_space(tokenizer: To
 
 
 @KINDS
-def test_the_space_after_broken_bytes_is_kept(tokenizer: Tokenizer) -> None:
+def test_broken_bytes_are_released_eventually_and_the_space_after_them_is_kept(tokenizer: Tokenizer) -> None:
     pieces = streamed(tokenizer, PROMPT, [0xA9, *ids_of("▁Paris")])
     if tokenizer is not METASPACE:  # the id has no bytes
         assert "".join(pieces) == "\ufffd Paris"
-
-
-@KINDS
-def test_a_prompt_of_one_special_token_has_no_text_to_keep_a_space_behind(tokenizer: Tokenizer) -> None:
-    answer = ids_of("▁Paris", "▁is")
-    assert "".join(streamed(tokenizer, [BOS], answer)) == behind(tokenizer, [BOS], answer)
+        stream = DecodeStream(tokenizer, PROMPT)
+        released = "".join([stream.push(0xA9) for _ in range(50)])
+        assert (released, stream.finish()) == ("\ufffd" * 47, "\ufffd" * 3)
 
 
 UNITS = st.sampled_from(
@@ -141,12 +140,6 @@ def test_a_character_appears_with_its_last_byte_after_a_prompt_of_bytes() -> Non
         assert "".join(streamed(LLAMA, [BOS, *prompt[:length]], list("漢".encode()))) == "漢"
     shifted = [*prompt, *list("é".encode())]
     assert streamed(LLAMA, [BOS, *shifted], list("漢".encode())) == ["", "", "漢", ""]
-
-
-def test_invalid_bytes_are_released_eventually() -> None:
-    detokenizer = DecodeStream(LLAMA, PROMPT)
-    pieces = [detokenizer.push(0xA9) for _ in range(50)]
-    assert "".join(pieces) == "\ufffd" * 47 and detokenizer.finish() == "\ufffd" * 3
 
 
 class CountingTokenizer:

@@ -62,38 +62,25 @@ def test_only_a_possible_beginning_of_a_stop_is_held_back(text: str, stops: list
         assert held == "" or any(stop.startswith(held) for stop in stops)
 
 
-def test_a_stop_string_across_tokens_is_never_shown() -> None:
-    pieces, stopped = deltas(tokens_of("answer\n\n### Instruction: more"), ["### Instruction:"])
-    assert stopped
-    assert "".join(pieces) == "answer\n\n"
-
-
-def test_a_false_start_is_released_with_what_follows() -> None:
-    pieces, stopped = deltas(tokens_of("a##b"), ["###"])
-    assert pieces == ["a", "", "", "##b", ""]
-    assert not stopped
-
-
-def test_the_end_releases_an_unfinished_stop() -> None:
-    assert deltas(tokens_of("a##"), ["###"]) == (["a", "", "", "##"], False)
-
-
-def test_a_character_appears_with_its_last_byte() -> None:
-    assert deltas(tokens_of("é🙂"), []) == (["", "é", "", "", "", "🙂", ""], False)
-
-
-def test_an_incomplete_character_at_the_end_is_shown_as_invalid() -> None:
-    assert deltas(tokens_of("é🙂")[:-1], ["#"]) == (["", "é", "", "", "", "\ufffd"], False)
+@pytest.mark.parametrize(
+    ("tokens", "stops", "pieces"),
+    [
+        (tokens_of("a##b"), ["###"], ["a", "", "", "##b", ""]),
+        (tokens_of("a##"), ["###"], ["a", "", "", "##"]),
+        (tokens_of("é🙂"), [], ["", "é", "", "", "", "🙂", ""]),
+        (tokens_of("é🙂")[:-1], ["#"], ["", "é", "", "", "", "\ufffd"]),
+        ([*tokens_of("a"), 256, 258, *tokens_of("b")], [], ["a", "", "", "b", ""]),
+    ],
+    ids=["a false start", "an unfinished stop", "bytes of a character", "an incomplete one", "special tokens"],
+)
+def test_text_is_released_as_soon_as_it_is_certain(tokens: list[int], stops: list[str], pieces: list[str]) -> None:
+    assert deltas(tokens, stops) == (pieces, False)
 
 
 def test_nothing_follows_a_stop_string_not_even_unfinished_bytes() -> None:
     stream = IncrementalDetokenizer(BYTES, ["#"])
     assert [stream.push(token) for token in tokens_of("a#🙂")[:-1]] == ["a", "", "", "", ""]
     assert stream.stopped and stream.finish() == ""
-
-
-def test_special_tokens_have_no_text() -> None:
-    assert deltas([*tokens_of("a"), 256, 258, *tokens_of("b")], [])[0] == ["a", "", "", "b", ""]
 
 
 def test_stops_before_min_tokens_are_shown_and_later_ones_end_it() -> None:

@@ -121,13 +121,18 @@ def test_packed_attention_equals_the_slow_loop(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_token_has_its_position_and_is_stored_in_its_row(name: str) -> None:
+def test_every_token_is_stored_at_its_position_in_its_row_and_computed_once(name: str) -> None:
     segments, cache = LAYOUTS[name], new_cache()
     plan = cache.attention(segments)
     tokens = [(s.row, s.context_len + i) for s in segments for i in range(s.num_tokens)]
     expected = [int(slots(cache, row, position + 1)[-1]) for row, position in tokens]
     assert plan.token_positions.tolist() == [position for _, position in tokens]
     assert plan.groups[0].slots.tolist() == expected
+    covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
+    for group in plan.decode:
+        covered += torch.arange(segments[-1].end)[group.tokens].tolist()
+        assert group.read_len == int(group.lengths.max())
+    assert sorted(covered) == list(range(segments[-1].end))
 
 
 def test_adjacent_pages_are_read_without_a_copy_and_others_by_slots() -> None:
@@ -138,17 +143,6 @@ def test_adjacent_pages_are_read_without_a_copy_and_others_by_slots() -> None:
             span, expected = pages.span(row, first, end), slots(cache, row, end)[first:]
             assert isinstance(span, slice) == (is_adjacent or end - first <= 5)
             assert torch.arange(NUM_ROWS * MAX_LEN)[span].tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_segment_is_computed_once_and_decode_tokens_read_enough(name: str) -> None:
-    segments = LAYOUTS[name]
-    plan = new_cache().attention(segments)
-    covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
-    for group in plan.decode:
-        covered += torch.arange(segments[-1].end)[group.tokens].tolist()
-        assert group.read_len == int(group.lengths.max())
-    assert sorted(covered) == list(range(segments[-1].end))
 
 
 @pytest.mark.parametrize(

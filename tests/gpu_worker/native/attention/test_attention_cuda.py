@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from gpu_worker.front.request.request import Job
 from gpu_worker.model.attention_plan import Segment
-from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.native.memory_plan import PAGE_TOKENS
@@ -23,7 +21,7 @@ from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import MakeEngine, assert_same, by_digest, greedy, kv_shape, run_together
 from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
-from tests.tiny import assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
+from tests.tiny import TinyBase, TinyFolders, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 CPU = torch.device("cpu")
 WINDOWS = pytest.mark.parametrize("window", [None, 12, 1, 500])
@@ -117,7 +115,7 @@ def jobs_over(pool: list[AdapterWeights]) -> list[Job]:
 
 @pytest.mark.parametrize("family", ["gemma3", "llama", "qwen3"])
 def test_an_engine_over_device_pages_answers_like_one_in_host_memory(
-    family: str, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
+    family: str, make_engine: MakeEngine, tiny_base: TinyBase
 ) -> None:
     """Long prompts come in chunks, rows start and end, and with few pages some rows are preempted and recomputed."""
     pool = [random_adapter(linear_shapes(tiny_base(family)), seed) for seed in range(2)]
@@ -151,7 +149,7 @@ def test_torchs_operator_equals_the_slow_one(name: str, head_dim: int, window: i
 @pytest.mark.gpu
 @needs_cuda
 def test_an_engine_on_cuda_answers_like_one_on_the_cpu(
-    make_engine: MakeEngine, tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]
+    make_engine: MakeEngine, tiny_folders: TinyFolders, tiny_base: TinyBase
 ) -> None:
     pool = [random_adapter(linear_shapes(tiny_base()), seed) for seed in range(2)]
     adapters, jobs = by_digest(*pool), jobs_over(pool)

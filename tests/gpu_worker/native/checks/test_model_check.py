@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.attention_plan import Segment
-from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.attention.attention_cpu import HostAttention
 from gpu_worker.native.attention.kv_cache import KvShape
 from gpu_worker.native.attention.kv_pages import HostKvCache
 from tests.gpu_worker.engine_driver import MakeEngine, assert_nothing_held
 from tests.gpu_worker.families import EQUAL, save
-from tests.tiny import tiny_config
+from tests.tiny import TinyBase, tiny_config
 
 
 class Shortsighted(HostKvCache):
@@ -60,9 +60,7 @@ def test_wrong_attention_is_refused(
         make_engine({}, base=base, dtype=dtype, build_kv_cache=cache)
 
 
-def test_a_layer_that_no_adapter_reaches_is_refused(
-    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
-) -> None:
+def test_a_layer_that_no_adapter_reaches_is_refused(make_engine: MakeEngine, tiny_base: TinyBase) -> None:
     """It multiplies with the layer's weight directly, so the engine's own layer is never called."""
     base = tiny_base("llama")
     mlp = base.model.model.layers[1].mlp
@@ -74,7 +72,7 @@ def test_a_layer_that_no_adapter_reaches_is_refused(
 
 
 def test_a_model_that_depends_on_the_class_of_its_layers_is_refused(
-    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
+    make_engine: MakeEngine, tiny_base: TinyBase
 ) -> None:
     """It computes something else once the engine has replaced them."""
     base = tiny_base("llama")
@@ -87,9 +85,7 @@ def test_a_model_that_depends_on_the_class_of_its_layers_is_refused(
 
 
 @pytest.mark.parametrize("window", [9, 30])
-def test_a_window_that_is_wrongly_read_is_refused(
-    window: int, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
-) -> None:
+def test_a_window_that_is_wrongly_read_is_refused(window: int, make_engine: MakeEngine, tiny_base: TinyBase) -> None:
     """The model's own mask sees 12 tokens, which no prompt of 8 tokens shows."""
     base = tiny_base("gemma3")
     assert base.window == 12
@@ -101,9 +97,7 @@ def test_a_window_that_is_wrongly_read_is_refused(
         make_engine({}, "gemma3", base=replace(base, window=window))
 
 
-def test_positions_that_depend_on_the_length_of_a_row_are_refused(
-    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
-) -> None:
+def test_positions_that_depend_on_the_length_of_a_row_are_refused(make_engine: MakeEngine, tiny_base: TinyBase) -> None:
     """They change for all tokens of a call once it reaches position 20, which chunks and decode tokens do not see."""
     base = tiny_base("llama")
 
@@ -120,7 +114,7 @@ def test_positions_that_depend_on_the_length_of_a_row_are_refused(
 
 @pytest.mark.parametrize(("value", "reason"), [(torch.nan, "not finite"), (0.0, "does not change its logits")])
 def test_weights_that_show_nothing_are_refused(
-    value: float, reason: str, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
+    value: float, reason: str, make_engine: MakeEngine, tiny_base: TinyBase
 ) -> None:
     base = tiny_base("llama")
     with torch.no_grad():
@@ -135,7 +129,7 @@ def test_weights_that_show_nothing_are_refused(
     ids=str,
 )
 def test_the_check_fits_any_worker_and_leaves_no_state(
-    changes: dict[str, object], make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
+    changes: dict[str, object], make_engine: MakeEngine, tiny_base: TinyBase
 ) -> None:
     engine = make_engine({}, base=tiny_base(), **changes)
     assert_nothing_held(engine)

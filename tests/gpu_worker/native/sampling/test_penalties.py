@@ -10,8 +10,6 @@ from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.penalties import adjust
 from gpu_worker.native.sampling.sampling import Sampler
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
-from tests.gpu_worker.engine_driver import compiled
 from tests.gpu_worker.slow_sampling import adjusted_slowly
 
 PROMPT, MADE = [3, 3, 5, 7], [1, 3, 1, 1]
@@ -23,11 +21,6 @@ KINDS = [
     SamplingParams(logit_bias=((2, 5.0), (7, -100.0))),
     SamplingParams(presence_penalty=1.5, frequency_penalty=0.3, repetition_penalty=1.1, logit_bias=((1, 4.0),)),
 ]
-
-
-@pytest.fixture(params=["kernel", "torch"])
-def sampler(request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
 
 
 def logits_of(seed: int, size: int = 12) -> Tensor:
@@ -43,21 +36,6 @@ def test_logits_of_all_rows_equal_the_slow_loop(made: list[int]) -> None:
     adjust(found, draws)
     assert found.tolist() == [adjusted_slowly(row, draw) for row, draw in zip(logits, draws, strict=True)]
     assert torch.equal(found[0], logits[0]), "a row without options does not change"
-
-
-@pytest.mark.parametrize("temperature", [0, 0.7])
-def test_the_adjustment_of_a_row_does_not_depend_on_the_batch(temperature: float, sampler: Sampler) -> None:
-    batch = torch.stack([logits_of(seed) for seed in range(len(KINDS) + 1)])
-    asked = [SamplingParams(temperature=temperature), *[changed(kind, temperature=temperature) for kind in KINDS]]
-    draws = [Draw(params, 3, 8, (), PROMPT + MADE, len(PROMPT)) for params in asked]
-    before = batch.clone()
-    together, _ = sampler(batch, draws)
-    assert torch.equal(batch, before), "log probabilities are those of the model's own logits"
-    assert together == [sampler(row[None], [draw])[0][0] for row, draw in zip(batch, draws, strict=True)]
-
-
-def changed(params: SamplingParams, **changes: object) -> SamplingParams:
-    return SamplingParams(**{name: getattr(params, name) for name in params.__slots__} | changes)  # type: ignore[arg-type]
 
 
 def test_greedy_takes_the_largest_logit_after_penalties(sampler: Sampler) -> None:

@@ -7,26 +7,22 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
-from gpu_worker.native.sampling.sampling import Sampler
+from gpu_worker.native.sampling.sampling import Sampler, with_masks
 from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
 from tests.gpu_worker.engine_driver import compiled
-from tests.gpu_worker.random_draws import UNSOUND, random_batch
-from tests.gpu_worker.slow_sampling import kept_slowly, scored_slowly, tokens_slowly
+from tests.gpu_worker.random_draws import UNSOUND, random_batch, random_mask
+from tests.gpu_worker.slow_sampling import is_allowed, kept_slowly, scored_slowly, tokens_slowly
 from tests.soak import Scale
 
 DTYPES = [torch.float32, torch.bfloat16]
 VOCABULARIES = [1, 7, 300, 512, 2048, 4099, 6000]
-
-
-@pytest.fixture(params=["kernel", "torch"])
-def sampler(request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
 
 
 def logits_of(seed: int, vocabulary: int = 50, size: float = 2.0) -> Tensor:
@@ -124,20 +120,6 @@ def test_ids_are_drawn_as_often_as_their_probability(
         assert drawn.count(i) == pytest.approx(count * share, abs=5 * math.sqrt(count * share) + 1)
 
 
-@pytest.mark.parametrize("place", [0, 3, 7])
-def test_a_draw_does_not_depend_on_the_batch(place: int, sampler: Sampler) -> None:
-    params = SamplingParams(top_p=0.9, seed=11)
-    logits = logits_of(3)
-    alone = [tokens_of(sampler, logits[None], [Draw(params, 11, position)])[0] for position in range(20)]
-    for position in range(20):
-        batch = torch.stack([logits_of(100 + i) for i in range(8)])
-        batch[place] = logits
-        draws = [Draw(SamplingParams(temperature=0.5 + i), i, 7) for i in range(8)]
-        draws[place] = Draw(params, 11, position)
-        assert tokens_of(sampler, batch, draws)[place] == alone[position]
-    assert len(set(alone)) > 3, "positions should draw different numbers"
-
-
 def test_a_batch_without_rows_has_no_tokens(sampler: Sampler) -> None:
     for vocabulary in (300, 512):
         assert sampler(torch.zeros(0, vocabulary), []) == ([], [])
@@ -151,13 +133,6 @@ def test_greedy_and_sampled_rows_share_a_batch(dtype: torch.dtype, sampler: Samp
     assert tokens_of(sampler, logits, [Draw(kinds[i % 3], 5, i) for i in range(30)]) == list(range(10, 40))
 
 
-def test_greedy_takes_the_first_of_equal_logits(sampler: Sampler) -> None:
-    logits = torch.zeros(2, 600)
-    logits[0, [400, 17, 599]] = 3.0
-    draws = [Draw(SamplingParams(temperature=0), 0, 0), Draw(SamplingParams(top_k=1), 0, 0)]
-    assert tokens_of(sampler, logits, draws) == [17, 0]
-
-
 def test_huge_equal_logits_share_their_probability(sampler: Sampler) -> None:
     logits = torch.tensor([[3e30, 2e30, 3e30]])
     draw = Draw(SamplingParams(logprobs=2), 1, 1)
@@ -166,16 +141,6 @@ def test_huge_equal_logits_share_their_probability(sampler: Sampler) -> None:
     half = pytest.approx(math.log(0.5))
     assert (scored.logprob, scored.top) == (half, ((0, half), (2, half)))
     assert scored_slowly(logits[0], token, 2) == (half, [(0, half), (2, half)])
-
-
-def test_forbidden_ids_are_not_drawn(sampler: Sampler) -> None:
-    logits = torch.zeros(2, 4)
-    logits[:, 1] = 50.0
-    greedy = Draw(SamplingParams(temperature=0), 0, 0, forbidden=(1,))
-    for position in range(50):
-        tokens = tokens_of(sampler, logits, [greedy, Draw(SamplingParams(), 0, position, forbidden=(1, 2))])
-        assert tokens[0] != 1
-        assert tokens[1] in {0, 3}
 
 
 @pytest.mark.parametrize("break_row", UNSOUND, ids=["nan", "negative nan", "inf", "nothing possible"])
@@ -192,8 +157,26 @@ def test_a_non_finite_row_gives_none_and_others_continue(
     assert sampler(logits, draws) == ([tokens[0], None, tokens[2]], [scores[0], None, scores[2]])
 
 
-def test_ids_of_probability_zero_are_never_drawn(sampler: Sampler) -> None:
-    logits = torch.full((1, 5), -math.inf)
-    logits[0, 2] = 0.0
-    for params in (SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.99)):
-        assert {tokens_of(sampler, logits, [Draw(params, 0, i)])[0] for i in range(50)} == {2}
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_stays_so_behind_its_mask(number: float, sampler: Sampler) -> None:
+    logits = torch.zeros(1, 300)
+    logits[0, 5] = number
+    draw = Draw(SamplingParams(logprobs=1), 0, 0, allowed=np.array([0b10] * 10, np.uint32))
+    assert sampler(logits, [draw]) == ([None], [None])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 300, 512])
+def test_the_ids_that_a_mask_excludes_become_minus_infinity(vocabulary: int) -> None:
+    chance = random.Random(vocabulary)
+    logits = torch.arange(3.0)[:, None].repeat(1, vocabulary)
+    draws = [Draw(SamplingParams(), 0, 0, allowed=random_mask(chance, vocabulary)) for _ in range(2)]
+    draws.insert(1, Draw(SamplingParams(), 0, 0))
+    expected = [[row if is_allowed(draws[row], i) else -math.inf for i in range(vocabulary)] for row in range(3)]
+    assert with_masks(logits, draws, is_copy=False).tolist() == expected
+    assert logits.isfinite().all()
+    assert with_masks(logits, draws, is_copy=True) is logits and logits.tolist() == expected
+
+
+def test_logits_without_masks_are_not_copied() -> None:
+    logits = torch.zeros(2, 8)
+    assert with_masks(logits, [Draw(SamplingParams(), 0, 0)] * 2, is_copy=False) is logits
