@@ -110,7 +110,10 @@ def check_experts(experts: Mapping[str, nn.Module], rank: int) -> dict[str, Devi
 
 @contextmanager
 def changed_weights(modules: Mapping[str, nn.Module], adapter: DeviceAdapter) -> Iterator[None]:
-    """Within the block let experts and routers compute with the adapter in their weights, one module at a time."""
+    """Within the block let experts and routers compute with what the adapter has for them in their weights.
+
+    The weights of one module at a time are changed.
+    """
     handles: list[RemovableHandle] = []
     for path, module in modules.items():
         handles += _changed_while_computing(path, module, adapter)
@@ -124,18 +127,21 @@ def changed_weights(modules: Mapping[str, nn.Module], adapter: DeviceAdapter) ->
 def _changed_while_computing(
     path: str, module: nn.Module, adapter: DeviceAdapter
 ) -> tuple[RemovableHandle, RemovableHandle]:
-    own = dict(module.named_parameters(recurse=False))
+    parameters = dict(module.named_parameters(recurse=False))
+    added_to = {name: adapter.experts.get(f"{path}.{name}") for name in parameters} | {
+        "weight": adapter.modules.get(path)
+    }
+    own = {name: (weight, added) for name, weight in parameters.items() if (added := added_to[name]) is not None}
 
     def change(*_: object) -> None:
-        for name, weight in own.items():
-            added = adapter.modules[path] if name == "weight" else adapter.experts[f"{path}.{name}"]
+        for name, (weight, added) in own.items():
             delta = added.bt.to(weight.device).float().mT @ added.a.to(weight.device).float()
             changed = (weight.float() + delta).to(weight.dtype)
             setattr(module, name, nn.Parameter(changed, requires_grad=False))
 
     def restore(*_: object) -> None:
-        for name, weight in own.items():
-            setattr(module, name, weight)
+        for name in own:
+            setattr(module, name, parameters[name])
 
     return module.register_forward_pre_hook(change), module.register_forward_hook(restore, always_call=True)
 

@@ -121,7 +121,7 @@ def build_all(families: Sequence[str], models: Path) -> None:
 
     from gpu_worker.vllm import plan_layers
 
-    plan_layers._register = lambda add: None  # a process can register its operation for one model only
+    plan_layers._register = lambda **_: None  # a process can register its operation for one model only
     with TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
