@@ -61,19 +61,22 @@ class ExpertShare:
 
 
 class ExpertLayer:
-    """The experts of one layer of vLLM, with the plans of a step. `shapes`: (out, in, experts) of both parameters."""
+    """The experts of one layer of vLLM, with the plans of a step. `container`: their path in adapters.
 
-    def __init__(self, place: int, layer: Any, container: str, shapes: Shapes) -> None:
+    `ends`: of this process's share of both parameters, (out, in, experts).
+    """
+
+    def __init__(self, place: int, layer: Any, container: str) -> None:
         self.names = f"{container}.{EXPERT_PARAMETERS[0]}", f"{container}.{EXPERT_PARAMETERS[1]}"
         self._place, self._layer, self._own = place, layer, layer.forward_modular
-        num_hidden, size = shapes[self.names[1]][1], layer.w2_weight.shape[-1]
+        self._num: int = layer.moe_config.intermediate_size_per_partition
         parallel = layer.moe_config.moe_parallel_config
-        self._num = num_hidden // parallel.tp_size
-        first = parallel.tp_rank * self._num
+        first, num_hidden = parallel.tp_rank * self._num, parallel.tp_size * self._num
         self.share = ExpertShare(slice(first, first + self._num), num_hidden)
+        num, width, size = layer.w2_weight.shape
         self.ends = {
-            self.names[0]: (num_hidden + self.share.own.stop, layer.w13_weight.shape[-1], len(layer.w13_weight)),
-            self.names[1]: (layer.w2_weight.shape[-2], self.share.own.stop, len(layer.w2_weight)),
+            self.names[0]: (num_hidden + first + self._num, width, num),
+            self.names[1]: (width, first + self._num, num),
         }
         self._is_padded = size != self._num
         self._group = _find_group(layer)
@@ -181,7 +184,7 @@ def adapt_layers(model: nn.Module, shapes: Shapes) -> Iterator[ExpertLayer]:
         if (reason := _find_reason(layer)) is not None:
             logger.warning("adapters on the experts of layer %s are refused: %s", number, reason)
             continue
-        yield ExpertLayer(place, layer, container, shapes)
+        yield ExpertLayer(place, layer, container)
         place += 1
 
 

@@ -21,6 +21,7 @@ from vllm.lora.layers import (
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -83,7 +84,8 @@ LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
     (MergedQKVParallelLinearWithLoRA, "__init__", ("n_slices", "output_ids")),
     (MLAAttention, "__init__", ("kv_b_proj",)),
     (MoERunner, "__init__", ("routed_experts",)),
-    (RoutedExperts, "__init__", ("activation", "apply_router_weight_on_input", "moe_config", "quant_method")),
+    (RoutedExperts, "__init__", ("activation", "apply_router_weight_on_input", "quant_method")),
+    (RoutedExperts, "__init__", ("moe_config", "moe_parallel_config", "intermediate_size_per_partition")),
     (UnquantizedFusedMoEMethod, "__init__", ("unquantized_backend", "experts_cls")),
     (FusedMoEMethodBase, "__init__", ("moe_kernel",)),
     (CPUUnquantizedExperts, "__init__", ("_use_zentorch",)),
@@ -92,6 +94,8 @@ LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
 """The attributes that `plan_layers` and `expert_layers` read of vLLM's layers, and `worker` of a choice of experts."""
 FIELDS = (
     (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
+    (FusedMoEConfig, "has_bias"),
+    (FusedMoEConfig, "swiglu_limit"),
     (CompilationConfig, "custom_ops"),
     (CompilationConfig, "mode"),
     (CompilationConfig, "cudagraph_mode"),

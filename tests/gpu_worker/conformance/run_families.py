@@ -75,7 +75,9 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
     except AssertionError as exc:
         return {"outcome": DIFFERS, "reason": str(exc)[:300]}
     modules = sorted({name.rpartition(".")[2] for name in hosted.engine.module_shapes})
-    return {"outcome": EQUAL, "dtype": dtype, "furthest": round(furthest, 7), "modules": modules}
+    has_experts = any(len(shape) > 2 for shape in hosted.engine.module_shapes.values())
+    result = {"outcome": EQUAL, "dtype": dtype, "furthest": round(furthest, 7), "modules": modules}
+    return result | ({"experts": True} if has_experts else {})
 
 
 def build(family: str, folder: Path) -> dict[str, Any]:

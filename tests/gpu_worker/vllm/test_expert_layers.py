@@ -52,6 +52,7 @@ def layer_of(
         "moe_config": SimpleNamespace(
             has_bias=False,
             swiglu_limit=None,
+            intermediate_size_per_partition=size,
             moe_parallel_config=SimpleNamespace(tp_rank=tp_rank, tp_size=tp_size, use_ep=False),
         ),
         "forward_modular": lambda x, **_: torch.full_like(x, 7),
@@ -115,7 +116,7 @@ def test_random_plans_equal_the_slow_loop_and_other_tokens_are_vllms(seed: int) 
     x = torch.randn(TOKENS + 3, WIDTH)
     chosen = torch.stack([torch.randperm(EXPERTS)[:CHOSEN] for _ in x]).int()
     shares = torch.rand(len(x), CHOSEN)
-    layer = ExpertLayer(0, layer_of(*base), CONTAINER, SHAPES)
+    layer = ExpertLayer(0, layer_of(*base), CONTAINER)
     y = torch.full_like(x, 7)
     layer.adapt(y, x, shares, chosen, step)
     num_adapted = 0
@@ -134,7 +135,7 @@ def test_the_activation_is_the_layers(activation: MoEActivation) -> None:
     base, modules = weights(), adapter_of(2)
     made = layer_of(*base)
     made.activation = activation
-    layer = ExpertLayer(0, made, CONTAINER, SHAPES)
+    layer = ExpertLayer(0, made, CONTAINER)
     x, chosen, shares = torch.randn(1, WIDTH), torch.tensor([[1]]), torch.ones(1, 1)
     y = torch.zeros(1, WIDTH)
     layer.adapt(y, x, shares, chosen, ExpertMapping([modules], torch.ones(1, 1), torch.zeros(1, dtype=torch.bool)))
@@ -155,7 +156,7 @@ def test_the_parts_of_two_processes_add_up() -> None:
         own = slice(rank * size, (rank + 1) * size)
         gate, up = gate_up.split(HIDDEN, dim=1)
         made = layer_of(torch.cat([gate[:, own], up[:, own]], dim=1), down[..., own], tp_rank=rank, tp_size=2)
-        layer = ExpertLayer(0, made, CONTAINER, SHAPES)
+        layer = ExpertLayer(0, made, CONTAINER)
         ends.append(layer.ends)
         local = {name: layer.share.of(name, module) for name, module in modules.items()}
         y = torch.zeros(4, WIDTH)
@@ -238,7 +239,7 @@ def test_weights_for_amx_are_read_in_pairs_of_inputs() -> None:
     if not torch.cpu._is_amx_tile_supported():
         pytest.skip("this processor has no AMX")
     base = weights(torch.bfloat16)
-    layer = ExpertLayer(0, layer_of(*base, X86CPUUnquantizedExperts), CONTAINER, SHAPES)
+    layer = ExpertLayer(0, layer_of(*base, X86CPUUnquantizedExperts), CONTAINER)
     for expert in range(EXPERTS):
         both, down = layer._weights(expert)
         assert torch.equal(both, base[0][expert]) and torch.equal(down, base[1][expert])
