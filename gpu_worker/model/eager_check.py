@@ -110,10 +110,7 @@ def check_experts(experts: Mapping[str, nn.Module], rank: int) -> dict[str, Devi
 
 @contextmanager
 def changed_weights(modules: Mapping[str, nn.Module], adapter: DeviceAdapter) -> Iterator[None]:
-    """Within the block let experts and routers compute with what the adapter has for them in their weights.
-
-    The weights of one module at a time are changed.
-    """
+    """Within the block let experts and routers compute with the adapter in their weights, one module at a time."""
     handles: list[RemovableHandle] = []
     for path, module in modules.items():
         handles += _changed_while_computing(path, module, adapter)

@@ -162,8 +162,7 @@ def _find_reason(layer: Any) -> str | None:
     if backend not in (UnquantizedMoeBackend.CPU, UnquantizedMoeBackend.TRITON):
         return f"vLLM has arranged their weights for {backend.value}"
     if (group := _find_group(layer)) is not None:
-        weight = torch.arange(2 * _BLOCK * 64, device="cpu").view(1, 2 * _BLOCK, 64).remainder(251).to(torch.bfloat16)
-        weight = weight.to(layer.w13_weight.dtype)
+        weight = torch.arange(2 * _BLOCK * 64).remainder(251).view(1, 2 * _BLOCK, 64).to(layer.w13_weight.dtype)
         if not torch.equal(unpack(cpu_prepack_moe_weight(weight, method.experts_cls.isa)[0], group), weight[0]):
             return "vLLM arranges their weights in an unknown way"
     return None

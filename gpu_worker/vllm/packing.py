@@ -13,7 +13,6 @@ from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU = torch.device("cpu")
-_LINEAR = 4  # values that describe a linear layer
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 Change = tuple[Any, ...]
 """A change of the workers' banks as plain values, which vLLM's message encoder accepts."""
@@ -42,8 +41,7 @@ def unpacked(
     Those of fused experts stay in host memory.
     """
     flat = torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype])
-    linears = [each for each in modules if len(each) == _LINEAR]
-    num_values = sum(rank * (num_in + num_out) for _, rank, num_in, num_out in linears)
+    num_values = sum(rank * (num_in + num_out) for _, rank, num_in, num_out, *num in modules if not num)
     on_device, start = flat[:num_values].to(device), 0
     found: dict[str, DeviceModule] = {}
     experts: dict[str, DeviceModule] = {}
