@@ -95,7 +95,8 @@ def read_experts(
     if known is not None and not known:
         reason = (
             f"{min(keys)[:200]!r} changes experts, and this server's base model and engine take no adapters on them:"
-            " train with target_modules of attention and dense layers, or use worker.engine 'native' instead of 'vllm'"
+            " train with target_modules of attention and dense layers, or set worker.enforce_eager to true if the"
+            " vLLM engine runs on a GPU, or use worker.engine 'native'"
         )
         routers = {key for key in tensors if ".gate.lora_" in key}  # PEFT adapts both for target_modules "all-linear"
         return ExpertTensors(config, frozenset(keys | routers), problems=(reason,))

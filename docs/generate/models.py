@@ -90,4 +90,5 @@ def _vllm_rows() -> Iterator[tuple[str, str, str]]:
         seen = _VLLM_OUTCOMES.get(row["outcome"], seen)
         family, _, variant = row["family"].partition(" ")
         in_bfloat16 = " in bfloat16" if row.get("dtype") == "bfloat16" else ""
-        yield f"{code(family)} {variant}".rstrip(), "vllm", f"{seen}{in_bfloat16}"
+        experts = ", with adapters on experts" if row.get("experts") else ""
+        yield f"{code(family)} {variant}".rstrip(), "vllm", f"{seen}{experts}{in_bfloat16}"

@@ -19,11 +19,12 @@ from gpu_worker.bank.device_layout import (
     check_finite,
     check_shapes,
     expert_modules,
+    split_experts,
     to_device_layout,
 )
 from gpu_worker.bank.device_memory import release_pages, zeros_on_huge_pages
 from gpu_worker.bank.layout_kernel import LayoutKernel
-from lora_store.adapter import AdapterWeights, ModuleWeights, Shapes
+from lora_store.adapter import AdapterWeights, Shapes
 from lora_store.weights_blob import BlobLayout, StoredModules
 
 
@@ -145,7 +146,7 @@ class LoraBank:
 
     def to_device_layout(self, weights: AdapterWeights) -> DeviceAdapter:
         """Convert the weights for `write`. Raises: AdapterUnfit, which names every unsuitable module."""
-        modules, experts = _split_experts(weights.modules)
+        modules, experts = split_experts(weights.modules)
         converted = expert_modules(experts, self._experts, self._dtype)
         if converted and not modules:
             return DeviceAdapter(weights.weights_digest, {}, experts=converted)
@@ -231,25 +232,6 @@ class LoraBank:
     def _set_unused(self, rows: Sequence[int]) -> None:
         for run, _ in _runs(rows, rows):
             self._has_module[:, run] = False
-
-
-def _split_experts(
-    modules: Mapping[str, ModuleWeights],
-) -> tuple[Mapping[str, ModuleWeights], dict[str, ModuleWeights]]:
-    """Return the modules that are linear layers, and those that are fused experts."""
-    pairs: Mapping[str, Pair] = modules.layout.pairs if isinstance(modules, StoredModules) else modules
-    names = [name for name, pair in pairs.items() if len(pair.lora_a.shape) > 2]
-    if not names:
-        return modules, {}
-    experts = {name: modules[name] for name in names}
-    if isinstance(modules, StoredModules):
-        return StoredModules(_without_experts(modules.layout), modules.data), experts
-    return {name: module for name, module in modules.items() if name not in experts}, experts
-
-
-@lru_cache(maxsize=64)
-def _without_experts(layout: BlobLayout) -> BlobLayout:
-    return BlobLayout({name: pair for name, pair in layout.pairs.items() if len(pair.lora_a.shape) == 2})
 
 
 def _filled(size: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from gpu_worker.errors import AdapterUnfit
 from lora_store.adapter import AdapterWeights, ModuleWeights, Shapes
-from lora_store.weights_blob import StoredPair
+from lora_store.weights_blob import BlobLayout, StoredModules, StoredPair
 
 Pair = ModuleWeights | StoredPair
 
@@ -109,16 +109,38 @@ def to_device_layout(weights: AdapterWeights, shapes: Shapes, dtype: torch.dtype
 
     Raises: AdapterUnfit, which names every unsuitable module.
     """
-    check_shapes(weights.modules, shapes)
+    linears, of_experts = split_experts(weights.modules)
+    experts = expert_modules(of_experts, shapes, dtype)
+    if linears or not experts:
+        check_shapes(linears, shapes)
     modules: dict[str, DeviceModule] = {}
     spoiled: list[str] = []
-    for names in _alike(weights.modules):
-        a, bt = _folded([weights.modules[name] for name in names], dtype)
+    for names in _alike(linears):
+        a, bt = _folded([linears[name] for name in names], dtype)
         # Every row of a step multiplies all active bank rows, some by zero: one non-finite value would spoil them all.
         spoiled += _non_finite(names, a, bt)
         modules |= {name: DeviceModule(a[m], bt[m]) for m, name in enumerate(names)}
     check_finite(spoiled)
-    return DeviceAdapter(weights.weights_digest, modules)
+    return DeviceAdapter(weights.weights_digest, modules, experts=experts)
+
+
+def split_experts(
+    modules: Mapping[str, ModuleWeights],
+) -> tuple[Mapping[str, ModuleWeights], dict[str, ModuleWeights]]:
+    """Return the modules that are linear layers, and those that are fused experts."""
+    pairs: Mapping[str, Pair] = modules.layout.pairs if isinstance(modules, StoredModules) else modules
+    names = [name for name, pair in pairs.items() if len(pair.lora_a.shape) > 2]
+    if not names:
+        return modules, {}
+    experts = {name: modules[name] for name in names}
+    if isinstance(modules, StoredModules):
+        return StoredModules(_without_experts(modules.layout), modules.data), experts
+    return {name: module for name, module in modules.items() if name not in experts}, experts
+
+
+@lru_cache(maxsize=64)
+def _without_experts(layout: BlobLayout) -> BlobLayout:
+    return BlobLayout({name: pair for name, pair in layout.pairs.items() if len(pair.lora_a.shape) == 2})
 
 
 def expert_modules(modules: Mapping[str, ModuleWeights], shapes: Shapes, dtype: torch.dtype) -> dict[str, DeviceModule]:

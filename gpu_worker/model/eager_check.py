@@ -124,18 +124,21 @@ def changed_weights(modules: Mapping[str, nn.Module], adapter: DeviceAdapter) ->
 def _changed_while_computing(
     path: str, module: nn.Module, adapter: DeviceAdapter
 ) -> tuple[RemovableHandle, RemovableHandle]:
-    own = dict(module.named_parameters(recurse=False))
+    parameters = dict(module.named_parameters(recurse=False))
+    added_to = {name: adapter.experts.get(f"{path}.{name}") for name in parameters} | {
+        "weight": adapter.modules.get(path)
+    }
+    own = {name: (weight, added) for name, weight in parameters.items() if (added := added_to[name]) is not None}
 
     def change(*_: object) -> None:
-        for name, weight in own.items():
-            added = adapter.modules[path] if name == "weight" else adapter.experts[f"{path}.{name}"]
+        for name, (weight, added) in own.items():
             delta = added.bt.to(weight.device).float().mT @ added.a.to(weight.device).float()
             changed = (weight.float() + delta).to(weight.dtype)
             setattr(module, name, nn.Parameter(changed, requires_grad=False))
 
     def restore(*_: object) -> None:
-        for name, weight in own.items():
-            setattr(module, name, weight)
+        for name in own:
+            setattr(module, name, parameters[name])
 
     return module.register_forward_pre_hook(change), module.register_forward_hook(restore, always_call=True)
 

@@ -6,7 +6,8 @@ multiplied together. Dims: N tokens, E experts, K experts of a token, R rank, I 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gpu_worker.bank.device_layout import DeviceModule
 from gpu_worker.bank.residency import RowAssignment
-from gpu_worker.model.step_context import StepContext
+from gpu_worker.model.step_context import ExpertComposition, StepContext
 from lora_store.adapter import Shapes
 from lora_store.peft_config import EXPERT_PARAMETERS
 from lora_store.plan import Plan
@@ -47,6 +48,15 @@ def expert_shapes(experts: Mapping[str, nn.Module]) -> Shapes:
     return found
 
 
+def most_expert_bytes(shapes: Shapes, dtype: torch.dtype, *, num_rows: int, limit: int, least_rows: int = 0) -> int:
+    """Return the most bytes that adapters in the bank may have for experts: `limit`, at most those of the bank's rows.
+
+    `least_rows`: rows that must fit in any case, such as those of the check at start.
+    """
+    row_bytes = sum(math.prod(num) * (num_out + num_in) for num_out, num_in, *num in shapes.values() if num)
+    return min(max(limit, least_rows * row_bytes * dtype.itemsize), num_rows * row_bytes * dtype.itemsize)
+
+
 class ExpertMapping:
     """The adapters of a step that have experts, and each token's weights of them. Dims: S adapters, N tokens.
 
@@ -60,6 +70,11 @@ class ExpertMapping:
     def __contains__(self, name: object) -> bool:
         """Return whether an adapter of the step has this parameter."""
         return name in self._names
+
+    def find_tokens(self, names: Collection[str]) -> Tensor:
+        """Return the step's tokens (T,) that have an adapter with one of these parameters in their plan."""
+        has_any = [any(name in modules for name in names) for modules in self._adapters]
+        return (self._weights[has_any] != 0).any(dim=0).nonzero()[:, 0]
 
     def add(self, name: str, expert: int, tokens: Tensor, x: Tensor, y: Tensor) -> None:
         """Add the adapters' products of one expert to y (T, O) in place. `tokens` (T,): the step's; x (T, I).
@@ -127,17 +142,45 @@ class LoraExperts:
             return computed
         gate_up, down = (self._module.get_parameter(name) for name in EXPERT_PARAMETERS)
         apply_gate = cast("Callable[[Tensor], Tensor]", self._module._apply_gate)
-        y = torch.zeros(hidden_states.shape, device=hidden_states.device)  # float32, as transformers sums
-        for expert in sorted(set(top_k_index.flatten().tolist())):
-            tokens, places = torch.where(top_k_index == expert)
-            x = hidden_states[tokens]
-            inner = nn.functional.linear(x, gate_up[expert])
-            mapping.add(self._gate_up, expert, tokens, x, inner)
-            inner = apply_gate(inner)
-            outer = nn.functional.linear(inner, down[expert])
-            mapping.add(self._down, expert, tokens, inner, outer)
-            y.index_add_(0, tokens, outer.float() * top_k_weights[tokens, places, None].float())
-        return y.to(hidden_states.dtype)
+        return compute_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            tokens=torch.arange(len(hidden_states), device=hidden_states.device),
+            names=(self._gate_up, self._down),
+            weights_of=lambda expert: (gate_up[expert], down[expert]),
+            apply_gate=apply_gate,
+            mapping=mapping,
+        )
+
+
+def compute_experts(
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    *,
+    tokens: Tensor,
+    names: tuple[str, str],
+    weights_of: Callable[[int], tuple[Tensor, Tensor]],
+    apply_gate: Callable[[Tensor], Tensor],
+    mapping: ExpertComposition,
+) -> Tensor:
+    """Return the weighted sum of each row's experts (T, I) with the adapters of its plan, one expert after the other.
+
+    `x` (T, I); `chosen`, `shares` (T, K): the experts of each row and their weights; `tokens` (T,): the rows' places in
+    the step. `names`: of both parameters in adapters. `weights_of`: returns those of one expert.
+    """
+    y = torch.zeros(x.shape, device=x.device)  # float32, as transformers sums
+    for expert in sorted(set(chosen.flatten().tolist())):
+        rows, places = torch.where(chosen == expert)
+        (gate_up, down), inputs = weights_of(expert), x[rows]
+        inner = nn.functional.linear(inputs, gate_up)
+        mapping.add(names[0], expert, tokens[rows], inputs, inner)
+        inner = apply_gate(inner)
+        outer = nn.functional.linear(inner, down)
+        mapping.add(names[1], expert, tokens[rows], inner, outer)
+        y.index_add_(0, rows, outer.float() * shares[rows, places, None].float())
+    return y.to(x.dtype)
 
 
 def adapt_experts(experts: Mapping[str, nn.Module], step: StepContext) -> None:

@@ -47,11 +47,20 @@ class Adaptable:
     experts: dict[str, nn.Module]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Adaptable:
+    def of(cls, model: PreTrainedModel, output_head: nn.Module | None = None) -> Adaptable:
+        """Find the modules. `output_head`: of a model that is only a decoder."""
         experts = fused_experts(model)
         found = routers(model, experts)
-        linears = target_linears(model, model.get_output_embeddings())
+        linears = target_linears(model, output_head or model.get_output_embeddings())
         return cls(linears | as_linears(found), found, experts)
+
+    def within(self, name: str) -> Adaptable:
+        """Return the modules under the names that they have in a model that holds theirs under this name."""
+        return Adaptable(
+            {f"{name}.{path}": linear for path, linear in self.linears.items()},
+            {f"{name}.{path}": router for path, router in self.routers.items()},
+            {f"{name}.{path}": experts for path, experts in self.experts.items()},
+        )
 
     @property
     def shapes(self) -> Shapes:

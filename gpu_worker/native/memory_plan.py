@@ -14,13 +14,12 @@ from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.eager_check import RANK
 from gpu_worker.model.embedding import EmbeddingRows
-from gpu_worker.model.experts import expert_shapes
+from gpu_worker.model.experts import most_expert_bytes
 from gpu_worker.model.inject import Adaptable
 from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.native.attention.kv_cache import KvShape
 from gpu_worker.native.device_parts import choose_linear_kernel
 from gpu_worker.native.scheduler import MAX_SCORED_TOKENS
-from lora_store.adapter import Shapes
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,9 @@ def plan_memory(
         bank_bytes=config.bank_rank_rows * num_weights * base.dtype.itemsize,
         headroom_bytes=step_bytes + int(_SPARE * num_free_bytes),
         kv=_one_row(config, base),
-        expert_bytes=_expert_bytes(config, expert_shapes(found.experts), base.dtype),
+        expert_bytes=most_expert_bytes(
+            found.shapes, base.dtype, num_rows=config.bank_rank_rows, limit=config.host_cache_bytes, least_rows=RANK
+        ),
     )
     plan = replace(plan, kv=_with_budget(config, plan))
     if plan.total_bytes > num_free_bytes:
@@ -100,15 +101,6 @@ def plan_memory(
                 f" {limit.name} leaves; lower kv_tokens, max_batch_size or max_model_len, or raise that limit"
             )
     return plan
-
-
-def _expert_bytes(config: NativeWorkerConfig, shapes: Shapes, dtype: torch.dtype) -> int:
-    """Return the bytes for adapters on fused experts: those of the host's cache, at most those of the bank's rows.
-
-    The adapters of the checks at start must fit.
-    """
-    row_bytes = sum(num * (num_out + num_in) for num_out, num_in, num in shapes.values()) * dtype.itemsize
-    return min(max(config.host_cache_bytes, RANK * row_bytes), config.bank_rank_rows * row_bytes)
 
 
 def _one_row(config: NativeWorkerConfig, base: BaseModel) -> KvShape:

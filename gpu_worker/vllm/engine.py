@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import replace
@@ -38,7 +38,7 @@ from gpu_worker.front.row import Row, Sink
 from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.model.eager_check import ADAPTER_PLAN, DIGEST
 from gpu_worker.model.lora_kernel import load_lora_kernel
-from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_len_of, sockets_folder
+from gpu_worker.vllm.engine_args import build_config, errors_of_children, expert_bytes, max_len_of, sockets_folder
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
@@ -49,6 +49,7 @@ from gpu_worker.vllm.remote_bank import RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from gpu_worker.vllm.sampling import check_params, probed_ids, prompt_scores, sampling_params, scored
 from gpu_worker.vllm.settings import check_device, check_gpus, check_vllm
+from lora_store.adapter import Shapes
 
 _WATCH_PERIOD_S = 5.0
 
@@ -90,7 +91,14 @@ class VllmEngine(InferenceEngine):
             on_done=self._loaded,
         )
         self._bank = RemoteBank(self._change_bank, self._fail)
-        self._rows = RowRunner(config, self._generate, self._bank, loader, kv_tokens=kv_tokens)
+        self._rows = RowRunner(
+            config,
+            self._generate,
+            self._bank,
+            loader,
+            kv_tokens=kv_tokens,
+            expert_bytes=expert_bytes(config, model),
+        )
         watching = self._rows.watch(lambda: llm.collective_rpc("check_health"), _WATCH_PERIOD_S)
         self._watching = self._loop.create_task(watching)
         self._plan_ids = PlanIds()
@@ -158,7 +166,7 @@ class VllmEngine(InferenceEngine):
         )
 
     @property
-    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+    def module_shapes(self) -> Shapes:
         return self._model.shapes
 
     @property

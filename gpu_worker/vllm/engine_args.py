@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,10 +32,15 @@ from vllm.usage.usage_lib import UsageContext
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed
 from gpu_worker.model.base_model import config_setting
+from gpu_worker.model.eager_check import RANK
+from gpu_worker.model.experts import most_expert_bytes
 from gpu_worker.vllm.front_model import FrontModel
 from gpu_worker.vllm.language_model import find_arguments
 from gpu_worker.vllm.processes import ErrorFile, read_errors
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
+from lora_store.adapter import Shapes
+
+logger = logging.getLogger(__name__)
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
@@ -138,8 +145,10 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
     plugin = PluginSettings(
         num_rank_rows=config.num_rank_rows,
         cache_dir=str(config.cache_dir),
-        modules={name: model.paths[name] for name in model.shapes},
-        outputs={name: num_out for name, (num_out, _) in model.shapes.items()},
+        modules=model.paths,
+        outputs={name: model.shapes[name][0] for name in model.paths},
+        experts=_served_experts(config, model, is_compiled),
+        expert_bytes=sum(expert_bytes(config, model)),
         use_kernel=config.lora_products == "auto",
         free_fill=free_fill,
     )
@@ -174,6 +183,21 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         **memory,
         **classes,
     )
+
+
+def _served_experts(config: VllmWorkerConfig, model: FrontModel, is_compiled: bool) -> Shapes:
+    """Return the shapes of fused experts: none, with a warning, if graphs would replay one step's products of them."""
+    experts = {name: shape for name, shape in model.shapes.items() if name not in model.paths}
+    if not experts or config.device == "cpu" or not is_compiled or config.lora_products == "torch":
+        return experts
+    logger.warning("adapters on experts are refused, because CUDA graphs cannot replay them: set worker.enforce_eager")
+    return {}
+
+
+def expert_bytes(config: VllmWorkerConfig, model: FrontModel) -> tuple[int, int]:
+    """Return the most bytes that adapters in the bank may have for experts, and that fusions may have for them."""
+    most = partial(most_expert_bytes, model.shapes, model.dtype, limit=config.host_cache_bytes)
+    return most(num_rows=config.bank_rank_rows, least_rows=RANK), most(num_rows=config.num_fusion_rows)
 
 
 def max_len_of(config: VllmWorkerConfig, model: FrontModel) -> int:

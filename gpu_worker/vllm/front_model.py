@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ from gpu_worker.model.base_model import (
     sampling_defaults,
 )
 from gpu_worker.model.checkpoint import auto_class, find_quantised
-from gpu_worker.model.inject import target_linears
+from gpu_worker.model.inject import Adaptable
+from lora_store.adapter import Shapes
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class FrontModel:
     dtype: torch.dtype
     num_kv_heads: int
     kv_token_bytes: int  # for all heads
-    shapes: Mapping[str, tuple[int, int]]  # (out, in) of every module an adapter may target
-    paths: Mapping[str, str]  # their names in transformers' model
+    shapes: Shapes  # of every module an adapter may target
+    paths: Mapping[str, str]  # the names in transformers' model of those that are no fused experts
     is_multimodal: bool  # vLLM serves its language model only
     num_parameters: int
     is_quantized: bool
@@ -96,7 +97,8 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     images = inspect.signature(type(model).forward).parameters.get("pixel_values")
     if images is not None and images.default is inspect.Parameter.empty:
         raise BaseModelUnsupported(f"{hf_config.model_type} takes no prompt without an image")
-    linears, paths = language_linears(model)
+    modules, paths = language_modules(model)
+    linears = {name: linear for name, linear in modules.linears.items() if name not in modules.routers}
     heads = config_setting(text_config, "num_key_value_heads") or text_config.num_attention_heads
     _check_size(config.tensor_parallel_size, text_config, heads, linears)
     head_dim = _head_dim(text_config)
@@ -111,7 +113,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         dtype=dtype,
         num_kv_heads=heads,
         kv_token_bytes=text_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize,
-        shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+        shapes=modules.shapes,
         paths=paths,
         is_multimodal=text_config is not hf_config,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -172,23 +174,20 @@ def language_part(model: PreTrainedModel) -> PreTrainedModel:
     raise BaseModelUnsupported(f"{model.config.model_type} has no part that computes text")
 
 
-def language_linears(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Return the layers that adapters of the language model may target, and their paths, both by their names there.
+def language_modules(model: PreTrainedModel) -> tuple[Adaptable, dict[str, str]]:
+    """Return what adapters of the language model may target, and the paths of its linear layers, by their names there.
 
-    In a multimodal model these are the language model's layers only. Their names are those of a text-only model.
+    In a multimodal model these are the language model's modules only. Their names are those of a text-only model.
     """
     if model.config.get_text_config() is model.config:
-        linears = target_linears(model, model.get_output_embeddings())
-        return linears, {name: name for name in linears}
+        found = Adaptable.of(model)
+        return found, {name: name for name in found.linears}
     part = language_part(model)
     decoder = part.get_decoder()
     prefix = next(path for path, module in model.named_modules() if module is decoder)
     own = [part for part in prefix.split(".") if part in ("model", "decoder", "transformer")] or ["model"]
-    linears, paths = {}, {}
-    for path, linear in target_linears(decoder, part.get_output_embeddings()).items():
-        name = ".".join([*own, path])
-        linears[name], paths[name] = linear, f"{prefix}.{path}"
-    return linears, paths
+    found, name = Adaptable.of(decoder, part.get_output_embeddings()), ".".join(own)
+    return found.within(name), {f"{name}.{path}": f"{prefix}.{path}" for path in found.linears}
 
 
 def _model_without_weights(hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -204,14 +203,14 @@ def _model_without_weights(hf_config: Any, dtype: torch.dtype) -> PreTrainedMode
 
 
 def narrowed(model: FrontModel, ends: Sequence[Mapping[str, Sequence[int]]]) -> FrontModel:
-    """Return the model with those of its modules that the workers' banks hold with the same (out, in).
+    """Return the model with those of its modules that the workers hold with the same shapes.
 
-    `ends`: of each worker, the ends (out, in) of its share of each module.
+    `ends`: of each worker, the ends of its share of each module.
     Raises: BaseModelUnsupported if no module is left.
     """
-    held: dict[str, tuple[int, int]] = {}
+    held: dict[str, tuple[int, ...]] = {}
     for name in set(ends[0]).intersection(*ends[1:]):
-        held[name] = max(of_worker[name][0] for of_worker in ends), max(of_worker[name][1] for of_worker in ends)
+        held[name] = tuple(map(max, zip(*[of_worker[name] for of_worker in ends], strict=True)))
     shapes = {name: shape for name, shape in model.shapes.items() if held.get(name) == shape}
     missing = [name for name in model.shapes if name not in shapes]
     if not shapes:
@@ -227,7 +226,16 @@ def narrowed(model: FrontModel, ends: Sequence[Mapping[str, Sequence[int]]]) -> 
             ", ".join(missing[:3]),
             ", ..." if len(missing) > 3 else "",
         )
-    return replace(model, shapes=shapes)
+    return keep_modules(model, shapes)
+
+
+def keep_modules(model: FrontModel, names: Collection[str]) -> FrontModel:
+    """Return the model with these of its modules only."""
+    return replace(
+        model,
+        shapes={name: shape for name, shape in model.shapes.items() if name in names},
+        paths={name: path for name, path in model.paths.items() if name in names},
+    )
 
 
 def _check_dtype(config: VllmWorkerConfig, hf_config: Any) -> None:

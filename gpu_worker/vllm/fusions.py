@@ -60,13 +60,15 @@ def contains_any(digest: str, parts: Collection[str]) -> bool:
 def composed(name: str, parts: Sequence[tuple[DeviceAdapter, float]]) -> AdapterWeights:
     """Return the fusion of these adapters, computed in float32. A module that an adapter lacks counts as zero."""
     modules: dict[str, ModuleWeights] = {}
-    for module in dict.fromkeys(module for adapter, _ in parts for module in adapter.modules):
-        found = [(adapter.modules[module], weight) for adapter, weight in parts if module in adapter.modules]
-        first, rank = found[0][0], max(each.rank for each, _ in found)
-        a, bt = torch.zeros(rank, first.a.shape[1]), torch.zeros(rank, first.bt.shape[1])
+    held = [({**adapter.modules, **adapter.experts}, weight) for adapter, weight in parts]
+    for module in dict.fromkeys(module for of_adapter, _ in held for module in of_adapter):
+        found = [(of_adapter[module], weight) for of_adapter, weight in held if module in of_adapter]
+        (*experts, _, num_in), num_out = found[0][0].a.shape, found[0][0].bt.shape[-1]
+        rank = max(each.rank for each, _ in found)
+        a, bt = torch.zeros(*experts, rank, num_in), torch.zeros(*experts, rank, num_out)
         for each, weight in found:
-            a[: each.rank].add_(each.a, alpha=weight)
-            bt[: each.rank].add_(each.bt, alpha=weight)
+            a[..., : each.rank, :].add_(each.a, alpha=weight)
+            bt[..., : each.rank, :].add_(each.bt, alpha=weight)
         modules[module] = ModuleWeights(a, bt.mT, scaling=1.0)
     return AdapterWeights(name, modules)
 

@@ -37,12 +37,14 @@ from gpu_worker.model.eager_check import (
     Difference,
     EagerLogits,
     adding,
+    changed_weights,
     check_adapter,
+    check_experts,
     check_prompts,
     hooked,
     jittering,
 )
-from gpu_worker.vllm.front_model import FrontModel, language_linears, language_part
+from gpu_worker.vllm.front_model import FrontModel, keep_modules, language_modules, language_part
 from gpu_worker.vllm.packing import packed
 from gpu_worker.vllm.remote_bank import Send
 
@@ -115,21 +117,22 @@ async def _with_effect(
 ) -> FrontModel:
     """Return the model without the modules on which adapters have another effect than in transformers.
 
-    Modules of one name are compared together, then all that are left.
+    Modules of one name are compared together, as are both parameters of experts, then all that are left.
     Raises: BaseModelUnsupported if none is left or they differ together.
     """
     kinds: dict[str, list[str]] = {}
     for module in model.shapes:
-        kinds.setdefault(module.rpartition(".")[2], []).append(module)
+        name = module if module in model.paths else module.rpartition(".")[0]
+        kinds.setdefault(name.rpartition(".")[2], []).append(module)
     wrong = [kind for kind, modules in kinds.items() if await compare(modules) is not None]
-    kept = [module for module in model.shapes if module.rpartition(".")[2] not in wrong]
+    kept = [module for kind, modules in kinds.items() if kind not in wrong for module in modules]
     if not wrong or not kept or await compare(kept) is not None:
         raise _unsupported(model, problem.text)
     logger.warning(
         "adapters of the base model's modules named %s are refused, because vLLM computes these without them",
         ", ".join(wrong),
     )
-    return replace(model, shapes={module: model.shapes[module] for module in kept})
+    return keep_modules(model, kept)
 
 
 def reason_to_skip(config: VllmWorkerConfig, model: FrontModel, max_len: int) -> str | None:
@@ -160,21 +163,28 @@ class EagerModel:
 
     def __init__(self, config: VllmWorkerConfig, model: FrontModel) -> None:
         try:
-            found = auto_class(read_config(model.source))
-            whole: PreTrainedModel = found.from_pretrained(
+            loader = auto_class(read_config(model.source))
+            whole: PreTrainedModel = loader.from_pretrained(
                 model.source, dtype=model.dtype, attn_implementation="eager"
             ).eval()
         except Exception as exc:
             raise _unsupported(model, f"transformers' own model cannot be loaded ({exc})") from exc
         self._model = language_part(whole)
-        linears, _ = language_linears(whole)
-        self._linears = {name: linear for name, linear in linears.items() if name in model.shapes}
-        self.adapter = self._whole_adapter = check_adapter(self._linears, min(RANK, config.bank_rank_rows))
+        found, _ = language_modules(whole)
+        self._mixtures, rank = found.experts | found.routers, min(RANK, config.bank_rank_rows)
+        self._linears = {name: linear for name, linear in found.linears.items() if name in model.shapes}
+        self._whole_adapter = replace(check_adapter(self._linears, rank), experts=check_experts(found.experts, rank))
+        self.adapt(model.shapes)
         self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     def adapt(self, modules: Collection[str]) -> None:
         """Leave the adapter's other modules out."""
-        self.adapter = DeviceAdapter(DIGEST, {name: self._whole_adapter.modules[name] for name in modules})
+        whole = self._whole_adapter
+        self.adapter = DeviceAdapter(
+            DIGEST,
+            {name: module for name, module in whole.modules.items() if name in modules},
+            experts={name: module for name, module in whole.experts.items() if name in modules},
+        )
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int], num_kept: int, *, has_adapter: bool) -> EagerLogits:
@@ -183,6 +193,7 @@ class EagerModel:
             if has_adapter:
                 adapted = {name: self._linears[name] for name in self.adapter.modules}
                 hooks.enter_context(hooked(adapted, adding(self.adapter)))
+                hooks.enter_context(changed_weights(self._mixtures, self.adapter))
             found = self._logits(tokens, num_kept)
             if found.dtype == torch.float32:
                 return EagerLogits(found, found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,30 +21,37 @@ Change = tuple[Any, ...]
 def packed(adapter: DeviceAdapter) -> Change:
     """Return the change that brings the adapter into the workers' banks: its tensors, copied into one buffer.
 
-    It is ("put", digest, dtype, modules, values). `modules`: (module path, rank, in, out) in the order of the buffer.
-    `values`: for each module a (R, I), then bt (R, O), both of `dtype`.
+    It is ("put", digest, dtype, modules, values). `modules`: (module path, rank, in, out) in the order of the buffer,
+    and of fused experts their number; these are the last ones.
+    `values`: for each module a (R, I), then bt (R, O), both of `dtype`; of experts a (E, R, I), then bt (E, R, O).
     """
     modules, parts = [], []
-    for name, module in adapter.modules.items():
-        modules.append((name, module.rank, module.a.shape[1], module.bt.shape[1]))
+    for name, module in [*adapter.modules.items(), *adapter.experts.items()]:
+        modules.append((name, module.rank, module.a.shape[-1], module.bt.shape[-1], *module.a.shape[:-2]))
         parts += [module.a.reshape(-1), module.bt.reshape(-1)]
     flat = torch.cat(parts).cpu()
     return "put", adapter.weights_digest, _NAMES[flat.dtype], modules, flat.view(torch.uint8).numpy().tobytes()
 
 
 def unpacked(
-    digest: str, dtype: str, modules: list[tuple[str, int, int, int]], values: bytes, *, device: torch.device = _CPU
+    digest: str, dtype: str, modules: Sequence[Sequence[Any]], values: bytes, *, device: torch.device = _CPU
 ) -> DeviceAdapter:
-    """Return the adapter of a buffer. Its tensors are views of one copy on the device: one transfer for all modules."""
-    flat = torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype]).to(device)
+    """Return the adapter of a buffer. Its tensors are views of one copy on the device: one transfer for all modules.
+
+    Those of fused experts stay in host memory.
+    """
+    flat = torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype])
+    num_values = sum(rank * (num_in + num_out) for _, rank, num_in, num_out, *num in modules if not num)
+    on_device, start = flat[:num_values].to(device), 0
     found: dict[str, DeviceModule] = {}
-    start = 0
+    experts: dict[str, DeviceModule] = {}
 
-    def take(num_rows: int, width: int) -> Tensor:
+    def take(source: Tensor, *shape: int) -> Tensor:
         nonlocal start
-        begin, start = start, start + num_rows * width
-        return flat[begin:start].view(num_rows, width)
+        begin, start = start, start + math.prod(shape)
+        return source[begin:start].view(shape)
 
-    for name, rank, num_in, num_out in modules:
-        found[name] = DeviceModule(take(rank, num_in), take(rank, num_out))
-    return DeviceAdapter(digest, found)
+    for name, rank, num_in, num_out, *num in modules:
+        source, kind = (flat, experts) if num else (on_device, found)
+        kind[name] = DeviceModule(take(source, *num, rank, num_in), take(source, *num, rank, num_out))
+    return DeviceAdapter(digest, found, experts=experts)

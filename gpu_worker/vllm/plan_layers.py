@@ -28,16 +28,23 @@ from gpu_worker.bank.bank import LoraBank, ModuleBank
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.bank.residency import Residency
 from gpu_worker.errors import PlanTooLarge
+from gpu_worker.model.experts import ExpertMapping, expert_mapping
 from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.model.mapping import composition
 from gpu_worker.model.step_context import Composition
+from gpu_worker.vllm.expert_layers import adapt_layers
 from gpu_worker.vllm.packing import unpacked
 from gpu_worker.vllm.plan_path import is_plan_path, plan_of
+from lora_store.adapter import Shapes
 from lora_store.plan import BASE_PLAN, Plan
 
 logger = logging.getLogger(__name__)
 
-OPERATION = "loraretriever::add_plans"
+_NAMESPACE = "loraretriever"
+_PARAMETERS = {
+    "add_plans": "Tensor(a!) y, Tensor x, int place",
+    "adapt_experts": "Tensor(a!) y, Tensor x, Tensor shares, Tensor chosen, int place",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +98,12 @@ class PlanLinear:
         """
         x = x[:num_tokens]
         used = [each for each in self._banks if num_tokens is None or each[0].is_used]
+        y = y[:num_tokens]
+        added = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)  # routers may compute in float32
         for inputs in {id(bank.inputs): bank.inputs for bank, _ in used}.values():
-            step.add(x, [(y[:num_tokens, columns], bank) for bank, columns in used if bank.inputs is inputs])
+            step.add(x, [(added[:, columns], bank) for bank, columns in used if bank.inputs is inputs])
+        if added is not y:
+            y += added
 
 
 class PlanLayers:
@@ -109,13 +120,15 @@ class PlanLayers:
         device: torch.device,
         kernel: LoraKernel | None,
         tiles: StepTables | None = None,
+        experts: Shapes | None = None,
+        expert_bytes: int = 0,
         free_fill: float = 0.0,
     ) -> None:
         """Wrap the layers that adapters may target.
 
         `modules`: the names of these layers in adapters, each with its path in transformers' model. `outputs`: how
-        many each has. `kernel`: for the products on the CPU. `tiles`: those on a GPU. Without both, torch computes
-        them.
+        many each has. `experts`: the shapes of fused experts, `expert_bytes`: see Residency. `kernel`: for the products
+        on the CPU. `tiles`: those on a GPU. Without both, torch computes them.
         Raises: ValueError if vLLM's model has none of the modules.
         """
         self._device, self._kernel, self._tiles = device, kernel, tiles
@@ -132,8 +145,10 @@ class PlanLayers:
             raise ValueError(
                 f"vLLM's {type(model).__name__} has no layer that an adapter of the base model could target"
             )
+        self._experts = list(adapt_layers(model, experts or {}))
+        self._layer_of = {name: layer for layer in self._experts for name in layer.names}
         self.bank = LoraBank(linears, num_rows, free_fill=free_fill, device=device)
-        self.residency = Residency(self.bank)
+        self.residency = Residency(self.bank, expert_bytes=expert_bytes)
         self._linears: list[PlanLinear] = []
         for (_, layer, names, _), of_layer in zip(layers, widths, strict=True):
             banks = [None if name is None else self.bank.modules[name] for name in names]
@@ -141,10 +156,11 @@ class PlanLayers:
             layer.set_mapping(self._linears[-1])
             layer.lora_a_stacked = layer.lora_b_stacked = ()  # vLLM's own, which nothing reads now
         self._step: Composition | None = None
+        self._expert_step: ExpertMapping | None = None
         self._num_tokens: int | None = None
         self._plans: dict[str, Plan] = {}
         self._last: object = None
-        self._library = _register(self._add)
+        self._library = _register(add_plans=self._add, adapt_experts=self._adapt)
         if tiles is not None:
             tiles.warm_up(self.bank)
 
@@ -153,9 +169,13 @@ class PlanLayers:
         return self._kernel is not None
 
     @property
-    def ends(self) -> dict[str, tuple[int, int]]:
-        """Return the ends (out, in) of this process's share of each module: its whole shape where no other has one."""
-        return {name: (share.outputs.stop, share.inputs.stop) for name, share in self._shares.items()}
+    def ends(self) -> Shapes:
+        """Return the ends (out, in) of this process's share of each module: its whole shape where no other has one.
+
+        Of fused experts also their number.
+        """
+        ends = {name: (share.outputs.stop, share.inputs.stop) for name, share in self._shares.items()}
+        return {**ends, **{name: end for layer in self._experts for name, end in layer.ends.items()}}
 
     def change(self, changes: Iterable[Sequence[Any]]) -> dict[str, str]:
         """Apply ("put", digest, dtype, modules, values) and ("drop", digest), in order, between two steps.
@@ -179,15 +199,18 @@ class PlanLayers:
 
     def _put(self, adapter: DeviceAdapter) -> str | None:
         """Pin this process's part of the adapter, or return the reason why the bank cannot hold it."""
-        if unknown := [name for name in adapter.modules if name not in self._shares]:
+        unknown = [name for name in adapter.modules if name not in self._shares]
+        unknown += [name for name in adapter.experts if name not in self._layer_of]
+        if unknown:
             return f"the base model has no module {unknown[0]!r} in vLLM"
         local = {name: self._shares[name].of(module) for name, module in adapter.modules.items()}
         for name, module in local.items():
             if (module.bt.shape[1], module.a.shape[1]) != self.bank.shapes[name]:
                 return f"{name} has another shape in vLLM's base model"
+        experts = {name: self._layer_of[name].share.of(name, module) for name, module in adapter.experts.items()}
         digest = adapter.weights_digest
         try:
-            has_room = self.residency.try_pin([digest], {digest: DeviceAdapter(digest, local)})
+            has_room = self.residency.try_pin([digest], {digest: DeviceAdapter(digest, local, experts=experts)})
         except PlanTooLarge as exc:
             return str(exc)
         return None if has_room else "the bank has no room for it"
@@ -206,6 +229,7 @@ class PlanLayers:
         num_tokens = np.diff(starts, append=len(ids)).tolist()
         plans = [self._plans[paths[plan_id]] if plan_id in paths else BASE_PLAN for plan_id in ids[starts].tolist()]
         self._last = state
+        self._expert_step = expert_mapping(plans, num_tokens, self.residency, self._device) if self._experts else None
         if self._tiles is None:
             self._step = composition(plans, num_tokens, self.residency, self.bank.dtype, self._kernel, self._device)
             self._num_tokens = len(ids)
@@ -228,7 +252,7 @@ class PlanLayers:
 
     def remove_all_adapters(self) -> None:
         """Forget the warm-up's requests. Adapters of the bank leave by `change` only."""
-        self._step, self._last = None, None
+        self._step, self._expert_step, self._last = None, None, None
 
     def supports_tower_connector_lora(self) -> bool:
         return False
@@ -236,6 +260,10 @@ class PlanLayers:
     def _add(self, y: Tensor, x: Tensor, place: int) -> None:
         if self._step is not None:
             self._linears[place].add(y, x, self._step, self._num_tokens)
+
+    def _adapt(self, y: Tensor, x: Tensor, shares: Tensor, chosen: Tensor, place: int) -> None:
+        if self._expert_step is not None:
+            self._experts[place].adapt(y, x, shares, chosen, self._expert_step)
 
 
 def _wrapped(
@@ -305,6 +333,7 @@ def _modules_by_path(model: nn.Module, modules: Mapping[str, str]) -> dict[str, 
     found = {}
     for name, path in modules.items():
         paths = [path, name, f"language_model.{name}"]
+        paths += [each.replace(".mlp.", ".block_sparse_moe.") for each in paths]  # of routers, as in transformers 4
         if mapper is not None:
             paths = [mapper.get_rename_mapper().map_name(each) for each in paths] + paths
         found[next((each for each in paths if each.rpartition(".")[0] in parents), paths[0])] = name
@@ -361,11 +390,11 @@ def _locals(
         yield name, linear, Share(slice(first_in, first_in + num_in), slice(first_out, first_out + num_out))
 
 
-def _register(add: Any) -> Any:
-    """Register the products as one opaque operation, which torch.compile leaves alone. Keep the returned object."""
-    namespace, name = OPERATION.split("::")
-    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define(f"{name}(Tensor(a!) y, Tensor x, int place) -> ()")
-    library.impl(name, add, "CompositeExplicitAutograd")
-    torch.library.register_fake(OPERATION, lambda y, x, place: None, lib=library)
+def _register(**operations: Any) -> Any:
+    """Register the products as opaque operations, which torch.compile leaves alone. Keep the returned object."""
+    library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name, function in operations.items():
+        library.define(f"{name}({_PARAMETERS[name]}) -> ()")
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *_: None, lib=library)
     return library

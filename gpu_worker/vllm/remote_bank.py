@@ -25,9 +25,13 @@ class PlannedResidency:
     The workers place the rows themselves, so nothing is moved here. A plan has either adapters or one fusion.
     """
 
-    def __init__(self, bank: RemoteBank, num_rows: int, num_fusion_rows: int) -> None:
+    def __init__(
+        self, bank: RemoteBank, num_rows: int, num_fusion_rows: int, expert_bytes: tuple[int, int] = (0, 0)
+    ) -> None:
+        """`expert_bytes`: the most bytes of the experts of all adapters, and of those of all fusions."""
         self._num_fusion_rows = num_fusion_rows
-        self._adapters, self._fusions = _Assignment(_Part(bank, num_rows)), _Assignment(_Part(bank, num_fusion_rows))
+        self._adapters = _Assignment(_Part(bank, num_rows), expert_bytes[0])
+        self._fusions = _Assignment(_Part(bank, num_fusion_rows), expert_bytes[1])
 
     def __contains__(self, digest: object) -> bool:
         return digest in self._adapters or digest in self._fusions

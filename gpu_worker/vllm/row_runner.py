@@ -63,7 +63,7 @@ class RowRunner:
     """The rows of one engine. All methods belong to one event loop.
 
     `generate` gets a row when all its adapters are in the workers' banks, where they stay until it has closed.
-    `kv_tokens`: of the workers' cache, for the status.
+    `kv_tokens`: of the workers' cache, for the status. `expert_bytes`: see PlannedResidency.
     """
 
     def __init__(
@@ -74,11 +74,12 @@ class RowRunner:
         loader: FusionLoader,
         *,
         kv_tokens: int,
+        expert_bytes: tuple[int, int] = (0, 0),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._generate, self._bank, self._kv_tokens, self._clock = generate, bank, kv_tokens, clock
         self._loop = asyncio.get_running_loop()
-        self._residency = PlannedResidency(bank, config.bank_rank_rows, config.num_fusion_rows)
+        self._residency = PlannedResidency(bank, config.bank_rank_rows, config.num_fusion_rows, expert_bytes)
         self._places = RowPlaces(config.max_batch_size)
         self._queue = RequestQueue(
             config,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm import __version__, envs
+from vllm import __version__, _custom_ops, envs
 from vllm import logger as vllm_logger
 from vllm.config import CompilationConfig, MultiModalConfig, VllmConfig
 from vllm.lora import utils as lora_utils
@@ -21,7 +21,13 @@ from vllm.lora.layers import (
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
@@ -29,12 +35,14 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from gpu_worker.errors import WorkerConfigInvalid
+from lora_store.adapter import Shapes
 
 KEY = "loraretriever"
 FRONT_PID = (
     "LORARETRIEVER_FRONT_PID"  # environment variable: process id of the front end; vLLM's processes exit with it
 )
 TESTED_VERSION = "0.32."
+_EXPERTS_PARAMETERS = ("self", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
 ExtensionPoint = tuple[Any, str, tuple[str, ...]]
 """An object of vLLM, the name of one of its functions, and that function's parameters."""
 EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
@@ -45,6 +53,8 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (lora_utils, "process_packed_modules_mapping", ("model", "force_2d_moe", "enable_moe_shared_loras")),
     (BaseLinearLayerWithLoRA, "set_mapping", ("self", "punica_wrapper")),
     (BaseLinearLayerWithLoRA, "_apply_lora_to_output", ("self", "x", "output")),
+    (RoutedExperts, "forward_modular", _EXPERTS_PARAMETERS),
+    (_custom_ops, "cpu_prepack_moe_weight", ("weight", "isa")),
     (WeightsMapper, "get_rename_mapper", ("self",)),
     (WeightsMapper, "map_name", ("self", "key")),
     (DefaultModelLoader, "get_all_weights", ("self", "model_config", "model")),
@@ -73,11 +83,19 @@ LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
     (MergedColumnParallelLinearWithLoRA, "create_lora_weights", ("lora_a_stacked", "lora_b_stacked")),
     (MergedQKVParallelLinearWithLoRA, "__init__", ("n_slices", "output_ids")),
     (MLAAttention, "__init__", ("kv_b_proj",)),
+    (MoERunner, "__init__", ("routed_experts",)),
+    (RoutedExperts, "__init__", ("activation", "apply_router_weight_on_input", "quant_method")),
+    (RoutedExperts, "__init__", ("moe_config", "moe_parallel_config", "intermediate_size_per_partition")),
+    (UnquantizedFusedMoEMethod, "__init__", ("unquantized_backend", "experts_cls")),
+    (FusedMoEMethodBase, "__init__", ("moe_kernel",)),
+    (CPUUnquantizedExperts, "__init__", ("_use_zentorch",)),
     (CPURouter, "__init__", ("use_grouped_topk", "num_expert_group", "topk_group", "e_score_correction_bias")),
 )
-"""The attributes that `plan_layers` reads of the layers that it wraps, and `worker` of a choice of experts."""
+"""The attributes that `plan_layers` and `expert_layers` read of vLLM's layers, and `worker` of a choice of experts."""
 FIELDS = (
     (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
+    (FusedMoEConfig, "has_bias"),
+    (FusedMoEConfig, "swiglu_limit"),
     (CompilationConfig, "custom_ops"),
     (CompilationConfig, "mode"),
     (CompilationConfig, "cudagraph_mode"),
@@ -103,6 +121,7 @@ class PluginSettings:
 
     `modules`: the base model's layers that adapters may target: their names in adapters, each with its path in
     transformers' model. `outputs`: how many each of them has.
+    `experts`: the shapes of fused experts. `expert_bytes`: the most that adapters in the bank have for them.
     `free_fill`: value of free rows, see LoraBank.
     All of it is part of the key under which vLLM keeps a compiled model, so no value may differ between two starts.
     """
@@ -111,6 +130,8 @@ class PluginSettings:
     cache_dir: str
     modules: Mapping[str, str]
     outputs: Mapping[str, int]
+    experts: Shapes = field(default_factory=dict)
+    expert_bytes: int = 0
     use_kernel: bool = True
     free_fill: float = 0.0
 

@@ -72,6 +72,8 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             device=device,
             kernel=load_lora_kernel(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,
             tiles=tiles,
+            experts=settings.experts,
+            expert_bytes=settings.expert_bytes,
             free_fill=settings.free_fill,
         )
         self.model_runner.lora_manager = self.plan_layers

@@ -88,3 +88,18 @@ def test_a_module_that_no_product_can_use_is_refused_by_name(
     modules = {} if pair is None else {"x": ModuleWeights(*pair, 1.0)}
     with pytest.raises(AdapterUnfit, match=problem):
         to_device_layout(AdapterWeights("d", modules), SHAPES, torch.float32)
+
+
+def test_experts_are_converted_one_by_one_and_may_be_all_that_an_adapter_has() -> None:
+    shapes = SHAPES | {"experts.down_proj": (6, 4, 3)}
+    a, b = torch.randn(3, 2, 4), torch.randn(3, 6, 2)
+    experts = {"experts.down_proj": ModuleWeights(a, b, 0.5)}
+    only = to_device_layout(AdapterWeights("d", experts), shapes, torch.bfloat16)
+    assert (dict(only.modules), only.max_rank) == ({}, 1)
+    both = to_device_layout(AdapterWeights("d", {"x": module("x", 2), **experts}), shapes, torch.bfloat16)
+    assert (list(both.modules), both.max_rank) == (["x"], 2)
+    for adapter in (only, both):
+        found = adapter.experts["experts.down_proj"]
+        assert torch.equal(found.a, a.bfloat16()) and torch.equal(found.bt, (b * 0.5).mT.bfloat16())
+    with pytest.raises(AdapterUnfit, match="the adapter has no modules"):
+        to_device_layout(AdapterWeights("d", {}), shapes, torch.float32)

@@ -14,7 +14,7 @@ from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
 from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, random_adapter, tiny_config
 
-_NEED_VLLM = ["child_processes", "families", "module_names", "tensor_parallel"]
+_NEED_VLLM = ["child_processes", "experts", "families", "module_names", "tensor_parallel"]
 collect_ignore = [] if "vllm" in ENGINES else [f"test_{name}.py" for name in _NEED_VLLM]
 BANK_ROWS = 16  # four adapters of rank 4
 FUSION_ROWS = 12  # two fusions of rank 5, or three of rank 4

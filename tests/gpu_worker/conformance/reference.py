@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 
 from gpu_worker.front.text.token_bytes import TokenBytes
 from gpu_worker.model.checkpoint import auto_class, read_config
-from gpu_worker.model.inject import Adaptable
-from gpu_worker.vllm.front_model import language_linears, language_part
+from gpu_worker.vllm.front_model import language_modules, language_part
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import Plan
 
@@ -37,10 +36,8 @@ class Reference:
         self._model = language_part(whole)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model.eval()
-        linears, _ = language_linears(whole)
-        self._weights = {name: linear.weight for name, linear in linears.items()}
-        found = Adaptable.of(self._model)
-        self._weights |= {name: router.get_parameter("weight") for name, router in found.routers.items()}
+        found, _ = language_modules(whole)
+        self._weights = {name: linear.weight for name, linear in found.linears.items()}
         for path, experts in found.experts.items():
             self._weights |= {f"{path}.{name}": weight for name, weight in experts.named_parameters(recurse=False)}
 

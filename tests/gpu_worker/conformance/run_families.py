@@ -75,7 +75,9 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
     except AssertionError as exc:
         return {"outcome": DIFFERS, "reason": str(exc)[:300]}
     modules = sorted({name.rpartition(".")[2] for name in hosted.engine.module_shapes})
-    return {"outcome": EQUAL, "dtype": dtype, "furthest": round(furthest, 7), "modules": modules}
+    has_experts = any(len(shape) > 2 for shape in hosted.engine.module_shapes.values())
+    result = {"outcome": EQUAL, "dtype": dtype, "furthest": round(furthest, 7), "modules": modules}
+    return result | ({"experts": True} if has_experts else {})
 
 
 def build(family: str, folder: Path) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def build_all(families: Sequence[str], models: Path) -> None:
 
     from gpu_worker.vllm import plan_layers
 
-    plan_layers._register = lambda add: None  # a process can register its operation for one model only
+    plan_layers._register = lambda **_: None  # a process can register its operation for one model only
     with TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)

@@ -24,15 +24,17 @@ from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import read_config
 from gpu_worker.vllm.engine_args import (
+    _engine_args,
     build_config,
     count_latent_bytes,
+    expert_bytes,
     kv_bytes,
     set_compilation,
     set_environment,
     thread_variables,
 )
 from gpu_worker.vllm.front_model import load_front_model
-from gpu_worker.vllm.settings import FRONT_PID
+from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 from tests.gpu_worker.conformance.families import save as save_of_vllm
 from tests.gpu_worker.families import save
 from tests.tiny import byte_tokenizer, tiny_config
@@ -86,6 +88,42 @@ def test_graphs_are_captured_only_with_products_that_a_graph_can_replay(
     config = VllmWorkerConfig(device=device, lora_products=products)
     set_compilation(compilation, config, is_compiled=is_compiled)
     assert (compilation.mode, compilation.cudagraph_mode) == (mode, graphs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_compiled", "is_served"),
+    [
+        ({"device": "cuda"}, True, False),
+        ({"device": "cuda"}, False, True),
+        ({"device": "cuda", "lora_products": "torch"}, True, True),
+        ({"device": "cpu"}, True, True),
+    ],
+    ids=str,
+)
+def test_experts_take_adapters_unless_a_graph_would_replay_them(
+    settings: Mapping[str, Any], is_compiled: bool, is_served: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_front_model(tiny_config(save_of_vllm(tmp_path, "mixtral"), engine="vllm"))
+    args = _engine_args(VllmWorkerConfig(**settings), model, 0.0, is_compiled)
+    plugin = PluginSettings.of(args.additional_config)
+    assert bool(plugin.experts) == is_served
+    assert not any(".experts." in name for name in (*plugin.modules, *plugin.outputs))
+    assert ("set worker.enforce_eager" in caplog.text) == (not is_served)
+
+
+def test_adapters_and_fusions_may_each_have_as_many_bytes_for_experts_as_the_cache(tmp_path: Path) -> None:
+    """At least those of the check at start, at most those of all their rows."""
+    folder = save_of_vllm(tmp_path, "mixtral")
+    model = load_front_model(tiny_config(folder, engine="vllm"))
+    row = 4 * sum(num[0] * (num_out + num_in) for num_out, num_in, *num in model.shapes.values() if num)
+
+    def found(**settings: Any) -> tuple[float, ...]:
+        config = tiny_config(folder, engine="vllm", bank_rank_rows=8, fusion_rank_rows=6, **settings)
+        return tuple(num_bytes / row for num_bytes in expert_bytes(config, model))
+
+    assert found() == (8, 6)
+    assert found(host_cache_bytes=5 * row) == (5, 5)
+    assert found(host_cache_bytes=0) == (4, 0)
 
 
 def test_the_key_of_a_compiled_model_is_the_same_in_every_process(

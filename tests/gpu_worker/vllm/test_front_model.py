@@ -140,13 +140,38 @@ def test_a_multimodal_model_takes_adapters_of_its_language_model_by_the_names_of
     assert (found.vocab_size, found.num_kv_heads) == (text.vocab_size, text.num_key_value_heads)
 
 
-def test_a_mixture_of_experts_takes_adapters_of_its_other_layers(tmp_path: Path) -> None:
+def test_a_mixture_takes_adapters_of_its_experts_its_router_and_its_other_layers(tmp_path: Path) -> None:
     config_of("deepseek_v3").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     found = load_front_model(tiny_config(tmp_path, engine="vllm"))
     kinds = {name.rpartition("layers.1.")[2] for name in found.shapes if "layers.1." in name}
     assert {"self_attn.q_a_proj", "self_attn.o_proj", "mlp.shared_experts.down_proj"} < kinds
-    assert not any(".experts." in name for name in found.shapes) and "model.layers.0.mlp.up_proj" in found.shapes
+    assert "model.layers.0.mlp.up_proj" in found.shapes
+    assert found.shapes["model.layers.1.mlp.experts.gate_up_proj"] == (64, 128, 4)
+    assert found.shapes["model.layers.1.mlp.experts.down_proj"] == (128, 32, 4)
+    assert found.shapes["model.layers.1.mlp.gate"] == (4, 128)
+    assert found.shapes.keys() - found.paths.keys() == {name for name in found.shapes if ".experts." in name}
+
+
+def test_experts_of_a_multimodal_model_have_the_names_of_a_text_model(tmp_path: Path) -> None:
+    config_of("qwen3_vl_moe").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    assert found.shapes["model.layers.2.mlp.experts.down_proj"] == (128, 32, 4)
+    assert found.paths["model.layers.2.mlp.gate"] == "model.language_model.layers.2.mlp.gate"
+
+
+def test_experts_that_the_workers_share_are_kept(tmp_path: Path) -> None:
+    config_of("mixtral").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    name = "model.layers.0.mlp.experts.down_proj"
+    num_out, num_in, num = model.shapes[name]
+    assert narrowed(model, [dict(model.shapes) | {name: (num_out, num_in // 2, num)}, model.shapes]) == model
+    other = narrowed(model, [dict(model.shapes) | {name: (num_out, num_in, num + 1)}])
+    assert other.shapes.keys() == model.shapes.keys() - {name} and other.paths == model.paths
+    few = narrowed(model, [{each: model.shapes[each] for each in (name, "model.layers.0.mlp.gate")}])
+    assert list(few.paths) == ["model.layers.0.mlp.gate"]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tests.gpu_worker.conformance.reference import deltas
 from tests.gpu_worker.engine_driver import HeldExecutor
 from tests.tiny import InlineExecutor, plan_of, random_adapter
 
-SHAPES = {"q_proj": (6, 5), "k_proj": (3, 5), "down_proj": (5, 7)}
+SHAPES = {"q_proj": (6, 5), "k_proj": (3, 5), "down_proj": (5, 7), "experts.down_proj": (5, 3, 4)}
 WEIGHTS = st.floats(-MAX_ABS_WEIGHT, MAX_ABS_WEIGHT, allow_nan=False).filter(lambda weight: weight not in (0, 1))
 DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
 
@@ -110,9 +110,10 @@ def test_a_fusion_equals_the_padded_averages(dtype: torch.dtype, bound: float) -
     before = {name: module.a.clone() for name, module in first.modules.items()}
     found = loader.load(name_of(plan)).result(0)
     assert all(torch.equal(first.modules[name].a, a) for name, a in before.items())
-    assert found.max_rank == 5 and found.modules.keys() == expected.keys()
-    for name, module in found.modules.items():
-        change = module.bt.double().T @ module.a.double()
+    modules = {**found.modules, **found.experts}
+    assert found.max_rank == 5 and modules.keys() == expected.keys() and list(found.experts) == ["experts.down_proj"]
+    for name, module in modules.items():
+        change = module.bt.double().mT @ module.a.double()
         assert float((change - expected[name]).abs().max() / expected[name].abs().max()) < bound
 
 

@@ -25,6 +25,7 @@ from gpu_worker.vllm.model_check import (
     reason_to_skip,
 )
 from gpu_worker.vllm.packing import Change
+from tests.gpu_worker.families import EQUAL, save
 from tests.tiny import tiny_config
 
 NUM_IDS = 20  # of each answer's log probabilities
@@ -147,6 +148,20 @@ def test_modules_that_vllm_computes_without_adapters_take_none(
     assert set(made.model.shapes) - set(found.shapes) == {f"model.layers.{n}.self_attn.v_proj" for n in range(3)}
     assert "modules named v_proj are refused" in caplog.records[-1].getMessage()
     assert made.changes[-1] == f"drop {DIGEST}"
+
+
+@pytest.mark.parametrize(
+    ("ignored", "part"), [("gate_up_proj", r"\.experts\."), ("down_proj", r"\.experts\."), ("gate", r"\.gate$")]
+)
+def test_experts_and_routers_that_vllm_computes_without_adapters_take_none(
+    ignored: str, part: str, tmp_path: Path
+) -> None:
+    made = Workers(save(tmp_path, "qwen3_moe", EQUAL["qwen3_moe"]), lambda prompt, logits: logits, "float32")
+    assert made.check() == made.model
+    made.ignored = ignored
+    found = made.check()
+    gone = {name for name in made.model.shapes if re.search(part, name)}
+    assert gone and made.model.shapes.keys() - found.shapes.keys() == gone and not gone & found.paths.keys()
 
 
 def test_a_model_that_is_wrong_in_its_window_too_is_refused(workers: Callable[..., Workers]) -> None:

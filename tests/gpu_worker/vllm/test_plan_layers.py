@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gpu_worker.bank.device_layout import DeviceModule
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
+from gpu_worker.bank.residency import Residency
+from gpu_worker.model.mapping import composition
 from gpu_worker.vllm import plan_layers
-from gpu_worker.vllm.plan_layers import Share, _locals, _modules_by_path, _slice_paths, _widths, _wrapped
+from gpu_worker.vllm.plan_layers import PlanLinear, Share, _locals, _modules_by_path, _slice_paths, _widths, _wrapped
+from lora_store.adapter import AdapterRef
+from lora_store.plan import Plan, PlannedAdapter
 
 RANK, NUM_IN, NUM_TOKENS, SIZE = 3, 8, 5, 2
 
@@ -104,6 +109,22 @@ def test_a_module_may_cover_several_slices_of_a_layer(
     assert _widths(one, outputs) == (expected if len(outputs) == len(local_outs) else None)
 
 
+def test_an_output_of_another_dtype_than_the_bank_gets_its_adapters() -> None:
+    """Routers may compute in float32 where the model is bfloat16."""
+    banks = LoraBank({"gate": nn.Linear(NUM_IN, 4, bias=False, dtype=torch.bfloat16)}, RANK)
+    residency, adapter = Residency(banks), DeviceAdapter("d", {"gate": module(4)})
+    residency.try_pin(["d"], {"d": adapter})
+    residency.settle()
+    plan = Plan("selection", (PlannedAdapter(AdapterRef("-", "-", "d"), "d", 0.5),))
+    step = composition([plan], [NUM_TOKENS], residency, torch.bfloat16, None, torch.device("cpu"))
+    assert step is not None
+    x, y = torch.randn(NUM_TOKENS + 1, NUM_IN).bfloat16(), torch.ones(NUM_TOKENS + 1, 4)
+    PlanLinear(0, [(banks.modules["gate"], 4)]).add(y, x, step, NUM_TOKENS)
+    expected = 1 + 0.5 * product(x[:NUM_TOKENS].float(), adapter.modules["gate"])
+    torch.testing.assert_close(y[:NUM_TOKENS], expected, atol=0.1, rtol=0.02)
+    assert y.dtype == torch.float32 and torch.equal(y[NUM_TOKENS], torch.ones(4))
+
+
 def named_modules(*paths: str) -> nn.Module:
     """Return a model that has modules of these paths."""
     model = nn.Module()
@@ -118,7 +139,9 @@ def named_modules(*paths: str) -> nn.Module:
 
 def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
     """Names that vLLM stacks or does not load stay as they are."""
-    model: Any = named_modules("model.layers.0", "model.layers.3", "language_model.layers.0")
+    model: Any = named_modules(
+        "model.layers.0", "model.layers.3", "model.layers.5.block_sparse_moe", "language_model.layers.0"
+    )
     model.hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={"gpt_neox.": "model.", "model.layers.3.": None, "whole.language_model.": "language_model."},
         orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},
@@ -127,11 +150,13 @@ def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
         "gpt_neox.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
         "model.layers.3.dense": "model.layers.3.dense",
         "model.layers.0.o_proj": "whole.language_model.layers.0.o_proj",
+        "model.layers.5.mlp.gate": "model.layers.5.mlp.gate",
     }
     assert _modules_by_path(model, modules) == {
         "model.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
         "model.layers.3.dense": "model.layers.3.dense",
         "language_model.layers.0.o_proj": "model.layers.0.o_proj",
+        "model.layers.5.block_sparse_moe.gate": "model.layers.5.mlp.gate",
     }
 
 

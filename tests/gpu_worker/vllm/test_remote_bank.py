@@ -186,6 +186,30 @@ def test_fusions_and_adapters_have_rows_of_their_own() -> None:
     served(main)
 
 
+def test_experts_of_fusions_and_of_adapters_have_room_of_their_own() -> None:
+    shapes = {"m": (4, 3), "experts.down_proj": (4, 3, 2)}
+    one, two = (to_device_layout(random_adapter(shapes, seed, rank=2), shapes, torch.float32) for seed in (1, 2))
+    planned = with_fusion(
+        Plan(
+            "fusion",
+            tuple(PlannedAdapter(AdapterRef("-", "-", "-"), each.weights_digest, 0.5) for each in (one, two)),
+        )
+    )
+    [name] = [each.weights_digest for each in planned.adapters]
+    average = to_device_layout(composed(name, [(one, 0.5), (two, 0.5)]), shapes, torch.float32)
+    assert one.expert_bytes == average.expert_bytes == 4 * 2 * 2 * (4 + 3)
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        residency = PlannedResidency(bank, 8, 8, (one.expert_bytes, average.expert_bytes))
+        assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
+        assert not residency.try_pin([two.weights_digest], {two.weights_digest: two}), "the first one is in use"
+        assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
+        with pytest.raises(PlanTooLarge, match="bytes for their experts"):
+            PlannedResidency(bank, 8, 8).try_pin([one.weights_digest], {one.weights_digest: one})
+
+    served(main)
+
+
 def test_a_fusion_of_higher_rank_than_the_rows_for_fusions_is_refused() -> None:
     average = fusion(adapter(1), adapter(2))
 

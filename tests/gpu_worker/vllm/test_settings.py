@@ -18,7 +18,7 @@ from gpu_worker.vllm.settings import (
 
 
 def test_the_installed_vllm_has_every_extension_point() -> None:
-    assert len(EXTENSION_POINTS) == 14 and len(LAYER_ATTRIBUTES) == 13
+    assert len(EXTENSION_POINTS) == 16 and len(LAYER_ATTRIBUTES) == 19
     check_vllm()
 
 
@@ -43,7 +43,14 @@ def test_an_attribute_of_a_layer_that_is_gone_is_named() -> None:
 
 def test_settings_reach_the_workers_unchanged() -> None:
     sent = PluginSettings(
-        num_rank_rows=8, cache_dir="/cache", modules={"a": "m.a"}, outputs={"a": 3}, use_kernel=False, free_fill=0.5
+        num_rank_rows=8,
+        cache_dir="/cache",
+        modules={"a": "m.a"},
+        outputs={"a": 3},
+        experts={"e.down_proj": (3, 4, 2)},
+        expert_bytes=5,
+        use_kernel=False,
+        free_fill=0.5,
     )
     assert PluginSettings.of(sent.as_additional_config()) == sent
 
