@@ -33,7 +33,7 @@ from benchmarks.training.bigbench_tasks import Item
 from deployments.batch.offline import LoraRetriever
 from deployments.config.app import AppConfig
 from deployments.publishing.contract_files import read_contract
-from deployments.publishing.evaluation import score_of
+from deployments.publishing.evaluation import score_answer
 from deployments.retriever_factory import live_pool
 from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import model_source
@@ -106,7 +106,7 @@ def read_starter() -> dict[str, Task]:
         rows, folder = read_rows(path), POOL / path.stem
         items = [Item(row["input"], (row["output"],)) for row in rows]
         instruction = find_instruction([row["input"] for row in (*rows, *read_samples(folder))])
-        tasks[path.stem] = Task(folder, items, instruction, lambda item, text: score_of(text, item.answers[0]))
+        tasks[path.stem] = Task(folder, items, instruction, lambda item, text: score_answer(text, item.answers[0]))
     return tasks
 
 

@@ -48,7 +48,7 @@ from retriever_svc import (
     Route,
     RouteRequest,
     StaleIndex,
-    embeddings_of,
+    make_embeddings,
 )
 from retriever_svc.embedded import Embedded
 from retriever_svc.nearest_samples import NearestSamples
@@ -273,7 +273,7 @@ class RetrieverDeployment:
     ) -> list[Embedded | None]:
         return [
             None if e is None else Embedded(e, self._retriever.neighbours(e, _NEIGHBOURS, tenant))
-            for e, tenant in zip(embeddings_of(encoding, groups), tenants, strict=True)
+            for e, tenant in zip(make_embeddings(encoding, groups), tenants, strict=True)
         ]
 
     async def catch_up(self, generation: int) -> int:

@@ -101,7 +101,7 @@ class StoreDeployment:
 
     def _stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         config = self._config
-        prefixes = config.source_prefixes_of(upload.tenant) if upload.source is not None else ()
+        prefixes = config.find_source_prefixes(upload.tenant) if upload.source is not None else ()
         read_parts = self._store.uploads.parts
         with open_folder(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as folder:
             model = config.served_models.first

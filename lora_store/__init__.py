@@ -42,7 +42,7 @@ from lora_store.strategies.registry import ROUTED_STRATEGIES, STRATEGIES, Routed
 from lora_store.strategies.strategy import MAX_PLAN_ADAPTERS, StrategyOption
 from lora_store.trials import Trial, TrialVersion
 from lora_store.validation import TEMPLATES, CheckedFolder, Label, check_folder
-from lora_store.weights_blob import check_digest, decode_weights, digest_of, encode_weights, weights_in
+from lora_store.weights_blob import check_digest, decode_weights, encode_weights, hash_blob, weights_in
 
 __all__ = [
     "BASE_PLAN",
@@ -123,8 +123,8 @@ __all__ = [
     "check_digest",
     "check_folder",
     "decode_weights",
-    "digest_of",
     "encode_weights",
+    "hash_blob",
     "is_valid_name",
     "policy_digest",
     "read_peft_folder",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_store.errors import AdapterNotFound, BlobCorrupted
 from lora_store.files import Files
 from lora_store.location import Location
-from lora_store.weights_blob import digest_of
+from lora_store.weights_blob import hash_blob
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PART_BYTES = 32 << 20
@@ -44,7 +44,7 @@ class BlobStore:
 
     def put(self, data: bytes) -> str:
         """Store `data` and return its digest. Keep an existing blob; replace a corrupted one."""
-        digest = digest_of(data)
+        digest = hash_blob(data)
         self.put_pieces(digest, lambda: [data])
         return digest
 
@@ -60,7 +60,7 @@ class BlobStore:
         data = self._files.read(_name(digest)) if _DIGEST.fullmatch(digest) else None
         if data is None:
             raise AdapterNotFound(digest)
-        found = digest_of(data)
+        found = hash_blob(data)
         if found != digest:
             raise BlobCorrupted(digest, found)
         return data

@@ -108,7 +108,7 @@ def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dic
         problems = _header_problems(header, limits)
         if problems:
             raise FileRefused(path.name, problems)
-        data = _rest_of(file, limits.max_weights_bytes, is_private=is_private)
+        data = _read_rest(file, limits.max_weights_bytes, is_private=is_private)
     entries = {key: entry for key, entry in parse_json_object(header).items() if key != "__metadata__"}
     try:
         return {key: tensor.without_float64() for key, tensor in tensors_in(entries, data).items()}
@@ -116,12 +116,12 @@ def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dic
         raise FileRefused(path.name, [f"is not a valid safetensors file, so copy or save it again: {exc}"]) from exc
 
 
-def _rest_of(file: BinaryIO, max_bytes: int, *, is_private: bool) -> NDArray[np.uint8]:
+def _read_rest(file: BinaryIO, max_bytes: int, *, is_private: bool) -> NDArray[np.uint8]:
     """Return the rest of the file as an (N,) uint8 array."""
     start = file.tell()
     num_bytes = max(min(os.fstat(file.fileno()).st_size - start, max_bytes), 0)
     if num_bytes < _MAPPED_BYTES:
-        return _read_rest(file, num_bytes)
+        return _read_bytes(file, num_bytes)
     if is_private and start % PREFIX_BYTES == 0:  # tensors must be aligned
         return _mapped(file, start, num_bytes)
     with tempfile.TemporaryFile() as copy:
@@ -139,7 +139,7 @@ def _mapped(file: IO[bytes], start: int, num_bytes: int) -> NDArray[np.uint8]:
     return np.asarray(np.memmap(file, np.uint8, "c", offset=start, shape=(num_bytes,)))
 
 
-def _read_rest(file: BinaryIO, num_bytes: int) -> NDArray[np.uint8]:
+def _read_bytes(file: BinaryIO, num_bytes: int) -> NDArray[np.uint8]:
     """Read the next bytes of the file into a new (N,) uint8 array, without a second copy."""
     data = np.empty(num_bytes, np.uint8)
     view = data.data

@@ -22,7 +22,15 @@ from lora_store.errors import (
     VersionConflict,
 )
 from lora_store.event_table import COMPACT_EVERY, EventTable, create_table
-from lora_store.events import Event, commits_of, dated_events_of, event_counts, fold_generation, fold_table_of, table_of
+from lora_store.events import (
+    Event,
+    event_counts,
+    fold_generation,
+    make_fold_table,
+    make_table,
+    read_commits,
+    read_dated_events,
+)
 from lora_store.location import Location
 from lora_store.snapshot import Snapshot
 from lora_store.table_log import LOG, MISSING
@@ -111,7 +119,7 @@ class Catalogue:
             rows = table.rows_at(generation)
         if rows is None:
             raise GenerationGone(generation, newest.generation)
-        return Snapshot(0, {}).after_dated(dated_events_of(rows, after=0, until=generation), generation)
+        return Snapshot(0, {}).after_dated(read_dated_events(rows, after=0, until=generation), generation)
 
     def commit(self, events: Callable[[Snapshot], Sequence[Event]], commit_id: str | None = None) -> int:
         """Commit the events that `events` returns for the newest snapshot, all or none. Return their generation.
@@ -132,7 +140,7 @@ class Catalogue:
                 if not wanted:
                     return snapshot.generation
                 generation = snapshot.generation + 1
-                is_ours = self._append(table_of(wanted, generation, commit_id), generation, commit_id)
+                is_ours = self._append(make_table(wanted, generation, commit_id), generation, commit_id)
             if is_ours:
                 self._maintain(generation, len(wanted))
                 return generation
@@ -172,7 +180,7 @@ class Catalogue:
         seen = self._snapshot.generation
         rows, files = self._table.refresh(seen)
         if self._table.version != seen:
-            self._snapshot = self._snapshot.after_dated(dated_events_of(rows, after=seen), self._table.version)
+            self._snapshot = self._snapshot.after_dated(read_dated_events(rows, after=seen), self._table.version)
             self._history.add(rows, after=seen)
         self._table.mark_read(files)  # only now: rows that could not be applied must be read again
         self._history.forget_until(self._table.fold_generation)
@@ -222,7 +230,7 @@ class Catalogue:
         events, table = list(snapshot.folded()), self._open_table(self._location)
         starts = range(0, len(events), _FOLD_ROWS)
         parts = (
-            fold_table_of(events[start : start + _FOLD_ROWS], snapshot.generation, {} if start else commits, start)
+            make_fold_table(events[start : start + _FOLD_ROWS], snapshot.generation, {} if start else commits, start)
             for start in starts
         )
         table.fold(parts, snapshot.generation, covered)
@@ -244,7 +252,7 @@ class History:
         """Count the rows above generation `after` and remember their commits."""
         self._counts |= event_counts(rows, after)
         self.forget_until(fold_generation(rows))
-        self.commits |= commits_of(rows)
+        self.commits |= read_commits(rows)
         num_old = len(self.commits) - _REMEMBERED
         for commit in list(islice(self.commits, max(num_old, 0))):
             del self.commits[commit]

@@ -74,7 +74,7 @@ def all_columns_in(contents: Iterable[bytes], schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([full.empty_table(), *(read(pa.BufferReader(content)) for content in contents)])
 
 
-def commit_of(added: Sequence[AddAction], removed: Collection[str] = (), others: Sequence[object] = ()) -> bytes:
+def make_commit(added: Sequence[AddAction], removed: Collection[str] = (), others: Sequence[object] = ()) -> bytes:
     """Return a commit of the Delta log: data files that become part of the table, those that no longer are, others."""
     now_ms = int(time.time() * 1000)
     lines: list[object] = [{"commitInfo": {"timestamp": now_ms, "operation": "WRITE"}}, *others]

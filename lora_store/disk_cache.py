@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lora_store.files import make_private_folder
-from lora_store.weights_blob import digest_of
+from lora_store.weights_blob import hash_blob
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class DiskCache:
         path = self._path(digest)
         with self._logged(f"{digest} could not be read"), suppress(FileNotFoundError):
             data = path.read_bytes()
-            if digest_of(data) == digest:
+            if hash_blob(data) == digest:
                 self._touch(path)
                 return data
             logger.warning("the cached blob %s is damaged; deleting it", digest)

@@ -29,7 +29,7 @@ from deltalake import Field as DeltaField
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from lora_store.data_files import all_columns_in, commit_of, rows_in, write_rows
+from lora_store.data_files import all_columns_in, make_commit, rows_in, write_rows
 from lora_store.errors import StoreDamaged, StoreUnavailable
 from lora_store.events import SCHEMA
 from lora_store.files import Files, create_file, make_private_folder, short_cause, store_errors
@@ -222,7 +222,7 @@ class EventTable:
     def _commit(self, added: Sequence[AddAction], removed: Collection[str] = ()) -> bool:
         """Commit as the version after this object's. Return False if a rival took that version."""
         if self._location.is_local:
-            is_ours = create_file(Path(self._path(commit_name(self.version + 1))), commit_of(added, removed))
+            is_ours = create_file(Path(self._path(commit_name(self.version + 1))), make_commit(added, removed))
         else:
             is_ours = self._commit_to_bucket(added, removed)
         if is_ours:

@@ -207,14 +207,16 @@ _REPEATED = (
 _ROWS_AT_ONCE = 10_000
 
 
-def table_of(events: Sequence[Event], generation: int, commit_id: str | None = None) -> pa.Table:
+def make_table(events: Sequence[Event], generation: int, commit_id: str | None = None) -> pa.Table:
     """Return the rows of one commit."""
     own = {"generation": generation, "commit_id": commit_id}
     rows = [_make_row(event) | own | {"row": number} for number, event in enumerate(events)]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def fold_table_of(events: Sequence[Event], generation: int, commits: Mapping[str, int], first_row: int = 0) -> pa.Table:
+def make_fold_table(
+    events: Sequence[Event], generation: int, commits: Mapping[str, int], first_row: int = 0
+) -> pa.Table:
     """Return rows of a fold as of `generation`. `commits` maps commit ids to generations; the fold remembers them."""
     rows = [_make_row(event) for event in events]
     rows = [row | {"event": _AS_KEPT.get(row["event"], row["event"])} for row in rows]
@@ -247,7 +249,7 @@ def event_counts(table: pa.Table, after: int) -> dict[int, int]:
     return {pair["values"]: pair["counts"] for pair in pc.value_counts(generations).to_pylist()}
 
 
-def commits_of(table: pa.Table) -> dict[str, int]:
+def read_commits(table: pa.Table) -> dict[str, int]:
     """Return the generation of each commit by its id, oldest first. Rows of earlier versions have no id."""
     is_first = pc.or_(pc.equal(table["row"], 0), pc.equal(table["event"], _COMMIT))
     rows = table.select(["commit_id", "generation", "published_in"]).filter(
@@ -258,7 +260,7 @@ def commits_of(table: pa.Table) -> dict[str, int]:
     return {commit: generation for generation, commit in sorted(pairs)}
 
 
-def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[tuple[int, Event]]:
+def read_dated_events(table: pa.Table, after: int, until: int | None = None) -> Iterator[tuple[int, Event]]:
     """Yield (generation, event) of every row above generation `after`, up to `until` if given, in order.
 
     A fold above `after` replaces all events up to its generation. Kinds of events that only a newer release knows are

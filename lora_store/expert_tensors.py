@@ -158,13 +158,13 @@ class _Reader:
 
     def _read_stacked(self, trained: str, module: str, a: StoredTensor, b: StoredTensor) -> None:
         path = f"{_without_prefix(trained)}.{module.rpartition('.')[2]}"
-        rank, rows = self._config.rank_of(path, module), a.shape[0]
+        rank, rows = self._config.find_rank(path, module), a.shape[0]
         num = self._num_experts(module, math.ceil(rows / rank))
         if rows != num * rank:
             raise ValueError(f"has {rows} rank rows for {num} experts of rank {rank}; they must be {num * rank}")
         stacked_b = b.bits().reshape(b.shape[0], rank, num).transpose(2, 0, 1)
         self._add(module, a.with_bits(a.bits().reshape(num, rank, -1)), b.with_bits(stacked_b))
-        self._set(module, {path}, rank, self._config.alpha_of(path, module))
+        self._set(module, {path}, rank, self._config.find_alpha(path, module))
 
     def _read_single(self, trained: str, module: str, pairs: Sequence[_Pair]) -> None:
         """Put the pairs of single experts together. Parts of one parameter are blocks of its B."""
@@ -173,8 +173,8 @@ class _Reader:
         self._matches_left -= len(paths) * self._num_patterns
         if self._matches_left < 0:
             raise ValueError("rank_pattern and alpha_pattern have too many entries for this many single experts")
-        rank, alphas = a.shape[0], {self._config.alpha_of(path) for path in paths}
-        if len(alphas) > 1 or {self._config.rank_of(path) for path in paths} != {rank}:
+        rank, alphas = a.shape[0], {self._config.find_alpha(path) for path in paths}
+        if len(alphas) > 1 or {self._config.find_rank(path) for path in paths} != {rank}:
             raise ValueError("the experts' ranks or alphas differ: train them with one rank and lora_alpha")
         if len({(pair.a.shape, pair.a.dtype, pair.b.shape, pair.b.dtype) for pair in pairs}) > 1:
             raise ValueError("the experts' tensors differ in shape or dtype")
@@ -242,7 +242,7 @@ def _containers(shapes: Shapes) -> dict[str, str | None]:
     """Return the path of each layer's experts by the layer's path, None where a layer has several."""
     found: dict[str, str | None] = {}
     for container in {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) > 2}:
-        layer = _layer_of(container)[0]
+        layer = _split_layer(container)[0]
         found[layer] = None if layer in found else container
     return found
 
@@ -251,16 +251,16 @@ def _find_container(trained: str, known: Mapping[str, str | None] | None) -> str
     """Return the path of the base's experts. Raises: ValueError if it has none there."""
     if known is None:
         return _without_prefix(trained)
-    layer, rest = _layer_of(trained)
+    layer, rest = _split_layer(trained)
     container = known.get(layer)
     if container is not None and len(_without_prefix(trained)) > len(container) + MOST_ADDED:
         container = None
-    if container is None or (rest != _layer_of(container)[1] and rest.removesuffix(".experts") not in _BLOCKS):
+    if container is None or (rest != _split_layer(container)[1] and rest.removesuffix(".experts") not in _BLOCKS):
         raise ValueError("are no experts of the base model that can be adapted")
     return container
 
 
-def _layer_of(container: str) -> tuple[str, str]:
+def _split_layer(container: str) -> tuple[str, str]:
     """Return the path of the layer, without what surrounds all layers, and the rest of the path."""
     match = _LAYER.fullmatch(inner_path(container.split(".")))
     return (match[1], match[2]) if match else (container, "")

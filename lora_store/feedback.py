@@ -20,7 +20,7 @@ from typing import Literal
 
 from lora_store.files import Files, StoredFile
 from lora_store.location import Location
-from lora_store.weights_blob import digest_of
+from lora_store.weights_blob import hash_blob
 
 Kind = Literal["proposed", "asked", "outcome"]
 MAX_PER_KEY = 3  # proposals of one key for one adapter
@@ -145,4 +145,4 @@ def _folder(tenant: str, kind: Kind, adapter: str | None) -> str:
 
 
 def _short(text: str) -> str:
-    return digest_of(text.encode(errors="replace"))[:_ID_CHARS]
+    return hash_blob(text.encode(errors="replace"))[:_ID_CHARS]

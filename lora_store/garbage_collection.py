@@ -130,7 +130,7 @@ class GarbageCollector:
         used = self._catalogue.snapshot().encoders()
         stems = used | {identity.partition("+")[0] for identity in used}
         old = [file for file in self._projections.entries() if file.written_at <= before]
-        unused = [file for file in old if stem_of(file.name) not in stems]
+        unused = [file for file in old if find_stem(file.name) not in stems]
         self._projections.delete([file.name for file in unused])
         return unused
 
@@ -172,7 +172,7 @@ class GarbageCollector:
         return self._catalogue.snapshot().referenced()
 
 
-def stem_of(name: str) -> str:
+def find_stem(name: str) -> str:
     """Return the identity in the name of a projection, or that of the encoder in the name of its ordinary vectors.
 
     A write in progress begins with a dot, so no encoder has it.

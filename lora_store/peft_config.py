@@ -76,7 +76,7 @@ class PeftConfig:
     is_lora: bool = True
     target_parameters: frozenset[str] = frozenset()
 
-    def targets_weight_of(self, module: str) -> bool:
+    def is_bare_parameter(self, module: str) -> bool:
         """Return whether the module was adapted as a bare parameter, whose path is then what patterns match."""
         return self.targets_parameter(f"{module}.weight")
 
@@ -85,17 +85,17 @@ class PeftConfig:
         parts = path.split(".")
         return any(".".join(parts[start:]) in self.target_parameters for start in range(len(parts)))
 
-    def rank_of(self, *paths: str) -> int:
+    def find_rank(self, *paths: str) -> int:
         """Return the module's rank. `paths`: what the module is called, in the model that was trained and here."""
         return int(self.rank_pattern.get(paths, self.rank))
 
-    def alpha_of(self, *paths: str) -> float:
+    def find_alpha(self, *paths: str) -> float:
         """Return the module's lora_alpha. `paths`: as for `rank_of`."""
         return self.alpha_pattern.get(paths, self.lora_alpha)
 
-    def scaling_of(self, rank: int, *paths: str) -> float:
+    def find_scaling(self, rank: int, *paths: str) -> float:
         """Return lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA. `paths`: as for `rank_of`."""
-        return self.alpha_of(*paths) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.find_alpha(*paths) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_base_model(folder: Path, limits: Limits) -> str | None:

@@ -56,8 +56,8 @@ class PeftFolder:
     @property
     def modules(self) -> dict[str, ModuleWeights]:
         """The complete LoRA pairs by module path."""
-        pairs = pairs_of(self.tensors) | pairs_of(self.experts)
-        paths = {name: f"{name}.weight" for name in pairs if self.config.targets_weight_of(name)}
+        pairs = pair_tensors(self.tensors) | pair_tensors(self.experts)
+        paths = {name: f"{name}.weight" for name in pairs if self.config.is_bare_parameter(name)}
         return pair_modules(ModuleWeights, self.config, pairs, paths)
 
 
@@ -142,7 +142,7 @@ def split_key(key: str) -> tuple[str, Side] | None:
     return (match[1], _SIDES[match[2]]) if match else None
 
 
-def pairs_of(tensors: Mapping[str, T]) -> dict[str, dict[Side, T]]:
+def pair_tensors(tensors: Mapping[str, T]) -> dict[str, dict[Side, T]]:
     """Return the LoRA tensors by module path and side, sorted by module. Ignore other tensors."""
     pairs: dict[str, dict[Side, T]] = {}
     for key in sorted(tensors):
@@ -162,7 +162,7 @@ def pair_modules(
     `paths`: of modules with other paths in the model that was trained.
     """
     return {
-        name: make(a, b, config.scaling_of(a.shape[-2], paths.get(name, name), name))
+        name: make(a, b, config.find_scaling(a.shape[-2], paths.get(name, name), name))
         for name, pair in pairs.items()
         if (a := pair.get("lora_a")) is not None and (b := pair.get("lora_b")) is not None
     }

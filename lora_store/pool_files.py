@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.data_files import rows_in
 from lora_store.errors import AdapterNotFound, StoreIsNewer
-from lora_store.events import ActivateEncoder, Approve, Event, Publish, SetName, dated_events_of, table_of
+from lora_store.events import ActivateEncoder, Approve, Event, Publish, SetName, make_table, read_dated_events
 from lora_store.files import Files
-from lora_store.garbage_collection import PROJECTIONS, stem_of
+from lora_store.garbage_collection import PROJECTIONS, find_stem
 from lora_store.location import Location
 from lora_store.names import policy_digest
 from lora_store.records import AdapterRecord
@@ -63,7 +63,7 @@ class PoolState:
         used = snapshot.encoders()
         stems = used | {identity.partition("+")[0] for identity in used}
         names = [file.name.rpartition("/")[2] for file in files.entries(PROJECTIONS)]
-        return cls(snapshot, tuple(sorted(name for name in names if stem_of(name) in stems)))
+        return cls(snapshot, tuple(sorted(name for name in names if find_stem(name) in stems)))
 
     def of_tenant(self, tenant: str) -> PoolState:
         """Return the tenant's part of the state."""
@@ -105,7 +105,7 @@ class PoolState:
         """Return the state as one file."""
         snapshot = self.snapshot
         facts = {"generation": snapshot.generation, "format": OURS.to_json(), "projections": self.projections}
-        rows = table_of(list(state_events(snapshot, datetime.now(UTC))), snapshot.generation)
+        rows = make_table(list(state_events(snapshot, datetime.now(UTC))), snapshot.generation)
         sink = pa.BufferOutputStream()
         table = rows.replace_schema_metadata({_METADATA: json.dumps(facts)})
         pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True)
@@ -121,7 +121,7 @@ class PoolState:
             rows, has_unknown = rows_in(data)
             if has_unknown:
                 raise StoreIsNewer("import the pool", json.loads(facts["format"])["release"])
-            events = dated_events_of(rows, after=0)
+            events = read_dated_events(rows, after=0)
             state = cls(Snapshot(0, {}).after_dated(events, facts["generation"]), tuple(facts["projections"]))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ValueError(f"{CATALOGUE_FILE} cannot be read: {exc}") from exc

@@ -25,15 +25,17 @@ def check_quota(snapshot: Snapshot, published: Sequence[AdapterRecord], quota: T
     A tenant above a reduced quota may still replace its adapters, as long as its usage does not grow.
     Raises: QuotaExceeded.
     """
-    before = {record.ref.tenant: usage_of(snapshot, record.ref.tenant) for record in published}  # counts once, for both
+    before = {
+        record.ref.tenant: count_usage(snapshot, record.ref.tenant) for record in published
+    }  # counts once, for both
     after = snapshot.after_publishing(published)
     for tenant, old in before.items():
-        new = usage_of(after, tenant)
+        new = count_usage(after, tenant)
         _check("adapters", old.num_adapters, new.num_adapters, quota.max_adapters)
         _check("bytes of weights", old.num_bytes, new.num_bytes, quota.max_bytes)
 
 
-def usage_of(snapshot: Snapshot, tenant: str) -> TenantUsage:
+def count_usage(snapshot: Snapshot, tenant: str) -> TenantUsage:
     """Return the usage of `tenant` at this generation."""
     return snapshot.tallies.usage.get(tenant) or TenantUsage()
 

@@ -23,10 +23,10 @@ from deltalake import Schema as DeltaSchema
 from deltalake.transaction import AddAction
 
 from lora_store.catalogue import CATALOGUE, Catalogue
-from lora_store.data_files import all_columns_in, commit_of, write_rows
+from lora_store.data_files import all_columns_in, make_commit, write_rows
 from lora_store.errors import StoreDamaged
 from lora_store.event_table import create_table
-from lora_store.events import SCHEMA, Fold, fold_generation, is_of_fold, table_of
+from lora_store.events import SCHEMA, Fold, fold_generation, is_of_fold, make_table
 from lora_store.files import Files, short_cause, store_errors
 from lora_store.location import Location
 from lora_store.table_format import COLUMN, OURS, TableFormat
@@ -107,7 +107,7 @@ def repair(store: Location, now: datetime) -> Repaired | None:
     added = [AddAction(name, found.sizes[name], {}, 0, False, "{}") for name in kept]
     if restored.num_rows:
         added.append(write_rows(files, restored, "part", is_change=True))
-    _write_log(files, version, commit_of(added, others=_table_lines(found)))
+    _write_log(files, version, make_commit(added, others=_table_lines(found)))
     files.delete(existing)
     snapshot = Catalogue(location).snapshot()
     return Repaired(
@@ -211,7 +211,7 @@ def _without_broken_fold(found: _Found) -> pa.Table:
         return _joined([])
     if newest == generation:
         return _joined([])
-    fold = table_of([Fold(None, None)], generation)
+    fold = make_table([Fold(None, None)], generation)
     return fold.set_column(1, SCHEMA.field("row"), pa.array([-1], pa.int32()))  # before the rows of the other parts
 
 

@@ -134,7 +134,7 @@ def tensors_in(entries: Mapping[str, Any], data: NDArray[np.uint8]) -> dict[str,
     return found
 
 
-def pieces_of(tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+def make_pieces(tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
     """Yield the bytes that `safetensors.torch.save` writes for these, without copying contiguous tensors.
 
     `metadata` must have one item: safetensors writes several in no fixed order.
@@ -152,10 +152,10 @@ def pieces_of(tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[st
     yield memoryview(len(header).to_bytes(PREFIX_BYTES, "little") + header)
     for name in order:
         tensor = tensors[name]
-        yield (tensor.data if isinstance(tensor, StoredTensor) else _bytes_of(tensor)).data
+        yield (tensor.data if isinstance(tensor, StoredTensor) else _view_bytes(tensor)).data
 
 
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+def _view_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     import torch  # imported here, since it takes seconds
 
     found: NDArray[np.uint8] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

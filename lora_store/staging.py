@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.records import AdapterRecord, Visibility
 from lora_store.validation import CheckedFolder, Label
-from lora_store.weights_blob import digest_of
+from lora_store.weights_blob import hash_blob
 
 Kept = Literal["visibility", "tags", "template", "contract", "samples"]
 """A field that a publish takes over from the live version of the name if it is not given."""
@@ -60,7 +60,7 @@ def version_digest(label: Label, weights_digest: str, samples_digest: str | None
     """Return the sha256 over everything that identifies a version. Visibility is left out, as it may change later."""
     parts = [weights_digest, samples_digest, label.template, list(label.tags), base_model]
     parts += [label.contract] if label.contract else []  # without one, the digest is that of earlier releases
-    return digest_of(json.dumps(parts).encode())
+    return hash_blob(json.dumps(parts).encode())
 
 
 def make_label(record: AdapterRecord) -> Label:

@@ -57,7 +57,7 @@ from lora_store.trials import Trial
 from lora_store.uploads import Uploads
 from lora_store.usage import UsageFiles
 from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, check_folder
-from lora_store.weights_blob import WeightsBlob, digest_of
+from lora_store.weights_blob import WeightsBlob, hash_blob
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class LoraStore:
             label,
             checked,
             weights_digest=weights_digest,
-            samples_digest=None if samples is None else digest_of(samples),
+            samples_digest=None if samples is None else hash_blob(samples),
             num_bytes=weights.num_bytes(),
             source=source,
             expires_at=expires_at,
@@ -236,7 +236,7 @@ class LoraStore:
         if samples is None:
             samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
         data = write_samples(samples)
-        record = changed_version(live, samples_digest=digest_of(data), num_samples=len(samples))
+        record = changed_version(live, samples_digest=hash_blob(data), num_samples=len(samples))
         return self._stage_changed(live, record, tuple(samples))
 
     def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
@@ -262,7 +262,7 @@ class LoraStore:
         if edit.contract is not None:
             changes["contract"] = edit.contract or None
         if samples is not None:
-            digest = digest_of(write_samples(samples)) if samples else None
+            digest = hash_blob(write_samples(samples)) if samples else None
             changes |= {"samples_digest": digest, "num_samples": len(samples)}
         staged = self._stage_changed(live, changed_version(live, **changes), samples)
         return staged if edit.visibility is None else replace(staged, keeps=frozenset())

@@ -27,7 +27,7 @@ from lora_store.peft_files import (
     Side,
     is_only_for_training,
     pair_modules,
-    pairs_of,
+    pair_tensors,
     read_template,
     split_key,
 )
@@ -173,12 +173,12 @@ def check_folder(
             named[spelling.name] = tensors[key].transposed() if is_turned else tensors[key]
         named |= of_experts
         paths = {spelling.module: spelling.path for spelling in read.values() if spelling.module != spelling.path}
-        pairs = pairs_of(named)
+        pairs = pair_tensors(named)
         reasons += _tensor_problems(named, pairs, module_shapes, limits)
         # Match the config's patterns with real module paths only: a crafted one could make matching slow.
         known = {name: pair for name, pair in pairs.items() if module_shapes is None or name in module_shapes}
         if config is not None:
-            paths |= {name: f"{name}.weight" for name in known if config.targets_weight_of(name)}
+            paths |= {name: f"{name}.weight" for name in known if config.is_bare_parameter(name)}
             reasons += group_problems("module", _scaling_problems(config, known, paths))
             reasons += _pattern_problems(config, paths, [*known, *expert_paths])
     if reasons or config is None:
@@ -386,11 +386,11 @@ def _scaling_problems(config: PeftConfig, pairs: Pairs, paths: Mapping[str, str]
         if len(pair) < 2 or pair["lora_a"].ndim not in (2, 3) or not pair["lora_a"].shape[-2]:
             continue  # reported by _pair_problems
         path = paths.get(name, name)
-        rank, wanted = pair["lora_a"].shape[-2], config.rank_of(path, name)
+        rank, wanted = pair["lora_a"].shape[-2], config.find_rank(path, name)
         if rank != wanted:
             yield name, f"has rank {rank}, but {CONFIG_FILE} gives it {wanted}"
         largest = _largest(pair["lora_b"])
-        if not abs(config.scaling_of(rank, path, name)) * largest <= pair["lora_b"].largest_finite:
+        if not abs(config.find_scaling(rank, path, name)) * largest <= pair["lora_b"].largest_finite:
             yield name, "overflows its dtype once scaled by lora_alpha / rank"
 
 

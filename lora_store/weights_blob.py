@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.errors import BlobCorrupted
-from lora_store.safetensors_layout import ALIGNMENT, PREFIX_BYTES, StoredModule, StoredTensor, pieces_of, tensors_in
+from lora_store.safetensors_layout import ALIGNMENT, PREFIX_BYTES, StoredModule, StoredTensor, make_pieces, tensors_in
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ Buffer = npt.NDArray[np.uint8]
 _METADATA_KEY = "lora"  # one key only: safetensors writes several in no fixed order
 
 
-def digest_of(data: bytes | memoryview) -> str:
+def hash_blob(data: bytes | memoryview) -> str:
     """Return the name of a blob: its sha256 in lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
@@ -45,7 +45,7 @@ class WeightsBlob:
             tensors[f"{name}.lora_a"] = module.lora_a
             tensors[f"{name}.lora_b"] = module.lora_b
         scaling = {name: float(module.scaling) for name, module in self.modules.items()}
-        return pieces_of(tensors, {_METADATA_KEY: json.dumps({"scaling": scaling}, sort_keys=True)})
+        return make_pieces(tensors, {_METADATA_KEY: json.dumps({"scaling": scaling}, sort_keys=True)})
 
     def num_bytes(self) -> int:
         """Return the number of bytes."""
@@ -62,7 +62,7 @@ class WeightsBlob:
 def encode_weights(modules: Mapping[str, ModuleWeights]) -> tuple[str, bytes]:
     """Return (weights digest, canonical bytes)."""
     data = b"".join(WeightsBlob(modules).pieces())
-    return digest_of(data), data
+    return hash_blob(data), data
 
 
 def decode_weights(digest: str, data: bytes | Buffer) -> AdapterWeights:

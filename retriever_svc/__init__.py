@@ -6,7 +6,7 @@ from retriever_svc.calibration import Abstain
 from retriever_svc.competence import Region, Scorer
 from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
 from retriever_svc.draws import Drawn, DrawnAdapter, Draws
-from retriever_svc.embedding import embed_groups, embeddings_of
+from retriever_svc.embedding import embed_groups, make_embeddings
 from retriever_svc.encoder import Encoder
 from retriever_svc.errors import (
     AdapterIncompatible,
@@ -96,6 +96,6 @@ __all__ = [
     "Whitening",
     "choose_tasks",
     "embed_groups",
-    "embeddings_of",
     "fit_whitening",
+    "make_embeddings",
 ]

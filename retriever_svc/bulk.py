@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retriever_svc.encoder import Encoder, Vectors, chunks_of, project
+from retriever_svc.encoder import Encoder, Vectors, project, split_chunks
 from retriever_svc.vector_cache import OwnedText
 
 
@@ -20,7 +20,7 @@ class BulkEncoding:
     def __init__(self, encoder: Encoder, texts: Sequence[str], owners: Sequence[str] | None = None) -> None:
         self._encoder, self._has_owners = encoder, owners is not None
         self._keys = list(zip([""] * len(texts) if owners is None else owners, texts, strict=True))
-        self.chunks = list(chunks_of(dict.fromkeys(self._keys)))
+        self.chunks = list(split_chunks(dict.fromkeys(self._keys)))
         self._rows: dict[OwnedText, Vectors] = {}
 
     @property

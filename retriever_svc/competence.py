@@ -67,7 +67,7 @@ class Region:
     judged: frozenset[AdapterRef]
 
 
-def regions_of(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Region]:
+def find_regions(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Region]:
     """Yield the regions of `tenant`. Approved anchors come first, then those that were published first."""
     usable = [r for r in pool.snapshot.visible_to(tenant) if pool.may_find(r, tenant)]
     trusted = [r for r in usable if r.encoder == pool.encoder.identity and (r.approved or r.ref.tenant == tenant)]
@@ -89,12 +89,12 @@ def _is_judged(anchor: AdapterRecord, other: AdapterRecord, place: int, places: 
     own = places.get(other.ref)
     if own is None:
         return True
-    first, second = _outputs_of(anchor), _outputs_of(other)
+    first, second = _find_outputs(anchor), _find_outputs(other)
     has_labels = first is not None and bool(first.labels)
     return place < own and has_labels and functions_agree(first, second)
 
 
-def _outputs_of(record: AdapterRecord) -> OutputProfile | None:
+def _find_outputs(record: AdapterRecord) -> OutputProfile | None:
     return None if record.embedding is None else record.embedding.outputs
 
 

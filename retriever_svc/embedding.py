@@ -11,7 +11,7 @@ from lora_store.records import Embedding
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import leave_one_out_scores
 from retriever_svc.encoder import Encoder, Vectors, project, unit_rows
-from retriever_svc.output_profile import profile_of, texts_to_encode
+from retriever_svc.output_profile import make_profile, texts_to_encode
 from retriever_svc.shared_wording import without_shared_wording
 
 CORE_WEIGHT = 0.4  # on the tune pools of `python -m benchmarks.routing.wording` 0.3 to 0.5 are alike
@@ -24,12 +24,12 @@ def embed_groups(
 
     `tenants` has one entry per group: the owner of the part of the encoder's cache to use. Without it no cache is used.
     """
-    encoding = encoding_of(encoder, groups, tenants)
+    encoding = make_encoding(encoder, groups, tenants)
     encoding.encode_all()
-    return embeddings_of(encoding, groups)
+    return make_embeddings(encoding, groups)
 
 
-def encoding_of(
+def make_encoding(
     encoder: Encoder, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
 ) -> BulkEncoding:
     """Return a chunk-by-chunk encoding of the samples of all groups, in order; `tenants` as in `embed_groups`.
@@ -37,32 +37,32 @@ def encoding_of(
     Of each group: first the inputs, then the inputs without the wording that they share, then those outputs that its
     profile needs.
     """
-    texts = [_texts_of(samples) for samples in groups]
+    texts = [_find_texts(samples) for samples in groups]
     owners = None
     if tenants is not None:
         owners = [tenant for tenant, own in zip(tenants, texts, strict=True) for _ in own]
     return BulkEncoding(encoder, [text for own in texts for text in own], owners)
 
 
-def _texts_of(samples: Sequence[Sample]) -> list[str]:
+def _find_texts(samples: Sequence[Sample]) -> list[str]:
     inputs = [sample.input for sample in samples]
     return inputs + without_shared_wording(inputs) + texts_to_encode(samples)
 
 
-def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
+def make_embeddings(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
     """Return one embedding per group, None for an empty group. `encoding` of the same groups must be complete."""
     rows = encoding.plain_vectors()
     embeddings: list[Embedding | None] = []
     start = 0
     for samples in groups:
-        num, end = len(samples), start + len(_texts_of(samples))
+        num, end = len(samples), start + len(_find_texts(samples))
         inputs, cores, outputs = np.split(rows[start:end], [num, 2 * num])
         start = end
-        embeddings.append(_embedding_of(encoding.encoder, samples, inputs, cores, outputs) if samples else None)
+        embeddings.append(_make_embedding(encoding.encoder, samples, inputs, cores, outputs) if samples else None)
     return embeddings
 
 
-def _embedding_of(
+def _make_embedding(
     encoder: Encoder, samples: Sequence[Sample], inputs: Vectors, cores: Vectors, outputs: Vectors
 ) -> Embedding:
     """Return the embedding of an adapter from its samples' vectors before the projection.
@@ -81,4 +81,4 @@ def _embedding_of(
     else:
         texts = [sample.input for sample in samples]
         scores = encoder.projection.own_scores(inputs, texts, cores, CORE_WEIGHT)
-    return Embedding(encoder.identity, unit_rows(mixed.mean(axis=0)), scores, profile_of(samples, outputs))
+    return Embedding(encoder.identity, unit_rows(mixed.mean(axis=0)), scores, make_profile(samples, outputs))

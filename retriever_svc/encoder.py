@@ -56,7 +56,7 @@ def load_model(
     return network
 
 
-def instruction_of(model: SentenceTransformer | SavedEncoder) -> str:
+def choose_instruction(model: SentenceTransformer | SavedEncoder) -> str:
     """Return the text that the model expects before a task's text: its own prompt `task`, or else the paper's."""
     prompt: str = model.prompts.get(TASK_PROMPT, INSTRUCTION)
     return prompt
@@ -81,7 +81,7 @@ def _identity(folder: Path, settings: str) -> str:
 class Encoder:
     """A sentence-transformers model that puts an instruction before every text. Safe to call from any thread.
 
-    `instruction`: None means that of the model (see `instruction_of`).
+    `instruction`: None means that of the model (see `choose_instruction`).
 
     It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
     surrogates) reads as "?". `num_threads` sets the encoder's thread count, and torch's for the whole process unless a
@@ -107,13 +107,13 @@ class Encoder:
         saves = None
         if dtype == "auto" and instruction is None and max_tokens == MAX_TOKENS and (folder / CONVERSION).is_file():
             saves = folder.with_name(f"{folder.name}{SUFFIX}"), _identity(folder, str(max_tokens))
-        found = load_saved(*saves, instruction_of, max_tokens, num_threads) if saves else None
+        found = load_saved(*saves, choose_instruction, max_tokens, num_threads) if saves else None
         if found is None and num_threads is not None:
             import torch  # imported here, since it takes seconds
 
             torch.set_num_threads(num_threads)
         self._model: SentenceTransformer | SavedEncoder = found or load_model(folder, max_tokens)
-        self._instruction = instruction_of(self._model) if instruction is None else instruction
+        self._instruction = choose_instruction(self._model) if instruction is None else instruction
         self._max_chars = max_tokens * _CHARS_PER_TOKEN
         self._cache = VectorCache(max_cached_texts)
         # One thread: concurrent forward passes would only share the same cores. Its queue serves callers in order.
@@ -165,7 +165,7 @@ class Encoder:
     def _encode_chunks(self, keys: Iterable[OwnedText]) -> dict[OwnedText, Vectors]:
         """Return the row (D,) of each text. Runs on the encoder's thread."""
         rows: dict[OwnedText, Vectors] = {}
-        for chunk in chunks_of(keys):
+        for chunk in split_chunks(keys):
             rows.update(zip(chunk, self._compute([text for _, text in chunk]), strict=True))
         return rows
 
@@ -185,7 +185,7 @@ def project(encoder: Encoder, vectors: Vectors) -> Vectors:
     return vectors if encoder.projection is None else encoder.projection.project(vectors)
 
 
-def chunks_of(keys: Iterable[OwnedText]) -> Iterator[list[OwnedText]]:
+def split_chunks(keys: Iterable[OwnedText]) -> Iterator[list[OwnedText]]:
     """Yield the texts in chunks of about `CHUNK_TOKENS` with padding, shortest texts first to keep padding short."""
     chunk: list[OwnedText] = []
     for num_tokens, key in sorted(((_about_tokens(key[1]), key) for key in keys), key=lambda pair: pair[0]):

@@ -39,7 +39,7 @@ class EncoderRegistry:
         self._current: Encoder | None = None
         self._prepared: Encoder | None = None
 
-    def encoder_of(self, active: ActiveEncoder | None, embedded_by: str | None = None) -> Encoder:
+    def load_encoder(self, active: ActiveEncoder | None, embedded_by: str | None = None) -> Encoder:
         """Return the encoder of a generation; load it if necessary. Use it from one thread.
 
         `embedded_by`: the identity of the encoder of some embedding in the pool. A pool that was embedded without a

@@ -76,7 +76,7 @@ class Listings:
 
     def __init__(self, snapshot: Snapshot, bases: ServedBases | None = None, *, max_rows: int = 2_000_000) -> None:
         self._snapshot, self._bases = snapshot, bases or ServedBases()
-        self._lists: LruCache[_Query, Rows] = LruCache(max_rows, _size_of, keeps_newest=True)
+        self._lists: LruCache[_Query, Rows] = LruCache(max_rows, _count_usable, keeps_newest=True)
         self._lock = threading.Lock()
 
     def page(self, tenant: str, request: PageRequest) -> Page:
@@ -111,7 +111,7 @@ class Listings:
         return rows
 
 
-def _size_of(rows: Rows) -> int:
+def _count_usable(rows: Rows) -> int:
     return len(rows) + ROWS_OF_A_LIST
 
 

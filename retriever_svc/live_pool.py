@@ -78,7 +78,7 @@ class LivePool:
         self._is_rebuilding = False
         snapshot = snapshots()
         embedded_by = next((r.encoder for r in snapshot.records.values() if r.encoder is not None), None)
-        self._pool = self._built(snapshot, self._encoders.encoder_of(snapshot.encoder, embedded_by))
+        self._pool = self._built(snapshot, self._encoders.load_encoder(snapshot.encoder, embedded_by))
         self._rebuild_where_wanted()
 
     @property
@@ -144,7 +144,7 @@ class LivePool:
         )
 
     def _next(self, snapshot: Snapshot) -> Pool:
-        encoder = self._encoders.encoder_of(snapshot.encoder)
+        encoder = self._encoders.load_encoder(snapshot.encoder)
         if encoder is not self._pool.encoder:
             logger.info("switching to encoder %s at generation %d", encoder.identity, snapshot.generation)
             return self._built(snapshot, encoder)

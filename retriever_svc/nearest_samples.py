@@ -47,7 +47,7 @@ class NearestSamples:
         by_rank = dict.fromkeys(ref for ref in chain.from_iterable(zip_longest(*own)) if ref is not None)
         live = (pool.snapshot.records.get((ref.tenant, ref.name)) for ref in by_rank)
         records = [record for record in live if record is not None and record.ref in by_rank]
-        texts = {record.ref: _inputs_of(samples, record) for record in records[:MAX_ADAPTERS]}
+        texts = {record.ref: _read_inputs(samples, record) for record in records[:MAX_ADAPTERS]}
         every = [text for own_texts in texts.values() for text in own_texts]
         return cls(texts, BulkEncoding(pool.encoder, every, [tenant] * len(every)))
 
@@ -74,7 +74,7 @@ def _best_first(candidates: Iterable[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda candidate: candidate.threshold - candidate.score)
 
 
-def _inputs_of(samples: SampleSource, record: AdapterRecord) -> list[str]:
+def _read_inputs(samples: SampleSource, record: AdapterRecord) -> list[str]:
     """Return the inputs of the adapter's samples, none if they cannot be read: they only explain."""
     try:
         found = read_samples(samples, record) or ()

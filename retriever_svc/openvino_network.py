@@ -76,7 +76,7 @@ def use_openvino(
         return False  # it has none, such as a table of words' vectors
     expected = probed(encode)
     try:
-        transformer.model = network = OpenvinoNetwork(own, _output_of(transformer))
+        transformer.model = network = OpenvinoNetwork(own, _find_output(transformer))
         check(probed(encode), expected)
     except Exception as exc:  # OpenVINO's errors have no common base
         logger.warning("the encoder runs with torch, as OpenVINO cannot run it: %s", short(exc))
@@ -95,7 +95,7 @@ def use_openvino(
     return True
 
 
-def _output_of(transformer: Transformer) -> str:
+def _find_output(transformer: Transformer) -> str:
     """Return the key of the network's result that the model's next part reads. Raises: ValueError."""
     way = transformer.modality_config["text"]
     name = way["method_output_name"]

@@ -24,7 +24,7 @@ NEAR_OUTPUTS = 0.98  # two halves of one task score 0.95 to 0.997, two tasks up 
 _INT8 = 127
 
 
-def outputs_of(samples: Sequence[Sample]) -> list[str]:
+def find_outputs(samples: Sequence[Sample]) -> list[str]:
     """Return the outputs that are given and not blank; an empty list for fewer than `MIN_OUTPUTS`."""
     outputs = [sample.output for sample in samples if sample.output is not None and sample.output.strip()]
     return outputs if len(outputs) >= MIN_OUTPUTS else []
@@ -47,14 +47,14 @@ def normalized(output: str) -> str:
 
 
 def texts_to_encode(samples: Sequence[Sample]) -> list[str]:
-    """Return the outputs whose vectors `profile_of` needs: none for a label set or too few outputs."""
-    outputs = outputs_of(samples)
+    """Return the outputs whose vectors `make_profile` needs: none for a label set or too few outputs."""
+    outputs = find_outputs(samples)
     return [] if label_set(outputs) else outputs
 
 
-def profile_of(samples: Sequence[Sample], rows: Vectors) -> OutputProfile | None:
+def make_profile(samples: Sequence[Sample], rows: Vectors) -> OutputProfile | None:
     """Return the profile of the outputs, None for too few. `rows` (N, D): the vectors of `texts_to_encode`."""
-    outputs = outputs_of(samples)
+    outputs = find_outputs(samples)
     if not outputs:
         return None
     labels = label_set(outputs)

@@ -197,8 +197,8 @@ class PackedEncoder:
         tokenizer = Tokenizer(models.Unigram(self._pieces, unk_id=self._unknown, byte_fallback=False))
         tokenizer.normalizer = normalizers.Sequence(
             [
-                normalizers.Replace(Regex(_any_of(removed)), ""),
-                normalizers.Replace(Regex(_any_of(spaces)), " "),
+                normalizers.Replace(Regex(_read_any(removed)), ""),
+                normalizers.Replace(Regex(_read_any(spaces)), " "),
                 normalizers.NFKC(),
                 normalizers.Replace(Regex(" {2,}"), " "),
             ]
@@ -210,7 +210,7 @@ class PackedEncoder:
         return tokenizer
 
 
-def _any_of(codes: list[int]) -> str:
+def _read_any(codes: list[int]) -> str:
     return "[" + "".join(f"\\x{{{code:X}}}" for code in codes) + "]"
 
 

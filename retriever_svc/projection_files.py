@@ -67,13 +67,13 @@ class ProjectionFiles:
             logger.warning("cannot store the packaged projection; the next replica tries again: %s", exc)
 
     def _stored(self, identity: str) -> Whitening | None:
-        data = None if self._files is None else self._files.read(_name_of(identity))
+        data = None if self._files is None else self._files.read(_make_name(identity))
         return None if data is None else Whitening.from_bytes(data)
 
     def save(self, projection: Whitening) -> None:
         """Write the projection next to the catalogue. Raises: StoreUnavailable."""
         if self._files is not None:
-            self._files.write(_name_of(projection.identity), projection.to_bytes())
+            self._files.write(_make_name(projection.identity), projection.to_bytes())
 
     def ordinary(self, encoder: Encoder) -> Vectors:
         """Return the ordinary prompts' vectors by this encoder: (J, D). Encode them at most once per encoder."""
@@ -130,5 +130,5 @@ def ordinary_file(vectors: Vectors) -> bytes:
     return bytes(save({"vectors": vectors.astype(np.float16)}))
 
 
-def _name_of(identity: str) -> str:
+def _make_name(identity: str) -> str:
     return f"{identity}.safetensors"

@@ -20,10 +20,10 @@ from lora_store.strategies.registry import Strategy
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import NO_THRESHOLD, Abstain, least_threshold
-from retriever_svc.competence import Region, regions_of
+from retriever_svc.competence import Region, find_regions
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
-from retriever_svc.embedding import embed_groups, encoding_of
+from retriever_svc.embedding import embed_groups, make_encoding
 from retriever_svc.encoder import MAX_CHARS, Vectors
 from retriever_svc.errors import NoAdapterMatched, StaleIndex
 from retriever_svc.index import Match
@@ -397,9 +397,9 @@ class Retriever:
         """Return one embedding per group of samples, None for an empty group; `tenants` as in `embed_groups`."""
         return embed_groups(self._pools.current.encoder, groups, tenants)
 
-    def encoding_of(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> BulkEncoding:
+    def make_encoding(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> BulkEncoding:
         """Return a chunk-by-chunk encoding of the samples of all groups, by the encoder in service."""
-        return encoding_of(self._pools.current.encoder, groups, tenants)
+        return make_encoding(self._pools.current.encoder, groups, tenants)
 
     def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str) -> tuple[Candidate, ...]:
         """Return the nearest adapters that `auto` may choose for `tenant`, best first; none for another encoder."""
@@ -479,7 +479,7 @@ class Retriever:
 
     def regions(self, tenant: str, samples: SampleSource) -> Iterator[Region]:
         """Return the regions in which adapters of `tenant` can be measured (see `competence`)."""
-        return regions_of(self._pools.current, tenant, samples)
+        return find_regions(self._pools.current, tenant, samples)
 
     def accept(self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource) -> Resampled:
         """Return the samples of the live version with these prompts, and their effect (see `learning`)."""

@@ -18,10 +18,10 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from retriever_svc.encoder import instruction_of, load_model
+from retriever_svc.encoder import choose_instruction, load_model
 from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.errors import EncoderExists, TrainingUnavailable
-from retriever_svc.training_pairs import Pair, batches_of, training_texts
+from retriever_svc.training_pairs import Pair, make_batches, training_texts
 
 try:
     from datasets import Dataset
@@ -76,7 +76,7 @@ def train_encoder(
         raise EncoderExists(str(target))
     wanted = training_texts(texts)
     network = load_model(model)
-    batches = batches_of(wanted, settings.num_epochs, settings.max_pairs, settings.seed)
+    batches = make_batches(wanted, settings.num_epochs, settings.max_pairs, settings.seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         _train(network, batches, settings, scratch, progress)
@@ -115,7 +115,7 @@ def _train(
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
         bf16=settings.bf16,
-        prompts=instruction_of(network),
+        prompts=choose_instruction(network),
         batch_sampler=lambda dataset, **_: _InOrder([len(batch) for batch in batches]),
         seed=settings.seed,
         use_cpu=True,

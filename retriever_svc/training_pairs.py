@@ -27,7 +27,7 @@ def choose_tasks(names: Sequence[str], share: float, seed: int) -> list[str]:
     return sorted(random.Random(seed).sample(sorted(names), round(share * len(names))))
 
 
-def batches_of(texts: Mapping[str, Sequence[str]], num_epochs: int, max_pairs: int, seed: int) -> list[list[Pair]]:
+def make_batches(texts: Mapping[str, Sequence[str]], num_epochs: int, max_pairs: int, seed: int) -> list[list[Pair]]:
     """Return the batches of a training, in order. Each text is an anchor once per epoch.
 
     A batch has one pair per task; more tasks than `max_pairs` are spread evenly over several batches. The positive is

@@ -22,7 +22,7 @@ _LEAST_CHARS = 12  # a shorter part says nothing
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
-def views_of(text: str) -> list[str]:
+def split_views(text: str) -> list[str]:
     """Return the whole text, followed by its other views, if it has any."""
     parts = [part.strip() for part in _BLANK_LINES.split(text) if part.strip()] if len(text) >= LONG_CHARS else []
     if len(parts) < 2:
@@ -33,7 +33,7 @@ def views_of(text: str) -> list[str]:
 
 def tokens_routed(text: str) -> int:
     """Estimate how many tokens the encoder reads to route `text`: those of each of its views."""
-    return sum(map(tokens_read, views_of(text[:MAX_CHARS])))
+    return sum(map(tokens_read, split_views(text[:MAX_CHARS])))
 
 
 def with_views(requests: Sequence[RouteRequest]) -> tuple[list[RouteRequest], list[range]]:
@@ -41,7 +41,7 @@ def with_views(requests: Sequence[RouteRequest]) -> tuple[list[RouteRequest], li
     views: list[RouteRequest] = []
     places: list[range] = []
     for request in requests:
-        own = [replace(request, text=text) for text in views_of(request.text)]
+        own = [replace(request, text=text) for text in split_views(request.text)]
         places.append(range(len(views), len(views) + len(own)))
         views += own
     return views, places

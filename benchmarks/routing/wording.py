@@ -36,7 +36,7 @@ from benchmarks.routing.wording_pools import (
     read_pools,
 )
 from deployments.cli.routing import auroc
-from deployments.generation.conversation import reading_of
+from deployments.generation.conversation import choose_texts
 from gpu_worker.front.request.prompts import Message
 from retriever_svc import Encoder, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.calibration import Abstain
@@ -108,7 +108,7 @@ def measure(
 
 def route_of(retriever: Retriever, prompt: Prompt, abstain: Abstain) -> Route:
     """Return the choice for a conversation, by the texts that the server reads of it."""
-    reading = reading_of([Message(role, content) for role, content in prompt.messages])
+    reading = choose_texts([Message(role, content) for role, content in prompt.messages])
     for text in reading.texts:
         [route] = retriever.route([RouteRequest(text, abstain=abstain)])
         assert isinstance(route, Route)

@@ -79,7 +79,7 @@ class PublishItem:
         """The name to publish under; "" for files without a name, which validation refuses."""
         if self.name is not None:
             return self.name
-        return _name_of(self.source or "") if self.path is None else self.path.name
+        return _find_name(self.source or "") if self.path is None else self.path.name
 
     @property
     def origin(self) -> str:
@@ -87,7 +87,7 @@ class PublishItem:
         return self.source if self.source is not None else self.adapter_name
 
 
-def _name_of(source: str) -> str:
+def _find_name(source: str) -> str:
     """Return the last part of a URI without its revision, for `models:/NAME/…` the model's name."""
     if source.startswith("models:/"):
         return source.removeprefix("models:/").partition("/")[0].partition("@")[0]

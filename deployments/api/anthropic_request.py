@@ -36,8 +36,8 @@ from deployments.api.messages import (
     ToolChoice,
     as_parts,
     check_tools,
+    make_tools,
     question_text,
-    tools_of,
 )
 from deployments.api.structured import Schema, TextFormat
 from gpu_worker.front.request.grammar import Grammar
@@ -172,7 +172,7 @@ class Conversation(TolerantRequest):
             return None
         functions = [tool.function(f"tools.{place}.input_schema") for place, tool in enumerate(self.tools)]
         is_single = self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
-        return tools_of(functions, choice, False if is_single else None)
+        return make_tools(functions, choice, False if is_single else None)
 
     def turns(self) -> tuple[Message, ...]:
         """Return the turns of the conversation. Results of tools come before the text of their message.

@@ -42,9 +42,9 @@ from deployments.api.messages import (
     ToolChoice,
     check_results,
     check_tools,
+    make_tools,
+    make_turns,
     question_text,
-    tools_of,
-    turns_of,
     word_or,
 )
 from deployments.api.structured import ResponseFormat, StructuredOutputs
@@ -356,12 +356,12 @@ class ChatCompletionRequest(GenerationRequest):
         if not self.tools:
             return None
         functions = [tool.function.function(f"tools.{n}.function.parameters") for n, tool in enumerate(self.tools)]
-        return tools_of(functions, self.tool_choice, self.parallel_tool_calls)
+        return make_tools(functions, self.tool_choice, self.parallel_tool_calls)
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
         (options, alias), tools = self._options(0), self.used_tools()
-        turns = turns_of(self.messages)
+        turns = make_turns(self.messages)
         return [Question(turns, question_text(turns), self.model, options, alias, tools)]
 
 

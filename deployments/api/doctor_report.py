@@ -58,7 +58,7 @@ def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
         ],
         "unreadable": list(map(name, report.unreadable)),
         **({} if report.asked is None else {"prompts": asked_object(report.asked, name)}),
-        "advice": list(advice_of(report, name)),
+        "advice": list(give_advice(report, name)),
     }
 
 
@@ -88,7 +88,7 @@ def asked_object(asked: AskedReport, name: Name) -> JsonObject:
     }
 
 
-def advice_of(report: DoctorReport, name: Name) -> Iterator[Advice]:
+def give_advice(report: DoctorReport, name: Name) -> Iterator[Advice]:
     """Yield what to change, the pool's own problems first. `name`: the name that the caller uses for an adapter."""
     for base_model, refs in report.unserved.items():
         text = f"{unserved_text(base_model, len(refs))}."

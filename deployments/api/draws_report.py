@@ -39,25 +39,25 @@ def draws_object(draws: Draws, ref: AdapterRef, tenant: str) -> DrawsObject:
     adapters: list[DrawnAdapterRow] = [
         {
             "name": adapter.ref.name_for(tenant),
-            "samples": _shares_of(adapter.samples),
-            "contents": _shares_of(adapter.contents),
+            "samples": _show_shares(adapter.samples),
+            "contents": _show_shares(adapter.contents),
         }
         for adapter in draws.adapters
     ]
     return {
-        "ordinary_prompts": _shares_of(draws.ordinary),
+        "ordinary_prompts": _show_shares(draws.ordinary),
         "adapters": adapters,
         "needs_confirmation": draws.must_be_confirmed,
-        "text": _text_of(_shares_of(draws.ordinary), adapters, ref),
+        "text": _format_text(_show_shares(draws.ordinary), adapters, ref),
     }
 
 
-def _shares_of(drawn: Drawn) -> DrawnShare:
+def _show_shares(drawn: Drawn) -> DrawnShare:
     num = max(1, drawn.num)
     return {"share": drawn.by_version / num, "owner_share": drawn.by_owner / num}
 
 
-def _text_of(ordinary: DrawnShare, adapters: list[DrawnAdapterRow], ref: AdapterRef) -> str:
+def _format_text(ordinary: DrawnShare, adapters: list[DrawnAdapterRow], ref: AdapterRef) -> str:
     parts = [f"{_percents(ordinary, ref)} of ordinary prompts"]
     for adapter in adapters[:_NUM_NAMED]:
         parts.append(f"{_percents(adapter['samples'], ref)} of the samples of {adapter['name']}")

@@ -122,7 +122,7 @@ def check_results(messages: list[ChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-def turns_of(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def make_turns(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     """Return the turns of a conversation. A result has the name of the function that was called."""
     turns, names = [message.message() for message in messages], dict[str, str]()
     for place, message in enumerate(messages):
@@ -220,7 +220,7 @@ def check_tools(names: Sequence[str], choice: ToolChoice | None, field: str = "f
         raise problem(f"tool_choice.{field}", message)
 
 
-def tools_of(functions: Sequence[Function], choice: ToolChoice | None, is_parallel: bool | None) -> Tools:
+def make_tools(functions: Sequence[Function], choice: ToolChoice | None, is_parallel: bool | None) -> Tools:
     """Return the functions that an answer may call, and those that it must call."""
     is_required = choice is not None and choice.type in ("required", "function")
     only = None if choice is None or choice.function is None else choice.function.name

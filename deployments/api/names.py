@@ -48,7 +48,7 @@ class _Policy(PolicyFields):
 
     def sampling(self) -> SamplingParams:
         """Return the sampling of a request that sets nothing itself. Raises: SamplingInvalid, GrammarInvalid."""
-        return BoundName(self, "").filled(ChatCompletionRequest.model_validate(_LEAST_REQUEST)).sampling()
+        return AppliedPolicy(self, "").apply_to_request(ChatCompletionRequest.model_validate(_LEAST_REQUEST)).sampling()
 
 
 class Variant(_Policy):
@@ -117,7 +117,7 @@ class ApproveNameRequest(ApiRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class BoundName:
+class AppliedPolicy:
     """The policy that answers one request to a model name. `shown`: the name with the version of the policy."""
 
     policy: _Policy
@@ -131,7 +131,7 @@ class BoundName:
         shown = f"{named.ref.name_for(tenant)}@{named.ref.digest[:_SHOWN_DIGEST_CHARS]}"
         return cls(policy, shown if policy is whole else f"{shown} (variant)")
 
-    def filled(self, request: R) -> R:
+    def apply_to_request(self, request: R) -> R:
         """Return the request with the policy's fields where it sets none of its own.
 
         A request that names adapters or sends a plan takes none of the policy's `lora`.
@@ -142,18 +142,18 @@ class BoundName:
         own = {*given, "model", "lora", "template", "variant", "share"}
         return _filled(request, self.policy, own).model_copy(update={"lora": lora})
 
-    def asked(self, question: Question) -> Question:
+    def apply_to_question(self, question: Question) -> Question:
         """Return the question with the policy's model, and with its options where it sets none."""
         return replace(question, model=self.policy.model, lora=self._options(question.lora))
 
     def _options(self, own: LoraOptions) -> LoraOptions:
         return own if own.names_adapters else _filled(own, self.policy.lora, own.model_fields_set)
 
-    def questions(self, filled: GenerationRequest) -> list[Question]:
+    def make_questions(self, filled: GenerationRequest) -> list[Question]:
         """Return the questions of a request that was filled."""
         return [replace(question, model=self.policy.model) for question in filled.questions()]
 
-    def explained(self, plans: Sequence[Planned]) -> list[Planned]:
+    def explain(self, plans: Sequence[Planned]) -> list[Planned]:
         """Return the plans with the policy's template and the version of the name."""
         template = self.policy.template
         return [

@@ -379,7 +379,7 @@ def versions_object(versions: Sequence[AdapterRecord]) -> list[AdapterVersion]:
     return [
         {
             "digest": record.ref.digest,
-            "state": _state_of(record, versions[0]) if place else "live",
+            "state": _show_state(record, versions[0]) if place else "live",
             "generation": record.generation,
             "created_at": record.created_at.isoformat(),
             "source": record.source,
@@ -404,7 +404,7 @@ def _differences(record: AdapterRecord, live: AdapterRecord) -> list[VersionFiel
     return [field for field, is_other in compared.items() if is_other]
 
 
-def _state_of(older: AdapterRecord, live: AdapterRecord) -> Literal["trial", "shadow", "kept"]:
+def _show_state(older: AdapterRecord, live: AdapterRecord) -> Literal["trial", "shadow", "kept"]:
     if live.trial is None or live.trial.digest != older.ref.digest:
         return "kept"
     return "shadow" if live.trial.is_shadow else "trial"

@@ -282,7 +282,7 @@ def replicas_object(change: Published | Settled) -> Replicas:
     return {"ready": change.ready, "behind": change.behind}
 
 
-def status_of(published: Published) -> int:
+def choose_status(published: Published) -> int:
     """Return 201, 202 while a Retriever replica does not route to it yet, or 200 if it was only validated."""
     return 202 if published.behind else 201 if published.generation else 200
 
@@ -295,5 +295,5 @@ def batch_object(outcomes: Sequence[Published | Exception]) -> BatchAnswer:
             status, body = error_table.describe(outcome)
             data.append({"status": status, **body})
         else:
-            data.append({"status": status_of(outcome), **published_object(outcome)})
+            data.append({"status": choose_status(outcome), **published_object(outcome)})
     return {"object": "list", "data": data}

@@ -168,7 +168,7 @@ class ResponseForm:
         for choice in chunk["choices"]:
             yield from self._events_of_choice(choice)
         if "usage" in chunk:
-            self._usage = _usage_of(chunk["usage"])
+            self._usage = _show_usage(chunk["usage"])
             yield self._event(f"response.{self._end}", response=self._response(self._end))
 
     def _events_of_choice(self, choice: JsonMapping) -> Iterator[JsonObject]:
@@ -296,7 +296,7 @@ class ResponseForm:
         return {**response, **self._extras}  # type: ignore[typeddict-item]
 
 
-def _usage_of(usage: JsonMapping) -> ResponsesUsage:
+def _show_usage(usage: JsonMapping) -> ResponsesUsage:
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return {
         "input_tokens": usage["prompt_tokens"],

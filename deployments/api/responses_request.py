@@ -31,8 +31,8 @@ from deployments.api.messages import (
     check_tools,
     function_alone,
     known_choice,
+    make_tools,
     question_text,
-    tools_of,
     word_or,
 )
 from deployments.api.structured import TextFormat
@@ -252,7 +252,7 @@ class ResponsesRequest(GenerationRequest):
         if not self.tools:
             return None
         functions = [tool.function(f"tools.{place}.parameters") for place, tool in enumerate(self.tools)]
-        return tools_of(functions, self._choice, self.parallel_tool_calls)
+        return make_tools(functions, self._choice, self.parallel_tool_calls)
 
     @property
     def shown_tools(self) -> list[JsonObject]:

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from deployments.api.base import LoraOptions, Passing, TolerantRequest, problem
 from deployments.api.completions import MAX_MESSAGES, Ids, Question, Text
-from deployments.api.messages import ChatMessage, question_text, turns_of
+from deployments.api.messages import ChatMessage, make_turns, question_text
 from gpu_worker.front.request.request import Tokenized
 
 NOT_SERVED_IN_TOKENIZE: Passing = {
@@ -41,7 +41,7 @@ class TokenizeRequest(TolerantRequest):
         """Return the prompt as a question, whose adapters may name a template."""
         if self.messages is None:
             return Question(self.prompt or "", self.prompt, self.model, LoraOptions())
-        turns = turns_of(self.messages)
+        turns = make_turns(self.messages)
         return Question(turns, question_text(turns), self.model, LoraOptions())
 
 

@@ -64,14 +64,14 @@ def new_key() -> str:
     return _KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
 
 
-def hash_of(key: str) -> str:
+def hash_key(key: str) -> str:
     """Return the hash under which the keys file stores `key`."""
     return _digest_of(key).hex()
 
 
 def single_entry(key: str) -> KeyEntry:
     """Return the entry of the setting `api_key`: the local tenant with every role."""
-    return KeyEntry(id="api_key", sha256=hash_of(key), tenant=LOCAL_TENANT, roles=ROLES)
+    return KeyEntry(id="api_key", sha256=hash_key(key), tenant=LOCAL_TENANT, roles=ROLES)
 
 
 def parse_entries(text: str) -> list[KeyEntry]:

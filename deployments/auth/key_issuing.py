@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from deployments.auth.api_keys import KeyEntry, hash_of, new_key, parse_entries
+from deployments.auth.api_keys import KeyEntry, hash_key, new_key, parse_entries
 from deployments.field_problems import describe_problem, did_you_mean, field_names
 from deployments.json_types import JsonMapping, JsonObject
 
@@ -55,7 +55,7 @@ def make_key(
     key = new_key()
     entry: JsonObject = {
         "id": id or f"{tenant}-{secrets.token_hex(4)}",
-        "sha256": hash_of(key),
+        "sha256": hash_key(key),
         "tenant": tenant,
         "roles": list(roles),
     }
@@ -157,9 +157,9 @@ def _locked(folder: Path) -> Iterator[int]:
 def with_entry(text: str, entry: JsonMapping) -> str:
     """Return the keys file `text` with `entry` added. Comments of a YAML list are kept. Raises: ValueError."""
     if not text.strip():
-        return block_of(entry)
+        return format_item(entry)
     num_old = len(parse_entries(text))
-    appended = text.rstrip("\n") + "\n" + block_of(entry)
+    appended = text.rstrip("\n") + "\n" + format_item(entry)
     try:
         if len(parse_entries(appended)) == num_old + 1:
             return appended
@@ -189,7 +189,7 @@ def with_replaced(text: str, id: str, change: Callable[[JsonObject], list[JsonOb
     entries = yaml.safe_load(text)
     made = change(entries[place])
     wanted = [*ids[:place], *(entry["id"] for entry in made), *ids[place + 1 :]]
-    left = "".join([*lines[:start], *map(block_of, made), *lines[end:]]) if wanted else "[]\n"
+    left = "".join([*lines[:start], *map(format_item, made), *lines[end:]]) if wanted else "[]\n"
     try:
         if [entry.id for entry in parse_entries(left)] == wanted:
             return left
@@ -202,6 +202,6 @@ def _dump_json(entries: Sequence[JsonMapping]) -> str:
     return json.dumps(entries, indent=1, default=str) + "\n"  # YAML reads a time without quotes as a time
 
 
-def block_of(entry: JsonMapping) -> str:
+def format_item(entry: JsonMapping) -> str:
     """Return `entry` as an item of a YAML list."""
     return str(yaml.safe_dump([dict(entry)], sort_keys=False))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
-from deployments.batch.rows import answered, bodies_of, usage_line
+from deployments.batch.rows import answered, make_bodies, usage_line
 from deployments.batch.run import BatchRun
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from deployments.config.app import AppConfig
@@ -195,7 +195,7 @@ class PartAnswerer(OfflineEngines):
         settings = self._batch.settings
         if settings.config.usage_days:
             segment = f"{self._batch.id}-{planned.part.number}"
-            models = [body.get("model", AUTO) for body in bodies_of(planned.rows, settings.defaults)]
+            models = [body.get("model", AUTO) for body in make_bodies(planned.rows, settings.defaults)]
             first = settings.config.served_models.first.name
             lines = [
                 usage_line(f"{segment}-{row}", settings.tenant, model, first, asked, outcome)

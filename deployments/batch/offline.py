@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from deployments.batch.answering import OfflineEngines
 from deployments.batch.planning import BatchRouting, ask_planner
-from deployments.batch.rows import Asked, answer_of
+from deployments.batch.rows import Asked, make_columns
 from deployments.batch.run import check_devices
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
@@ -134,7 +134,7 @@ class LoraRetriever:
             ]
         )
         outcomes = iter(await self._engines.complete([item.job for item in asked if item.job is not None]))
-        return [Generated(**answer_of(item, None if item.job is None else next(outcomes))) for item in asked]
+        return [Generated(**make_columns(item, None if item.job is None else next(outcomes))) for item in asked]
 
 
 def _refuse_lost_results(fields: JsonMapping) -> None:

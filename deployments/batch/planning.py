@@ -12,11 +12,11 @@ import pyarrow as pa
 from deployments.api import error_table
 from deployments.api.contract import applied_contract
 from deployments.batch.input import PartReader
-from deployments.batch.rows import Asked, bodies_of, request_of
+from deployments.batch.rows import Asked, make_bodies, make_request
 from deployments.batch.run import BatchRun, Part
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModels
-from deployments.generation.completions import jobs_of
+from deployments.generation.completions import make_jobs
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
@@ -52,7 +52,7 @@ class PartPlanner:
     async def plan(self, part: Part) -> PlannedPart:
         """Read and plan the rows of one part. An error of a row affects that row only."""
         rows = self._reader.read(part.start, part.stop)
-        bodies = bodies_of(rows, self._settings.defaults)
+        bodies = make_bodies(rows, self._settings.defaults)
         asked = await asyncio.gather(*[self._ask(part.start + place, body) for place, body in enumerate(bodies)])
         return PlannedPart(part, rows, tuple(asked))
 
@@ -65,15 +65,15 @@ class PartPlanner:
 async def ask_planner(planner: Planner, models: ServedModels, tenant: str, name: str, body: JsonObject) -> Asked:
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
-        request = request_of(body)
-        request, sampling, questions, bound = await planner.bind(request, tenant)
+        request = make_request(body)
+        request, sampling, questions, bound = await planner.apply_policy(request, tenant)
         plans = await planner.plan_all(questions, tenant)
-        [planned] = plans if bound is None else bound.explained(plans)
+        [planned] = plans if bound is None else bound.explain(plans)
         given, most = request.set_fields, models.first.max_new_tokens
         contract = applied_contract(planned.plan, questions[0], sampling, given, most)
         planned = replace(planned, contract=contract)
         template = models.named(planned.plan.base_model).template
-        [job] = jobs_of(name, tenant, sampling, questions, [planned], [template])
+        [job] = make_jobs(name, tenant, sampling, questions, [planned], [template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])
     return Asked(planned, job)

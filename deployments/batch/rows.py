@@ -63,7 +63,7 @@ def check_columns(schema: pa.Schema, answer: pa.Schema = ANSWER) -> None:
             raise BatchRefused(f"the input has a column {name!r}, which is the name of an answer column: rename it")
 
 
-def bodies_of(table: pa.Table, defaults: JsonMapping) -> list[JsonObject]:
+def make_bodies(table: pa.Table, defaults: JsonMapping) -> list[JsonObject]:
     """Return each row as the body of a request. Null fields use `defaults`, then the server's defaults."""
     asking = table.select([name for name in table.column_names if name in (*_PROMPTS, *FIELDS)])
     return [
@@ -71,7 +71,7 @@ def bodies_of(table: pa.Table, defaults: JsonMapping) -> list[JsonObject]:
     ]
 
 
-def request_of(body: JsonMapping) -> TextRequest:
+def make_request(body: JsonMapping) -> TextRequest:
     """Return the row's request. Raises: RequestInvalid, Unsupported."""
     if sum(name in body for name in _PROMPTS) != 1:
         raise RequestInvalid("a row needs either a prompt or messages", "prompt")
@@ -97,14 +97,14 @@ def answered(
     answer: pa.Schema = ANSWER,
 ) -> pa.Table:
     """Return the input's columns and those of the answers. `outcomes`: the engine's; None for rows without a job."""
-    rows = [answer_of(*each) for each in zip(asked, outcomes, strict=True)]
+    rows = [make_columns(*each) for each in zip(asked, outcomes, strict=True)]
     columns = pa.Table.from_pylist(rows, answer)
     for name in answer.names:
         table = table.append_column(answer.field(name), columns[name])
     return table
 
 
-def answer_of(asked: Asked, outcome: Completion | Exception | None) -> JsonObject:
+def make_columns(asked: Asked, outcome: Completion | Exception | None) -> JsonObject:
     """Return the columns of one answer that have a value."""
     line: JsonObject = {"error": asked.error}
     if asked.planned is not None and asked.job is not None:

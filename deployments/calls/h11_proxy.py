@@ -145,7 +145,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        address = address_of(self.client)
+        address = make_counting_key(self.client)
         if not self.book.enter(address):
             self._close(*_TOO_MANY, answers=True)
             return
@@ -267,7 +267,7 @@ def protocol_within(given: ProxyLimits) -> type[BoundedProtocol]:
     return LimitedProtocol
 
 
-def address_of(client: tuple[str, int] | None) -> str:
+def make_counting_key(client: tuple[str, int] | None) -> str:
     """Return the key for counting connections: the IPv4 address, or the IPv6 network of one customer."""
     if client is None:
         return ""  # a Unix socket

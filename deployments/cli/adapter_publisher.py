@@ -19,7 +19,7 @@ from deployments.cli.client import (
     behind_note,
     counted,
     err,
-    message_of,
+    find_message,
     name_options,
     show_error,
 )
@@ -118,7 +118,7 @@ class AdapterPublisher:
         adapters = [item.as_json() | self.fields | dict(item.fields) for item in items]
         response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
         if response.is_error:
-            return [_refusal(response.status_code, message_of(response))] * len(items)
+            return [_refusal(response.status_code, find_message(response))] * len(items)
         answers: list[JsonObject] = response.json()["data"]
         return answers
 
@@ -148,7 +148,7 @@ class AdapterPublisher:
             data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         if response.is_error:
-            return [_refusal(response.status_code, message_of(response))]
+            return [_refusal(response.status_code, find_message(response))]
         return [{"status": response.status_code, **response.json()}]
 
 
@@ -191,7 +191,7 @@ def describe_outcome(answer: JsonObject, is_dry: bool) -> str:
     note = f" ({'; '.join(notes)})" if notes else ""
     done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
     if not is_dry and "trial" in answer:
-        done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
+        done = f"{describe_share(answer['trial'])} since generation {answer['generation']}"
     return "; ".join([f"{answer['name']} {done}{note}", *_label_notes(answer)])
 
 
@@ -211,7 +211,7 @@ def _shown(field: str, value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value)  # a contract prints its fields
 
 
-def share_of(trial: JsonObject) -> str:
+def describe_share(trial: JsonObject) -> str:
     """Return what a version under trial does, without its name."""
     verb = "shadows" if trial["shadow"] else "answers"
     return f"{trial['digest'][:12]} {verb} {trial['share'] * 100:g} % of the requests"

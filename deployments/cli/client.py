@@ -210,7 +210,7 @@ class KeyAnywhere(Commands):
 
 
 @contextmanager
-def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
+def open_client(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
     """Yield an HTTP client. If the server cannot be reached, print why and exit."""
     key, hooks = _key.get(), {"response": [_note_ignored_key()]}
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -256,7 +256,7 @@ def call(
     params: Mapping[str, str | list[str]] | None = None,
 ) -> JsonObject:
     """Return the JSON answer of the server. On an error, print the server's message and exit."""
-    with client_of(url) as client:
+    with open_client(url) as client:
         response = client.request(method, path, json=json, params=params)
         check(response)
         answer: JsonObject = response.json()
@@ -273,7 +273,7 @@ def pages(url: str, path: str, params: Mapping[str, str | list[str]] | None = No
 
 def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
     """Send a POST that streams its progress as JSON lines, and return the result. On an error, print it and exit."""
-    with client_of(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
+    with open_client(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
         check(response)
         with progress(title, MofNCompleteColumn()) as update:
             for line in map(json.loads, response.iter_lines()):
@@ -301,10 +301,10 @@ def check(response: httpx.Response) -> None:
     """Exit with the message of the server if the response is an error."""
     if response.is_error:
         response.read()
-        fail(name_options(message_of(response)))
+        fail(name_options(find_message(response)))
 
 
-def message_of(response: httpx.Response) -> str:
+def find_message(response: httpx.Response) -> str:
     """Return the message of an error response."""
     if response.status_code == _UNAUTHORIZED and not has_key():
         return f"this server requires an API key: give --key, or set {KEY_VARIABLE}"
@@ -327,7 +327,7 @@ def behind_note(num_replicas: int) -> str:
     return f"{counted(num_replicas, 'replica')} {'is' if num_replicas == 1 else 'are'} not up to date yet"
 
 
-def problem_of(error: Exception) -> str:
+def describe_problem(error: Exception) -> str:
     """Return what is wrong, for an error of a file with its name."""
     if not isinstance(error, OSError) or error.filename is None:
         return str(error)

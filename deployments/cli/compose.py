@@ -34,14 +34,14 @@ def compose(
     adapters of its key's tenant, and the key needs the role admin.
     """
     weights = _weights_in(adapters)
-    from deployments.cli.pool_transfer import pool_of, read_modules  # torch takes seconds to import
+    from deployments.cli.pool_transfer import open_pool, read_modules  # torch takes seconds to import
     from lora_store import is_valid_name, write_peft_folder
     from lora_store.composition import compose
 
     if not is_valid_name(name):
         raise typer.BadParameter("must be 1 to 64 of A-Z a-z 0-9 . _ - and not 'auto'", param_hint="NAME")
     folder = target / name
-    with pool_of(store, url) as source:
+    with open_pool(store, url) as source:
         if folder.exists():
             raise ValueError(f"{folder}: exists; choose another name or folder")
         state = source.state()

@@ -17,12 +17,12 @@ from deployments.cli.client import (
     JsonOutcome,
     Url,
     call,
+    describe_problem,
     err,
     fail,
     name_options,
     out,
     print_json,
-    problem_of,
     report,
     say,
 )
@@ -65,7 +65,7 @@ def new(
         "max_adapters": max_adapters,
         "max_bytes": max_bytes,
     }
-    from deployments.auth.key_issuing import add_entry, block_of, make_key, read_expiry  # imports pydantic
+    from deployments.auth.key_issuing import add_entry, format_item, make_key, read_expiry  # imports pydantic
 
     try:
         roles = [part for given in role for part in given.split(",")]
@@ -77,7 +77,7 @@ def new(
         fail(message if file is None or message.startswith("--") else f"{file}: {message}")
     if file is None and not as_json:
         err.print("entry for the keys file, then the key, which is not shown again:", style="dim")
-        out.print(block_of(entry), end="", markup=False, highlight=False, soft_wrap=True)
+        out.print(format_item(entry), end="", markup=False, highlight=False, soft_wrap=True)
     _show_key(key, entry, f"added {entry['id']} to {file}" if file else "", as_json=as_json)
 
 
@@ -177,7 +177,7 @@ def _file_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        fail(problem_of(exc))
+        fail(describe_problem(exc))
     except ValueError as exc:
         message = name_options(str(exc))
         fail(message if message.startswith("--") else f"{file}: {message}")

@@ -97,7 +97,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return _url_of(self._host, self._port)
+        return _make_url(self._host, self._port)
 
     @property
     def proxy_url(self) -> str:
@@ -105,7 +105,7 @@ class Server:
 
         It runs only if it is needed for several Ingress replicas or for traces, or if `uses_proxy`.
         """
-        return _url_of(*self._proxy)
+        return _make_url(*self._proxy)
 
     @property
     def ray_address(self) -> str:
@@ -369,5 +369,5 @@ def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def _url_of(host: str, port: int) -> str:
+def _make_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -28,10 +28,10 @@ from deployments.cli.client import (
     Url,
     call,
     check_free,
-    client_of,
     err,
     fail,
     join_lines,
+    open_client,
     out,
     print_json,
     read_options,
@@ -154,12 +154,12 @@ def ask(
 ) -> None:
     """Stream the answer to a prompt, then print the adapters that gave it. With --chat, talk in several turns."""
     opening: list[JsonObject] = [] if system is None else [{"role": "system", "content": system}]
-    options = _options_of(strategy_options=read_options(option), abstain=abstain, strategy=strategy, k=k)
+    options = _make_options(strategy_options=read_options(option), abstain=abstain, strategy=strategy, k=k)
     body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **options}
     if talks:
         _chat(url, body, opening, first=" ".join(prompt or ()), as_json=as_json)
         return
-    body["messages"] = [*opening, {"role": "user", "content": _text_of(prompt)}]
+    body["messages"] = [*opening, {"role": "user", "content": _join_words(prompt)}]
     if as_json:
         print_json(call(url, "POST", _CHAT, json=body))
     else:
@@ -200,7 +200,7 @@ def _stream(url: str, body: JsonObject, *, is_quiet: bool = False) -> str:
     """Print the answer as it arrives, then its adapters. Return the answer. `is_quiet`: print nothing."""
     lora: JsonObject = {}
     parts: list[str] = []
-    with client_of(url) as client, client.stream("POST", _CHAT, json=body | {"stream": True}) as response:
+    with open_client(url) as client, client.stream("POST", _CHAT, json=body | {"stream": True}) as response:
         check_answer(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
@@ -264,10 +264,10 @@ def route(
         measure_routing(file, url, as_json=as_json)
         return
     wanted = {"tags": tag} if tag else None
-    options = _options_of(
+    options = _make_options(
         strategy_options=read_options(option), abstain=abstain, strategy=strategy, k=k, filter=wanted, explain=True
     )
-    body = {"prompt": _text_of(prompt), **({} if model is None else {"model": model}), **options}
+    body = {"prompt": _join_words(prompt), **({} if model is None else {"model": model}), **options}
     plan = call(url, "POST", "/v1/route", json=body)["data"][0]
     if as_json:
         print_json(plan)
@@ -337,13 +337,13 @@ def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
     return settings
 
 
-def _options_of(**options: object) -> JsonObject:
+def _make_options(**options: object) -> JsonObject:
     """Return the `lora` object of a request with the options that were given; nothing without any."""
     given = {name: value for name, value in options.items() if value is not None}
     return {"lora": given} if given else {}
 
 
-def _text_of(prompt: list[str] | None) -> str:
+def _join_words(prompt: list[str] | None) -> str:
     """Return the words as one text; `-` alone means standard input. Raises: BadParameter for an empty one."""
     text = sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt or ())
     if not text.strip():

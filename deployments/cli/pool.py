@@ -10,16 +10,16 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from deployments.cli.adapter_publisher import share_of
+from deployments.cli.adapter_publisher import describe_share
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Url,
     call,
-    client_of,
+    find_message,
     join_lines,
     lora_path,
-    message_of,
+    open_client,
     out,
     pages,
     print_json,
@@ -73,7 +73,7 @@ def list_adapters(
     out.print(table)
     for row in rows:
         if row.get("trial"):
-            say(f"{row['id']}: {share_of(row['trial'])}")
+            say(f"{row['id']}: {describe_share(row['trial'])}")
     for row in answer.get("unserved", []):  # a server of an earlier version has none
         show_error(row["text"])
 
@@ -87,15 +87,15 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         return
     samples = answer.pop("samples", [])
     if answer.get("trial"):
-        answer["trial"] = share_of(answer["trial"])
+        answer["trial"] = describe_share(answer["trial"])
     if answer.get("contract"):
         answer["contract"] = escape(json.dumps(answer["contract"], indent=2, ensure_ascii=False))
     for field, shown in (("created_at", "published"), ("live_since", "live since")):
         if field in answer:
-            answer[shown] = _time_of(answer.pop(field))
+            answer[shown] = _format_time(answer.pop(field))
     versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
-        published = _time_of(row["created_at"])
+        published = _format_time(row["created_at"])
         cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], row["source"])
         versions.add_row(*map(str, cells))
     facts = Table(Column(), Column(overflow="fold"), show_header=False)
@@ -120,7 +120,7 @@ def show_bytes(number: int) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
 
 
-def _time_of(text: str) -> str:
+def _format_time(text: str) -> str:
     """Return the time to the second."""
     return text[:19].replace("T", " ")
 
@@ -139,15 +139,15 @@ def withdraw(
     if len(names) > 1 and not yes and sys.stdin.isatty():
         typer.confirm(f"Withdraw {len(names)} adapters with all their versions?", abort=True)
     rows: list[JsonObject] = []
-    with client_of(url) as client:
+    with open_client(url) as client:
         for name in names:
             response = client.delete(lora_path(name))
-            answer = {"error": {"message": message_of(response)}} if response.is_error else response.json()
+            answer = {"error": {"message": find_message(response)}} if response.is_error else response.json()
             rows.append({"name": name, **answer})
             if as_json:
                 continue
             if response.is_error:
-                show_error(f"{name}: {message_of(response)}")
+                show_error(f"{name}: {find_message(response)}")
             else:
                 say(f"{name} was withdrawn at generation {answer['generation']}")
     if as_json:

@@ -22,12 +22,12 @@ from deployments.cli.adapter_publisher import (
     show_refusals,
 )
 from deployments.cli.client import (
-    client_of,
     counted,
     err,
     fail,
+    find_message,
     lora_path,
-    message_of,
+    open_client,
     pages,
     print_json,
     reads_paths,
@@ -85,7 +85,7 @@ def publish_file(file: Path, url: str, *, is_dry: bool, prunes: bool, upload: bo
         fail(f"{file}: no adapter of it belongs to tenant {tenant!r}, so --prune would withdraw all of yours")
     rows: list[JsonObject] = []
     refused: Refused = {}
-    with client_of(url) as client:
+    with open_client(url) as client:
         publisher = AdapterPublisher(client, {}, {"dry_run": "true"} if is_dry else {})
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
         for item, answer in send(list(items.values())):
@@ -124,7 +124,7 @@ def _change(answer: JsonObject, live: JsonObject | None) -> str:
 def _withdraw(client: httpx.Client, name: str) -> str | None:
     """Withdraw an adapter. Return why that failed, None if it did not."""
     response = client.delete(lora_path(name))
-    return message_of(response) if response.is_error else None
+    return find_message(response) if response.is_error else None
 
 
 def _say(file: Path, rows: list[JsonObject], others: list[str], num_left: int, *, prunes: bool, goes: bool) -> None:

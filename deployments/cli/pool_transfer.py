@@ -16,9 +16,9 @@ from rich.progress import MofNCompleteColumn
 
 from deployments.cli.client import (
     check,
-    client_of,
     counted,
     fail,
+    open_client,
     print_json,
     progress,
     report,
@@ -74,7 +74,7 @@ class ServedPool:
 
 def export_to(target: str, names: Sequence[str], store: str | None, url: str, *, as_peft: bool, as_json: bool) -> None:
     """Export to a new archive, store, or folder of PEFT folders. On an error, print it and exit."""
-    with pool_of(store, url) as source, _progress("copying") as copied:
+    with open_pool(store, url) as source, _progress("copying") as copied:
         if as_peft:
             state = source.state().named(names)
             _write_peft(source, state, Path(target))
@@ -137,10 +137,10 @@ def _archive_path(name: str) -> Path:
 
 
 @contextmanager
-def pool_of(store: str | None, url: str) -> Iterator[PoolSource]:
+def open_pool(store: str | None, url: str) -> Iterator[PoolSource]:
     """Yield the pool of a store, or of the server at `url`. On an error, print it and exit."""
     with _failures(), ExitStack() as stack:
-        yield ServedPool(stack.enter_context(client_of(url))) if store is None else StoredPool(store)
+        yield ServedPool(stack.enter_context(open_client(url))) if store is None else StoredPool(store)
 
 
 @contextmanager

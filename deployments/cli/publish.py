@@ -29,9 +29,9 @@ from deployments.cli.client import (
     Json,
     Url,
     answers,
-    client_of,
     err,
     fail,
+    open_client,
     print_json,
     progress,
     reads_paths,
@@ -159,7 +159,7 @@ def publish(
         publish_file(file, url, is_dry=dry_run, prunes=prune, upload=upload, as_json=as_json)
         return
     assert places
-    items = [item for place in places for item in _items_of(place)]
+    items = [item for place in places for item in _find_items(place)]
     names = Counter(item.label for item in items)
     if twice := next((label for label, count in names.items() if count > 1), None):
         problem = f"{twice!r} would be the name of {names[twice]} adapters: publish them one by one, with --name"
@@ -174,7 +174,7 @@ def publish(
     params = {"dry_run": "true"} if dry_run else {}
     if samples is not None:
         items = [replace(items[0], samples=samples)]
-    with client_of(url) as client, _upload_progress(items) as sent:
+    with open_client(url) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, sent)
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
@@ -206,7 +206,7 @@ def _check_alone(
     check_adapters([Path(place) for place in places], config, parity, base_name=base_name, as_json=as_json)
 
 
-def _items_of(place: str) -> list[Item]:
+def _find_items(place: str) -> list[Item]:
     """Return the adapters at `place`. A folder without any is sent as it is, so that the server says what it lacks."""
     if SOURCE.match(place):
         return [Item(place)]

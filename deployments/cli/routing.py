@@ -16,14 +16,14 @@ from rich.table import Table
 
 from deployments.cli.client import (
     check,
-    client_of,
     counted,
+    describe_problem,
     err,
     fail,
+    open_client,
     out,
     pages,
     print_json,
-    problem_of,
     show_error,
 )
 from deployments.json_types import JsonObject
@@ -55,7 +55,7 @@ def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
     """
     rows = read_labelled(file)
     require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
-    with client_of(url) as client:
+    with open_client(url) as client:
         tracked = track(
             _plans(client, rows), "routing", len(rows), console=err, transient=True, disable=not err.is_terminal
         )
@@ -66,7 +66,7 @@ def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"num_inside": len(inside), "num_outside": len(outside), "measures": measures})
         return
-    out.print(_table_of(measures, f"{counted(len(inside), 'prompt')} of adapters, {counted(len(outside), 'other')}"))
+    out.print(_make_table(measures, f"{counted(len(inside), 'prompt')} of adapters, {counted(len(outside), 'other')}"))
     if inside and outside:
         out.print(_operating_points(inside, outside))
 
@@ -124,7 +124,7 @@ def _measures(inside: Sequence[Routed], outside: Sequence[Routed]) -> dict[str, 
     return measures
 
 
-def _table_of(measures: Mapping[str, float], title: str) -> Table:
+def _make_table(measures: Mapping[str, float], title: str) -> Table:
     table = Table("measure", "value", title=title)
     for name, value in measures.items():
         table.add_row(name, f"{value:.3f}" if name == _AUROC else f"{value:.1%}")
@@ -155,7 +155,7 @@ def read_labelled(file: Path, *, needs_adapter: bool = True) -> list[Labelled]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as exc:
-        fail(problem_of(exc))
+        fail(describe_problem(exc))
     except UnicodeDecodeError as exc:
         fail(f"{file}: {exc}")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -66,7 +66,7 @@ def _serve(server: Server, host: str) -> None:
             say(f"{model.name}: {note}" if settings.models else note)
         say(access_note(host, settings))
         say(ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray))
-        program = program_of(sys.argv[0])
+        program = find_program(sys.argv[0])
         for line in next_steps(url, server.ray_address, server.logs, program, has_keys=settings.has_keys):
             say(line)
         interrupts.get()
@@ -95,7 +95,7 @@ def next_steps(
     ]
 
 
-def program_of(file: str) -> str:
+def find_program(file: str) -> str:
     """Return how a shell in this folder calls the program: by its name if it is on the path, else by its file."""
     name = Path(file).name
     return name if shutil.which(name) else file

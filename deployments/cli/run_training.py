@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from deployments.cli.client import counted, fail, problem_of, progress, report
+from deployments.cli.client import counted, describe_problem, fail, progress, report
 from deployments.config.loading import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
@@ -36,18 +36,18 @@ class TrainingJob:
 def run_training(job: TrainingJob, *, as_json: bool = False) -> None:
     """Train the encoder. On an error, print it and exit. `as_json`: print an object for scripts."""
     try:
-        texts = _texts_of(job)
+        texts = _read_texts(job)
         started = time.monotonic()
         _train(job, texts)
     except (RetrieverError, LoraStoreError, ValueError, OSError) as exc:
-        fail(problem_of(exc))
+        fail(describe_problem(exc))
     took_s = time.monotonic() - started
     outcome = {"encoder": str(job.target), "tasks": sorted(texts), "seconds": round(took_s, 1)}
     done = f"trained {job.target} on {counted(len(texts), 'task')} in {took_s:.0f} s"
     report(outcome, done, as_json=as_json)
 
 
-def _texts_of(job: TrainingJob) -> dict[str, list[str]]:
+def _read_texts(job: TrainingJob) -> dict[str, list[str]]:
     """Return the texts to train on, by task. Raises: TooFewSamples; ValueError, naming the line of the file."""
     if job.samples is not None:
         texts, source = read_texts(job.samples), str(job.samples)

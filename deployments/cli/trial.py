@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.adapter_publisher import share_of
+from deployments.cli.adapter_publisher import describe_share
 from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, lora_path, report
 from deployments.cli.pool import Name
 from deployments.json_types import JsonObject
@@ -38,7 +38,7 @@ def start(
         )
     body: JsonObject = {"share": percent / 100, "shadow": shadow, **({} if version is None else {"digest": version})}
     answer = call(url, "POST", f"{lora_path(name)}/share", json=body)
-    done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
+    done = f"{describe_share(answer['trial'])} since generation {answer['generation']}"
     report(answer, f"{answer['name']}: {done}", as_json=as_json)
 
 

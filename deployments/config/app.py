@@ -302,7 +302,7 @@ class AppConfig(ModelSettings):
         """The visibility of a new adapter whose publisher sets none."""
         return "public" if self.keys_file is None else "private"
 
-    def source_prefixes_of(self, tenant: str) -> tuple[str, ...]:
+    def find_source_prefixes(self, tenant: str) -> tuple[str, ...]:
         """Return the URI prefixes that `tenant` may publish from."""
         if not isinstance(self.source_prefixes, dict):
             return self.source_prefixes

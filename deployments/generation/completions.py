@@ -13,7 +13,7 @@ from deployments.api.base import LoraOptions, TolerantRequest, ignored_fields, r
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
 from deployments.api.contract import applied_contract
-from deployments.api.names import BoundName
+from deployments.api.names import AppliedPolicy
 from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
@@ -45,7 +45,7 @@ def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
         raise
 
 
-def jobs_of(
+def make_jobs(
     request_id: str,
     tenant: str,
     sampling: SamplingParams,
@@ -58,7 +58,7 @@ def jobs_of(
     jobs: list[Job] = []
     for question, planned, template in zip(questions, plans, templates, strict=True):
         for choice in range(num_choices):
-            own = sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, choice))
+            own = sampling if sampling.seed is None else replace(sampling, seed=derive_seed(sampling.seed, choice))
             name = request_id if not jobs else f"{request_id}-{len(jobs)}"
             chosen, plan, prompt = planned.plan.template or template, planned.plan, question.prompt
             if planned.contract is not None:
@@ -68,7 +68,7 @@ def jobs_of(
     return jobs
 
 
-def seed_of(seed: int, choice: int) -> int:
+def derive_seed(seed: int, choice: int) -> int:
     """Return the seed of a prompt's `choice`. The first gets the client's own, as if it had been requested alone."""
     return (seed + choice * _SEED_STEP) % _SEEDS
 
@@ -115,15 +115,15 @@ class CompletionService:
         context.model, context.num_choices = request.model, request.n
         deadline = compute_deadline(context.arrived_at, request.timeout_s, self._models.first.max_request_s)
         async with within(deadline):
-            request, sampling, questions, bound = await self._planner.bind(request, caller.tenant)
+            request, sampling, questions, bound = await self._planner.apply_policy(request, caller.tenant)
             with ExitStack() as stack:
-                work = self._planner.work_of(sampling, questions, request.n)
+                work = self._planner.measure_work(sampling, questions, request.n)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
                 ids = [question for question in questions if isinstance(question.prompt, TokenIds)]
                 for question in ids:
                     if question.lora.names_adapters is None:
                         self._planner.require_base(question.model)
-                if any(map(self._planner.reads, ids)):
+                if any(map(self._planner.needs_routing, ids)):
                     bases = [self._models.limiting(question.model).name for question in questions]
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
@@ -131,7 +131,7 @@ class CompletionService:
                     bases = [planned.plan.base_model for planned in plans]
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 context.record_versions(plans)
-                plans = plans if bound is None else bound.explained(plans)
+                plans = plans if bound is None else bound.explain(plans)
                 if any(planned.plan.contract is not None for planned in plans):
                     given, most = request.set_fields, self._models.first.max_new_tokens
                     plans = [
@@ -141,7 +141,7 @@ class CompletionService:
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
                 templates = [self._models.named(planned.plan.base_model).template for planned in plans]
                 answer = _answer_to(request, questions, plans, caller, context)
-                jobs = jobs_of(context.request_id, caller.tenant, sampling, questions, plans, templates, request.n)
+                jobs = make_jobs(context.request_id, caller.tenant, sampling, questions, plans, templates, request.n)
                 rows = [
                     RowStream(
                         workers=self._workers,
@@ -196,7 +196,7 @@ class CompletionService:
         if isinstance(question.prompt, str):
             question = replace(question, text=question.prompt)
         is_planned = self._models.are_several or not (question.model == AUTO and isinstance(question.prompt, str))
-        num_read = self._planner.tokens_read(question) if is_planned else 0
+        num_read = self._planner.tokens_to_route(question) if is_planned else 0
         num_tokens = prompt_tokens(question.prompt) + tool_tokens(question)
         work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
@@ -228,7 +228,7 @@ class CompletionService:
         question, _ = await self._bound(question, caller, context, deadline)
         work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
         with self._authenticator.running(caller, work) as usage:
-            if self._planner.reads(question):
+            if self._planner.needs_routing(question):
                 self._planner.require_base(question.model)
                 base_model = self._models.limiting(question.model).name
             else:
@@ -249,11 +249,11 @@ class CompletionService:
         """
         context.model = question.model
         async with within(deadline):
-            named = await self._planner.named(question.model, caller.tenant)
+            named = await self._planner.find_policy(question.model, caller.tenant)
         if named is None:
             return question, None
-        bound = BoundName.of(named, question, caller.tenant)
-        return bound.asked(question), bound.policy.template
+        bound = AppliedPolicy.of(named, question, caller.tenant)
+        return bound.apply_to_question(question), bound.policy.template
 
     async def _planned(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> Planned:
         """Return the plan of a question, whose adapters may name a template. Raises: ModelNotFound."""

@@ -56,7 +56,7 @@ _DESCRIPTION = re.compile(  # with a bounded gap, as an unbounded one would be s
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class RoutingTexts:
     """The texts of a conversation that are read. `texts` are tried in order; there is at least one.
 
     `previous`: the texts by which the user turns before the last are found, the newest first, at most `MAX_JOINED`.
@@ -68,18 +68,18 @@ class Reading:
     is_housekeeping: bool = False
 
 
-def reading_of(messages: Sequence[Message]) -> Reading:
+def choose_texts(messages: Sequence[Message]) -> RoutingTexts:
     """Return the texts of a conversation of at least one message. Without a user turn, read the last message."""
     users = [message.content for message in messages if message.role == "user"] or [messages[-1].content]
     system = "\n".join(message.content for message in messages if message.role == "system")
     if is_housekeeping(users[-1]) or is_housekeeping(system):
-        return Reading((users[-1],), is_housekeeping=True)
+        return RoutingTexts((users[-1],), is_housekeeping=True)
     texts = _texts(users)
     order = _DESCRIPTION.sub("", system.strip()[:_SEARCHED_CHARS], count=1).strip()[:MAX_SYSTEM_CHARS]
     if order and len(users) < len(messages):
         texts.append(f"{order}\n{texts[0]}")
     earlier = range(len(users) - 1, max(0, len(users) - 1 - MAX_JOINED), -1)
-    return Reading(tuple(texts), tuple(_texts(users[:place])[0] for place in earlier))
+    return RoutingTexts(tuple(texts), tuple(_texts(users[:place])[0] for place in earlier))
 
 
 def is_housekeeping(text: str) -> bool:

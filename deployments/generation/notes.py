@@ -13,7 +13,7 @@ from deployments.api.responses import Planned
 from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
 from deployments.calls.catalogue_clients import StoreClient
 from deployments.calls.serve_calls import Background
-from deployments.generation.conversation import reading_of
+from deployments.generation.conversation import choose_texts
 from gpu_worker.front.request.request import TokenIds
 from lora_store import Feedback
 from lora_store.lru_cache import LruCache
@@ -43,7 +43,7 @@ class PromptNotes:
 
     def note(self, question: Question, planned: Planned, caller: Caller, request_id: str) -> None:
         """Note the prompt of one request in the background, if it may be kept."""
-        text = _text_of(question) if self._is_on and caller.tenant != ANONYMOUS_TENANT else None
+        text = _find_text(question) if self._is_on and caller.tenant != ANONYMOUS_TENANT else None
         if text is None or self._num_running >= MAX_RUNNING:
             return
         rows = planned.plan.adapters
@@ -82,11 +82,11 @@ def _names_adapter(question: Question) -> bool:
     return question.alias is None and question.lora.names_adapters is None and "@" not in question.model
 
 
-def _text_of(question: Question) -> str | None:
+def _find_text(question: Question) -> str | None:
     """Return the text by which the router would read the prompt, None for one that means nothing alone."""
     if isinstance(question.prompt, TokenIds) or not isinstance(question.prompt, tuple):
         text = question.text
     else:
-        reading = reading_of(question.prompt)
+        reading = choose_texts(question.prompt)
         text = None if reading.previous or reading.is_housekeeping else reading.texts[0]
     return text[:MAX_CHARS] if text and text.strip() else None

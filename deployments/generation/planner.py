@@ -11,14 +11,14 @@ from typing import TypeVar
 
 from deployments.api.base import LoraOptions, PlanGiven
 from deployments.api.completions import GenerationRequest, PolicyFields, Question
-from deployments.api.names import BoundName, NamePolicy
+from deployments.api.names import AppliedPolicy, NamePolicy
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound, RequestInvalid
-from deployments.generation.conversation import Reading, reading_of
+from deployments.generation.conversation import RoutingTexts, choose_texts
 from deployments.observability.request_context import RequestContext
 from deployments.observability.tracing import open_span
 from gpu_worker.errors import PromptTooLong
@@ -116,19 +116,21 @@ class Planner:
         self._models, self._retriever = models, retriever
         self.defaults = defaults  # for what a request leaves unset; may be replaced at any time
 
-    async def bind(self, request: R, tenant: str) -> tuple[R, SamplingParams, Sequence[Question], BoundName | None]:
+    async def apply_policy(
+        self, request: R, tenant: str
+    ) -> tuple[R, SamplingParams, Sequence[Question], AppliedPolicy | None]:
         """Return a request, its sampling and its questions by the policy of its model name, and that policy.
 
         Raises: PromptTooLong, ModelNotFound, RequestInvalid, SamplingInvalid, GrammarInvalid, StaleIndex.
         """
         sampling, questions = request.sampling(), request.questions()
         _check_limits(sampling, questions, self._models.limiting(request.model))  # before any call
-        named = await self.named(request.model, tenant, request.lora.min_generation)
+        named = await self.find_policy(request.model, tenant, request.lora.min_generation)
         if named is None:
             return request, sampling, questions, None
-        bound = BoundName.of(named, questions[0], tenant)
-        filled = bound.filled(request)
-        sampling, questions = filled.sampling(), bound.questions(filled)
+        bound = AppliedPolicy.of(named, questions[0], tenant)
+        filled = bound.apply_to_request(request)
+        sampling, questions = filled.sampling(), bound.make_questions(filled)
         _check_limits(sampling, questions, self._models.limiting(bound.policy.model))
         return filled, sampling, questions, bound
 
@@ -140,13 +142,13 @@ class Planner:
                 f"token ids need a model that names their base model, as {named!r}; or send text", "model"
             )
 
-    async def named(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
+    async def find_policy(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
         """Return the newest policy of a model name, None for any other model. Raises: ModelNotFound, StaleIndex."""
         if model == AUTO or self._models.split(model) != ("", model) or ":" in model:
             return None
         return next(iter(await self._retriever.policies(tenant, model, min_generation)), None)
 
-    async def settle(self, policy: NamePolicy, tenant: str) -> NamePolicy:
+    async def add_owners(self, policy: NamePolicy, tenant: str) -> NamePolicy:
         """Return a policy with the owners of its adapters, so that it means the same for every tenant.
 
         Raises: ModelNotFound, AdapterNotFound, AdapterIncompatible, PlanInvalid, RequestInvalid if no request could be
@@ -175,7 +177,7 @@ class Planner:
         adapters = [choice.model_copy(update={"name": name}) for choice, name in zip(given, names, strict=True)]
         return policy.model_copy(update={"lora": policy.lora.model_copy(update={"adapters": adapters})})
 
-    def work_of(self, sampling: SamplingParams, questions: Sequence[Question], num_choices: int) -> Work:
+    def measure_work(self, sampling: SamplingParams, questions: Sequence[Question], num_choices: int) -> Work:
         """Return how much a request asks for. Raises: ModelNotFound.
 
         An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
@@ -186,7 +188,7 @@ class Planner:
         return Work(
             num_rows=len(questions) * num_choices,
             num_tokens=sum(num_tools) + num_tokens,
-            num_read=sum(map(self.tokens_read, questions)),
+            num_read=sum(map(self.tokens_to_route, questions)),
             rows_field="n" if num_choices > 1 else "prompt",
             tokens_field="max_tokens",
         )
@@ -230,8 +232,8 @@ class Planner:
             field = question.alias or f"lora.{options.names_adapters}"
             raise RequestInvalid(f"{field} requires model 'auto'", field)
         if name == AUTO:
-            if isinstance(question.prompt, tuple) and _is_read(options):
-                reading = reading_of(question.prompt)
+            if isinstance(question.prompt, tuple) and _is_routed(options):
+                reading = choose_texts(question.prompt)
                 return [await self._plan_conversation(reading, question.model, options, tenant)] * len(questions)
             texts = [item.text or "" for item in questions]
             return await self._plan_texts(texts, options, tenant, question.model)
@@ -267,30 +269,30 @@ class Planner:
                 "model",
             )
 
-    def tokens_read(self, question: Question) -> int:
+    def tokens_to_route(self, question: Question) -> int:
         """Return how many tokens the encoder may read to find the question's adapters. Raises: ModelNotFound.
 
         Token ids whose text is not known yet count as one token each.
         """
-        if isinstance(question.prompt, TokenIds) and question.text is None and self.reads(question):
+        if isinstance(question.prompt, TokenIds) and question.text is None and self.needs_routing(question):
             return min(len(question.prompt.ids), MAX_TOKENS)
-        return sum(map(tokens_routed, self.texts_read(question)))
+        return sum(map(tokens_routed, self.texts_to_route(question)))
 
-    def texts_read(self, question: Question) -> Sequence[str]:
+    def texts_to_route(self, question: Question) -> Sequence[str]:
         """Return the texts that the encoder may read to find the question's adapters. Raises: ModelNotFound."""
         if self._model_name(question.model) != AUTO:
             return ()
-        if isinstance(question.prompt, tuple) and _is_read(question.lora):
-            reading = reading_of(question.prompt)
+        if isinstance(question.prompt, tuple) and _is_routed(question.lora):
+            reading = choose_texts(question.prompt)
             return () if reading.is_housekeeping else (*reading.previous, *reading.texts)
         options = question.lora
         return () if options.names_adapters is not None else (options.query or question.text or "",)
 
-    def reads(self, question: Question) -> bool:
+    def needs_routing(self, question: Question) -> bool:
         """Return whether the encoder reads the question's own text. Raises: ModelNotFound."""
-        return self._model_name(question.model) == AUTO and _is_read(question.lora)
+        return self._model_name(question.model) == AUTO and _is_routed(question.lora)
 
-    async def _plan_conversation(self, reading: Reading, model: str, options: LoraOptions, tenant: str) -> Planned:
+    async def _plan_conversation(self, reading: RoutingTexts, model: str, options: LoraOptions, tenant: str) -> Planned:
         """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.
 
         Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `plan_all`.
@@ -441,7 +443,7 @@ def _planned(request: RouteRequest, route: Route) -> Planned:
     return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags)
 
 
-def _is_read(options: LoraOptions) -> bool:
+def _is_routed(options: LoraOptions) -> bool:
     """Return whether a conversation's own text finds its adapters: the options neither name them nor give a text."""
     return options.query is None and options.plan is None and options.adapters is None
 

@@ -53,7 +53,7 @@ def build_api(services: Services) -> Api:
         docs_url=None,
         redoc_url=None,
         telemetry=_TELEMETRY,
-        middleware=middleware_of(services),
+        middleware=list_middleware(services),
         lifespan=partial(send_usage, services.usage_log),
     )
     app.state.services = services
@@ -91,7 +91,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
-def middleware_of(services: Services) -> list[Middleware]:
+def list_middleware(services: Services) -> list[Middleware]:
     """Return the middleware in the order in which a request passes it. No other place decides this order."""
     limit_of = partial(max_body_bytes, services.config.max_upload_bytes)
     return [

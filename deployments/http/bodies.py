@@ -26,7 +26,7 @@ from deployments.byte_budget import ByteBudget
 from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow, RequestInvalid
 from deployments.http.error_responses import error_response
-from deployments.observability.request_context import context_of, path_of
+from deployments.observability.request_context import find_context, find_path
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
 MAX_BODY_TOTAL_BYTES = 256 << 20  # all bodies of one Ingress replica, except uploads
@@ -71,7 +71,7 @@ class BodyLimit:
             return
         max_bytes = self._limit_of(scope)
         budget = self._budget if max_bytes <= DEFAULT_MAX_BODY_BYTES else ByteBudget(max_bytes)
-        body = _Body(receive, max_bytes, budget, context_of(scope).tenant, self._patience_s)
+        body = _Body(receive, max_bytes, budget, find_context(scope).tenant, self._patience_s)
         scope.setdefault("state", {})[KEEP_OF_BODY] = body.keep
         started = False
 
@@ -140,7 +140,7 @@ def max_body_bytes(max_upload_bytes: int, scope: Scope) -> int:
     """Return the size limit of this request's body: that of an upload, or a small one for all other bodies."""
     kind = dict(scope["headers"]).get(b"content-type", b"")
     is_form = kind.lower().startswith(b"multipart/form-data")
-    if is_form and scope["method"] == "POST" and path_of(scope) == _UPLOADS:
+    if is_form and scope["method"] == "POST" and find_path(scope) == _UPLOADS:
         return max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
 

@@ -23,7 +23,7 @@ from deployments.generation.planner import Planner
 from deployments.http.middleware import is_loopback
 from deployments.http.readiness import Readiness
 from deployments.observability.cluster_stats import StatsReader
-from deployments.observability.request_context import RequestContext, context_of
+from deployments.observability.request_context import RequestContext, find_context
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import Evaluator
@@ -61,7 +61,7 @@ class Services:
     keep_alive_s: float = KEEP_ALIVE_S
 
 
-async def services_of(http: Request) -> Services:
+async def find_services(http: Request) -> Services:
     """Return the services that `build_api` was given."""
     services: Services = http.app.state.services
     return services
@@ -69,14 +69,14 @@ async def services_of(http: Request) -> Services:
 
 async def request_context(http: Request) -> RequestContext:
     """Return the context of this request."""
-    return context_of(http.scope)
+    return find_context(http.scope)
 
 
-async def caller_of(
+async def find_caller(
     http: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_SCHEME)] = None
 ) -> Caller:
     """Return the authenticated caller. Raises: KeyRefused."""
-    caller = context_of(http.scope).caller
+    caller = find_context(http.scope).caller
     if caller is None:
         raise KeyRefused("this server takes a key, as `Authorization: Bearer KEY`")
     return caller
@@ -93,9 +93,9 @@ def require_role(role: Role) -> Dependency:
     return Dependency(caller_with_role)
 
 
-AnyServices = Annotated[Services, Depends(services_of)]
+AnyServices = Annotated[Services, Depends(find_services)]
 AnyContext = Annotated[RequestContext, Depends(request_context)]
-AnyCaller = Annotated[Caller, Depends(caller_of)]
+AnyCaller = Annotated[Caller, Depends(find_caller)]
 InferCaller = Annotated[Caller, require_role("infer")]
 PublishCaller = Annotated[Caller, require_role("publish")]
 AdminCaller = Annotated[Caller, require_role("admin")]
@@ -134,7 +134,7 @@ def require_approver(services: Services, ref: AdapterRef, caller: Caller) -> Non
         raise SelfApproval(ref.name, ref.tenant)
 
 
-def item_of(services: Services, item: PublishItem, caller: Caller, http: Request) -> PublishItem:
+def make_item(services: Services, item: PublishItem, caller: Caller, http: Request) -> PublishItem:
     """Return `item` as the caller's tenant publishes it.
 
     Raises: PublishingDisabled if it is a folder of the server and this client may not name one.
@@ -159,12 +159,12 @@ async def own_key(name: str, caller: Caller, services: Services) -> AsyncIterato
             raise AdapterNotFound(name)
         yield caller.tenant, bare
     except AdapterNotFound as exc:
-        if (owner := await _owner_of(name, caller, services)) is not None:
+        if (owner := await _find_owner(name, caller, services)) is not None:
             raise AdapterNotFound(name, owner=owner) from exc
         raise
 
 
-async def _owner_of(name: str, caller: Caller, services: Services) -> str | None:
+async def _find_owner(name: str, caller: Caller, services: Services) -> str | None:
     """Return the other tenant whose adapter the caller sees under this name, if there is one."""
     try:
         _, [record, *_] = await services.retriever.record(caller.tenant, name)

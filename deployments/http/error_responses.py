@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from deployments.api.anthropic_answer import anthropic_error
 from deployments.api.error_table import describe, http_error_object, response_headers, validation_error
 from deployments.json_types import JsonObject
-from deployments.observability.request_context import RequestContext, context_of, path_of
+from deployments.observability.request_context import RequestContext, find_context, find_path
 
 _MAX_SHOWN_CHARS = 100
 _INSTEAD = {
@@ -30,9 +30,9 @@ class ErrorResponse(JSONResponse):
     """An error object as a response. Its code goes into the request's context when it is sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = context_of(scope)
+        context = find_context(scope)
         context.code = self.code
-        if path_of(scope).startswith("/v1/messages"):  # also what the middleware refuses
+        if find_path(scope).startswith("/v1/messages"):  # also what the middleware refuses
             body = anthropic_error(self.status_code, self._error, context.request_id)
             await JSONResponse(body, self.status_code, self._sent)(scope, receive, send)
         else:
@@ -70,7 +70,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> ErrorResponse:
-        detail = no_route(path_of(request.scope)) if error.status_code == 404 else str(error.detail)
+        detail = no_route(find_path(request.scope)) if error.status_code == 404 else str(error.detail)
         body = http_error_object(error.status_code, detail)
         return ErrorResponse(body, error.status_code, dict(error.headers or {}))
 

@@ -26,7 +26,7 @@ from deployments.auth.authenticator import Authenticator, InFlight
 from deployments.config.app import AppConfig
 from deployments.errors import HostRefused, OriginRefused
 from deployments.http.error_responses import error_response
-from deployments.observability.request_context import CLIENT_LEFT, CONTEXT_KEY, RequestContext, context_of, path_of
+from deployments.observability.request_context import CLIENT_LEFT, CONTEXT_KEY, RequestContext, find_context, find_path
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 
@@ -103,7 +103,7 @@ class RequestContextMiddleware:
                 context.status, headers = message["status"], MutableHeaders(scope=message)
                 if given is None:
                     headers[_HEADER] = request_id
-                if path_of(scope).startswith("/v1/messages"):
+                if find_path(scope).startswith("/v1/messages"):
                     headers["request-id"] = request_id  # where Anthropic's clients look for it
                 headers["X-Content-Type-Options"] = "nosniff"
                 if headers.get("content-type", "").startswith(_NOT_KEPT):
@@ -127,7 +127,7 @@ class RequestContextMiddleware:
             context.status, context.code = 500, "internal_error"
             raise
         finally:
-            if path_of(scope) not in _PROBES:
+            if find_path(scope) not in _PROBES:
                 context.route = getattr(scope.get("route"), "path", _NOT_MATCHED)
                 self._usage_log.record(context, None if is_complete or context.code else CLIENT_LEFT)
                 self._metrics.record_request(context)
@@ -154,7 +154,7 @@ class Admission:
             return
 
         async def answer(message: Message) -> None:
-            caller = context_of(scope).caller
+            caller = find_context(scope).caller
             if caller is not None and message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self._authenticator.rate_headers(caller))
             await send(message)
@@ -174,7 +174,7 @@ class Admission:
         """Return the tenant that holds a place for this request, None for a probe. Raises: the refusal."""
         headers = Headers(scope=scope)
         check_origin(headers, self._config)  # before a key is read
-        context, path = context_of(scope), path_of(scope)
+        context, path = find_context(scope), find_path(scope)
         if path.startswith(_GUARDED):
             authorization = headers.get("authorization")
             context.ignores_key = authorization is not None and not self._config.has_keys
@@ -234,7 +234,7 @@ def check_origin(headers: Headers, config: AppConfig) -> None:
     if has_keys and not config.allowed_hosts:
         return
     hosts = headers.getlist("host")
-    host = host_of(hosts[0]) if len(hosts) == 1 else None
+    host = parse_host(hosts[0]) if len(hosts) == 1 else None
     if host is None or not (host == "localhost" or host in config.allowed_hosts or _is_address(host)):
         raise HostRefused(", ".join(hosts)[:_MAX_SHOWN_CHARS])
     origin = headers.get("origin")
@@ -244,7 +244,7 @@ def check_origin(headers: Headers, config: AppConfig) -> None:
         raise OriginRefused(origin[:_MAX_SHOWN_CHARS])
 
 
-def host_of(header: str) -> str | None:
+def parse_host(header: str) -> str | None:
     """Return the host of a `Host` header in lower case, without port, brackets and trailing dot; None without one."""
     found = _HOST.fullmatch(header.strip())
     if found is None:

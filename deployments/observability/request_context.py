@@ -111,13 +111,13 @@ class RequestContext:
         return num_prompt + self.num_read, num_cached, num_new
 
 
-def context_of(scope: Scope) -> RequestContext:
+def find_context(scope: Scope) -> RequestContext:
     """Return the context of the request. Raises: KeyError if the middleware above did not see the request."""
     context: RequestContext = scope["state"][CONTEXT_KEY]
     return context
 
 
-def path_of(scope: Scope) -> str:
+def find_path(scope: Scope) -> str:
     """Return the path as routes match it: relative to where the application is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))

@@ -164,13 +164,13 @@ class RetrieverMetrics(Timings):
         self._never.set(max(num_routable - self._totals.num_chosen, 0))
         self._shadowed.set(self._totals.num_shadowed)
         most, others = self._recent.largest(MAX_NAMED)
-        counts = {_label_of(ref, snapshot): count for ref, count in most} | {OTHER: others}
+        counts = {_make_label(ref, snapshot): count for ref, count in most} | {OTHER: others}
         for label in counts.keys() | self._reported_labels:
             self._plans.set(counts.get(label, 0), {"adapter": label})
         self._reported_labels = set(counts)
 
 
-def _label_of(ref: AdapterRef, snapshot: Snapshot) -> str:
+def _make_label(ref: AdapterRef, snapshot: Snapshot) -> str:
     """Return the adapter's public name, or a digest if it is private by now."""
     record = snapshot.live(ref)
     return ref.name if record is not None and record.visibility == "public" else ref.digest[:_DIGEST_CHARS]

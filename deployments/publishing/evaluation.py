@@ -18,7 +18,7 @@ from deployments.api.responses import Planned, replicas_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.worker_client import StreamEnd, Workers
 from deployments.config.served_model import ServedModels
-from deployments.generation.completions import jobs_of
+from deployments.generation.completions import make_jobs
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
 from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
@@ -57,7 +57,7 @@ class AnswerScorer(Scorer):
         assert example.output is not None, "examples have outputs"
         async with self._room:
             answer = await self._answer(adapter, example.input, example.output)
-        return score_of(answer, example.output)
+        return score_answer(answer, example.output)
 
     async def _answer(self, adapter: AdapterRecord, text: str, output: str) -> str:
         model = self._models.made_for(adapter.base_model)
@@ -68,7 +68,7 @@ class AnswerScorer(Scorer):
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
         planned = Planned(plan, contract=applied_contract(plan, question, sampling))
         name = f"evaluate-{next(self._numbers)}"
-        [job] = jobs_of(name, _TENANT, sampling, [question], [planned], [model.template])
+        [job] = make_jobs(name, _TENANT, sampling, [question], [planned], [model.template])
         stream, parts = self._workers.stream(replace(job, time_left_s=_ANSWER_S)), list[str]()
         deadline = time.monotonic() + _ANSWER_S
         try:
@@ -81,7 +81,7 @@ class AnswerScorer(Scorer):
         return "".join(parts)
 
 
-def score_of(answer: str, output: str) -> float:
+def score_answer(answer: str, output: str) -> float:
     """Return 1 if the answer equals the sample's output, else 0."""
     return float(normalized(answer) == normalized(output))
 

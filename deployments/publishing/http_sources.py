@@ -74,7 +74,7 @@ def copy_over_http(
     Raises: SourceRefused, SourceMissing, SourceUnavailable; AdapterRefused above `max_bytes`.
     """
     server = _hub(uri, environment, resolve) if place.scheme == HUB else _mlflow(uri, environment)
-    with _errors_of(uri), server as client:
+    with _translate_errors(uri), server as client:
         list_files = _hub_files if place.scheme == HUB else _mlflow_files
         files = list_files(uri, place, client, environment)
         if not files:
@@ -90,7 +90,7 @@ def copy_over_http(
 
 
 @contextmanager
-def _errors_of(uri: str) -> Iterator[None]:
+def _translate_errors(uri: str) -> Iterator[None]:
     """Translate errors of HTTP."""
     try:
         yield

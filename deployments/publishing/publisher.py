@@ -21,7 +21,7 @@ from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.publishing.results import published_of, results_of
+from deployments.publishing.results import make_result, make_results
 from deployments.publishing.validator import AdapterValidator, Charge, Outcome, ValidatedAdapter, free_of_charge
 from lora_store import (
     AdapterNotFound,
@@ -341,7 +341,7 @@ class Publisher:
     async def _end_trial(self, live: AdapterRecord, actor: str) -> Published:
         settled = await self._settle(partial(self._store.set_trial, live.ref.tenant, live.ref.name, None, actor))
         ended = replace(live, generation=settled.generation, trial=None)
-        result = published_of(ended, settled)
+        result = make_result(ended, settled)
         assert isinstance(result, Published)
         return result
 
@@ -362,7 +362,7 @@ class Publisher:
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
             if change.is_dry:
-                return results_of(staged, outcomes, older, Settled(0, 0, 0))
+                return make_results(staged, outcomes, older, Settled(0, 0, 0))
             is_unsure = True
             generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False
@@ -384,7 +384,7 @@ class Publisher:
         for tenant in dict.fromkeys(outcome.staged.ref.tenant for outcome in new):
             for listener in self._listeners:
                 listener(tenant, change.actor)
-        return results_of(staged, outcomes, older, settled)
+        return make_results(staged, outcomes, older, settled)
 
     def _check_trial(
         self, item: Staged | BaseException, older: Mapping[Key, Sequence[AdapterRecord]]

@@ -18,7 +18,7 @@ _NO_EFFECT = (
 )
 
 
-def results_of(
+def make_results(
     staged: Sequence[Staged | BaseException],
     outcomes: Sequence[Outcome],
     older: Mapping[Key, Sequence[AdapterRecord]],
@@ -27,17 +27,17 @@ def results_of(
     """Return the result of each upload. `older`: the kept versions before the commit, by name."""
     results: list[Published | Exception] = []
     for item, outcome in zip(staged, outcomes, strict=True):
-        result = published_of(outcome, settled)
+        result = make_result(outcome, settled)
         if isinstance(result, Published):
             new = outcome.staged if isinstance(outcome, ValidatedAdapter) else item
             assert isinstance(new, Staged)
             before = older.get(result.ref.key, (None,))[0]
-            result = replace(_compared(result, new, before), warnings=warnings_of(new, result.probe_shift))
+            result = replace(_compared(result, new, before), warnings=find_warnings(new, result.probe_shift))
         results.append(result)
     return results
 
 
-def published_of(outcome: Outcome, settled: Settled) -> Published | Exception:
+def make_result(outcome: Outcome, settled: Settled) -> Published | Exception:
     """Return the result of one upload."""
     if isinstance(outcome, ValidatedAdapter):
         found = outcome.embedded is not None
@@ -67,7 +67,7 @@ def _compared(result: Published, staged: Staged, before: AdapterRecord | None) -
     """Return the result with what the version kept of the one that was live before, and what differs from it."""
     if before is None:
         return result
-    old, new = _label_of(before), _label_of(staged.record)
+    old, new = _make_label(before), _make_label(staged.record)
     keeps: set[Kept] = {*staged.keeps, "visibility"} if staged.record.is_offered else {*staged.keeps}
     if "visibility" in keeps:  # decided by the commit
         new["visibility"] = old["visibility"]
@@ -79,7 +79,7 @@ def _compared(result: Published, staged: Staged, before: AdapterRecord | None) -
     return replace(result, kept={field: value for field, value in new.items() if field in keeps}, changed=changed)
 
 
-def _label_of(record: AdapterRecord) -> dict[Kept, object]:
+def _make_label(record: AdapterRecord) -> dict[Kept, object]:
     return {
         "tags": list(record.tags),
         "template": record.template,
@@ -89,7 +89,7 @@ def _label_of(record: AdapterRecord) -> dict[Kept, object]:
     }
 
 
-def warnings_of(staged: Staged, shift: float | None) -> tuple[str, ...]:
+def find_warnings(staged: Staged, shift: float | None) -> tuple[str, ...]:
     """Return what the publisher of a valid adapter should know.
 
     An unlisted adapter has no warnings: a training loop publishes its first steps, which change little.

@@ -19,7 +19,7 @@ from ray.serve.request_router import (
 
 from deployments.scaling import residency  # Serve pickles this module by value, but not the modules that it imports
 from deployments.scaling.residency import HeardReports, short_digest
-from gpu_worker.front.prefix import namespace_of
+from gpu_worker.front.prefix import make_namespace
 from gpu_worker.front.request.request import Job
 
 _EXPECTED_S = 3.0  # until a worker with a late event loop has reported the adapters of a request that was sent to it
@@ -45,7 +45,7 @@ class Turn:
         job = args[0] if args else None
         if not isinstance(job, Job) or not isinstance(job.prompt, tuple):
             return None
-        digest = hashlib.blake2b(namespace_of(job.plan, job.tenant, shares_base=False), digest_size=16)
+        digest = hashlib.blake2b(make_namespace(job.plan, job.tenant, shares_base=False), digest_size=16)
         first = previous = b""
         for message in job.prompt:
             if message.role == "assistant":

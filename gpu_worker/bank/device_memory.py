@@ -38,10 +38,10 @@ def free_bytes(device: torch.device, share: float = 1.0) -> int:
         raise WorkerConfigInvalid(
             f"device is '{device.type}' but torch {torch.__version__} finds none; use 'cpu' or install torch for CUDA"
         )
-    return share_of(*torch.cuda.mem_get_info(device), share)
+    return limit_to_share(*torch.cuda.mem_get_info(device), share)
 
 
-def share_of(num_free_bytes: int, num_bytes: int, share: float) -> int:
+def limit_to_share(num_free_bytes: int, num_bytes: int, share: float) -> int:
     """Return the smaller of the free bytes and the process's share of all bytes."""
     return min(num_free_bytes, int(share * num_bytes))
 

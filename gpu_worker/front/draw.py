@@ -55,7 +55,7 @@ class Draw:
         return self.params.temperature < GREEDY_BELOW
 
 
-def table_of(draws: Sequence[Draw], vocabulary: int) -> NDArray[np.void]:
+def make_table(draws: Sequence[Draw], vocabulary: int) -> NDArray[np.void]:
     """Return the draws as a table of `TABLE`, numbered in order. Greedy rows need no random number."""
     table = np.zeros(len(draws), TABLE)
     table["row"] = range(len(draws))

@@ -36,7 +36,7 @@ class Prefix:
         return self._keys[block]
 
 
-def namespace_of(plan: Plan, tenant: str, *, shares_base: bool) -> bytes:
+def make_namespace(plan: Plan, tenant: str, *, shares_base: bool) -> bytes:
     """Return the digest of the tenant and the composition. Equal compositions have equal digests.
 
     An adapter of weight 0 changes nothing. `shares_base`: prompts without adapters share blocks among tenants.

@@ -23,7 +23,7 @@ from gpu_worker.front.request.prompt_memo import PromptMemo
 from gpu_worker.front.request.prompts import Message, resolve_template, template_stops
 from gpu_worker.front.request.request import MAX_CHARS_PER_TOKEN, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tool_parser import ToolCallParser
-from gpu_worker.front.request.tool_prompts import find_style, render_conversation, style_of
+from gpu_worker.front.request.tool_prompts import choose_style, find_style, render_conversation
 from gpu_worker.front.request.tools import Tools, ToolStyle
 from gpu_worker.front.row import Row, Sink
 from gpu_worker.front.text.decode_stream import text_offsets
@@ -164,7 +164,7 @@ class RequestPreprocessor:
         return tool_grammar(job.tools, self._choose_style(job).form, job.sampling.grammar)
 
     def _choose_style(self, job: Job) -> ToolStyle:
-        return style_of(job.template, self._base.tokenizer, self._tool_style)
+        return choose_style(job.template, self._base.tokenizer, self._tool_style)
 
     def _tool_parser(self, job: Job, tools: Tools, grammar: Grammar | None) -> ToolCallParser:
         style, names = self._choose_style(job), {function.name for function in tools.functions}

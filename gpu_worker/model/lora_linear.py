@@ -38,7 +38,7 @@ class LoraLinear(nn.Module):
         return outputs
 
 
-def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+def compute_outputs(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """Return the output of each layer. If all share an InputBank, add their adapters in one call.
 
     The layers' own `forward` is not called then, except where a layer has hooks.

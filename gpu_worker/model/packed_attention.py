@@ -46,7 +46,7 @@ def packed_attention(
         )
     layer = module.layer_idx
     assert isinstance(layer, int)
-    attention = step.attention_of(layer)
+    attention = step.plan_attention(layer)
     attended = attention.attend(layer, query[0], key[0], value[0], scaling=scaling, sliding_window=sliding_window)
     return attended[None], None
 

@@ -68,7 +68,7 @@ class StepContext:
         """Return the step's attention plan. Unlike `attention_of`, this is not the call of a layer."""
         return self._attention
 
-    def attention_of(self, layer: int) -> AttentionPlan:
+    def plan_attention(self, layer: int) -> AttentionPlan:
         """Return the step's attention plan, once per layer.
 
         Raises: BaseModelUnsupported at a layer's second call, which would overwrite the first call's keys and values.

@@ -23,9 +23,9 @@ from gpu_worker.model.packed_attention import unknown_arguments
 from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.attention_cpu import HostAttention
-from gpu_worker.native.attention.decode_attention import Cache, cache_of
+from gpu_worker.native.attention.decode_attention import Cache, make_cache_struct
 from gpu_worker.native.fused import Angles, CallRecorder, FusedAttention, FusedMlp, FusedRmsNorm, Norm, probe_input
-from gpu_worker.native.kernels.kernel_loading import function_of, load_library
+from gpu_worker.native.kernels.kernel_loading import find_function, load_library
 
 _FUNCTIONS = (  # in the order of the struct Kernels: library, function
     ("packed_linear", "linear_bf16"),
@@ -77,9 +77,9 @@ class LayerKernel:
 
     def __init__(self, library: ctypes.CDLL, functions: Sequence[Any]) -> None:
         self._functions = (c_void_p * len(functions))(*(ctypes.cast(each, c_void_p) for each in functions))
-        self._layer = function_of(library, "decoder_layer_bf16", *[c_void_p] * 6)
-        self._before = function_of(library, "before_attention_bf16", *[c_void_p] * 4)
-        self._after = function_of(library, "after_attention_bf16", *[c_void_p] * 6)
+        self._layer = find_function(library, "decoder_layer_bf16", *[c_void_p] * 6)
+        self._before = find_function(library, "before_attention_bf16", *[c_void_p] * 4)
+        self._after = find_function(library, "after_attention_bf16", *[c_void_p] * 6)
         self.scratch_values = library.scratch_values
         self.scratch_values.argtypes, self.scratch_values.restype = (c_void_p,), c_int64
 
@@ -272,7 +272,7 @@ class CompiledLayer:
         cache = self._cache_address(attention.keys[self._index], attention.values[self._index])
         if step is None or cache is None:
             return None
-        context.attention_of(self._index)
+        context.plan_attention(self._index)
         y = torch.empty_like(x)
         if attention.is_compiled:
             self._kernel(self._address, step, cache, x, y)
@@ -313,7 +313,7 @@ class CompiledLayer:
         if self._cache is None or self._cache[0] is not keys:
             if keys.dtype != torch.bfloat16 or keys.shape[::2] != self._cache_shape:
                 return None
-            cache = cache_of(keys, values)
+            cache = make_cache_struct(keys, values)
             self._cache = keys, cache, ctypes.addressof(cache)
         return self._cache[2]
 

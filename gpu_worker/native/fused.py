@@ -19,10 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.attention_plan import AttentionPlan
-from gpu_worker.model.lora_linear import outputs_of
+from gpu_worker.model.lora_linear import compute_outputs
 from gpu_worker.model.packed_attention import packed_attention
 from gpu_worker.model.step_context import StepContext
-from gpu_worker.native.kernels.kernel_loading import function_of, functions, load_library
+from gpu_worker.native.kernels.kernel_loading import find_function, functions, load_library
 
 _PROBE_ROWS = 8
 
@@ -53,7 +53,7 @@ class FusedKernel:
         rotate_types = *[c_void_p] * 3, c_int64, c_int64, c_int32
         by_dtype = functions(library, "rotate", *rotate_types)
         self._rotate = {(dtype, dtype): function for dtype, function in by_dtype.items()}
-        self._rotate[torch.bfloat16, torch.float32] = function_of(library, "rotate_bf16_by_f32", *rotate_types)
+        self._rotate[torch.bfloat16, torch.float32] = find_function(library, "rotate_bf16_by_f32", *rotate_types)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, rounds_first: bool) -> Tensor:
         """Return x / sqrt(mean(x²) + eps) · weight over the last dim. x (..., W), weight (W,) float32.
@@ -124,7 +124,7 @@ class FusedMlp(nn.Module):
         self._kernel, self.is_silu = kernel, is_silu
 
     def forward(self, x: Tensor) -> Tensor:  # (..., N, H) -> (..., N, H)
-        gate, up = outputs_of((self.gate_proj, self.up_proj), x)
+        gate, up = compute_outputs((self.gate_proj, self.up_proj), x)
         y: Tensor = self.down_proj(self._kernel.gated(gate, up, is_silu=self.is_silu))
         return y
 
@@ -152,7 +152,7 @@ class FusedAttention(nn.Module):
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:  # (1, N, H) -> (1, N, H)
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        projected = outputs_of((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        projected = compute_outputs((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         query, key, value = (part.view(shape) for part in projected)
         self._kernel.rotate(query, key, (self.q_norm, self.k_norm), *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, packed_attention)

@@ -22,7 +22,7 @@ from gpu_worker.errors import EngineStopped, RequestFailed
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.fair_queue import FairQueue
 from gpu_worker.front.logprobs import Scored
-from gpu_worker.front.prefix import Prefix, namespace_of
+from gpu_worker.front.prefix import Prefix, make_namespace
 from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.front.queue import RequestQueue
 from gpu_worker.front.request.request import Delta
@@ -40,7 +40,7 @@ from gpu_worker.native.checks.model_check import ModelCheck
 from gpu_worker.native.checks.passed_check import PassedCheck
 from gpu_worker.native.forward import ForwardPass
 from gpu_worker.native.memory_plan import load_planned
-from gpu_worker.native.next_tokens import Chosen, choose, grammars_of, masks_of
+from gpu_worker.native.next_tokens import Chosen, choose, find_grammars, find_masks
 from gpu_worker.native.prompt_lookup import guess_all, settle, take
 from gpu_worker.native.sampling.mask_thread import MaskThread
 from gpu_worker.native.sampling.sampling import Sampler
@@ -112,7 +112,7 @@ class Engine:
     def submit(self, row: Row) -> None:
         """Queue the row, with its keys in the prefix cache. Raises: EngineFull."""
         if self.config.prefix_cache and not row.skips_prefix_cache:
-            namespace = namespace_of(row.plan, row.tenant, shares_base=self.config.prefix_cache_shares_base)
+            namespace = make_namespace(row.plan, row.tenant, shares_base=self.config.prefix_cache_shares_base)
             row.prefix = Prefix(row.tokens, namespace, row.adapter_set, self.kv_cache.shape.page_tokens)
         self.queue.submit(row)
 
@@ -240,8 +240,8 @@ class Engine:
             self._end_failed(outcome.failed, num_tokens, works=bool(outcome.computed))
 
     def _attempt(self, part: Sequence[Scheduled]) -> Chosen:
-        self._masks.begin(grammars_of(part))
-        logits = self._forward(part, partial(masks_of, part, self._masks.finish))
+        self._masks.begin(find_grammars(part))
+        logits = self._forward(part, partial(find_masks, part, self._masks.finish))
         self._masks.finish()
         return choose(part, logits, self._sampler)
 

@@ -70,12 +70,12 @@ def _scored_prompts(
     return [(row, [next(scores) for _ in own]) for row, own in positions if own]
 
 
-def grammars_of(part: Sequence[Scheduled]) -> list[GrammarState]:
+def find_grammars(part: Sequence[Scheduled]) -> list[GrammarState]:
     """Return the grammars of the rows whose last token is computed in this step."""
     return [row.grammar for row, _ in _places_with_logits(part) if row.grammar is not None]
 
 
-def masks_of(part: Sequence[Scheduled], finish: Callable[[], None]) -> list[Mask | None]:
+def find_masks(part: Sequence[Scheduled], finish: Callable[[], None]) -> list[Mask | None]:
     """Return the masks of the rows with logits, after `finish` has completed them.
 
     None for a row all of whose logits are read: log probabilities are those before the mask.

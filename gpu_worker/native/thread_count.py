@@ -22,7 +22,7 @@ _NUM_TIMES, _IDLE, _IO_WAIT = 8, 3, 4  # fields of a CPU's line; later fields ar
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Times:
     """Seconds since some moment. Differences of two readings are amounts of a span of time."""
 
     time: float
@@ -30,14 +30,14 @@ class Reading:
     own: float  # CPU time of this process
     waited: float  # in which threads of this process were ready and had no CPU
 
-    def __sub__(self, other: Reading) -> Reading:
-        return Reading(*(getattr(self, name) - getattr(other, name) for name in self.__slots__))
+    def __sub__(self, other: Times) -> Times:
+        return Times(*(getattr(self, name) - getattr(other, name) for name in self.__slots__))
 
-    def __add__(self, other: Reading) -> Reading:
-        return Reading(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+    def __add__(self, other: Times) -> Times:
+        return Times(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
-_NOTHING = Reading(0.0, 0.0, 0.0, 0.0)
+_NOTHING = Times(0.0, 0.0, 0.0, 0.0)
 
 
 class ThreadCount:
@@ -53,7 +53,7 @@ class ThreadCount:
         self,
         limit: int,
         num_cpus: int,
-        read: Callable[[], Reading | None] | None,
+        read: Callable[[], Times | None] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.count = self._limit = limit
@@ -62,7 +62,7 @@ class ThreadCount:
         self._read = read or (lambda: None)
         self._retry_s, self._retry_at = _FIRST_RETRY_S, math.inf
         self._was_short = False  # the last measurement asked for fewer threads
-        self._started: Reading | None = None  # the reading at the start of the present stretch of work
+        self._started: Times | None = None  # the reading at the start of the present stretch of work
         self._seen = _NOTHING  # the sum of earlier stretches in this window
         self._due = self._paused_at = clock()
 
@@ -94,7 +94,7 @@ class ThreadCount:
             self._seen = _NOTHING
         self._started, self._due, self._paused_at = reading if goes_on else None, now + _WINDOW_S, now
 
-    def _choice(self, seen: Reading) -> int:
+    def _choice(self, seen: Times) -> int:
         """Return the number of threads that fits the cores which others did not use in this span.
 
         Half of the time that own threads waited is added to what others used: a busy thread next to two own ones on two
@@ -130,10 +130,10 @@ def thread_count(limit: int | None, *, shares_cores: bool) -> ThreadCount:
     if not shares_cores:
         return ThreadCount(torch.get_num_threads(), 0, None)
     cpus = os.sched_getaffinity(0)
-    return ThreadCount(torch.get_num_threads(), len(cpus), lambda: reading_of(cpus))
+    return ThreadCount(torch.get_num_threads(), len(cpus), lambda: read_times(cpus))
 
 
-def reading_of(cpus: Collection[int], proc: Path = Path("/proc")) -> Reading | None:
+def read_times(cpus: Collection[int], proc: Path = Path("/proc")) -> Times | None:
     """Return the times of this process and of these CPUs, or None where Linux does not say."""
     try:
         used = _seconds_used(cpus, (proc / "stat").read_text())
@@ -141,7 +141,7 @@ def reading_of(cpus: Collection[int], proc: Path = Path("/proc")) -> Reading | N
         waited = sum(_waited_ns(f"{tasks}/{task}/schedstat") for task in os.listdir(tasks)) / 1e9
     except (OSError, ValueError, IndexError):
         return None
-    return None if used is None else Reading(time.monotonic(), used, time.process_time(), waited)
+    return None if used is None else Times(time.monotonic(), used, time.process_time(), waited)
 
 
 def _seconds_used(cpus: Collection[int], stat: str) -> float | None:

@@ -38,12 +38,12 @@ from gpu_worker.front.row import Row, Sink
 from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.model.eager_check import ADAPTER_PLAN, DIGEST
 from gpu_worker.model.lora_kernel import load_lora_kernel
-from gpu_worker.vllm.engine_args import build_config, errors_of_children, expert_bytes, max_len_of, sockets_folder
+from gpu_worker.vllm.engine_args import build_config, errors_of_children, expert_bytes, find_max_len, sockets_folder
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
 from gpu_worker.vllm.packing import Change
-from gpu_worker.vllm.plan_path import PlanIds, path_of
+from gpu_worker.vllm.plan_path import PlanIds, make_path
 from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
@@ -72,7 +72,7 @@ class VllmEngine(InferenceEngine):
         # It checks each grammar, so that vLLM gets none that it cannot compile.
         self._grammars = grammar_compiler(model, config.tool_parser)
         super().__init__(
-            RequestPreprocessor.of(config, model, max_len_of(config, model), self._grammars),
+            RequestPreprocessor.of(config, model, find_max_len(config, model), self._grammars),
             dtype=model.dtype,
             max_waiting=config.max_waiting,
             stream_interval_ms=stream_interval_ms,
@@ -146,7 +146,7 @@ class VllmEngine(InferenceEngine):
                     check_checkpoint(model.source)
                 banks = await llm.collective_rpc("describe_bank")
                 model = narrowed(model, [bank["ends"] for bank in banks])
-                max_len = max_len_of(config, model)
+                max_len = find_max_len(config, model)
                 change, answer = partial(change_banks, llm), partial(answer_check, llm)
                 model = await check_model(config, model, max_len, change, answer)
             except BaseException:
@@ -222,7 +222,7 @@ class VllmEngine(InferenceEngine):
 
     async def _generate(self, row: Row) -> AsyncGenerator[Sequence[NewToken]]:
         """Run the row in vLLM. Raises: EngineStopped if vLLM fails for another reason than the request itself."""
-        path = path_of(row.plan)
+        path = make_path(row.plan)
         request = None if path is None else LoRARequest(path, self._plan_ids(path), path)
         prompt = TokensPrompt(prompt_token_ids=row.tokens[: row.num_prompt_tokens])
         if path is not None or not self._config.prefix_cache_shares_base:
@@ -275,7 +275,7 @@ async def change_banks(llm: AsyncLLM, changes: list[Change]) -> dict[str, str]:
 
 async def answer_check(llm: AsyncLLM, prompt: CheckedPrompt) -> CheckedAnswer:
     """Let vLLM answer a prompt of the check at start."""
-    path = path_of(ADAPTER_PLAN) if prompt.has_adapter else None
+    path = make_path(ADAPTER_PLAN) if prompt.has_adapter else None
     request = None if path is None else LoRARequest(path, 1, path)
     name = f"{DIGEST}-{uuid.uuid4()}"
     tokens = TokensPrompt(prompt_token_ids=prompt.tokens, cache_salt=name)

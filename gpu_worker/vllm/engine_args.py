@@ -161,7 +161,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
     return AsyncEngineArgs(
         model=model.source,
         dtype=str(model.dtype).removeprefix("torch."),
-        max_model_len=max_len_of(config, model),
+        max_model_len=find_max_len(config, model),
         max_num_seqs=config.max_batch_size,
         max_num_batched_tokens=config.max_step_tokens,
         enable_lora=True,
@@ -200,7 +200,7 @@ def expert_bytes(config: VllmWorkerConfig, model: FrontModel) -> tuple[int, int]
     return most(num_rows=config.bank_rank_rows, least_rows=RANK), most(num_rows=config.num_fusion_rows)
 
 
-def max_len_of(config: VllmWorkerConfig, model: FrontModel) -> int:
+def find_max_len(config: VllmWorkerConfig, model: FrontModel) -> int:
     """Return the longest row: prompt plus new tokens."""
     return min(config.max_model_len, model.max_position)
 
@@ -243,7 +243,7 @@ def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOC
     `block`: tokens of a block. `num_more`: blocks that a row has beyond those that its tokens fill.
     Processes divide the heads of keys among them. Where there are more processes than heads, several have the same one.
     """
-    longest = (math.ceil(max_len_of(config, model) / block) + num_more) * block
+    longest = (math.ceil(find_max_len(config, model) / block) + num_more) * block
     tokens = config.kv_tokens or config.max_batch_size * longest
     num_heads = max(model.num_kv_heads // config.tensor_parallel_size, 1)
     return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads

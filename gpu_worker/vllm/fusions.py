@@ -37,7 +37,7 @@ def with_fusion(plan: Plan) -> Plan:
     return replace(plan, strategy="selection", adapters=(PlannedAdapter(AdapterRef("-", "-", name), name, 1.0),))
 
 
-def parts_of(digest: str) -> Parts | None:
+def split_name(digest: str) -> Parts | None:
     """Return the parts of a fusion's name; None for the weights digest of an adapter."""
     if not digest.startswith(_BEGIN):
         return None
@@ -45,16 +45,16 @@ def parts_of(digest: str) -> Parts | None:
     return tuple((part, float(weight)) for part, weight in pairs)
 
 
-def adapters_of(digests: Iterable[str]) -> Iterator[str]:
+def list_adapters(digests: Iterable[str]) -> Iterator[str]:
     """Yield the weights digests, with those of its adapters in place of each fusion."""
     for digest in digests:
-        parts = parts_of(digest)
+        parts = split_name(digest)
         yield from [digest] if parts is None else [part for part, _ in parts]
 
 
 def contains_any(digest: str, parts: Collection[str]) -> bool:
     """Return whether the digest is that of a fusion with one of these adapters."""
-    return any(part in parts for part, _ in parts_of(digest) or ())
+    return any(part in parts for part, _ in split_name(digest) or ())
 
 
 def composed(name: str, parts: Sequence[tuple[DeviceAdapter, float]]) -> AdapterWeights:
@@ -108,7 +108,7 @@ class FusionLoader(AdapterLoader):
             super().discard(cached)
 
     def _fetch_or_compose(self, digest: str) -> Future[AdapterWeights]:
-        parts = parts_of(digest)
+        parts = split_name(digest)
         if parts is None:
             return self._fetch_adapter(digest)
         loads = {part: self.load(part) for part, _ in parts}

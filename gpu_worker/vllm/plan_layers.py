@@ -34,7 +34,7 @@ from gpu_worker.model.mapping import composition
 from gpu_worker.model.step_context import Composition
 from gpu_worker.vllm.expert_layers import adapt_layers
 from gpu_worker.vllm.packing import unpacked
-from gpu_worker.vllm.plan_path import is_plan_path, plan_of
+from gpu_worker.vllm.plan_path import is_plan_path, parse_path
 from lora_store.adapter import Shapes
 from lora_store.plan import BASE_PLAN, Plan
 
@@ -223,7 +223,7 @@ class PlanLayers:
         state = mapping.index_mapping, paths
         if state == self._last:
             return  # the same rows decode again
-        self._plans = {path: self._plans.get(path) or plan_of(path) for path in paths.values()}
+        self._plans = {path: self._plans.get(path) or parse_path(path) for path in paths.values()}
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
         starts = np.flatnonzero(np.diff(ids, prepend=-1))
         num_tokens = np.diff(starts, append=len(ids)).tolist()

@@ -14,7 +14,7 @@ SCHEME = "plan://"
 _MAX_KEPT = 65_536  # a multiple of the plans that can run at once: an id that is dropped has not run for long
 
 
-def path_of(plan: Plan) -> str | None:
+def make_path(plan: Plan) -> str | None:
     """Return the path of the plan, or None if no adapter of it has a weight. Equal compositions have equal paths.
 
     A fusion must be replaced by its adapter before: see `fusions.with_fusion`.
@@ -30,8 +30,8 @@ def is_plan_path(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
-def plan_of(path: str) -> Plan:
-    """Return the plan of a path that `path_of` made. Names and scores of its adapters are not part of the path."""
+def parse_path(path: str) -> Plan:
+    """Return the plan of a path that `make_path` made. Names and scores of its adapters are not part of the path."""
     pairs = [member.split("=") for member in path.removeprefix(SCHEME).split(",")]
     adapters = tuple(PlannedAdapter(AdapterRef("-", "-", digest), digest, float(weight)) for digest, weight in pairs)
     return Plan("mixture", adapters)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.errors import AdapterUnfit, PlanTooLarge
-from gpu_worker.vllm.fusions import adapters_of, contains_any, parts_of
+from gpu_worker.vllm.fusions import contains_any, list_adapters, split_name
 from gpu_worker.vllm.packing import Change, packed
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class PlannedResidency:
     @property
     def resident(self) -> frozenset[str]:
         """Return the weights digests of all adapters in the bank, those in fusions included."""
-        return self._adapters.resident.union(adapters_of(self._fusions.resident))
+        return self._adapters.resident.union(list_adapters(self._fusions.resident))
 
     @property
     def occupied_rows(self) -> int:
@@ -83,7 +83,7 @@ class PlannedResidency:
 
     def part_of(self, digests: Sequence[str]) -> RowAssignment:
         """Return the assignment of the rows that these adapters or this fusion use."""
-        return self._fusions if digests and parts_of(digests[0]) is not None else self._adapters
+        return self._fusions if digests and split_name(digests[0]) is not None else self._adapters
 
 
 class _Assignment(RowAssignment):

@@ -19,7 +19,7 @@ from gpu_worker.front.prefix import Prefix
 from gpu_worker.front.queue import RequestQueue
 from gpu_worker.front.request.request import Delta
 from gpu_worker.front.row import Row
-from gpu_worker.vllm.fusions import FusionLoader, adapters_of
+from gpu_worker.vllm.fusions import FusionLoader, list_adapters
 from gpu_worker.vllm.remote_bank import PlannedResidency, RemoteBank
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class RowRunner:
             loader,
             self._residency,
             self._places,
-            parts=adapters_of,
+            parts=list_adapters,
             pending_parts=loader.pending_parts,
             clock=clock,
         )

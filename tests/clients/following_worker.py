@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.library import compile_matcher, make_vocabulary
 from gpu_worker.front.grammar.tool_grammar import tool_grammar
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Delta, Job
@@ -71,6 +71,6 @@ def _filled(schema: Mapping[str, Any], numbers: Iterator[str], words: Iterator[s
 
 
 def _require_allowed(grammar: Grammar, text: str) -> None:
-    matcher = matcher_of(grammar, make_vocabulary(lambda n: bytes([n]) if n < _END else b"", _END + 1, [_END]))
+    matcher = compile_matcher(grammar, make_vocabulary(lambda n: bytes([n]) if n < _END else b"", _END + 1, [_END]))
     is_allowed = matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
     assert is_allowed, f"the grammar {grammar.text} forbids {text}"

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployments.auth.api_keys import hash_of
+from deployments.auth.api_keys import hash_key
 from deployments.auth.authenticator import ROLES
 
 
 def entry(key: str, tenant: str = "acme", roles: Sequence[str] = ROLES, **more: Any) -> dict[str, Any]:
     """Return the entry of `key`. Its id identifies the key."""
-    return {"id": f"id-{key}", "sha256": hash_of(key), "tenant": tenant, "roles": list(roles), **more}
+    return {"id": f"id-{key}", "sha256": hash_key(key), "tenant": tenant, "roles": list(roles), **more}
 
 
 def write(path: Path, *entries: dict[str, Any]) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, BlobStore, Location, StoreUnavailable, digest_of
+from lora_store import AdapterNotFound, BlobCorrupted, BlobStore, Location, StoreUnavailable, hash_blob
 
 
 def _files(folder: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def test_a_corrupted_blob_raises_and_putting_it_again_repairs_it(tmp_path: Path,
     _files(tmp_path)[0].write_bytes(damaged)
     with pytest.raises(BlobCorrupted) as caught:
         blobs.get(digest)
-    assert (caught.value.digest, caught.value.found) == (digest, digest_of(damaged))
+    assert (caught.value.digest, caught.value.found) == (digest, hash_blob(damaged))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     with pytest.raises(BlobCorrupted):
         blobs.check(digest)

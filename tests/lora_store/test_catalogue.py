@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 from lora_store import AdapterRecord, AdapterRefused, Catalogue, Event, Location, Publish, VersionConflict
 from lora_store.catalogue import History
 from lora_store.event_table import EventTable
-from lora_store.events import Fold, fold_table_of, table_of
+from lora_store.events import Fold, make_fold_table, make_table
 from lora_store.files import Files
 from lora_store.snapshot import Snapshot
 from tests.lora_store.builders import MakeRecord, embedding
@@ -161,10 +161,10 @@ def test_the_log_grows_by_less_than_2_kb_an_event(location: Location, make_recor
 
 def test_events_count_until_a_fold_replaces_them(make_record: MakeRecord) -> None:
     history = History()
-    history.add(table_of([Publish(make_record("a")), Publish(make_record("b"))], 1, "one"), after=0)
-    history.add(table_of([Publish(make_record("c"))], 2, "two"), after=1)
+    history.add(make_table([Publish(make_record("a")), Publish(make_record("b"))], 1, "one"), after=0)
+    history.add(make_table([Publish(make_record("c"))], 2, "two"), after=1)
     assert (history.num_events, history.commits) == (3, {"one": 1, "two": 2})
-    history.add(fold_table_of([Fold(None, None)], 1, {"one": 1}), after=2)
+    history.add(make_fold_table([Fold(None, None)], 1, {"one": 1}), after=2)
     assert history.num_events == 1
     history.forget_until(2)
     assert (history.num_events, history.commits) == (0, {"one": 1, "two": 2})
@@ -173,5 +173,5 @@ def test_events_count_until_a_fold_replaces_them(make_record: MakeRecord) -> Non
 def test_only_recent_commits_are_remembered(make_record: MakeRecord) -> None:
     history = History()
     for generation in range(1, 301):
-        history.add(table_of([Publish(make_record())], generation, f"c{generation}"), after=generation - 1)
+        history.add(make_table([Publish(make_record())], generation, f"c{generation}"), after=generation - 1)
     assert list(history.commits.values()) == list(range(45, 301))

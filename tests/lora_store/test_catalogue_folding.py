@@ -14,7 +14,7 @@ import pytest
 
 from lora_store import Catalogue, Event, GenerationGone, Location, Publish, Snapshot, Withdraw
 from lora_store.event_table import EventTable
-from lora_store.events import dated_events_of, table_of
+from lora_store.events import make_table, read_dated_events
 from lora_store.files import Files
 from tests.lora_store.builders import IN_A_FOLDER, LATER, NOON, MakeRecord, draw_events, embedding
 
@@ -64,7 +64,7 @@ def test_a_folded_pool_equals_the_pool_of_all_events(
             return wanted
 
         generation = folding.commit(events)
-        read = [event for _, event in dated_events_of(table_of(wanted, generation), after=0)]
+        read = [event for _, event in read_dated_events(make_table(wanted, generation), after=0)]
         slow = slow.after(read, generation)
     folds = [file.name for file in Files(location).entries() if file.name.startswith("fold-")]
     assert len(folds) >= 2

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_store import Location
-from lora_store.data_files import DATA_SUFFIX, all_columns_in, commit_of, rows_in, write_rows
+from lora_store.data_files import DATA_SUFFIX, all_columns_in, make_commit, rows_in, write_rows
 from lora_store.events import SCHEMA
 from lora_store.files import Files
 
@@ -69,7 +69,7 @@ def test_rows_of_older_and_newer_releases_are_joined_with_every_column() -> None
 
 def test_a_commit_lists_what_joins_and_what_leaves_the_table(location: Location) -> None:
     added = write_rows(Files(location), SCHEMA.empty_table(), "part", is_change=True)
-    lines = [json.loads(line) for line in commit_of([added], ["old"], [{"protocol": {}}]).splitlines()]
+    lines = [json.loads(line) for line in make_commit([added], ["old"], [{"protocol": {}}]).splitlines()]
     assert [next(iter(line)) for line in lines] == ["commitInfo", "protocol", "add", "remove"]
     assert lines[2]["add"]["path"] == added.path and lines[2]["add"]["dataChange"]
     assert lines[3]["remove"]["path"] == "old" and not lines[3]["remove"]["dataChange"]

@@ -8,7 +8,7 @@ import pytest
 
 from lora_store import Location, Publish, StoreDamaged
 from lora_store.event_table import EventTable, create_table
-from lora_store.events import table_of
+from lora_store.events import make_table
 from lora_store.files import Files
 from tests.lora_store.builders import LATER, MakeRecord
 
@@ -38,7 +38,7 @@ def location(location: Location) -> Location:
 
 @pytest.fixture
 def rows(make_record: MakeRecord) -> Rows:
-    return lambda name, generation: table_of([Publish(make_record(name))], generation)
+    return lambda name, generation: make_table([Publish(make_record(name))], generation)
 
 
 def _refreshed(table: EventTable) -> pa.Table:

@@ -26,10 +26,10 @@ from lora_store.events import (
     Keep,
     SetName,
     VisibleChange,
-    dated_events_of,
-    fold_table_of,
     knows_all_events,
-    table_of,
+    make_fold_table,
+    make_table,
+    read_dated_events,
 )
 from tests.lora_store.builders import NOON, MakeRecord, embedding, ranking
 
@@ -54,7 +54,7 @@ NAMED = NamedPolicy(AdapterRef("local", "support", "e" * 64), '{"temperature":0}
     ids=lambda event: type(event).__name__,
 )
 def test_an_event_is_read_as_it_was_written(event: Event) -> None:
-    [(generation, read)] = dated_events_of(table_of([event], 7), after=0)
+    [(generation, read)] = read_dated_events(make_table([event], 7), after=0)
     assert (generation, read) == (7, event)
     if isinstance(event, Rank) and isinstance(read, Rank):
         assert read.ranking.vector.tolist() == event.ranking.vector.tolist()
@@ -66,7 +66,7 @@ def test_an_event_is_read_as_it_was_written(event: Event) -> None:
 def test_a_contract_is_read_as_it_was_written(make_record: MakeRecord) -> None:
     records = [replace(make_record(), contract=contract) for contract in (None, '{"stop":["\u00e9"]}', None)]
     events: list[Event] = [*map(Publish, records), *(Keep(record, is_live=True) for record in records)]
-    read = [event for _, event in dated_events_of(table_of(events, 7), after=0)]
+    read = [event for _, event in read_dated_events(make_table(events, 7), after=0)]
     contracts = [event.record.contract for event in read if isinstance(event, Publish | Keep)]
     assert contracts == [record.contract for record in records] * 2
 
@@ -79,7 +79,7 @@ def test_a_contract_is_read_as_it_was_written(make_record: MakeRecord) -> None:
 def test_a_profile_of_outputs_is_read_as_it_was_written(make_record: MakeRecord, outputs: OutputProfile | None) -> None:
     own = replace(embedding(), outputs=outputs)
     events = [Publish(make_record(embedding=own)), Embed(REF, own), Keep(make_record(embedding=own), is_live=True)]
-    for _, read in dated_events_of(table_of(events, 7), after=0):
+    for _, read in read_dated_events(make_table(events, 7), after=0):
         assert isinstance(read, Publish | Embed | Keep)
         found = read.embedding if isinstance(read, Embed) else read.record.embedding
         assert found is not None and found.outputs == outputs
@@ -89,7 +89,7 @@ def test_a_profile_of_outputs_is_read_as_it_was_written(make_record: MakeRecord,
 
 
 def test_a_publish_gets_the_generation_of_its_commit(make_record: MakeRecord) -> None:
-    [(_, read)] = dated_events_of(table_of([Publish(make_record())], 7), after=0)
+    [(_, read)] = read_dated_events(make_table([Publish(make_record())], 7), after=0)
     assert isinstance(read, Publish) and read.record.generation == 7
 
 
@@ -98,27 +98,27 @@ def test_a_fold_is_read_as_it_was_written_and_keeps_generations(make_record: Mak
     events += [Keep(make_record(digest="e" * 64), is_live=False), Embed(REF, embedding())]
     events += [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
     events += [SetName(NAMED), SetName(replace(NAMED, approved=True))]
-    assert [event for _, event in dated_events_of(fold_table_of(events, 9, {"one": 1}), after=0)] == events
+    assert [event for _, event in read_dated_events(make_fold_table(events, 9, {"one": 1}), after=0)] == events
 
 
 def test_names_on_disk_do_not_change(make_record: MakeRecord) -> None:
     """Existing stores have these strings."""
     events = [Fold(None, None), VisibleChange("", 1), Keep(make_record(), is_live=True)]
     events += [Keep(make_record(), is_live=False), Embed(REF, embedding())]
-    rows = fold_table_of(events, 1, {"one": 1})["event"].to_pylist()
+    rows = make_fold_table(events, 1, {"one": 1})["event"].to_pylist()
     assert rows == ["fold", "keep_shown", "keep_live", "keep_older", "keep_pending", "keep_commit"]
     plain = [Withdraw(REF, "me", NOON), SetVisibility(REF, "public", "me", NOON), Approve(REF, "me", NOON)]
     plain += [ActivateEncoder("m", "i", "me", NOON), Publish(make_record()), Embed(REF, embedding())]
     plain += [SetName(NAMED)]
     names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed", "set_name"]
-    assert fold_table_of([SetName(NAMED)], 1, {})["event"].to_pylist() == ["keep_name"]
-    assert table_of(plain, 1)["event"].to_pylist() == names
+    assert make_fold_table([SetName(NAMED)], 1, {})["event"].to_pylist() == ["keep_name"]
+    assert make_table(plain, 1)["event"].to_pylist() == names
 
 
 def test_a_kind_of_event_that_only_a_newer_release_knows_is_skipped_and_noticed() -> None:
-    rows = table_of([Approve(REF, "boss", NOON), Withdraw(REF, "me", NOON)], 7)
+    rows = make_table([Approve(REF, "boss", NOON), Withdraw(REF, "me", NOON)], 7)
     newer = rows.set_column(2, SCHEMA.field("event"), pa.array(["pin", "withdraw"]))
-    assert [event for _, event in dated_events_of(newer, after=0)] == [Withdraw(REF, "me", NOON)]
+    assert [event for _, event in read_dated_events(newer, after=0)] == [Withdraw(REF, "me", NOON)]
     assert (knows_all_events(rows), knows_all_events(newer)) == (True, False)
 
 
@@ -128,4 +128,4 @@ def test_every_kind_of_event_that_is_written_is_known(make_record: MakeRecord) -
     changes += [SetName(NAMED)]
     folded = [Fold("model", "enc"), Keep(make_record(), is_live=True), Keep(make_record(), is_live=False)]
     folded += [VisibleChange("acme", 3), Embed(REF, embedding()), *changes[3:5], SetName(NAMED)]
-    assert knows_all_events(table_of(changes, 7)) and knows_all_events(fold_table_of(folded, 7, {"id": 3}))
+    assert knows_all_events(make_table(changes, 7)) and knows_all_events(make_fold_table(folded, 7, {"id": 3}))

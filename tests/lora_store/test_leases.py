@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lora_store import BlobStore, Location, digest_of
+from lora_store import BlobStore, Location, hash_blob
 from lora_store.files import Files
 from lora_store.leases import INTENT_S, LEASE_S, SWEEP_S, Leases
 from tests.lora_store.builders import FakeClock, Stored
 
 DATA = b"weights"
-DIGEST = digest_of(DATA)
+DIGEST = hash_blob(DATA)
 WAIT_S = 120.0
 
 
@@ -120,7 +120,7 @@ def test_a_stage_after_the_check_waits_and_writes_its_blobs_again(location: Loca
 
 def test_a_stage_waits_only_for_sweeps_of_its_own_blobs(location: Location, clock: FakeClock) -> None:
     pool, before = Pool(location, clock), clock.at
-    other = digest_of(b"other")
+    other = hash_blob(b"other")
     assert pool.leases.sweep([other], lambda: {pool.stage()}, pool.blobs.delete) == [other]
     assert clock.at == before
 
@@ -188,7 +188,7 @@ def test_a_half_written_lease_in_a_folder_is_left_to_its_writer(folder_uri: str,
 
 
 def test_many_blobs_are_swept_in_rounds_that_each_check_again(pool: Pool, stored: Stored) -> None:
-    digests = [digest_of(b"%d" % number) for number in range(40)]
+    digests = [hash_blob(b"%d" % number) for number in range(40)]
     looks = []
     gone: list[str] = []
 

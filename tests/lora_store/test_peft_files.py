@@ -72,7 +72,7 @@ def test_a_folder_of_peft_is_read_as_peft_reads_it(
     for name, layer in layers.items():
         module = read.modules[name]
         assert module.scaling == layer.scaling["default"]
-        assert module.rank == layer.r["default"] == read.config.rank_of(name)
+        assert module.rank == layer.r["default"] == read.config.find_rank(name)
         assert module.lora_a.dtype == dtype
         assert torch.equal(module.lora_a, layer.lora_A["default"].weight)
         assert torch.equal(module.lora_b, layer.lora_B["default"].weight)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_store import AdapterRecord, QuotaExceeded, Snapshot, TenantQuota
-from lora_store.quota import TenantUsage, usage_of
+from lora_store.quota import TenantUsage, count_usage
 from lora_store.rules import publish_events
 from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, MakeRecord, OpenStore, embedding
 
@@ -40,8 +40,8 @@ def test_a_tenant_holds_names_and_the_weights_of_kept_versions(records: MakeReco
     same = make_record("a", "acme", "e" * 64, weights_digest="w b")
     others = records("a", tenant="other")
     snapshot = Snapshot(1, dict(live(a, b, *others).records), {("acme", "a"): (older, same)})
-    assert usage_of(snapshot, "acme") == TenantUsage(2, 207)
-    assert usage_of(snapshot, "nobody") == TenantUsage(0, 0)
+    assert count_usage(snapshot, "acme") == TenantUsage(2, 207)
+    assert count_usage(snapshot, "nobody") == TenantUsage(0, 0)
 
 
 @pytest.mark.parametrize(

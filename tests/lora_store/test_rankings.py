@@ -6,7 +6,7 @@ import copy
 from dataclasses import replace
 
 from lora_store import AdapterRef, LoraStore, Publish, Rank, Ranking, Snapshot, Withdraw
-from lora_store.events import dated_events_of, fold_table_of
+from lora_store.events import make_fold_table, read_dated_events
 from lora_store.rankings import OUTCOME
 from lora_store.rules import rank_events
 from tests.lora_store.builders import IN_A_FOLDER, NOON, MakeRecord, OpenStore, ranking
@@ -80,8 +80,8 @@ def test_a_fold_keeps_rankings_and_what_each_tenant_can_see(make_record: MakeRec
     snapshot = Snapshot(0, {}).after_dated(dated, 5)
     assert snapshot.generation_for("acme") == 2
     assert snapshot.generation_for("other") == 1
-    table = fold_table_of(list(snapshot.folded()), 5, {})
-    folded = Snapshot(0, {}).after_dated(dated_events_of(table, after=0), 5)
+    table = make_fold_table(list(snapshot.folded()), 5, {})
+    folded = Snapshot(0, {}).after_dated(read_dated_events(table, after=0), 5)
     assert folded == snapshot
     assert folded.visible_changes == snapshot.visible_changes
     assert used(folded, "acme")[0].vector.tolist() == ranking(POET).vector.tolist()

@@ -9,7 +9,7 @@ import pytest
 
 from lora_store import Catalogue, Location, Publish, Snapshot, StoreDamaged, Withdraw
 from lora_store.event_table import EventTable
-from lora_store.events import table_of
+from lora_store.events import make_table
 from lora_store.files import Files
 from lora_store.repair import Repaired, repair
 from lora_store.table_log import LAST_CHECKPOINT, LOG, checkpoint_name, commit_name
@@ -191,9 +191,9 @@ def test_rows_of_a_writer_whom_a_rival_preceded_are_not_restored(
     location: Location, table: Location, fill: Fill, make_record: MakeRecord
 ) -> None:
     fill(2)
-    loser = table_of([Publish(make_record("loser"))], 2, "loser")
+    loser = make_table([Publish(make_record("loser"))], 2, "loser")
     EventTable(table)._write(loser, "part", is_change=True)
-    repeated = table_of([Publish(make_record("a0", digest=f"{0:064x}"))], 3, _commit_of(table, 1))
+    repeated = make_table([Publish(make_record("a0", digest=f"{0:064x}"))], 3, _commit_of(table, 1))
     EventTable(table)._write(repeated, "part", is_change=True)
     fill(1, start=2)
     _break(table, commit_name(3), "empty")

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lora_store.safetensors_layout import PREFIX_BYTES, StoredTensor, pieces_of, tensors_in
+from lora_store.safetensors_layout import PREFIX_BYTES, StoredTensor, make_pieces, tensors_in
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,9 +42,9 @@ def _read(data: bytes) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("seed", range(10))
 def test_pieces_equal_the_librarys_bytes_and_are_read_alike(seed: int) -> None:
     tensors, metadata = _random_tensors(seed), {"lora": json.dumps({"scaling": {"a.b": 0.5 + seed, "c": 2e-30}})}
-    data = b"".join(pieces_of(tensors, metadata))
+    data = b"".join(make_pieces(tensors, metadata))
     assert data == save(tensors, metadata=metadata)
-    assert b"".join(pieces_of(_stored(data), metadata)) == data, "without torch"
+    assert b"".join(make_pieces(_stored(data), metadata)) == data, "without torch"
     wanted, found = load(data), _read(data)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -54,7 +54,7 @@ def test_pieces_equal_the_librarys_bytes_and_are_read_alike(seed: int) -> None:
 
 def test_a_tensor_that_is_not_contiguous_is_written_contiguously() -> None:
     tensor = torch.arange(12.0).reshape(3, 4).T
-    assert b"".join(pieces_of({"x": tensor}, {"m": "v"})) == save({"x": tensor.contiguous()}, metadata={"m": "v"})
+    assert b"".join(make_pieces({"x": tensor}, {"m": "v"})) == save({"x": tensor.contiguous()}, metadata={"m": "v"})
 
 
 def _file(entries: object, num_bytes: int) -> bytes:
@@ -103,7 +103,7 @@ def test_unaligned_numbers_are_read() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_and_the_largest_finite_one_equal_torchs(dtype: torch.dtype) -> None:
     numbers = torch.cat([torch.randn(1000).to(dtype), torch.tensor([torch.finfo(dtype).max, torch.inf, torch.nan])])
-    data = b"".join(pieces_of({"x": numbers.to(dtype)}, {"m": "v"}))
+    data = b"".join(make_pieces({"x": numbers.to(dtype)}, {"m": "v"}))
     start = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES], "little")
     entries = json.loads(data[PREFIX_BYTES:start])
     stored = tensors_in({"x": entries["x"]}, np.frombuffer(bytearray(data[start:]), np.uint8))["x"]

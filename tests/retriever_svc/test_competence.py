@@ -16,9 +16,9 @@ from retriever_svc.competence import (
     MAX_WITHOUT_SAMPLES,
     Region,
     evaluate,
+    find_regions,
     is_clearly_better,
     rank,
-    regions_of,
 )
 from retriever_svc.index import IndexSettings
 from retriever_svc.pool import Pool
@@ -59,7 +59,7 @@ def regions(
 ) -> list[Region]:
     pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(requires_approval=approval))
     known = {} if given is None else given
-    return list(regions_of(pool, tenant, lambda record: known.get(record.ref.name, SAMPLES)))
+    return list(find_regions(pool, tenant, lambda record: known.get(record.ref.name, SAMPLES)))
 
 
 def evaluated(found: Sequence[Region], right: Mapping[str, float]) -> list[Ranking]:

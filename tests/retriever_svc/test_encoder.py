@@ -17,9 +17,9 @@ from retriever_svc.encoder import (
     MAX_TOKENS,
     Encoder,
     Vectors,
-    chunks_of,
-    instruction_of,
+    choose_instruction,
     load_model,
+    split_chunks,
     unit_rows,
 )
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_folder
@@ -79,17 +79,17 @@ def test_rows_equal_those_of_sentence_transformers(encoder: Encoder) -> None:
 
 
 def test_a_model_without_a_prompt_for_tasks_has_the_papers_instruction() -> None:
-    assert instruction_of(load_model(ENGLISH_MODEL)) == INSTRUCTION
+    assert choose_instruction(load_model(ENGLISH_MODEL)) == INSTRUCTION
     english, default = Encoder(ENGLISH_MODEL, dtype="float32"), load_model(DEFAULT_MODEL)
     direct = english._model.encode([INSTRUCTION + text for text in TEXTS[:4]], normalize_embeddings=True)
     np.testing.assert_allclose(english.encode(TEXTS[:4]), direct, atol=1e-5)
-    assert instruction_of(default) == "query: "
+    assert choose_instruction(default) == "query: "
 
 
 @pytest.mark.parametrize("model", [DEFAULT_MODEL, ENGLISH_MODEL])
 def test_a_chunk_with_padding_has_at_most_its_nominal_length(model: str) -> None:
     loaded = load_model(model)
-    instruction = instruction_of(loaded)
+    instruction = choose_instruction(loaded)
     texts = [
         *(["Add two and three, please. " * n for n in range(60)]),
         *(["漢字 " * n for n in range(1, 60)]),
@@ -98,7 +98,7 @@ def test_a_chunk_with_padding_has_at_most_its_nominal_length(model: str) -> None
         "ü",
     ]
     keys = [("me", text) for text in texts]
-    chunks = list(chunks_of(keys))
+    chunks = list(split_chunks(keys))
     assert sorted(key for chunk in chunks for key in chunk) == sorted(keys)
     assert len(chunks) > 10
     lengths = [len(ids) for ids in loaded.tokenizer([instruction + text for text in texts])["input_ids"]]
@@ -108,9 +108,9 @@ def test_a_chunk_with_padding_has_at_most_its_nominal_length(model: str) -> None
 
 
 def test_no_chunk_is_empty_and_one_text_is_one_chunk() -> None:
-    assert list(chunks_of([])) == []
-    assert list(chunks_of([("me", "x" * 10**6)])) == [[("me", "x" * 10**6)]]
-    assert list(chunks_of([("me", "\ud800")])) == [[("me", "\ud800")]]
+    assert list(split_chunks([])) == []
+    assert list(split_chunks([("me", "x" * 10**6)])) == [[("me", "x" * 10**6)]]
+    assert list(split_chunks([("me", "\ud800")])) == [[("me", "\ud800")]]
 
 
 def test_the_instruction_changes_vectors_and_identity(encoder: Encoder) -> None:

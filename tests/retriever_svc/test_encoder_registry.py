@@ -37,14 +37,14 @@ def test_the_default_is_active_until_another_is_activated() -> None:
     models = Models()
     encoders = EncoderRegistry(models, "default-model")
     assert models.loaded == []
-    default = encoders.encoder_of(None)
-    assert default is encoders.encoder_of(None)
-    assert default is encoders.encoder_of(ActiveEncoder("the same under another name", "default"))
-    assert encoders.encoder_of(NEW).identity == "new"
-    assert encoders.encoder_of(NEW) is encoders.encoder_of(NEW)
+    default = encoders.load_encoder(None)
+    assert default is encoders.load_encoder(None)
+    assert default is encoders.load_encoder(ActiveEncoder("the same under another name", "default"))
+    assert encoders.load_encoder(NEW).identity == "new"
+    assert encoders.load_encoder(NEW) is encoders.load_encoder(NEW)
     assert models.loaded == ["default-model", "new-model"]
     later = Models()
-    assert EncoderRegistry(later, "default-model").encoder_of(NEW).identity == "new"
+    assert EncoderRegistry(later, "default-model").load_encoder(NEW).identity == "new"
     assert later.loaded == ["new-model"]
 
 
@@ -52,8 +52,8 @@ def test_a_prepared_encoder_takes_over_without_being_loaded_again() -> None:
     models = Models()
     encoders = EncoderRegistry(models, "default-model")
     prepared = encoders.prepare("new-model")
-    assert encoders.encoder_of(None).identity == "default"
-    assert encoders.encoder_of(NEW) is prepared
+    assert encoders.load_encoder(None).identity == "default"
+    assert encoders.load_encoder(NEW) is prepared
     assert models.loaded == ["new-model", "default-model"]
 
 
@@ -64,7 +64,7 @@ def test_a_rewritten_folder_is_read_again() -> None:
     models.identities["new-model"] = "newer"
     assert encoders.prepare("new-model").identity == "newer"
     models.identities["new-model"] = "new"
-    assert encoders.encoder_of(NEW).identity == "new"  # the prepared one is not used
+    assert encoders.load_encoder(NEW).identity == "new"  # the prepared one is not used
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_a_rewritten_folder_is_read_again() -> None:
 def test_an_encoder_that_is_not_the_pools_is_refused_and_the_active_one_stays(found: str | None, reason: str) -> None:
     models = Models()
     encoders = EncoderRegistry(models, "default-model")
-    before = encoders.encoder_of(None)
+    before = encoders.load_encoder(None)
     models.identities = {"default-model": "default"} | ({"new-model": found} if found else {})
     for _ in range(2):
         with pytest.raises(EncoderUnusable, match=reason) as caught:
-            encoders.encoder_of(NEW)
+            encoders.load_encoder(NEW)
         assert caught.value.model == "new-model"
-    assert encoders.encoder_of(ActiveEncoder("default-model", "default")) is before
+    assert encoders.load_encoder(ActiveEncoder("default-model", "default")) is before
 
 
 class Shipped(ProjectionFiles):
@@ -96,19 +96,19 @@ def projectable(identity: str) -> EncoderRegistry:
 
 
 def test_the_packaged_projection_follows_the_default_encoder() -> None:
-    encoder = projectable("default").encoder_of(None)
+    encoder = projectable("default").load_encoder(None)
     assert (encoder.projection, encoder.identity) == (Shipped.packaged, Shipped.packaged.identity)
-    assert projectable("another").encoder_of(None).identity == "another"
+    assert projectable("another").load_encoder(None).identity == "another"
     none = EncoderRegistry(lambda model: Projectable({}, identity="default"), "model", Shipped(), "none")
-    assert none.encoder_of(None).identity == "default"
+    assert none.load_encoder(None).identity == "default"
 
 
 def test_a_pool_embedded_without_a_projection_stays_so_until_a_reindex() -> None:
     encoders = projectable("default")
-    assert encoders.encoder_of(None, embedded_by="default").identity == "default"
+    assert encoders.load_encoder(None, embedded_by="default").identity == "default"
     active = ActiveEncoder("model", encoders.prepare("model").identity)
-    assert encoders.encoder_of(active).projection is Shipped.packaged
-    assert projectable("default").encoder_of(None, embedded_by="older").projection is Shipped.packaged
+    assert encoders.load_encoder(active).projection is Shipped.packaged
+    assert projectable("default").load_encoder(None, embedded_by="older").projection is Shipped.packaged
 
 
 class Later(Shipped):
@@ -123,13 +123,13 @@ def test_a_later_version_serves_a_pool_with_the_projection_that_embedded_it(tmp_
     def version(files: ProjectionFiles, model: str = "default") -> EncoderRegistry:
         return EncoderRegistry(lambda _: Projectable({}, identity=model), "model", files)
 
-    earlier = version(Shipped(stored)).encoder_of(None).identity
-    assert version(Later(stored)).encoder_of(None, embedded_by=earlier).identity == earlier
-    assert version(Later(stored)).encoder_of(ActiveEncoder("model", earlier)).identity == earlier
-    assert version(Later(stored)).encoder_of(None).identity == Later.packaged.identity  # a new pool
+    earlier = version(Shipped(stored)).load_encoder(None).identity
+    assert version(Later(stored)).load_encoder(None, embedded_by=earlier).identity == earlier
+    assert version(Later(stored)).load_encoder(ActiveEncoder("model", earlier)).identity == earlier
+    assert version(Later(stored)).load_encoder(None).identity == Later.packaged.identity  # a new pool
     assert version(Later(stored)).prepare("model").identity == Later.packaged.identity  # a reindex
-    assert version(Later(), "default").encoder_of(None, embedded_by=earlier).identity == Later.packaged.identity
-    assert version(Later(stored), "another").encoder_of(None, embedded_by=earlier).identity == "another"
+    assert version(Later(), "default").load_encoder(None, embedded_by=earlier).identity == Later.packaged.identity
+    assert version(Later(stored), "another").load_encoder(None, embedded_by=earlier).identity == "another"
 
 
 def test_an_identity_with_a_projection_is_activated_with_it(tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_an_identity_with_a_projection_is_activated_with_it(tmp_path: Path) -> N
     files = Shipped(Files(Location(str(tmp_path)).child("projections")))
     files.save(fitted)
     encoders = EncoderRegistry(lambda model: Projectable({}, identity="default"), "model", files)
-    assert encoders.encoder_of(ActiveEncoder("model", fitted.identity)).identity == fitted.identity
-    assert encoders.encoder_of(ActiveEncoder("model", "default")).projection is None
-    assert encoders.encoder_of(ActiveEncoder("model", Shipped.packaged.identity)).projection is not None
+    assert encoders.load_encoder(ActiveEncoder("model", fitted.identity)).identity == fitted.identity
+    assert encoders.load_encoder(ActiveEncoder("model", "default")).projection is None
+    assert encoders.load_encoder(ActiveEncoder("model", Shipped.packaged.identity)).projection is not None
     for projection, identity in (("none", "default"), ("auto", Shipped.packaged.identity), (fitted.identity,) * 2):
         assert encoders.prepare("model", projection).identity == identity
     with pytest.raises(ProjectionUnusable, match="is missing"):
-        encoders.encoder_of(ActiveEncoder("model", "default+0123456789abcdef"))
+        encoders.load_encoder(ActiveEncoder("model", "default+0123456789abcdef"))
 
 
 def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,18 +156,18 @@ def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: p
 
     for embedded_by in (Shipped.packaged.identity, "default"):
         encoders = version()
-        assert encoders.encoder_of(None, embedded_by=embedded_by).identity == embedded_by
+        assert encoders.load_encoder(None, embedded_by=embedded_by).identity == embedded_by
         assert (
             f"embedded by {ENGLISH_MODEL}" in caplog.text
             and f"`loraretriever pool reindex --encoder {DEFAULT_MODEL}`" in caplog.text
         )
         prepared = encoders.prepare(DEFAULT_MODEL)
         assert prepared.identity == "new-default"
-        assert encoders.encoder_of(None).identity == embedded_by
-        assert encoders.encoder_of(ActiveEncoder(DEFAULT_MODEL, "new-default")) is prepared
+        assert encoders.load_encoder(None).identity == embedded_by
+        assert encoders.load_encoder(ActiveEncoder(DEFAULT_MODEL, "new-default")) is prepared
         caplog.clear()
     for embedded_by in (None, "new-default", "another", "another+0123456789abcdef"):
-        assert version().encoder_of(None, embedded_by=embedded_by).identity == "new-default"
+        assert version().load_encoder(None, embedded_by=embedded_by).identity == "new-default"
     assert caplog.text == ""
 
 
@@ -178,4 +178,4 @@ def test_without_the_earlier_defaults_package_the_new_one_serves() -> None:
         return Projectable({}, identity="new-default")
 
     encoders = EncoderRegistry(load, DEFAULT_MODEL, Shipped())
-    assert encoders.encoder_of(None, embedded_by=Shipped.packaged.identity).identity == "new-default"
+    assert encoders.load_encoder(None, embedded_by=Shipped.packaged.identity).identity == "new-default"

@@ -11,7 +11,7 @@ from retriever_svc.output_profile import (
     NEAR_OUTPUTS,
     functions_agree,
     label_set,
-    profile_of,
+    make_profile,
     texts_to_encode,
 )
 
@@ -24,7 +24,7 @@ def samples(*outputs: str | None) -> list[Sample]:
 
 def text_profile(*vector: float) -> OutputProfile | None:
     rows = np.asarray([vector] * MIN_OUTPUTS, np.float32)
-    return profile_of(samples(*(f"a sentence {number}" for number in range(MIN_OUTPUTS))), rows)
+    return make_profile(samples(*(f"a sentence {number}" for number in range(MIN_OUTPUTS))), rows)
 
 
 def test_labels_are_compared_without_case_space_and_full_stop() -> None:
@@ -49,10 +49,10 @@ def test_outputs_that_are_not_a_small_repeated_set_are_free_text(outputs: list[s
 def test_too_few_outputs_give_no_profile_and_a_label_set_needs_no_vector() -> None:
     few = samples(*["yes"] * (MIN_OUTPUTS - 1), None, "  ")
     assert texts_to_encode(few) == []
-    assert profile_of(few, NONE) is None
+    assert make_profile(few, NONE) is None
     labelled = samples("yes", "no", "yes", "no")
     assert texts_to_encode(labelled) == []
-    profile = profile_of(labelled, NONE)
+    profile = make_profile(labelled, NONE)
     assert profile is not None
     assert (profile.labels, profile.vector) == (("no", "yes"), None)
 
@@ -60,7 +60,7 @@ def test_too_few_outputs_give_no_profile_and_a_label_set_needs_no_vector() -> No
 def test_free_text_keeps_the_direction_of_its_mean_vector_in_one_byte_per_number() -> None:
     outputs = samples(*(f"a sentence {number}" for number in range(MIN_OUTPUTS)))
     rows = np.random.default_rng(1).normal(size=(MIN_OUTPUTS, 384)).astype(np.float32)
-    profile = profile_of(outputs, rows)
+    profile = make_profile(outputs, rows)
     assert profile is not None and profile.vector is not None
     assert (profile.labels, profile.vector.dtype, profile.vector.nbytes) == ((), np.int8, 384)
     mean, kept = rows.mean(axis=0), profile.vector.astype(np.float64)

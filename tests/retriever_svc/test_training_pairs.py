@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from retriever_svc import TooFewSamples, choose_tasks
-from retriever_svc.training_pairs import Pair, batches_of, training_texts
+from retriever_svc.training_pairs import Pair, make_batches, training_texts
 
 
 def numbered(**sizes: int) -> dict[str, list[str]]:
@@ -21,9 +21,9 @@ def task_of(pair: Pair) -> str:
 
 def test_every_text_is_an_anchor_once_per_epoch_with_one_pair_of_each_other_task() -> None:
     texts = numbered(a=5, b=5, c=5)
-    batches = batches_of(texts, num_epochs=3, max_pairs=64, seed=0)
+    batches = make_batches(texts, num_epochs=3, max_pairs=64, seed=0)
     assert len(batches) == 15
-    assert batches == batches_of(texts, 3, 64, seed=0) != batches_of(texts, 3, 64, seed=1)
+    assert batches == make_batches(texts, 3, 64, seed=0) != make_batches(texts, 3, 64, seed=1)
     assert all(sorted(map(task_of, batch)) == ["a", "b", "c"] for batch in batches)
     assert all(anchor != positive for batch in batches for anchor, positive in batch)
     for epoch in range(3):
@@ -32,7 +32,7 @@ def test_every_text_is_an_anchor_once_per_epoch_with_one_pair_of_each_other_task
 
 
 def test_positives_are_drawn_from_all_other_texts_each_time() -> None:
-    batches = batches_of(numbered(a=4, b=4), num_epochs=100, max_pairs=64, seed=0)
+    batches = make_batches(numbered(a=4, b=4), num_epochs=100, max_pairs=64, seed=0)
     positives = Counter(positive for batch in batches for anchor, positive in batch if anchor == "a:0")
     assert positives.keys() == {"a:1", "a:2", "a:3"}
     assert min(positives.values()) > 15
@@ -40,10 +40,10 @@ def test_positives_are_drawn_from_all_other_texts_each_time() -> None:
 
 def test_many_tasks_are_spread_evenly_over_batches() -> None:
     texts = numbered(**{f"t{number}": 2 for number in range(10)})
-    batches = batches_of(texts, num_epochs=1, max_pairs=4, seed=0)
+    batches = make_batches(texts, num_epochs=1, max_pairs=4, seed=0)
     assert [len(batch) for batch in batches] == [4, 3, 3] * 2
     assert all(len(set(map(task_of, batch))) == len(batch) for batch in batches)
-    lonely = batches_of(numbered(a=2, b=2, c=5), num_epochs=1, max_pairs=64, seed=0)
+    lonely = make_batches(numbered(a=2, b=2, c=5), num_epochs=1, max_pairs=64, seed=0)
     assert [len(batch) for batch in lonely] == [3, 3], "a single pair has no negatives"
 
 

@@ -6,7 +6,7 @@ from lora_store.plan import Plan
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
 from retriever_svc.encoder import tokens_read
 from retriever_svc.route import Candidate
-from retriever_svc.views import LONG_CHARS, choose_views, tokens_routed, views_of, with_views
+from retriever_svc.views import LONG_CHARS, choose_views, split_views, tokens_routed, with_views
 from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, SOUTHWEST, retriever_of, route_one
 
@@ -17,25 +17,27 @@ QUESTION = "Which tax rate applies to this invoice?"
 
 def test_a_short_prompt_or_one_paragraph_is_read_as_a_whole() -> None:
     for text in ("", "hello", "one\n\ntwo", PASSAGE, f"\n\n{PASSAGE}\n \n", "x" * 10_000):
-        assert views_of(text) == [text]
+        assert split_views(text) == [text]
 
 
 def test_a_long_prompt_has_its_first_and_last_paragraphs_as_views() -> None:
     text = f"{PASSAGE}\n\n{MIDDLE}\n \n{QUESTION}\n"
     passage = PASSAGE.strip()
-    assert views_of(text) == [text, QUESTION, f"{MIDDLE}\n\n{QUESTION}", passage, f"{passage}\n\n{MIDDLE}"]
+    assert split_views(text) == [text, QUESTION, f"{MIDDLE}\n\n{QUESTION}", passage, f"{passage}\n\n{MIDDLE}"]
     two = f"{QUESTION}\n\n{passage}"
-    assert views_of(two) == [two, passage, QUESTION], "none repeats the whole"
+    assert split_views(two) == [two, passage, QUESTION], "none repeats the whole"
     polite = f"Hi,\n\n{passage}\n\nThanks"
-    assert views_of(polite) == [polite, f"{passage}\n\nThanks", f"Hi,\n\n{passage}"], "a part that says nothing is none"
+    assert split_views(polite) == [polite, f"{passage}\n\nThanks", f"Hi,\n\n{passage}"], (
+        "a part that says nothing is none"
+    )
     long = "a" * (LONG_CHARS - 32) + "\n\n" + "b" * 30
-    assert len(long) == LONG_CHARS and len(views_of(long)) == 3
-    assert views_of(long[:-1]) == [long[:-1]]
+    assert len(long) == LONG_CHARS and len(split_views(long)) == 3
+    assert split_views(long[:-1]) == [long[:-1]]
 
 
 def test_each_view_counts_with_the_tokens_that_are_read_of_it() -> None:
     text = f"{PASSAGE}\n\n{MIDDLE}\n\n{QUESTION}"
-    assert tokens_routed(text) == sum(map(tokens_read, views_of(text))) > 2 * tokens_read(text)
+    assert tokens_routed(text) == sum(map(tokens_read, split_views(text))) > 2 * tokens_read(text)
     assert tokens_routed(QUESTION) == tokens_read(QUESTION)
 
 
@@ -43,7 +45,7 @@ def test_each_view_is_a_request_like_its_own() -> None:
     long = RouteRequest(f"{QUESTION}\n\n{PASSAGE}", tenant="acme", abstain="strict", tags=("x",))
     views, places = with_views([RouteRequest("east"), long, RouteRequest("north")])
     assert places == [range(0, 1), range(1, 4), range(4, 5)]
-    assert [view.text for view in views[1:4]] == views_of(long.text)
+    assert [view.text for view in views[1:4]] == split_views(long.text)
     assert {(view.tenant, view.abstain, view.tags) for view in views[1:4]} == {("acme", "strict", ("x",))}
 
 
@@ -77,7 +79,7 @@ def test_a_request_behind_or_before_other_text_finds_its_adapter() -> None:
     behind, before = f"{passage}\n\n{MIDDLE}\n\n{QUESTION}", f"{QUESTION}\n\n{MIDDLE}\n\n{passage}"
     alone = f"{passage}\n\n{MIDDLE}\n\n{passage}"
     away = (-0.6, -0.8)
-    others = {view: away for text in (behind, before, alone) for view in views_of(text)}
+    others = {view: away for text in (behind, before, alone) for view in split_views(text)}
     encoder = FakeEncoder(others | {QUESTION: EAST})
     retriever = retriever_of(record_of("e", EAST), record_of("n", NORTH), encoder=encoder, ordinary=SOUTHWEST)
     for text in (behind, before):
@@ -89,9 +91,9 @@ def test_a_request_behind_or_before_other_text_finds_its_adapter() -> None:
 
 def test_views_of_many_prompts_are_encoded_with_one_call_and_answered_in_order() -> None:
     long = f"{QUESTION}\n\n{PASSAGE.strip()}"
-    encoder = FakeEncoder({view: NORTH for view in views_of(long)} | {"east": EAST})
+    encoder = FakeEncoder({view: NORTH for view in split_views(long)} | {"east": EAST})
     retriever = retriever_of(record_of("e", EAST), record_of("n", NORTH), encoder=encoder)
     encoder.batches.clear()
     first, second, third = retriever.route([RouteRequest(text, top_k=1) for text in ("east", long, "east")])
     assert [names(route) for route in (first, second, third) if isinstance(route, Route)] == [["e"], ["n"], ["e"]]
-    assert encoder.batches == [["east", *views_of(long), "east"]]
+    assert encoder.batches == [["east", *split_views(long), "east"]]

@@ -34,9 +34,9 @@ from deployments.api.responses import (
     SamplesChanged,
     Settled,
     batch_object,
+    choose_status,
     published_object,
     replicas_object,
-    status_of,
     trial_object,
 )
 from deployments.auth.authenticator import Caller
@@ -49,7 +49,7 @@ from deployments.http.dependencies import (
     AnyServices,
     PublishCaller,
     Services,
-    item_of,
+    make_item,
     own_key,
     require_approver,
 )
@@ -143,8 +143,8 @@ async def publish(
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")
     body = _parse(await http.json())
     if isinstance(body, AdapterSource):
-        return await _publish_one(services, caller, item_of(services, body.upload(), caller, http), is_dry=dry_run)
-    items = [item_of(services, adapter.upload(), caller, http) for adapter in body.adapters]
+        return await _publish_one(services, caller, make_item(services, body.upload(), caller, http), is_dry=dry_run)
+    items = [make_item(services, adapter.upload(), caller, http) for adapter in body.adapters]
     outcomes = await publish_items(services, caller, items, is_dry=dry_run)
     answer = batch_object(outcomes)
     failed = any(isinstance(outcome, Exception) for outcome in outcomes)
@@ -201,7 +201,7 @@ async def change_samples(name: str, body: SamplesRequest, caller: PublishCaller,
         "generation": published.generation,
         "replicas": replicas_object(published),
     }
-    return JSONResponse(answer, status_of(published))
+    return JSONResponse(answer, choose_status(published))
 
 
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS, dependencies=[MAY_CHANGE])
@@ -218,7 +218,7 @@ async def rollback(name: str, body: RollbackRequest, caller: PublishCaller, serv
     charge = charge_to(services, caller)
     async with own_key(name, caller, services) as key:
         published = await services.publisher.rollback(key, body.digest, caller.key_id, charge)
-    return JSONResponse(published_object(published), status_of(published))
+    return JSONResponse(published_object(published), choose_status(published))
 
 
 @router.post("/v1/loras/{name:path}/share", response_model=None, responses=SHARE_ANSWERS, dependencies=[MAY_CHANGE])
@@ -244,7 +244,7 @@ async def edit(name: str, body: EditRequest, caller: PublishCaller, services: An
             return answer_settled(settled, name=key[1], visibility=body.visibility)
         charge = charge_to(services, caller)
         published = await publisher.edit(key, body.edit(), body.digest, caller.key_id, quota, charge)
-    return JSONResponse(published_object(published), status_of(published))
+    return JSONResponse(published_object(published), choose_status(published))
 
 
 @router.post("/v1/loras/{name:path}/approve", response_model=None, responses=APPROVE_ANSWERS, dependencies=[MAY_CHANGE])
@@ -317,7 +317,7 @@ async def _publish_files(services: Services, caller: Caller, http: Request, *, i
     with ExitStack() as stack:
         body = stack.enter_context(count_upload(http, caller.tenant, services.uploads))
         try:
-            item = item_of(services, await read_upload(body, services.store.put_part, sent), caller, http)
+            item = make_item(services, await read_upload(body, services.store.put_part, sent), caller, http)
         except BaseException:
             if sent:
                 services.background.start(services.store.delete_parts(sent), "deleting the parts of a failed upload")
@@ -337,7 +337,7 @@ async def _publish_one(
     [outcome] = await publish_items(services, caller, [item], held, is_dry=is_dry)
     if isinstance(outcome, Exception):
         raise outcome
-    return JSONResponse(published_object(outcome), status_of(outcome))
+    return JSONResponse(published_object(outcome), choose_status(outcome))
 
 
 def _parse(data: object) -> AdapterSource | PublishBatch:

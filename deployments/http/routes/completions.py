@@ -24,7 +24,7 @@ from deployments.api.completions import (
     RouteQuery,
 )
 from deployments.api.contract import applied_contract
-from deployments.api.names import BoundName
+from deployments.api.names import AppliedPolicy
 from deployments.api.pool_responses import Outcome
 from deployments.api.responses import RouteAnswer
 from deployments.api.responses_answer import ResponseForm
@@ -103,13 +103,15 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     check_chars(max(map(len, body.prompt)), services.config.served_models.limiting(body.model))
     asked = [Question(prompt, prompt, body.model, body.lora) for prompt in body.prompt]
     async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
-        named = await planner.named(body.model, tenant, body.lora.min_generation)
-        bound = [] if named is None else [BoundName.of(named, question, tenant) for question in asked]
-        asked = [name.asked(question) for name, question in zip(bound, asked, strict=True)] if bound else asked
-        work = Work(len(asked), num_read=sum(map(planner.tokens_read, asked)))
+        named = await planner.find_policy(body.model, tenant, body.lora.min_generation)
+        bound = [] if named is None else [AppliedPolicy.of(named, question, tenant) for question in asked]
+        asked = (
+            [name.apply_to_question(question) for name, question in zip(bound, asked, strict=True)] if bound else asked
+        )
+        work = Work(len(asked), num_read=sum(map(planner.tokens_to_route, asked)))
         with services.authenticator.running(caller, work):
             planned = await planner.plan_all(asked, tenant)
-    planned = [name.explained([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
+    planned = [name.explain([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
     sets = [name.policy.model_fields_set for name in bound] or [set[str]()] * len(asked)
     chats = [
         replace(question, prompt=(Message("user", prompt),))

@@ -84,7 +84,7 @@ async def set_name(name: str, body: NamePolicy, caller: PublishCaller, services:
         raise RequestInvalid(f"name: 1 to 64 of A-Z a-z 0-9 . _ - and not 'auto', got {name[:100]!r}", "name")
     if key[1] in services.config.served_models.accepted_names:
         raise NameTaken(key[1], "the base model")
-    settled = await services.planner.settle(body, caller.tenant)
+    settled = await services.planner.add_owners(body, caller.tenant)
     grammars = [policy.sampling().grammar for policy in settled.both]
     text = settled.to_json()
     if len(text) > MAX_POLICY_CHARS:

@@ -17,7 +17,7 @@ from deployments.http.dependencies import (
     InferCaller,
     PublishCaller,
     Services,
-    item_of,
+    make_item,
     own_key,
 )
 from deployments.http.openapi import DETOKENIZE_ANSWERS, LOAD_ANSWERS, TOKENIZE_ANSWERS, UNLOAD_ANSWERS
@@ -32,7 +32,7 @@ async def load_lora_adapter(
     body: LoadAdapterRequest, caller: PublishCaller, services: AnyServices, http: Request
 ) -> PlainTextResponse:
     """Publish a server folder or a source URI. 400 if the name is taken, unless `load_inplace` is set."""
-    item = item_of(services, body.upload(), caller, http)
+    item = make_item(services, body.upload(), caller, http)
     if not body.load_inplace and await _is_live(services, caller, body.lora_name):
         raise AdapterExists(body.lora_name)
     [outcome] = await publish_items(services, caller, [item])

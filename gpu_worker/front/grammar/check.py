@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu_worker.errors import GrammarInvalid
-from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.library import compile_matcher, make_vocabulary
 from gpu_worker.front.grammar.schema import subschemas
 from gpu_worker.front.request.grammar import Grammar
 
@@ -55,7 +55,7 @@ def _check_schemas(grammar: Grammar, vocabulary: LLTokenizer) -> None:
 
 def _find_error(grammar: Grammar, vocabulary: LLTokenizer) -> str | None:
     try:
-        matcher = matcher_of(grammar, vocabulary)
+        matcher = compile_matcher(grammar, vocabulary)
     except ValueError as exc:
         return str(exc)
     return _message(matcher) if matcher.is_error() else _error_while_following(matcher)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from gpu_worker.errors import EngineFull, GrammarInvalid
 from gpu_worker.front.fair_threads import FairThreads
-from gpu_worker.front.grammar.library import matcher_of
+from gpu_worker.front.grammar.library import compile_matcher
 from gpu_worker.front.grammar.state import GrammarState
 from gpu_worker.front.request.grammar import Grammar
 
@@ -239,7 +239,7 @@ class GrammarCompiler:
         try:
             if not self._has_passed(key):
                 entry.check.run(grammar)
-            matcher = matcher_of(grammar, self._known_vocabulary())
+            matcher = compile_matcher(grammar, self._known_vocabulary())
             if matcher.is_error():
                 raise GrammarInvalid(_TOO_COMPLEX)
         except GrammarInvalid as exc:

@@ -38,7 +38,7 @@ def limits() -> LLParserLimits:
     return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
 
 
-def matcher_of(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
+def compile_matcher(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
     """Compile the grammar. An error is in the matcher. Raises: ValueError if the text has not the form of its kind."""
     from llguidance import LLMatcher, grammar_from
 

@@ -86,7 +86,7 @@ def render_chat(
         raise PromptInvalid(
             "template 'chat' needs a chat template, but the base model's tokenizer has none; use template 'alpaca'"
         )
-    conversation = [turn_of(message) for message in messages]
+    conversation = [make_turn(message) for message in messages]
     try:
         return tokenizer.apply_chat_template(conversation, tools, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as exc:  # filters raise these for values of the client
@@ -106,7 +106,7 @@ def _join_user_messages(messages: Sequence[Message]) -> list[Message]:
     return joined
 
 
-def turn_of(message: Message) -> dict[str, Any]:
+def make_turn(message: Message) -> dict[str, Any]:
     """Return the message as chat templates read it. Invalid arguments stay text."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:

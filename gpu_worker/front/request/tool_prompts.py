@@ -15,10 +15,10 @@ from gpu_worker.front.request.prompts import (
     ChatTokenizer,
     Message,
     Role,
+    make_turn,
     render,
     render_chat,
     resolve_template,
-    turn_of,
 )
 from gpu_worker.front.request.tool_parser import ToolCallParser
 from gpu_worker.front.request.tools import (
@@ -75,7 +75,7 @@ def _reads_back(tokenizer: ChatTokenizer, question: str, form: ToolForm, num_cal
 
 
 def _rendered(tokenizer: ChatTokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
-    turns, tools = [turn_of(message) for message in messages], [_as_json(_PROBE)]
+    turns, tools = [make_turn(message) for message in messages], [_as_json(_PROBE)]
     try:
         return tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
     except _FAILURES:
@@ -86,7 +86,7 @@ def _as_json(function: Function) -> dict[str, Any]:
     return {"type": "function", "function": function.as_json}
 
 
-def style_of(template: str, tokenizer: ChatTokenizer, chat_style: ToolStyle) -> ToolStyle:
+def choose_style(template: str, tokenizer: ChatTokenizer, chat_style: ToolStyle) -> ToolStyle:
     """Return the style of a job's template. `chat_style`: the style of the chat template."""
     return chat_style if resolve_template(template, tokenizer) == "chat" else DESCRIBED
 
@@ -97,7 +97,7 @@ def render_conversation(
     """Render messages and tools to the text that the model continues. Raises: PromptInvalid."""
     if tools is None and not any(message.role == "tool" or message.tool_calls for message in messages):
         return render(messages, template, tokenizer)
-    if style_of(template, tokenizer, chat_style).is_native:
+    if choose_style(template, tokenizer, chat_style).is_native:
         return render_chat(messages, tokenizer, None if tools is None else [*map(_as_json, tools.functions)])
     plain = without_tool_turns(messages)
     if tools is None:
@@ -151,7 +151,7 @@ def without_tool_turns(messages: Sequence[Message]) -> list[Message]:
 def _plain_text(message: Message) -> str:
     if message.role == "tool":
         return f"<tool_response>\n{message.content}\n</tool_response>"
-    called = [call["function"] for call in turn_of(message).get("tool_calls", [])]
+    called = [call["function"] for call in make_turn(message).get("tool_calls", [])]
     calls = [call_text({"name": call["name"], "arguments": call["arguments"]}) for call in called]
     return "\n".join(filter(None, [message.content, *calls]))
 

@@ -93,7 +93,7 @@ class DecodeKernel:
         """Copy key and value (H, N, D) to keys and values, each token to its entry of `slots` (N,) int64."""
         expected = keys.shape[0], len(slots), keys.shape[2]
         assert key.shape == value.shape == expected, f"keys have shape {tuple(key.shape)}, expected {expected}"
-        cache, heads = cache_of(keys, values), (_heads(key), _heads(value))
+        cache, heads = make_cache_struct(keys, values), (_heads(key), _heads(value))
         pointers = [ctypes.addressof(part) for part in heads]
         places = slots.data_ptr(), len(slots), ctypes.addressof(cache)
         self._write[keys.dtype](*pointers, *places, torch.get_num_threads())
@@ -118,7 +118,7 @@ class DecodeKernel:
         assert query.shape[0] % num_heads == 0 and query.shape[2] == head_dim, f"query has shape {tuple(query.shape)}"
         assert output.shape == (query.shape[1], query.shape[0], head_dim), f"output has shape {tuple(output.shape)}"
         arguments = decodes.arguments(query.shape[0], table, scaling=scaling, sliding_window=sliding_window)
-        parts = arguments, _heads(query), cache_of(keys, values)
+        parts = arguments, _heads(query), make_cache_struct(keys, values)
         self._attend[query.dtype](*(ctypes.addressof(part) for part in parts), output.data_ptr())
 
 
@@ -133,7 +133,7 @@ def _heads(x: Tensor) -> _Heads:
     return _Heads(x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def cache_of(keys: Tensor, values: Tensor) -> Cache:
+def make_cache_struct(keys: Tensor, values: Tensor) -> Cache:
     """Return the struct for the keys and values of a layer (H, S, D)."""
     assert keys.stride() == values.stride(), "keys and values must have equal strides"
     return Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.shape[0], keys.shape[2])

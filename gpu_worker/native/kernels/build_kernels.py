@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_worker.native.kernels.kernel_build import Compiler, KernelUnavailable, file_name, kernel_names, source_of
+from gpu_worker.native.kernels.kernel_build import Compiler, KernelUnavailable, file_name, kernel_names, name_library
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, Variant
 
 
@@ -36,7 +36,7 @@ def build(folder: Path, machine: str, compiler: Compiler) -> list[Path]:
             library = prebuilt_path(folder, variant, name)
             library.parent.mkdir(parents=True, exist_ok=True)
             library.parent.chmod(0o755)  # independent of the umask: libraries in folders writable by others are refused
-            compiler.compile(source_of(name), variant.options, library)
+            compiler.compile(name_library(name), variant.options, library)
             built.append(library)
     return built
 

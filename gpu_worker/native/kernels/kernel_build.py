@@ -75,12 +75,12 @@ def kernel_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.cpp"))
 
 
-def source_of(name: str) -> Path:
+def name_library(name: str) -> Path:
     return FOLDER / f"{name}.cpp"
 
 
 def file_name(name: str, *parts: str) -> str:
     """Return the library's file name, which has a digest of its sources, its options and `parts`."""
-    sources = [path.read_text(encoding="utf-8") for path in (source_of(name), *sorted(FOLDER.glob("*.h")))]
+    sources = [path.read_text(encoding="utf-8") for path in (name_library(name), *sorted(FOLDER.glob("*.h")))]
     digest = hashlib.sha256("\0".join((*sources, *_OPTIONS, *parts)).encode()).hexdigest()
     return f"{name}-{digest[:16]}.so"

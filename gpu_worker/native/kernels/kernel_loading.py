@@ -25,7 +25,7 @@ from gpu_worker.native.kernels.kernel_build import (
     KernelUnavailable,
     file_name,
     kernel_names,
-    source_of,
+    name_library,
 )
 from gpu_worker.native.kernels.kernel_variants import Processor, this_processor
 
@@ -66,10 +66,10 @@ def num_missing_kernels(config: WorkerConfig) -> int:
 
 def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dtype, Callable[..., None]]:
     """Return the functions `<name>_<suffix>` by dtype. They return nothing."""
-    return {dtype: function_of(library, f"{name}_{suffix}", *argtypes) for dtype, suffix in SUFFIXES.items()}
+    return {dtype: find_function(library, f"{name}_{suffix}", *argtypes) for dtype, suffix in SUFFIXES.items()}
 
 
-def function_of(library: ctypes.CDLL, name: str, *argtypes: type) -> Callable[..., None]:
+def find_function(library: ctypes.CDLL, name: str, *argtypes: type) -> Callable[..., None]:
     """Return a function of the library that has these arguments and returns nothing."""
     function = getattr(library, name)
     function.argtypes, function.restype = argtypes, None
@@ -142,7 +142,7 @@ def _compile(name: str, library: Path, *, replace: bool) -> None:
     _private(library.parent)
     with FileLock(library.with_suffix(".lock"), timeout=_LOCK_S):
         if replace or not library.exists():
-            compiler.compile(source_of(name), _NATIVE, library)
+            compiler.compile(name_library(name), _NATIVE, library)
 
 
 def _private(folder: Path) -> None:

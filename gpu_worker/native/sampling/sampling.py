@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.front.draw import Draw, table_of
+from gpu_worker.front.draw import Draw, make_table
 from gpu_worker.front.logprobs import Scored
 from gpu_worker.model.transfer import to_device
 from gpu_worker.native.sampling import sampling_torch
@@ -39,7 +39,7 @@ class Sampler:
         """
         if not draws:
             return [], []
-        table = table_of(draws, logits.shape[1])
+        table = make_table(draws, logits.shape[1])
         changed = [row for row, draw in enumerate(draws) if draw.changes_logits]
         wanted = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
         if self._kernel is not None and self._kernel.serves(logits):

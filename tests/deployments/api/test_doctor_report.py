@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.api.doctor_report import MAX_NAMED, MAX_PAIRS, advice_of, doctor_object
+from deployments.api.doctor_report import MAX_NAMED, MAX_PAIRS, doctor_object, give_advice
 from lora_store import AdapterRef
 from retriever_svc import AdapterFinding, Collision, DoctorReport
 from retriever_svc.refit_gain import RefitGain
@@ -21,7 +21,7 @@ def advice(
     *findings: AdapterFinding, collisions: tuple[Collision, ...] = (), refit: RefitGain | None = None
 ) -> list[tuple[str, list[str], str]]:
     report = DoctorReport(7, 3, findings, collisions, (), (), (), refit)
-    return [(item["problem"], item["adapters"], item["text"]) for item in advice_of(report, lambda ref: ref.name)]
+    return [(item["problem"], item["adapters"], item["text"]) for item in give_advice(report, lambda ref: ref.name)]
 
 
 def test_a_doctors_report_names_adapters() -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from deployments.auth.api_keys import KeySet, hash_of, new_key, parse_entries, require_unique
+from deployments.auth.api_keys import KeySet, hash_key, new_key, parse_entries, require_unique
 from deployments.auth.authenticator import Caller, KeyLimits
 from deployments.errors import KeyRefused
 from tests.deployments.key_files import entry
@@ -18,7 +18,7 @@ def test_only_the_key_of_an_entry_finds_its_caller() -> None:
     ring = KeySet(parse_entries(json.dumps([entry("one", roles=["infer"]), entry("two", "other")])))
     assert ring.find("one") == Caller("acme", frozenset({"infer"}), "id-one")
     assert ring.find("two") == Caller("other", frozenset({"infer", "publish", "admin"}), "id-two")
-    for wrong in ("", "ones", "On", hash_of("one"), "one\udcff", "x" * 100_000):
+    for wrong in ("", "ones", "On", hash_key("one"), "one\udcff", "x" * 100_000):
         assert ring.find(wrong) is None
 
 
@@ -44,8 +44,8 @@ def test_keys_are_random_and_stored_as_hashes_only() -> None:
     assert len(keys) == 100
     assert {len(key) for key in keys} == {46}  # 32 random bytes after a prefix
     key = keys.pop()
-    assert hash_of(key) == hashlib.sha256(key.encode()).hexdigest()
-    assert key not in str(KeySet(parse_entries(json.dumps([entry("x") | {"sha256": hash_of(key)}]))).__dict__)
+    assert hash_key(key) == hashlib.sha256(key.encode()).hexdigest()
+    assert key not in str(KeySet(parse_entries(json.dumps([entry("x") | {"sha256": hash_key(key)}]))).__dict__)
 
 
 @pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from deployments.auth import key_issuing
-from deployments.auth.api_keys import KeySet, hash_of, parse_entries
+from deployments.auth.api_keys import KeySet, hash_key, parse_entries
 from deployments.auth.key_issuing import (
     add_entry,
     expire_entry,
@@ -41,7 +41,7 @@ def made(**changes: Any) -> tuple[str, dict[str, Any]]:
 
 def test_an_entry_has_the_hash_of_its_key_and_not_the_key() -> None:
     key, made_entry = made(roles=["infer", "publish"], limits={"requests_per_minute": 60, "max_bytes": None}, id="ci")
-    expected = {"id": "ci", "sha256": hash_of(key), "tenant": "acme", "roles": ["infer", "publish"]}
+    expected = {"id": "ci", "sha256": hash_key(key), "tenant": "acme", "roles": ["infer", "publish"]}
     assert made_entry == expected | {"limits": {"requests_per_minute": 60}}
     assert key not in json.dumps(made_entry)
 
@@ -95,7 +95,7 @@ def test_comments_of_a_yaml_list_stay_and_a_link_stays_a_link(tmp_path: Path) ->
 def test_an_empty_file_gets_the_one_entry(text: str) -> None:
     key, new = made()
     [found] = parse_entries(with_entry(text, new))
-    assert found.sha256 == hash_of(key)
+    assert found.sha256 == hash_key(key)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_rotated_key_gets_a_successor_and_an_end_in_every_form_of_a_list(
     assert [one.id for one in found if one.expires_at is not None] == [f"id-{place}"]
     old, successor = found[place], found[place + 1]
     assert (successor.tenant, successor.roles, successor.limits) == (old.tenant, old.roles, old.limits)
-    assert successor.sha256 == hash_of(key) and successor.id == new["id"]
+    assert successor.sha256 == hash_key(key) and successor.id == new["id"]
 
 
 @pytest.mark.parametrize("before", ["2026-11-29", "2027-01-31T01:00:00+02:00"])

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.responses import Planned
-from deployments.batch.rows import ANSWER, Asked, answered, bodies_of, check_columns, request_of, usage_line
+from deployments.batch.rows import ANSWER, Asked, answered, check_columns, make_bodies, make_request, usage_line
 from deployments.errors import BatchRefused, RequestInvalid
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.request import Completion, Job
@@ -27,10 +27,10 @@ def test_a_row_is_the_body_of_a_request() -> None:
             "user": ["not", "asked"],
         }
     )
-    first, second = bodies_of(table, {"model": "auto", "max_tokens": 9})
+    first, second = make_bodies(table, {"model": "auto", "max_tokens": 9})
     assert first == {"model": "auto", "max_tokens": 9, "prompt": "Rhyme", "seed": 7, "lora": '{"k": 2}'}
     assert second == {"model": "poet", "max_tokens": 9, "prompt": "Count"}
-    request = request_of(first)
+    request = make_request(first)
     assert isinstance(request, CompletionRequest)
     assert (request.prompt, request.seed, request.max_tokens, request.lora.k) == (["Rhyme"], 7, 9, 2)
 
@@ -41,8 +41,8 @@ def test_messages_and_lora_may_be_nested_or_json(as_json: bool) -> None:
     row: dict[str, Any] = {"messages": messages, "lora": {"k": 2, "strategy": None}}
     if as_json:
         row = {name: json.dumps(value) for name, value in row.items()}
-    [body] = bodies_of(pa.Table.from_pylist([row]), {})
-    request = request_of(body)
+    [body] = make_bodies(pa.Table.from_pylist([row]), {})
+    request = make_request(body)
     assert isinstance(request, ChatCompletionRequest)
     [question] = request.questions()
     assert (question.text, question.lora.k, len(question.prompt)) == ("Rhyme", 2, 2)
@@ -64,7 +64,7 @@ def test_messages_and_lora_may_be_nested_or_json(as_json: bool) -> None:
 )
 def test_a_row_that_is_not_a_valid_request_is_refused(body: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestInvalid) as caught:
-        request_of(body)
+        make_request(body)
     assert caught.value.param == param
 
 

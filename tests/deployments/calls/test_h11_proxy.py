@@ -16,8 +16,8 @@ from deployments.calls.h11_proxy import (
     CALLBACK,
     CALLBACK_VARIABLE,
     WithoutTraceparent,
-    address_of,
     bound_headers,
+    make_counting_key,
     warn_if_unbounded,
 )
 from deployments.calls.proxy_limits import SAMPLING_VARIABLE, TRACING_VARIABLE, ProxyLimits
@@ -223,7 +223,7 @@ async def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> 
     ],
 )
 def test_connections_are_counted_by_customer(client: tuple[str, int] | None, address: str) -> None:
-    assert address_of(client) == address
+    assert make_counting_key(client) == address
 
 
 def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deployments.cli.client import behind_note, counted, free_port, problem_of, server_url
+from deployments.cli.client import behind_note, counted, describe_problem, free_port, server_url
 from tests.deployments.scripted import Outcome, refusal, run, run_with, scripted, words
 
 NO = (404, refusal("no such model"))
@@ -89,11 +89,11 @@ def test_one_of_a_noun_is_singular() -> None:
 def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(OSError) as missing:
         (tmp_path / "nofile").read_text()
-    assert problem_of(missing.value) == f"{tmp_path / 'nofile'}: no such file"
+    assert describe_problem(missing.value) == f"{tmp_path / 'nofile'}: no such file"
     with pytest.raises(OSError) as folder:
         tmp_path.read_text()
-    assert problem_of(folder.value) == f"{tmp_path}: Is a directory"
-    assert problem_of(ValueError("line 3: bad")) == "line 3: bad"
+    assert describe_problem(folder.value) == f"{tmp_path}: Is a directory"
+    assert describe_problem(ValueError("line 3: bad")) == "line 3: bad"
 
 
 @pytest.mark.parametrize(

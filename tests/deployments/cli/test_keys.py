@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deployments.auth.api_keys import KeySet, hash_of, parse_entries
+from deployments.auth.api_keys import KeySet, hash_key, parse_entries
 from deployments.auth.authenticator import Caller, KeyLimits
 from deployments.errors import KeyRefused
 from tests.deployments.scripted import run, run_with, words
@@ -38,7 +38,7 @@ def test_a_key_is_added_to_a_file_that_only_its_owner_reads(file: Path) -> None:
     keys = [new("--file", file).stdout.strip() for _ in range(2)]
     printed = json.loads(new("--json", "--id", "ci", "--file", file).stdout)
     entries = parse_entries(file.read_text())
-    assert [found.sha256 for found in entries] == [hash_of(key) for key in (*keys, printed["key"])]
+    assert [found.sha256 for found in entries] == [hash_key(key) for key in (*keys, printed["key"])]
     assert len({found.id for found in entries}) == 3
     assert (printed["entry"]["id"], printed["entry"]["sha256"]) == ("ci", entries[-1].sha256)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600

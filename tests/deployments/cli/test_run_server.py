@@ -16,9 +16,9 @@ from deployments.api.pool_responses import unserved_objects
 from deployments.cli.local_server import Server
 from deployments.cli.run_server import (
     access_note,
+    find_program,
     next_steps,
     ports_note,
-    program_of,
     run_server,
     start_problems,
     template_note,
@@ -159,9 +159,9 @@ def test_a_program_that_is_not_on_the_path_is_called_by_its_file(
     file = tmp_path / "loraretriever"
     file.touch(mode=0o755)
     monkeypatch.setenv("PATH", "")
-    assert program_of(str(file)) == str(file)
+    assert find_program(str(file)) == str(file)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert program_of(str(file)) == "loraretriever"
+    assert find_program(str(file)) == "loraretriever"
 
 
 def test_a_quiet_start_keeps_rays_reports_to_itself() -> None:

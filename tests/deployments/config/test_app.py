@@ -123,11 +123,11 @@ def test_source_prefixes_must_be_comparable() -> None:
 def test_source_prefixes_are_given_by_tenant_or_explicitly_for_all() -> None:
     by_tenant = {"acme": ("s3://acme",), "globex": ("s3://globex/a", "gs://globex"), "*": ("s3://open",)}
     config = AppConfig(source_prefixes=by_tenant, keys_file=Path("keys.json"))
-    assert config.source_prefixes_of("acme") == ("s3://acme", "s3://open")
-    assert config.source_prefixes_of("globex") == ("s3://globex/a", "gs://globex", "s3://open")
-    assert config.source_prefixes_of("initech") == ("s3://open",)
-    assert AppConfig(source_prefixes={"acme": ["s3://acme"]}).source_prefixes_of("globex") == ()
-    assert AppConfig(source_prefixes=["s3://bucket"]).source_prefixes_of("local") == ("s3://bucket",)
+    assert config.find_source_prefixes("acme") == ("s3://acme", "s3://open")
+    assert config.find_source_prefixes("globex") == ("s3://globex/a", "gs://globex", "s3://open")
+    assert config.find_source_prefixes("initech") == ("s3://open",)
+    assert AppConfig(source_prefixes={"acme": ["s3://acme"]}).find_source_prefixes("globex") == ()
+    assert AppConfig(source_prefixes=["s3://bucket"]).find_source_prefixes("local") == ("s3://bucket",)
     for bad in ({"acme": ["/data"]}, {"a/b": ["s3://x"]}, {"": ["s3://x"]}):
         with pytest.raises(ValidationError, match=r"data|neither the name of a tenant"):
             AppConfig(source_prefixes=bad)
@@ -136,7 +136,7 @@ def test_source_prefixes_are_given_by_tenant_or_explicitly_for_all() -> None:
 def test_with_keys_a_list_of_source_prefixes_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValidationError, match=r"source_prefixes.*by tenant.*'\*'"):
         AppConfig(source_prefixes=["s3://bucket"], keys_file=Path("keys.json"))
-    assert AppConfig(source_prefixes=[], keys_file=Path("keys.json")).source_prefixes_of("acme") == ()
+    assert AppConfig(source_prefixes=[], keys_file=Path("keys.json")).find_source_prefixes("acme") == ()
 
 
 TWO_GPUS = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}

@@ -9,7 +9,7 @@ from deployments.api.completions import MAX_QUERIES
 from deployments.config.app import AppConfig
 from deployments.config.parts import RetrievalSettings, SamplingDefaults
 from gpu_worker.front.request.request import SAMPLING_DEFAULTS, SamplingParams
-from retriever_svc.views import LONG_CHARS, views_of
+from retriever_svc.views import LONG_CHARS, split_views
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_every_parameter_that_a_base_model_may_set_is_a_setting() -> None:
 
 
 def test_every_queue_of_an_encoder_holds_one_request_of_the_most_texts() -> None:
-    views = views_of("\n\n".join(letter * LONG_CHARS for letter in "abcd"))
+    views = split_views("\n\n".join(letter * LONG_CHARS for letter in "abcd"))
     num_texts = MAX_QUERIES * len(views)
     assert RetrievalSettings(max_waiting=num_texts).max_waiting == num_texts == MAX_QUERIES * 5
     with pytest.raises(ValidationError, match="max_waiting"):

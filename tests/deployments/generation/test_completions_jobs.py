@@ -9,7 +9,7 @@ import pytest
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.responses import Planned
-from deployments.generation.completions import jobs_of, seed_of
+from deployments.generation.completions import derive_seed, make_jobs
 from deployments.generation.row_stream import merge
 from gpu_worker.front.request.request import Job
 from gpu_worker.front.request.tools import Function, Tools
@@ -21,7 +21,7 @@ CODER = Planned(Plan("selection", (PlannedAdapter(POOL[1].ref, "w", 1.0),), temp
 
 def jobs(request: ChatCompletionRequest | CompletionRequest, plans: list[Planned], count: int) -> list[Job]:
     templates = ["alpaca"] * len(plans)
-    return jobs_of("r", "acme", request.sampling(), request.questions(), plans, templates, count)
+    return make_jobs("r", "acme", request.sampling(), request.questions(), plans, templates, count)
 
 
 def test_jobs_are_ordered_by_prompt_with_their_own_plans_and_names() -> None:
@@ -31,7 +31,7 @@ def test_jobs_are_ordered_by_prompt_with_their_own_plans_and_names() -> None:
     assert [job.request_id for job in made] == ["r", "r-1", "r-2", "r-3"]
     assert [job.plan for job in made] == [BASE_PLAN, BASE_PLAN, CODER.plan, CODER.plan]
     assert [job.template for job in made] == ["alpaca", "alpaca", "chat", "chat"]
-    assert [job.sampling.seed for job in made] == [5, seed_of(5, 1), 5, seed_of(5, 1)]
+    assert [job.sampling.seed for job in made] == [5, derive_seed(5, 1), 5, derive_seed(5, 1)]
     assert {(job.tenant, job.sampling.max_tokens) for job in made} == {("acme", 3)}
     unseeded = CompletionRequest.model_validate({"prompt": "a", "n": 3})
     assert [job.sampling.seed for job in jobs(unseeded, [Planned(BASE_PLAN)], 3)] == [None] * 3, "each has its own"
@@ -47,7 +47,7 @@ def test_every_choice_of_a_chat_gets_its_tools(has_tools: bool) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_choices_have_different_seeds_and_the_first_has_the_clients(seed: int) -> None:
-    seeds = [seed_of(seed, choice) for choice in range(16)]
+    seeds = [derive_seed(seed, choice) for choice in range(16)]
     assert seeds[0] == seed
     assert len(set(seeds)) == 16
     assert all(0 <= one < 2**63 for one in seeds)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from deployments.generation.conversation import (
     MAX_JOINED,
     MAX_SYSTEM_CHARS,
-    Reading,
+    RoutingTexts,
+    choose_texts,
     is_elliptic,
     is_housekeeping,
     is_short,
-    reading_of,
 )
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.tools import ToolCall
@@ -50,19 +50,19 @@ def test_a_turn_is_read_alone_if_it_is_complete_and_with_earlier_ones_otherwise(
     turns: list[str], texts: list[str], previous: list[str]
 ) -> None:
     """An elliptic turn is joined back to a complete one, and a short turn is tried alone first."""
-    assert reading_of(said(*turns)) == Reading(tuple(texts), previous=tuple(previous))
+    assert choose_texts(said(*turns)) == RoutingTexts(tuple(texts), previous=tuple(previous))
 
 
 def test_no_more_than_the_bound_is_joined() -> None:
     turns = [f"and {number}?" for number in range(20)]
-    [text] = reading_of(said(TASK, *turns)).texts
+    [text] = choose_texts(said(TASK, *turns)).texts
     assert text.split("\n") == turns[-MAX_JOINED:]
 
 
 def test_earlier_turns_are_kept_newest_first_up_to_the_bound() -> None:
     turns = [f"{TASK} number {number}" for number in range(9)]
-    assert reading_of(said(*turns, OTHER)).previous == tuple(turns[: -MAX_JOINED - 1 : -1])
-    assert reading_of(said(*turns[:MAX_JOINED], OTHER)).previous == tuple(turns[:MAX_JOINED][::-1])
+    assert choose_texts(said(*turns, OTHER)).previous == tuple(turns[: -MAX_JOINED - 1 : -1])
+    assert choose_texts(said(*turns[:MAX_JOINED], OTHER)).previous == tuple(turns[:MAX_JOINED][::-1])
 
 
 ORDER = "Negate each statement. Act as an AI that is brief."
@@ -83,25 +83,25 @@ LONG_ORDER = "Negate each statement. " + "x" * MAX_SYSTEM_CHARS
 def test_an_instruction_in_the_system_text_is_tried_last(system: str, read: str | None) -> None:
     """A first sentence that describes the assistant is left out, and so is what exceeds the bound."""
     expected = (TASK,) if read is None else (TASK, f"{read}\n{TASK}")
-    assert reading_of([Message("system", system), *said(TASK)]).texts == expected
+    assert choose_texts([Message("system", system), *said(TASK)]).texts == expected
 
 
 @pytest.mark.parametrize("repeated", [" ", "\n", "i am "])
 def test_no_system_text_takes_long_to_read(repeated: str) -> None:
     system = "Negate each statement." + repeated * (8_000 // len(repeated)) + "x"
     began = time.thread_time()
-    reading_of([Message("system", system), *said(TASK)])
+    choose_texts([Message("system", system), *said(TASK)])
     assert time.thread_time() - began < 0.2
 
 
 def test_a_description_after_many_blank_lines_is_left_out() -> None:
     system = "\n" * 5_000 + "You are a helpful assistant.\n\nNegate each statement."
-    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"Negate each statement.\n{TASK}")
+    assert choose_texts([Message("system", system), *said(TASK)]).texts == (TASK, f"Negate each statement.\n{TASK}")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
 def test_without_a_user_turn_the_last_message_is_read(role: str) -> None:
-    assert reading_of([Message(role, TASK)]) == Reading((TASK,))
+    assert choose_texts([Message(role, TASK)]) == RoutingTexts((TASK,))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_without_a_user_turn_the_last_message_is_read(role: str) -> None:
 )
 def test_a_clients_housekeeping_finds_no_adapter(text: str) -> None:
     assert is_housekeeping(text)
-    assert reading_of(said(TASK, text)).is_housekeeping
-    assert reading_of([Message("system", text), *said("User: hi")]).is_housekeeping
+    assert choose_texts(said(TASK, text)).is_housekeeping
+    assert choose_texts([Message("system", text), *said("User: hi")]).is_housekeeping
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_clients_housekeeping_finds_no_adapter(text: str) -> None:
 )
 def test_a_prompt_of_a_task_is_not_housekeeping(text: str) -> None:
     assert not is_housekeeping(text)
-    assert not reading_of(said(text)).is_housekeeping
+    assert not choose_texts(said(text)).is_housekeeping
 
 
 @pytest.mark.parametrize("text", ["android", "notable", "oranges", "butterfly", "", "c a t"])
@@ -153,7 +153,7 @@ TEXTS = st.one_of(st.text(max_size=40), st.sampled_from([TASK, OTHER, "and tea?"
 
 @given(st.lists(st.builds(Message, ROLES, TEXTS), min_size=1, max_size=12))
 def test_every_text_ends_with_the_last_turn_and_adds_only_what_was_said(messages: list[Message]) -> None:
-    reading = reading_of(messages)
+    reading = choose_texts(messages)
     users = [message.content for message in messages if message.role == "user"]
     last = users[-1] if users else messages[-1].content
     assert 1 <= len(reading.texts) <= 3
@@ -168,4 +168,4 @@ def test_calls_and_their_results_are_not_turns_of_the_user() -> None:
     call = Message("assistant", "I look.", (ToolCall("c1", "get_weather", "{}"),))
     result = Message("tool", "Generate a concise title for this chat", (), "c1", "get_weather")
     asked = said(TASK, OTHER)
-    assert reading_of([*asked, call, result]) == reading_of([*asked, call, result, result]) == reading_of(asked)
+    assert choose_texts([*asked, call, result]) == choose_texts([*asked, call, result, result]) == choose_texts(asked)

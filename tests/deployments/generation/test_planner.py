@@ -334,7 +334,7 @@ def test_a_query_of_the_request_replaces_the_conversation() -> None:
 def test_every_text_that_may_be_encoded_is_counted(turns: list[str], lora: dict[str, Any], expected: list[str]) -> None:
     messages = [{"role": "user", "content": turn} for turn in turns]
     [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora}).questions()
-    texts = planner_over(handle_of()).texts_read(question)
+    texts = planner_over(handle_of()).texts_to_route(question)
     assert list(texts) == ["\n".join(turns) if text == "joined" else text for text in expected]
 
 

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from deployments.auth.authenticator import LOCAL_CALLER
-from deployments.http.api import middleware_of, send_usage
+from deployments.http.api import list_middleware, send_usage
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from deployments.observability.request_context import RequestContext
 from deployments.observability.usage import UsageLog
@@ -127,7 +127,7 @@ def test_a_request_passes_the_middleware_in_this_order() -> None:
 
     async def build() -> list[str]:
         services = serve_plainly(cors_origins=("https://chat.example",)).services
-        return [type_.cls.__name__ for type_ in middleware_of(services)]
+        return [type_.cls.__name__ for type_ in list_middleware(services)]
 
     order = asyncio.run(build())
     assert order == ["RequestContextMiddleware", "CORSMiddleware", "Admission", "BodyLimit"]

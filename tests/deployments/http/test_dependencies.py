@@ -19,16 +19,16 @@ from deployments.errors import KeyRefused, PublishingDisabled, RoleMissing, Self
 from deployments.http.api import build_api
 from deployments.http.dependencies import (
     Services,
-    caller_of,
-    item_of,
+    find_caller,
+    find_services,
+    make_item,
     own_key,
     require_approver,
     require_change,
     require_encoder,
     require_role,
-    services_of,
 )
-from deployments.observability.request_context import context_of
+from deployments.observability.request_context import find_context
 from lora_store import AdapterNotFound, AdapterRecord, Key
 from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.all_routes import ROLES_OF, mounted
@@ -102,7 +102,7 @@ def test_with_keys_an_admin_approves_for_other_tenants_unless_the_settings_allow
 
 def test_an_item_is_published_as_the_callers_tenant_with_the_servers_visibility(keys: Path) -> None:
     served = services(keys_file=keys)
-    item = item_of(served, PublishItem(name="poet", files={}), CALLER, request_from(ELSEWHERE))
+    item = make_item(served, PublishItem(name="poet", files={}), CALLER, request_from(ELSEWHERE))
     assert (item.tenant, item.default_visibility, item.name) == ("acme", "private", "poet")
 
 
@@ -118,7 +118,7 @@ def test_folders_of_the_server_are_published_from_its_own_machine(
     settings: dict[str, Any], host: str, expected: bool
 ) -> None:
     served = services(**settings)
-    assert is_allowed(item_of, served, PublishItem(Path("/a/poet")), LOCAL_CALLER, request_from(host)) == expected
+    assert is_allowed(make_item, served, PublishItem(Path("/a/poet")), LOCAL_CALLER, request_from(host)) == expected
 
 
 def test_an_own_adapter_is_named_with_or_without_the_tenant() -> None:
@@ -165,9 +165,9 @@ def test_a_request_has_its_authenticated_caller_or_none() -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         with pytest.raises(KeyRefused, match="Authorization: Bearer"):
-            await caller_of(Request(scope))
-        context_of(scope).caller = CALLER
-        found.append(await caller_of(Request(scope)))
+            await find_caller(Request(scope))
+        find_context(scope).caller = CALLER
+        found.append(await find_caller(Request(scope)))
 
     async def nothing(*_: Any) -> Any:
         return {"type": "http.request"}
@@ -185,7 +185,7 @@ def test_a_dependency_on_a_role_refuses_callers_without_it() -> None:
 
 def test_routes_get_the_services_that_the_application_was_built_on() -> None:
     given = services()
-    assert asyncio.run(services_of(request_from(HERE, app=build_api(given)))) is given
+    assert asyncio.run(find_services(request_from(HERE, app=build_api(given)))) is given
 
 
 def test_roles_do_not_include_one_another() -> None:

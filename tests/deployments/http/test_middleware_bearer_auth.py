@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from deployments.auth.authenticator import ROLES
 from deployments.errors import KeyRefused
-from deployments.http.dependencies import caller_of
+from deployments.http.dependencies import find_caller
 from deployments.http.middleware import Admission
 from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
@@ -70,7 +70,7 @@ def test_the_routes_are_the_known_ones() -> None:
 
 def test_every_route_below_v1_authenticates() -> None:
     assert len(guarded()) >= 21
-    assert [key for key, route in guarded().items() if caller_of not in dependencies(route.dependant)] == []
+    assert [key for key, route in guarded().items() if find_caller not in dependencies(route.dependant)] == []
 
 
 @pytest.mark.parametrize("sent", [None, "Bearer", "Bearer wrong", "Basic all", "all", "Bearer all extra"])
@@ -148,7 +148,7 @@ def test_a_key_is_noted_as_ignored_where_there_are_none(keys: Path, sent: dict[s
 def test_a_route_reached_without_the_middleware_has_no_caller() -> None:
     scope = {"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}
     with pytest.raises(KeyRefused):
-        asyncio.run(caller_of(Request(scope)))
+        asyncio.run(find_caller(Request(scope)))
 
 
 @pytest.mark.parametrize("prefix", ["", "/live"])

@@ -11,7 +11,7 @@ import pytest
 
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
-from deployments.http.middleware import host_of
+from deployments.http.middleware import parse_host
 from tests.deployments.all_routes import example_path, mounted
 from tests.deployments.app_fakes import Served, config_of, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, request
@@ -147,7 +147,7 @@ def test_with_keys_any_name_is_answered_unless_the_setting_lists_some(tmp_path: 
     [("A.b:80", "a.b"), ("a.", "a"), ("[::1]:1", "::1"), (" a ", "a"), ("a:", None), (".", None), ("a:b", None)],
 )
 def test_a_host_is_read_without_its_port(header: str, host: str | None) -> None:
-    assert host_of(header) == host
+    assert parse_host(header) == host
 
 
 @pytest.mark.parametrize("name", ["http://a", "a:80", "*", "*.a", "", "a/b", "[::1]"])

@@ -20,7 +20,7 @@ from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.http.middleware import RequestContextMiddleware
 from deployments.http.routes import status
 from deployments.json_types import JsonObject
-from deployments.observability.request_context import RequestContext, context_of
+from deployments.observability.request_context import RequestContext, find_context
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import EngineFull
@@ -332,7 +332,7 @@ def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_a_stream_whose_client_leaves_is_recorded_with_499(is_cancelled: bool, tmp_path: Path) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        context_of(scope).caller = LOCAL_CALLER
+        find_context(scope).caller = LOCAL_CALLER
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"data: {}", "more_body": True})
         if is_cancelled:

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.worker_client import serve_worker
 from deployments.errors import PoisonRequest
-from deployments.publishing.results import warnings_of
+from deployments.publishing.results import find_warnings
 from deployments.publishing.validator import (
     VALIDATED_TOGETHER,
     AdapterValidator,
@@ -54,21 +54,21 @@ def test_outcomes_and_refusals_are_in_order() -> None:
     assert (first.staged, first.shift) == (items[0], 0.25)
     assert (second, third) == (refused, known)
     assert isinstance(fourth, ValidatedAdapter)
-    assert [len(warnings_of(item.staged, item.shift)) for item in (first, fourth)] == [0, 1]
+    assert [len(find_warnings(item.staged, item.shift)) for item in (first, fourth)] == [0, 1]
 
 
 def test_the_warning_of_the_folder_replaces_that_of_the_probe() -> None:
     mute = Staged(adapter("mute"), (), "hold", warnings=(NEVER_TRAINED,))
-    assert warnings_of(mute, 0.0) == (NEVER_TRAINED,)
+    assert find_warnings(mute, 0.0) == (NEVER_TRAINED,)
     unlisted = replace(mute, record=replace(mute.record, expires_at=mute.record.created_at))
-    assert warnings_of(unlisted, 0.0) == ()
+    assert find_warnings(unlisted, 0.0) == ()
 
 
 def test_a_reading_of_other_names_hides_no_warning_of_the_probe() -> None:
     respelled = Staged(adapter("mute"), (), "hold", warnings=("6 tensor names were read",))
-    first, second = warnings_of(respelled, 0.0)
+    first, second = find_warnings(respelled, 0.0)
     assert first == "6 tensor names were read" and "by no more than rounding" in second
-    assert warnings_of(respelled, 0.2) == ("6 tensor names were read",)
+    assert find_warnings(respelled, 0.2) == ("6 tensor names were read",)
 
 
 def test_equal_versions_are_validated_once_and_batches_are_bounded() -> None:

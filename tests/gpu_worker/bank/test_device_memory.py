@@ -15,9 +15,9 @@ from gpu_worker.bank.device_memory import (
     MappingLimit,
     cgroup_bytes,
     free_bytes,
+    limit_to_share,
     mapping_limits,
     release_unused,
-    share_of,
     zeros_on_huge_pages,
 )
 
@@ -41,10 +41,10 @@ def test_unused_memory_and_cached_files_count_as_free(tmp_path: Path) -> None:
 
 def test_workers_of_one_device_plan_with_at_most_its_memory() -> None:
     """If they plan at once, each sees all memory as free; the last of several finds less than its share."""
-    assert share_of(80, 80, 1.0) == 80
-    assert share_of(80, 80, 0.5) + share_of(80, 80, 0.5) == 80
-    assert 3 * share_of(80, 80, 0.333) <= 80
-    assert share_of(30, 80, 0.5) == 30
+    assert limit_to_share(80, 80, 1.0) == 80
+    assert limit_to_share(80, 80, 0.5) + limit_to_share(80, 80, 0.5) == 80
+    assert 3 * limit_to_share(80, 80, 0.333) <= 80
+    assert limit_to_share(30, 80, 0.5) == 30
 
 
 def test_this_machine_has_free_memory_below_its_total() -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from gpu_worker.front.draw import GREEDY_BELOW, TABLE, Draw, table_of
+from gpu_worker.front.draw import GREEDY_BELOW, TABLE, Draw, make_table
 from gpu_worker.front.request.request import SamplingParams
 from tests.gpu_worker.random_draws import random_draw
 from tests.gpu_worker.slow_sampling import uniform_slowly
@@ -18,7 +18,7 @@ VOCABULARY = 300
 def test_the_table_has_the_settings_of_each_draw() -> None:
     chance = random.Random(4)
     draws = [random_draw(chance, VOCABULARY) for _ in range(200)]
-    table = table_of(draws, VOCABULARY)
+    table = make_table(draws, VOCABULARY)
     assert {draw.is_greedy for draw in draws} == {True, False}
     for row, (draw, entry) in enumerate(zip(draws, table, strict=True)):
         params = draw.params
@@ -33,7 +33,7 @@ def test_the_table_has_the_settings_of_each_draw() -> None:
 
 
 def test_no_draws_make_an_empty_table() -> None:
-    assert table_of([], VOCABULARY).shape == (0,) and table_of([], VOCABULARY).dtype == TABLE
+    assert make_table([], VOCABULARY).shape == (0,) and make_table([], VOCABULARY).dtype == TABLE
 
 
 def test_a_temperature_below_the_bound_is_greedy() -> None:

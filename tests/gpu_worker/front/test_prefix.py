@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.front.prefix import Prefix, namespace_of
+from gpu_worker.front.prefix import Prefix, make_namespace
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter, Strategy
 
@@ -16,7 +16,7 @@ def plan(strategy: Strategy, *members: tuple[str, float], name: str = "a", score
 
 
 def namespace(of: Plan, tenant: str = "acme", *, shares_base: bool = False) -> bytes:
-    return namespace_of(of, tenant, shares_base=shares_base)
+    return make_namespace(of, tenant, shares_base=shares_base)
 
 
 MIXED = plan("mixture", ("aa", 0.5), ("bb", 0.25))

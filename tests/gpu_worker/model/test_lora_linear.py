@@ -12,7 +12,7 @@ from gpu_worker.model.attention_plan import Segment
 from gpu_worker.model.dense_mapping import DenseMapping
 from gpu_worker.model.grouped_mapping import GroupedMapping
 from gpu_worker.model.lora_kernel import LoraKernel
-from gpu_worker.model.lora_linear import LoraLinear, outputs_of
+from gpu_worker.model.lora_linear import LoraLinear, compute_outputs
 from gpu_worker.model.mapping import composition
 from gpu_worker.model.step_context import Outputs, StepContext
 from gpu_worker.native.attention.kv_pages import HostKvCache
@@ -92,13 +92,13 @@ def test_layers_of_one_input_add_their_adapters_in_one_call(is_grouped: bool, lo
     """The outputs are those of separate calls, bit for bit. A layer that no adapter has is left out."""
     composed, x = Composed(lora_kernel if is_grouped else None), torch.randn(1, 3, 16)
     expected = composed.alone(x)
-    assert equal(outputs_of(composed.layers, x), expected) and composed.asked == [3]
+    assert equal(compute_outputs(composed.layers, x), expected) and composed.asked == [3]
     composed.bank.modules["x.k_proj"].is_used = False
     expected = composed.alone(x)
-    assert equal(outputs_of(composed.layers, x), expected) and composed.asked == [2]
+    assert equal(compute_outputs(composed.layers, x), expected) and composed.asked == [2]
     for module in composed.bank.modules.values():
         module.is_used = False
-    assert equal(outputs_of(composed.layers, x), [layer.base(x) for layer in composed.layers])
+    assert equal(compute_outputs(composed.layers, x), [layer.base(x) for layer in composed.layers])
     assert composed.asked == [2]
 
 
@@ -107,10 +107,10 @@ def test_layers_that_are_watched_or_read_other_inputs_are_called_alone(lora_kern
     composed, x = Composed(lora_kernel), torch.randn(1, 3, 16)
     other, plain = Composed(lora_kernel), nn.Linear(16, 4)
     mixed = [composed.layers[0], other.layers[1]]
-    assert equal(outputs_of(mixed, x), [layer(x.clone()) for layer in mixed]) and other.asked == [1, 1]
-    assert equal(outputs_of([plain, composed.layers[0]], x), [plain(x), composed.layers[0](x)])
+    assert equal(compute_outputs(mixed, x), [layer(x.clone()) for layer in mixed]) and other.asked == [1, 1]
+    assert equal(compute_outputs([plain, composed.layers[0]], x), [plain(x), composed.layers[0](x)])
     seen: list[torch.Tensor] = []
     composed.layers[1].register_forward_hook(lambda _, __, output: seen.append(output))
     composed.asked.clear()
-    found = outputs_of(composed.layers, x)
+    found = compute_outputs(composed.layers, x)
     assert composed.asked == [1, 1, 1] and len(seen) == 1 and torch.equal(seen[0], found[1])

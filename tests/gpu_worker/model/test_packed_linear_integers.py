@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
 from gpu_worker.model.quantization import GROUP, SMALL_GROUP, QuantizedWeight, quantize, round_to_halves, rounded_inputs
-from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, source_of
+from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, name_library
 from gpu_worker.native.kernels.kernel_loading import share_openmp
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
 from tests.gpu_worker.engine_driver import compiled
@@ -40,7 +40,7 @@ def other_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     if this.machine != "x86_64" or shutil.which("c++") is None or not older.needs <= this.flags:
         pytest.skip("needs a C++ compiler and an x86 processor with AVX2")
     library = tmp_path_factory.mktemp("older") / "packed_linear.so"
-    Compiler.find().compile(source_of("packed_linear"), [f"-march={request.param}"], library)
+    Compiler.find().compile(name_library("packed_linear"), [f"-march={request.param}"], library)
     share_openmp()
     return LinearKernel(ctypes.CDLL(str(library)))
 
@@ -192,7 +192,7 @@ def test_arm_processors_compute_the_same_bits(options: str, kernel: LinearKernel
     if shutil.which(_ARM) is None or emulator is None:
         pytest.skip(f"needs {_ARM} and qemu-aarch64 (Debian packages g++-aarch64-linux-gnu and qemu-user)")
     main = tmp_path / "main.cpp"
-    main.write_text(_PROGRAM.replace("SOURCE", str(source_of("packed_linear"))))
+    main.write_text(_PROGRAM.replace("SOURCE", str(name_library("packed_linear"))))
     built = [_ARM, "-O2", "-std=c++17", "-static", "-Wno-psabi", f"-I{FOLDER}", options, str(main), "-o"]
     subprocess.run([*built, str(tmp_path / "main")], check=True, timeout=120)
 

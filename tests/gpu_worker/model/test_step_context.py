@@ -18,20 +18,20 @@ def plan() -> AttentionPlan:
 def test_each_layer_gets_the_steps_plan_once() -> None:
     step, attention = StepContext(), plan()
     step.fill(None, attention)
-    assert [step.attention_of(layer) for layer in (0, 2, 1)] == [attention] * 3
+    assert [step.plan_attention(layer) for layer in (0, 2, 1)] == [attention] * 3
     with pytest.raises(BaseModelUnsupported, match="more than once in layer 2"):
-        step.attention_of(2)
+        step.plan_attention(2)
 
 
 def test_the_next_step_has_its_own_plan_and_composition() -> None:
     step, first, second = StepContext(), plan(), plan()
     composition = DenseMapping(torch.ones(1, 1, 1), torch.ones(1, 1), None)
     step.fill(composition, first)
-    assert step.composition is composition and step.attention_of(0) is first
+    assert step.composition is composition and step.plan_attention(0) is first
     step.fill(None, second)
-    assert step.composition is None and step.attention_of(0) is second
+    assert step.composition is None and step.plan_attention(0) is second
 
 
 def test_a_step_that_was_not_filled_has_no_plan() -> None:
     with pytest.raises(AssertionError, match="was not filled"):
-        StepContext().attention_of(0)
+        StepContext().plan_attention(0)

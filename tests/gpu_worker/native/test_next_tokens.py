@@ -7,7 +7,7 @@ from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.front.row import Row
 from gpu_worker.model.attention_plan import Segment
-from gpu_worker.native.next_tokens import choose, masks_of
+from gpu_worker.native.next_tokens import choose, find_masks
 from gpu_worker.native.sampling.sampling import Sampler
 from tests.gpu_worker.front.grammar.small_vocabulary import compiled
 from tests.gpu_worker.rows import row_of
@@ -94,7 +94,7 @@ def test_masks_are_those_of_the_rows_with_logits_unless_all_logits_are_read() ->
     rows[3].capture_first_logits = True
     part = [(row, Segment(number, number, len(row.guess) + 1, len(row.tokens) - 1)) for number, row in enumerate(rows)]
     finished: list[int] = []
-    masks = masks_of(part, lambda: finished.append(1))
+    masks = find_masks(part, lambda: finished.append(1))
     assert [mask is not None for mask in masks] == [True, False, False, False, True] and finished == [1]
     assert only_id(masks[0]) == only_id(masks[4]) == 5  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.native.thread_count import Reading, ThreadCount, reading_of, thread_count
+from gpu_worker.native.thread_count import ThreadCount, Times, read_times, thread_count
 from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, greedy
 
 NICE_19 = 15 / 1024  # weight of a thread of nice 19, relative to one of nice 0
@@ -36,8 +36,8 @@ class Machine:
     own: float = 0.0
     waited: float = 0.0
 
-    def read(self) -> Reading:
-        return Reading(self.time, self.used, self.own, self.waited)
+    def read(self) -> Times:
+        return Times(self.time, self.used, self.own, self.waited)
 
     def threads(self, limit: int) -> ThreadCount:
         return ThreadCount(limit, self.num_cpus, self.read, lambda: self.time)
@@ -228,13 +228,13 @@ def test_times_are_read_for_the_named_cpus_and_all_own_threads(tmp_path: Path) -
         (folder / "schedstat").write_text(f"99 {waited_ns} 12\n")
     (tmp_path / "self" / "task" / "9").mkdir()  # it has ended
     ticks = os.sysconf("SC_CLK_TCK")
-    one, two = reading_of([0], tmp_path), reading_of([0, 1], tmp_path)
+    one, two = read_times([0], tmp_path), read_times([0, 1], tmp_path)
     assert one is not None and two is not None
     assert one.used == (500 + 250 + 5 + 10) / ticks
     assert two.used == (500 + 250 + 5 + 10 + 400 + 7 + 250 + 1 + 5 + 10) / ticks
     assert one.waited == 3.5
-    assert reading_of([0, 2], tmp_path) is None, "a machine that does not show this CPU"
-    assert reading_of([0], tmp_path / "missing") is None
+    assert read_times([0, 2], tmp_path) is None, "a machine that does not show this CPU"
+    assert read_times([0], tmp_path / "missing") is None
 
 
 def test_work_and_waiting_on_this_machine_are_counted(request: pytest.FixtureRequest) -> None:
@@ -242,7 +242,7 @@ def test_work_and_waiting_on_this_machine_are_counted(request: pytest.FixtureReq
     allowed = os.sched_getaffinity(0)
     request.addfinalizer(lambda: os.sched_setaffinity(0, allowed))
     os.sched_setaffinity(0, cpus := {min(allowed)})  # also for threads that start now
-    before, data = reading_of(cpus), bytes(1 << 20)
+    before, data = read_times(cpus), bytes(1 << 20)
     assert before is not None
     until = before.own + 0.5
 
@@ -253,7 +253,7 @@ def test_work_and_waiting_on_this_machine_are_counted(request: pytest.FixtureReq
     with ThreadPoolExecutor(3) as executor:
         for end in [executor.submit(work) for _ in range(3)]:
             end.result()
-        after = reading_of(cpus)
+        after = read_times(cpus)
     assert after is not None
     seen = after - before
     assert seen.own >= 0.5 and seen.used >= 0.4 and seen.waited >= 0.4

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpu_worker.bank.device_layout import DeviceAdapter, to_device_layout
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit
-from gpu_worker.vllm.fusions import FusionLoader, adapters_of, contains_any, parts_of, with_fusion
+from gpu_worker.vllm.fusions import FusionLoader, contains_any, list_adapters, split_name, with_fusion
 from lora_store.adapter import AdapterRef, AdapterWeights
 from lora_store.plan import BASE_PLAN, MAX_ABS_WEIGHT, Plan, PlannedAdapter
 from tests.gpu_worker.conformance.reference import deltas
@@ -71,9 +71,9 @@ class Pool:
 @given(st.dictionaries(DIGESTS, WEIGHTS, min_size=1, max_size=5))
 def test_a_name_holds_every_digest_and_the_exact_weight(parts: dict[str, float]) -> None:
     name = name_of(fusion(parts))
-    found = parts_of(name)
+    found = split_name(name)
     assert found is not None and dict(found) == parts
-    assert sorted(adapters_of([name, "b" * 64])) == sorted([*parts, "b" * 64])
+    assert sorted(list_adapters([name, "b" * 64])) == sorted([*parts, "b" * 64])
     assert contains_any(name, [next(iter(parts))]) and not contains_any(name, ["other"])
 
 
@@ -89,7 +89,7 @@ def test_only_an_average_needs_a_fusion() -> None:
     assert with_fusion(fusion({"a": 0.0})) == BASE_PLAN
     mixture = Plan("mixture", fusion({"a": 0.5, "b": 0.25}).adapters)
     assert with_fusion(mixture) is mixture
-    assert parts_of("a" * 64) is None and not contains_any("a" * 64, ["a" * 64])
+    assert split_name("a" * 64) is None and not contains_any("a" * 64, ["a" * 64])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])

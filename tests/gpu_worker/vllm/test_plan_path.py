@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.vllm.fusions import parts_of, with_fusion
-from gpu_worker.vllm.plan_path import PlanIds, is_plan_path, path_of, plan_of
+from gpu_worker.vllm.fusions import split_name, with_fusion
+from gpu_worker.vllm.plan_path import PlanIds, is_plan_path, make_path, parse_path
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, MAX_ABS_WEIGHT, Plan, PlannedAdapter, Strategy
 
@@ -22,18 +22,18 @@ def plan(strategy: Strategy, members: dict[str, float], name: str = "poet") -> P
 
 @given(st.dictionaries(DIGESTS, WEIGHTS, min_size=1, max_size=5))
 def test_a_path_holds_every_digest_and_the_exact_weight(members: dict[str, float]) -> None:
-    path = path_of(plan("mixture", members))
+    path = make_path(plan("mixture", members))
     assert path is not None and is_plan_path(path)
-    found = plan_of(path)
+    found = parse_path(path)
     assert found.strategy == "mixture"
     assert {adapter.weights_digest: adapter.weight for adapter in found.adapters} == members
 
 
 def test_equal_compositions_have_equal_paths() -> None:
-    known = path_of(plan("mixture", {"a": 0.5, "b": 0.25}))
-    assert path_of(plan("mixture", {"b": 0.25, "a": 0.5}, name="another")) == known
-    assert path_of(plan("mixture", {"b": 0.25, "c": 0.0, "a": 0.5})) == known
-    assert path_of(plan("selection", {"a": 0.5})) == path_of(plan("mixture", {"a": 0.5}))
+    known = make_path(plan("mixture", {"a": 0.5, "b": 0.25}))
+    assert make_path(plan("mixture", {"b": 0.25, "a": 0.5}, name="another")) == known
+    assert make_path(plan("mixture", {"b": 0.25, "c": 0.0, "a": 0.5})) == known
+    assert make_path(plan("selection", {"a": 0.5})) == make_path(plan("mixture", {"a": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -46,19 +46,19 @@ def test_equal_compositions_have_equal_paths() -> None:
     ],
 )
 def test_other_compositions_have_other_paths(other: Plan) -> None:
-    assert path_of(other) != path_of(plan("mixture", {"a": 0.5, "b": 0.25}))
+    assert make_path(other) != make_path(plan("mixture", {"a": 0.5, "b": 0.25}))
 
 
 def test_a_path_names_a_fusion_as_one_adapter() -> None:
-    path = path_of(with_fusion(plan("fusion", {"a": 0.5, "b": -0.25})))
+    path = make_path(with_fusion(plan("fusion", {"a": 0.5, "b": -0.25})))
     assert path is not None
-    [adapter] = plan_of(path).adapters
-    assert (adapter.weight, parts_of(adapter.weights_digest)) == (1.0, (("a", 0.5), ("b", -0.25)))
+    [adapter] = parse_path(path).adapters
+    assert (adapter.weight, split_name(adapter.weights_digest)) == (1.0, (("a", 0.5), ("b", -0.25)))
 
 
 def test_a_plan_without_weight_is_the_base_model() -> None:
-    assert path_of(BASE_PLAN) is None
-    assert path_of(plan("mixture", {"a": 0.0})) is None
+    assert make_path(BASE_PLAN) is None
+    assert make_path(plan("mixture", {"a": 0.0})) is None
     assert not is_plan_path("/not/a/real/path")
 
 

@@ -22,7 +22,7 @@ from gpu_worker.errors import (
 from gpu_worker.front.prefetch_window import MIN_ROWS
 from gpu_worker.front.request.request import Delta
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.vllm.fusions import adapters_of, parts_of
+from gpu_worker.vllm.fusions import list_adapters, split_name
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import HeldExecutor, greedy, run
 from tests.gpu_worker.vllm.scripted import Bench
@@ -115,9 +115,9 @@ def test_more_fusions_than_fit_their_rows_all_run_with_adapters(serve: Callable[
         await bench.idle()
         assert all(isinstance(one.last, Delta) for one in asked)
         status = bench.runner.status()
-        assert sum(parts_of(digest) is not None for digest in bench.workers.held) == 2
+        assert sum(split_name(digest) is not None for digest in bench.workers.held) == 2
         assert (status.occupied_rows, status.active_rows) == (16, 0)
-        assert status.resident == bench.runner.expected() == set(adapters_of(bench.workers.held))
+        assert status.resident == bench.runner.expected() == set(list_adapters(bench.workers.held))
 
     serve(main)
 
@@ -155,7 +155,7 @@ def test_the_parts_of_waiting_fusions_count_in_the_budget_of_prefetches(serve: C
         bench.ask(greedy("x", first))
         executor.held.pop(0)()  # one part is converted, and the fusions wait for the other
         bench.ask(*[greedy("x", plan) for plan in others])
-        assert sum(parts_of(digest) is not None for digest in bench.loader.loading) == MIN_ROWS
+        assert sum(split_name(digest) is not None for digest in bench.loader.loading) == MIN_ROWS
 
     serve(main, executor=executor, max_batch_size=MIN_ROWS, host_cache_bytes=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.library import compile_matcher, make_vocabulary
 from gpu_worker.front.grammar.state import GrammarState
 from gpu_worker.front.request.grammar import Grammar
 
@@ -34,7 +34,7 @@ BYTES = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < END els
 
 def allows(grammar: Grammar, text: str) -> bool:
     """Tell whether the text is a whole answer of the grammar, byte by byte."""
-    matcher = matcher_of(grammar, BYTES)
+    matcher = compile_matcher(grammar, BYTES)
     return bool(matcher.consume_tokens(list(text.encode()))) and bool(matcher.is_accepting())
 
 
@@ -43,7 +43,7 @@ def vocabulary_of(tokens: list[bytes]) -> LLTokenizer:
 
 
 def compiled(grammar: Grammar, tokens: list[bytes] = TOKENS) -> LLMatcher:
-    matcher = matcher_of(grammar, vocabulary_of(tokens))
+    matcher = compile_matcher(grammar, vocabulary_of(tokens))
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 

@@ -11,7 +11,7 @@ import pytest
 
 from gpu_worker.errors import GrammarInvalid, SamplingInvalid
 from gpu_worker.front.grammar.check import check
-from gpu_worker.front.grammar.library import matcher_of
+from gpu_worker.front.grammar.library import compile_matcher
 from gpu_worker.front.grammar.tool_grammar import tool_grammar
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.tool_parser import ToolCallParser
@@ -82,7 +82,7 @@ def test_whatever_the_grammar_allows_is_read_as_valid_calls(form: ToolForm) -> N
     grammar = grammar_of(form, WEATHER, NOW, required=True)
     chance = np.random.default_rng(5)
     for _ in range(12):
-        matcher, tokens = matcher_of(grammar, BYTES), list[int]()
+        matcher, tokens = compile_matcher(grammar, BYTES), list[int]()
         while not matcher.is_stopped():
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits)

@@ -10,10 +10,10 @@ from gpu_worker.front.request.prompts import (
     ALPACA_STOPS,
     Message,
     alpaca_prompt,
+    make_turn,
     render,
     render_alpaca,
     template_stops,
-    turn_of,
 )
 from gpu_worker.front.request.tools import ToolCall
 from tests.tiny import byte_tokenizer
@@ -102,14 +102,14 @@ def test_auto_is_the_tokenizers_chat_template_or_alpaca() -> None:
 
 def test_templates_get_calls_as_objects_and_ids_of_nine_characters() -> None:
     call, broken = ToolCall("call_0123456789", "f", '{"a": [1]}'), ToolCall("abcdefgh9", "g", "{no json")
-    turn = turn_of(Message("assistant", "Hm", (call, broken)))
+    turn = make_turn(Message("assistant", "Hm", (call, broken)))
     first, second = turn["tool_calls"]
     assert first["function"] == {"name": "f", "arguments": {"a": [1]}}
     assert second == {"id": "abcdefgh9", "type": "function", "function": {"name": "g", "arguments": "{no json"}}
-    result = turn_of(Message("tool", "Rain", (), "call_0123456789", "f"))
+    result = make_turn(Message("tool", "Rain", (), "call_0123456789", "f"))
     assert result == {"role": "tool", "content": "Rain", "tool_call_id": first["id"], "name": "f"}
     assert len(first["id"]) == 9 and first["id"].isalnum()
-    assert turn_of(Message("user", "Hi")) == {"role": "user", "content": "Hi"}
+    assert make_turn(Message("user", "Hi")) == {"role": "user", "content": "Hi"}
 
 
 def test_the_size_of_a_message_counts_its_calls() -> None:

@@ -12,10 +12,10 @@ from gpu_worker.errors import PromptInvalid
 from gpu_worker.front.request.prompts import Message, render
 from gpu_worker.front.request.tool_prompts import (
     call_text,
+    choose_style,
     describe,
     find_style,
     render_conversation,
-    style_of,
     with_system_text,
     without_tool_turns,
 )
@@ -100,7 +100,7 @@ def test_alpaca_gets_a_description_and_the_calls_as_text(name: str) -> None:
 def test_an_adapter_of_another_template_is_described_the_tools() -> None:
     tokenizer = tokenizer_with(HERMES_TEMPLATE)
     style = find_style(tokenizer)
-    assert style_of("alpaca", tokenizer, style) == DESCRIBED and style_of("auto", tokenizer, style) == style
+    assert choose_style("alpaca", tokenizer, style) == DESCRIBED and choose_style("auto", tokenizer, style) == style
     text = render_conversation([ASKED], "alpaca", tokenizer, style, TOOLS)
     assert describe(TOOLS) in text and "<|im_start|>" not in text
 

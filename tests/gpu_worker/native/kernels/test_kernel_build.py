@@ -14,7 +14,7 @@ from gpu_worker.native.kernels.kernel_build import (
     KernelUnavailable,
     file_name,
     kernel_names,
-    source_of,
+    name_library,
 )
 from gpu_worker.native.kernels.kernel_variants import VARIANTS
 from tests.gpu_worker.compilers import script
@@ -33,7 +33,7 @@ def test_a_compiler_that_hangs_is_ended(tmp_path: Path) -> None:
     compiler = Compiler((str(script(tmp_path / "c++", "exec sleep 600")),))
     began = time.monotonic()
     with pytest.raises(KernelUnavailable, match=r"did not finish within 0\.2 s"):
-        compiler.compile(source_of("fused"), (), tmp_path / "fused.so", limit_s=0.2)
+        compiler.compile(name_library("fused"), (), tmp_path / "fused.so", limit_s=0.2)
     assert time.monotonic() - began < 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c++"]
 
@@ -51,7 +51,7 @@ def test_the_name_of_a_library_depends_on_all_its_inputs() -> None:
 def test_a_failing_compiler_leaves_nothing_and_its_output_is_in_the_error(tmp_path: Path) -> None:
     compiler = Compiler((str(script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')), "-B"), ("-g",))
     with pytest.raises(KernelUnavailable, match=r"c\+\+ -B -g -O3 .* failed: unknown option"):
-        compiler.compile(source_of("fused"), (), tmp_path / "fused.so")
+        compiler.compile(name_library("fused"), (), tmp_path / "fused.so")
     assert [path.name for path in tmp_path.iterdir()] == ["c++"]
 
 
@@ -66,6 +66,6 @@ def test_the_first_compiler_on_the_path_is_used(tmp_path: Path) -> None:
 def test_a_library_can_be_read_by_all_and_written_by_its_owner(tmp_path: Path) -> None:
     """The compiler's own umask may differ."""
     made = 'for last; do :; done; echo library > "$last"; chmod 600 "$last"'
-    Compiler((str(script(tmp_path / "c++", made)),)).compile(source_of("fused"), (), tmp_path / "fused.so")
+    Compiler((str(script(tmp_path / "c++", made)),)).compile(name_library("fused"), (), tmp_path / "fused.so")
     assert (tmp_path / "fused.so").read_text() == "library\n"
     assert (tmp_path / "fused.so").stat().st_mode & 0o777 == 0o644

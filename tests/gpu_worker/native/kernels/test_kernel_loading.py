@@ -16,7 +16,7 @@ from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.native.fused import load_fused_kernel
 from gpu_worker.native.kernels import kernel_loading
 from gpu_worker.native.kernels.build_kernels import prebuilt_path
-from gpu_worker.native.kernels.kernel_build import Compiler, KernelUnavailable, kernel_names, source_of
+from gpu_worker.native.kernels.kernel_build import Compiler, KernelUnavailable, kernel_names, name_library
 from gpu_worker.native.kernels.kernel_loading import check_trusted, load_library, num_missing_kernels
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
 from gpu_worker.native.loop import Engine
@@ -171,7 +171,7 @@ def test_a_prebuilt_kernel_is_used_and_nothing_is_compiled(
         pytest.skip("no variant is for this processor")
     library = prebuilt_path(tmp_path / "prebuilt", fitting[-1], "grouped_lora")
     library.parent.mkdir(parents=True)
-    Compiler.find().compile(source_of("grouped_lora"), fitting[-1].options, library)
+    Compiler.find().compile(name_library("grouped_lora"), fitting[-1].options, library)
     no_options.setattr(kernel_loading, "PREBUILT", tmp_path / "prebuilt")
     no_options.setenv("PATH", "")
     assert load_library("grouped_lora", tmp_path / "cache") is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.front.draw import Draw, table_of
+from gpu_worker.front.draw import Draw, make_table
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.sampling_kernel import WANTED, SamplingKernel, load_sampling_kernel
 from tests.gpu_worker.engine_driver import compiled
@@ -29,7 +29,7 @@ def test_it_serves_contiguous_logits_in_host_memory(kernel: SamplingKernel) -> N
 
 def test_entries_choose_from_the_rows_they_name(kernel: SamplingKernel) -> None:
     draws = [Draw(SamplingParams(top_k=20), 5, position) for position in range(4)]
-    table = table_of(draws, 50)[[3, 1, 3]]
+    table = make_table(draws, 50)[[3, 1, 3]]
     chosen = kernel.choose(LOGITS, table).tolist()
     assert all(token in tokens_slowly(LOGITS[row], draws[row]) for token, row in zip(chosen, [3, 1, 3], strict=True))
     assert kernel.choose(LOGITS, table[:0]).tolist() == []
@@ -38,7 +38,7 @@ def test_entries_choose_from_the_rows_they_name(kernel: SamplingKernel) -> None:
 def test_a_row_that_is_not_finite_has_no_token(kernel: SamplingKernel) -> None:
     logits = LOGITS.clone()
     logits[2, 7] = torch.nan
-    chosen = kernel.choose(logits, table_of([Draw(SamplingParams(), 1, 1)] * 4, 50))
+    chosen = kernel.choose(logits, make_table([Draw(SamplingParams(), 1, 1)] * 4, 50))
     assert (chosen == -1).tolist() == [False, False, True, False]
 
 
@@ -57,4 +57,4 @@ def test_tables_of_another_layout_are_refused(kernel: SamplingKernel) -> None:
     with pytest.raises(AssertionError, match="must match the struct"):
         kernel.choose(LOGITS, np.zeros(1, WANTED))
     with pytest.raises(AssertionError, match="must match the struct"):
-        kernel.score(LOGITS, table_of([Draw(SamplingParams(), 0, 0)], 50))
+        kernel.score(LOGITS, make_table([Draw(SamplingParams(), 0, 0)], 50))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpu_worker.front.draw import table_of
+from gpu_worker.front.draw import make_table
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling import sampling_torch
 from gpu_worker.native.sampling.sampling import with_masks
@@ -25,7 +25,7 @@ def test_reading_values_on_the_host_does_not_change_the_choice() -> None:
         draws = [
             replace(draw, params=replace(draw.params, top_k=0, top_p=chance.choice([0.5, 0.95]))) for draw in draws
         ]
-        table = table_of(draws, 3000)
+        table = make_table(draws, 3000)
         found = [sampling_torch.choose(logits, table, on_host=on_host).tolist() for on_host in (False, True)]
         assert found[0] == found[1]
 
@@ -58,7 +58,7 @@ def test_the_torch_code_never_waits_for_the_device() -> None:
     for num_rows in (8, 32):
         kinds = [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_k=40), SamplingParams(top_p=0.9)]
         draws = [replace(random_draw(chance, 300), params=kinds[i % 4]) for i in range(num_rows)]
-        logits, table = torch.randn(num_rows, 300), table_of(draws, 300)
+        logits, table = torch.randn(num_rows, 300), make_table(draws, 300)
         allowed = np.full(10, 2**32 - 1, np.uint32)
         masked = [replace(draw, allowed=allowed if i % 2 else None) for i, draw in enumerate(draws)]
         with Waits() as waits:
