@@ -258,7 +258,7 @@ class RetrieverDeployment:
         `tenants` has one entry per group. Samples are encoded in small chunks. Between two chunks prompts take their
         turn, then each other publishing tenant. A call for several tenants uses the turns of the first one.
         """
-        encoding = await _on(self._bulk, self._retriever.encoding_of, groups, tenants)
+        encoding = await _on(self._bulk, self._retriever.make_encoding, groups, tenants)
         await self._encode_in_turns(encoding, next(iter(tenants), ""))
         return await _on(self._bulk, self._embedded, encoding, groups, tenants)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
@@ -28,7 +28,6 @@ from tests.gpu_worker.engine_driver import (
     Gated,
     MakeEngine,
     Shapes,
-    Start,
     assert_nothing_held,
     by_digest,
     complete,
@@ -53,7 +52,7 @@ def jobs_over(pool: list[AdapterWeights], count: int) -> list[Job]:
 
 @pytest.mark.parametrize("stream_interval_ms", [0.0, 1.0, 1000.0])
 def test_streams_join_to_the_text_of_a_run_without_a_thread(
-    stream_interval_ms: float, make_engine: MakeEngine, shapes: Shapes, start: Start
+    stream_interval_ms: float, make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
 ) -> None:
     pool = [random_adapter(shapes, i) for i in range(2)]
     jobs = jobs_over(pool, 4)
@@ -67,6 +66,58 @@ def test_streams_join_to_the_text_of_a_run_without_a_thread(
     assert ["".join(delta.text for delta in deltas) for deltas in streams] == expected
     for deltas in streams:
         assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
+def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> None:
+    _, gate, native = gated({})
+
+    async def main() -> None:
+        async with aclosing(stream_text(native, greedy("first", num_new=5))) as stream:
+            gate.permits.release()
+            first = await anext(stream)
+            assert first.num_new_tokens == 1 and first.finish_reason is None
+            gate.open()
+            assert (await collect(stream))[-1].num_new_tokens == 5
+
+    run(main())
+
+
+def test_a_watched_stream_gives_heartbeats_while_there_is_no_text(gated: Gated) -> None:
+    _, gate, native = gated({}, max_batch_size=1)
+    job = greedy("watched", BASE_PLAN, "watched", num_new=5)
+
+    async def main() -> None:
+        async with aclosing(native.stream(job, 0.01)) as stream:
+            assert [await anext(stream) for _ in range(4)] == [None] * 4
+            gate.open()
+            deltas = [delta async for delta in stream if delta is not None]
+        async with aclosing(native.stream(job, 100.0)) as again:
+            first, *others = [delta async for delta in again]
+        assert first is None and "".join(d.text for d in others if d) == "".join(d.text for d in deltas) != ""
+        assert None not in others
+
+    run(main())
+
+
+def test_a_finished_load_wakes_the_sleeping_loop(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
+) -> None:
+    good, may_load = random_adapter(shapes, 1), threading.Event()
+
+    def fetch(digest: str) -> AdapterWeights:
+        assert may_load.wait(PATIENCE_S)
+        return good
+
+    async def main(native: NativeEngine) -> None:
+        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (good, 1.0)))))
+        while not native.loop.waiting:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(int)
+        may_load.set()
+        assert (await task)[0].num_new_tokens == 8
+
+    with ThreadPoolExecutor(1) as executor:
+        run(main(start(make_engine(fetch, executor=executor))))
 
 
 def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:
@@ -87,7 +138,9 @@ def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated)
     assert completion.num_new_tokens == 8
 
 
-def test_two_requests_of_one_id_do_not_cancel_each_other(make_engine: MakeEngine, start: Start) -> None:
+def test_two_requests_of_one_id_do_not_cancel_each_other(
+    make_engine: MakeEngine, start: Callable[..., NativeEngine]
+) -> None:
     native = start(make_engine({}))
 
     async def main() -> list[Any]:
@@ -115,7 +168,7 @@ def test_an_idle_loop_is_not_hanging_and_one_in_a_long_step_is(gated: Gated) -> 
     run(main())
 
 
-def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Start) -> None:
+def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
     """A command may hang like a step: cancelling a request wipes its rows on the device."""
     native, may_end, has_begun = start(make_engine({})), threading.Event(), threading.Event()
 
@@ -137,8 +190,8 @@ def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Sta
     run(main())
 
 
-def test_a_loop_that_waits_for_a_slow_load_is_not_hanging_and_wakes_for_it(
-    make_engine: MakeEngine, shapes: Shapes, start: Start
+def test_a_loop_that_waits_for_a_slow_load_is_not_hanging(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
 ) -> None:
     good, may_load = random_adapter(shapes, 1), threading.Event()
 
@@ -172,6 +225,25 @@ def test_the_engines_thread_alone_is_nice(make_engine: MakeEngine) -> None:
     assert seen == [own + 3] and os.nice(0) == own
 
 
+def test_weights_are_forgotten_from_another_thread(shapes: Shapes, gated: Gated) -> None:
+    weights = random_adapter(shapes, 1)
+    _, gate, native = gated(by_digest(weights))
+
+    async def main() -> None:
+        empty = await native.status()
+        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (weights, 1.0)), num_new=20)))
+        await asyncio.to_thread(gate.wait_for_step)
+        forgetting = asyncio.create_task(native.forget([weights.weights_digest]))
+        await asyncio.sleep(0)  # it is queued after the current step
+        gate.open()
+        assert await forgetting is False
+        assert (await task)[0].num_new_tokens == 20
+        assert await native.forget([weights.weights_digest]) is True
+        assert await native.status() == empty
+
+    run(main())
+
+
 def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
     _, gate, native = gated({})
 
@@ -187,6 +259,13 @@ def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
         assert (await native.status()).num_running == 0
 
     run(main())
+
+
+def test_a_stopped_loop_forgets_nothing_more(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
+    native = start(make_engine({}))
+    native.stop()
+    with pytest.raises(EngineStopped):
+        run(native.forget(["a"]))
 
 
 def test_leaving_the_iterator_cancels_at_the_next_step(gated: Gated) -> None:
@@ -232,5 +311,3 @@ def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
         return await asyncio.gather(running, late, return_exceptions=True)
 
     assert [type(error) for error in run(main())] == [EngineStopped] * 2
-    with pytest.raises(EngineStopped):
-        run(native.forget(["a"]))

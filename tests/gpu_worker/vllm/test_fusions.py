@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpu_worker.bank.device_layout import DeviceAdapter, to_device_layout
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit
-from gpu_worker.vllm.fusions import FusionLoader, contains_any, list_adapters, split_name, with_fusion
+from gpu_worker.vllm.fusions import FusionLoader, composed, contains_any, list_adapters, split_name, with_fusion
 from lora_store.adapter import AdapterRef, AdapterWeights
 from lora_store.plan import BASE_PLAN, MAX_ABS_WEIGHT, Plan, PlannedAdapter
 from tests.gpu_worker.conformance.reference import deltas
@@ -94,10 +94,7 @@ def test_only_an_average_needs_a_fusion() -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 def test_a_fusion_equals_the_padded_averages(dtype: torch.dtype, bound: float) -> None:
-    """Ranks differ between adapters and between modules, one adapter lacks modules, and one weight is negative.
-
-    The adapters stay as they are.
-    """
+    """Ranks differ between adapters and between modules, one adapter lacks modules, and one weight is negative."""
     pool = [
         random_adapter(SHAPES, 1),
         random_adapter(SHAPES, 2, rank=2, modules=lambda name: name != "q_proj"),
@@ -105,11 +102,7 @@ def test_a_fusion_equals_the_padded_averages(dtype: torch.dtype, bound: float) -
     ]
     plan = plan_of("fusion", *zip(pool, (0.5, -0.75, 0.3), strict=True))
     expected = deltas(plan, {weights.weights_digest: weights for weights in pool})
-    loader = Pool(*pool).loader(dtype=dtype)
-    first = loader.load(pool[0].weights_digest).result(0)
-    before = {name: module.a.clone() for name, module in first.modules.items()}
-    found = loader.load(name_of(plan)).result(0)
-    assert all(torch.equal(first.modules[name].a, a) for name, a in before.items())
+    found = Pool(*pool).loader(dtype=dtype).load(name_of(plan)).result(0)
     modules = {**found.modules, **found.experts}
     assert found.max_rank == 5 and modules.keys() == expected.keys() and list(found.experts) == ["experts.down_proj"]
     for name, module in modules.items():
@@ -194,3 +187,11 @@ def test_an_executor_that_has_shut_down_fails_the_fusion() -> None:
     error = loader.load(name).exception(0)
     assert isinstance(error, AdapterLoadFailed) and isinstance(error.__cause__, RuntimeError)
     assert loader.pending_parts(name) == {}
+
+
+def test_composing_leaves_the_adapters_unchanged() -> None:
+    weights = random_adapter(SHAPES, 1)
+    adapter = to_device_layout(weights, SHAPES, torch.float32)
+    before = {name: module.a.clone() for name, module in adapter.modules.items()}
+    composed("fusion(a*0.5+b*0.5)", [(adapter, 0.5), (adapter, 0.5)])
+    assert all(torch.equal(adapter.modules[name].a, a) for name, a in before.items())
