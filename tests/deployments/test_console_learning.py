@@ -59,7 +59,7 @@ async def test_an_answer_of_auto_is_judged_by_a_button(browsing: Browsing) -> No
         await bad.click()
         await expect(bad).to_have_attribute("aria-pressed", "true")
         [said] = [given for (_, kind, _), given in store.given.items() if kind == "outcome"]
-        assert (said.text, said.adapter, said.score) == ("A verse, please.", "poet", -1)
+        assert (said.text, said.adapter, said.score) == ("A verse, please.", "local/poet", -1)
         await last_turn(page).get_by_role("button", name="Good", exact=True).click()
         await expect(bad).to_have_attribute("aria-pressed", "false")
 

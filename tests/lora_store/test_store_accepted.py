@@ -122,7 +122,7 @@ def test_an_edit_is_refused_with_every_reason(store_uri: str, make_folder: MakeF
     for reason in (
         "contract: {} is too long",
         "tag 'a b' must be 1 to 64",
-        "samples: at most 2 (admission.max_samples), got 3",
+        "samples: at most 2, got 3; send fewer",
         'samples: number 1 needs an "input" that is not blank',
         'samples: number 2 has an "output" of more than 64 bytes',
     ):

@@ -155,10 +155,7 @@ def test_without_a_server_a_dry_run_checks_here_and_says_so(folder: Path, monkey
     assert result.exit_code == 1 and f"names '{BASE}'" in words(result.stderr), "another base than the packaged model"
 
 
-def test_a_dry_run_at_a_given_address_needs_its_server_or_settings(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, config: Path
-) -> None:
-    monkeypatch.setattr("deployments.cli.publish.answers", lambda url: False)
+def test_a_dry_run_at_a_given_address_needs_its_server_or_settings(folder: Path, config: Path) -> None:
     result = run("publish", "--dry-run", folder, "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
     assert "no server answers at http://127.0.0.1:1; start it, or add --config FILE" in words(result.stderr)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from typing import Any
@@ -69,16 +68,11 @@ def test_list_and_show_name_the_version_under_trial() -> None:
 
 
 def test_show_prints_an_adapter_and_its_versions() -> None:
-    """Digests are whole, times are to the second, and what others wrote is printed as it is, without control codes."""
-    version = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester"}
-    version |= {"source": "s3://bucket/poet"}
+    """What others wrote is printed as it is, without control codes."""
+    version = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester", "source": "poet"}
     answer = {
         **ROW,
-        "digest": "0123456789abcdef" * 4,
-        "live_since": "2026-02-03T04:05:06.789012+00:00",
-        "created_at": version["created_at"],
         "trial": None,
-        "contract": {"instruction": "[bold]Rhyme: {input}", "stop": ["É"]},
         "versions": [version | {"digest": "d" * 64, "state": "live"}, version | {"digest": "e" * 64, "state": "kept"}],
         "samples": [{"input": "Write a [poem].\nOf \x1b[31mrain", "output": "Drops"}],
     }
@@ -88,11 +82,21 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
     live, kept = [line for line in said.stdout.splitlines() if "tester" in line]
     assert all(part in live for part in ("d" * 12, "live", "2026-01-02 03:04:05 "))
     assert all(part in kept for part in ("e" * 12, "kept", "2026-01-02 03:04:05 "))
-    assert "".join(re.findall(r"[0-9a-f]{16,}", said.stdout)) == answer["digest"]
-    assert "published │ 2026-01-02 03:04:05 │" in said.out and "live since │ 2026-02-03 04:05:06 │" in said.out
-    assert all(part in said.stdout for part in ("fun", '"instruction": "[bold]Rhyme: {input}"', '"É"'))
-    assert "None" not in said.stdout
+    assert "None" not in said.stdout and "fun" in said.stdout
     assert run_with(answer, "show", "poet", "--json").json == answer
+
+
+def test_show_prints_a_whole_digest() -> None:
+    digest = "0123456789abcdef" * 4
+    assert digest in run_with({"digest": digest, "versions": []}, "show", "poet").stdout
+
+
+def test_show_prints_times_to_the_second_and_a_contract_as_it_is() -> None:
+    times = {"created_at": "2026-01-02T03:04:05.678901+00:00", "live_since": "2026-02-03T04:05:06.789012+00:00"}
+    contract = {"instruction": "[bold]Rhyme: {input}", "stop": ["É"]}
+    said = run_with({"id": "poet", **times, "contract": contract, "versions": []}, "show", "poet")
+    assert "published │ 2026-01-02 03:04:05 │" in said.out and "live since │ 2026-02-03 04:05:06 │" in said.out
+    assert all(part in said.stdout for part in ('"instruction": "[bold]Rhyme: {input}"', '"É"'))
 
 
 def test_withdraw_continues_after_a_refusal_and_fails_at_the_end() -> None:

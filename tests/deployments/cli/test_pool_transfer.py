@@ -69,7 +69,7 @@ def test_a_key_without_adapters_is_told_how_to_copy_those_of_all_tenants(
     pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for tenant, is_told in (("platform", True), ("acme", False)):
-        monkeypatch.setattr("deployments.cli.pool_transfer.client_of", lambda url, who=tenant: serve(pool, who))
+        monkeypatch.setattr("deployments.cli.pool_transfer.open_client", lambda url, who=tenant: serve(pool, who))
         done = run("pool", "export", tmp_path / f"{tenant}.tar")
         assert (done.exit_code, "--store STORE copies those of all" in words(done.stderr)) == (0, is_told)
 

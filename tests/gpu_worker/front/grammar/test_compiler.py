@@ -193,11 +193,11 @@ def test_a_grammar_that_passed_is_compiled_again_without_a_check(
 ) -> None:
     compiled: list[str] = []
 
-    def matcher_of(grammar: Grammar, vocabulary: LLTokenizer) -> Any:
+    def compile_matcher(grammar: Grammar, vocabulary: LLTokenizer) -> Any:
         compiled.append(grammar.text)
         return library.compile_matcher(grammar, vocabulary)
 
-    monkeypatch.setattr(compiler_module, "matcher_of", matcher_of)
+    monkeypatch.setattr(compiler_module, "compile_matcher", compile_matcher)
     monkeypatch.setattr(compiler_module, "MAX_PASSED", 2)
     compiler = make(max_grammars=1)
     checks.released.set()

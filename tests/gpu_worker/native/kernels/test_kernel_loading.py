@@ -230,6 +230,6 @@ def test_a_kernel_for_another_kind_of_runtime_is_refused(
     source = tmp_path / "clangs.cpp"
     source.write_text('extern "C" void __kmpc_no_such_call(); extern "C" void f() { __kmpc_no_such_call(); }\n')
     (tmp_path / "cache" / "native").mkdir(parents=True, mode=0o700)
-    no_options.setattr(kernel_loading, "source_of", lambda name: source)
+    no_options.setattr(kernel_loading, "name_library", lambda name: source)
     assert load_library("fused", tmp_path / "cache") is None
     assert "__kmpc_no_such_call" in caplog.text
