@@ -16,7 +16,7 @@ ENGINE = os.environ.get("ENGINE", "native")
 HEAD_DIM = 32 if ENGINE == "vllm" else 8  # vLLM's attention supports no smaller heads on the CPU
 # The worker's settings that depend on the engine. vLLM would compile each model for a minute.
 WORKER: Mapping[str, Any] = {"engine": ENGINE} | ({"enforce_eager": True} if ENGINE == "vllm" else {})
-START_S = 300.0 if ENGINE == "native" else 600.0  # the longest start of a test's application
+START_S = 600.0  # the longest start of a test's application
 
 needs_own_process = pytest.mark.skipif(ENGINE != "vllm", reason="the native engine has no process of its own")
 
