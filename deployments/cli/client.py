@@ -41,7 +41,7 @@ err = _console(sys.stderr, stderr=True)
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
 KEY_VARIABLE = "LORARETRIEVER_KEY"
-_REMEDY = f"start `loraretriever serve`, or set its address with --url or {URL_VARIABLE}"
+REMEDY = f"start `loraretriever serve`, or set its address with --url or {URL_VARIABLE}"
 _ANSWER_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 5.0
 _UNAUTHORIZED = 401
@@ -212,7 +212,7 @@ class KeyAnywhere(Commands):
 
 @contextmanager
 def open_client(
-    url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S, *, remedy: str = _REMEDY
+    url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S, *, remedy: str = REMEDY
 ) -> Iterator[httpx.Client]:
     """Yield an HTTP client. If the server cannot be reached, print why and the remedy, and exit."""
     key, hooks = _key.get(), {"response": [_note_ignored_key()]}

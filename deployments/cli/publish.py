@@ -26,6 +26,7 @@ from deployments.cli.adapter_publisher import (
 )
 from deployments.cli.client import (
     DEFAULT_URL,
+    REMEDY,
     Json,
     Url,
     answers,
@@ -174,8 +175,8 @@ def publish(
     params = {"dry_run": "true"} if dry_run else {}
     if samples is not None:
         items = [replace(items[0], samples=samples)]
-    remedy = {"remedy": "start it, or add --config FILE to check without a server"} if dry_run else {}
-    with open_client(url, **remedy) as client, _upload_progress(items) as sent:
+    remedy = "start it, or add --config FILE to check without a server" if dry_run else REMEDY
+    with open_client(url, remedy=remedy) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, sent)
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
