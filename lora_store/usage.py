@@ -133,7 +133,7 @@ class UsageFiles:
         while True:
             tables = [self._read(file.name, _READ) for file in files]
             if all(table is not None for table in tables):
-                return _first_of_each(pa.concat_tables([_schema_of(_READ).empty_table(), *tables]), ["id"])
+                return _first_of_each(pa.concat_tables([_choose_columns(_READ).empty_table(), *tables]), ["id"])
             files = self._by_day().get(folder, [])
 
     def _merge(self, folder: str, files: Sequence[StoredFile]) -> None:
@@ -155,7 +155,7 @@ class UsageFiles:
         if content is None or columns is None:
             return None if content is None else pq.read_table(pa.BufferReader(content))
         table = pq.read_table(pa.BufferReader(content), columns=[*columns]).select([*columns])
-        return table.cast(_schema_of(columns), safe=False)
+        return table.cast(_choose_columns(columns), safe=False)
 
     def _write(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -173,7 +173,7 @@ def parse_events(segment: str, lines: bytes) -> Iterator[dict[str, Any]]:
         yield {**event, "id": f"{segment}-{number}"}
 
 
-def _schema_of(columns: Iterable[str]) -> pa.Schema:
+def _choose_columns(columns: Iterable[str]) -> pa.Schema:
     return pa.schema([SCHEMA.field(column) for column in columns])
 
 

@@ -28,7 +28,7 @@ from gpu_worker.front.request.prompts import Message
 
 MAX_JOINED = 4  # user turns, including the last
 MAX_SYSTEM_CHARS = 500  # read of a system text
-_SEARCHED_CHARS = 2000  # of a system text, for the sentence that is left out
+_MOST_SEARCHED_CHARS = 2000  # The pattern takes quadratic time on some texts.
 _SHORT_WORDS, _SHORT_CHARS = 3, 24
 _ELLIPTIC_WORDS = 12
 _WINDOW = 700  # characters at either end in which a client's template says what it wants
@@ -75,7 +75,7 @@ def choose_texts(messages: Sequence[Message]) -> RoutingTexts:
     if is_housekeeping(users[-1]) or is_housekeeping(system):
         return RoutingTexts((users[-1],), is_housekeeping=True)
     texts = _texts(users)
-    order = _DESCRIPTION.sub("", system.strip()[:_SEARCHED_CHARS], count=1).strip()[:MAX_SYSTEM_CHARS]
+    order = _DESCRIPTION.sub("", system.strip()[:_MOST_SEARCHED_CHARS], count=1).strip()[:MAX_SYSTEM_CHARS]
     if order and len(users) < len(messages):
         texts.append(f"{order}\n{texts[0]}")
     earlier = range(len(users) - 1, max(0, len(users) - 1 - MAX_JOINED), -1)

@@ -45,7 +45,7 @@ class Dying:
         return method
 
 
-def calls_of(client: type) -> dict[str, int]:
+def count_calls(client: type) -> dict[str, int]:
     """Return the calls of any one replica, with the numbers of arguments that they need."""
     found = {}
     for name, method in inspect.getmembers(client, inspect.isfunction):
@@ -55,7 +55,7 @@ def calls_of(client: type) -> dict[str, int]:
     return found
 
 
-STORE, RETRIEVER = calls_of(StoreClient), calls_of(RetrieverClient)
+STORE, RETRIEVER = count_calls(StoreClient), count_calls(RetrieverClient)
 
 
 async def num_sent(client: object, name: str, count: int, replica: Dying, **named: str) -> int:

@@ -30,7 +30,7 @@ def delta(text: str, **more: Any) -> dict[str, Any]:
     return {"choices": [{"delta": {"content": text}}], **more}
 
 
-def stream_of(*texts: str, lora: dict[str, Any] = BASE_PLAN) -> str:
+def make_stream(*texts: str, lora: dict[str, Any] = BASE_PLAN) -> str:
     return events_of(delta("", lora=lora), *map(delta, texts), {"choices": []})
 
 
@@ -169,7 +169,7 @@ def test_ask_and_route_say_which_of_several_base_models_answers() -> None:
 
 def test_ask_streams_the_text_and_prints_the_adapters() -> None:
     lora = {"strategy": "mixture", "adapters": [{"name": "poet", "weight": 0.5}, {"name": "coder", "weight": 0.5}]}
-    answer = stream_of("Hel", "lo [b]", lora=lora)
+    answer = make_stream("Hel", "lo [b]", lora=lora)
     said = run_with(answer, "ask", "Hi", "there", "--model", "poet", "--max-tokens", 7, "--abstain", "never")
     assert said.asked == [("POST", "/v1/chat/completions")]
     assert (said.code, said.stdout, said.err) == (0, "Hello [b]\n", "mixture: poet × 0.50, coder × 0.50")
@@ -209,7 +209,7 @@ def test_an_option_of_a_strategy_is_a_name_with_a_number(pair: str) -> None:
 
 
 def test_ask_reads_the_prompt_from_standard_input() -> None:
-    said = run_with(stream_of("Hello"), "ask", "-", input="two\nlines\n")
+    said = run_with(make_stream("Hello"), "ask", "-", input="two\nlines\n")
     assert (said.code, said.stdout) == (0, "Hello\n")
     assert said.sent[0]["messages"] == [{"role": "user", "content": "two\nlines"}]
 
@@ -253,7 +253,7 @@ def test_route_sends_its_options_and_prints_the_plan_as_json() -> None:
 
 
 def test_chat_sends_every_turn_and_starts_again_on_demand() -> None:
-    answers = [(200, stream_of(text)) for text in ("Hello", "Two", "Anew")]
+    answers = [(200, make_stream(text)) for text in ("Hello", "Two", "Anew")]
     typed = "Hi\n\nMore\n/new\nAgain\n/exit\nnever sent\n"
     said = run_with(answers, "ask", "--chat", "--system", "Be brief.", "--k", 2, input=typed)
     assert (said.code, said.stdout) == (0, "Hello\nTwo\nAnew\n")
@@ -263,13 +263,13 @@ def test_chat_sends_every_turn_and_starts_again_on_demand() -> None:
 
 
 def test_chat_prints_all_messages_as_json_at_the_end() -> None:
-    said = run_with(stream_of("Hello"), "ask", "--chat", "--json", input="Hi\n")
+    said = run_with(make_stream("Hello"), "ask", "--chat", "--json", input="Hi\n")
     assert [message["content"] for message in said.json["messages"]] == ["Hi", "Hello"]
 
 
 def test_arrow_keys_edit_the_line_of_a_chat() -> None:
     terminal, end = pty.openpty()
-    with scripted((200, stream_of("Hello"))) as server:
+    with scripted((200, make_stream("Hello"))) as server:
         script = "from deployments.cli.main import main; main()"
         command = [sys.executable, "-c", script, "ask", "--chat", "--url", server.url]
         process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm"})

@@ -46,13 +46,13 @@ def wide_base(tiny_base: TinyBase) -> BaseModel:
 def test_only_a_token_outside_the_embedding_is_refused(is_raw: bool, wide_base: BaseModel) -> None:
     prepare = RequestPreprocessor(wide_base, 400)
 
-    def row_of(token: str) -> Row:
+    def find_row(token: str) -> Row:
         text = f"look at {token}"
         return prepare(Job("1", text if is_raw else (Message("user", text),)), ignore)
 
-    assert VOCABULARY - 1 in row_of(LAST).tokens
+    assert VOCABULARY - 1 in find_row(LAST).tokens
     with pytest.raises(PromptInvalid, match=rf"'{BEYOND}' \(id {VOCABULARY}\).*ids 0 to {VOCABULARY - 1}"):
-        row_of(BEYOND)
+        find_row(BEYOND)
 
 
 @pytest.mark.parametrize(
