@@ -50,12 +50,11 @@ $(FILLED): $(READY) $(wildcard gpu_worker/native/kernels/*.cpp gpu_worker/native
 
 # Named, since collecting all tests takes half a minute.
 E2E_TESTS := tests/cluster tests/servers tests/e2e
-# With all three at once two cores start servers too slowly.
-test: $(FILLED) ## run every test: those without a server two at a time, then short-lived servers beside the shared ones
+# One after the other: two servers that start at once may exceed the thirty seconds that Ray gives itself on a slow machine.
+test: $(FILLED) ## run every test: those without a server two at a time, then those with servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
-	$(MAKE) --jobs=2 --keep-going --output-sync tests/servers shared-servers
+	$(MAKE) --keep-going tests/servers shared-servers
 
-# A server that starts and stops uses a quarter of two cores.
 tests/servers: $(READY)
 	$(BIN)/python -m pytest $@
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import httpx
 import ray
@@ -168,8 +168,7 @@ class Server:
         bypass_http_proxy()
         inherited = CHEAPER_SERVE | _IMPORTED_BY_WORKERS | ({} if self._uses_proxy else ENDS_AT_ONCE)
         with _inherited(inherited), _fewer_processes():
-            context = ray.init(
-                "local",  # ignores RAY_ADDRESS
+            context = _start_ray(
                 num_cpus=self._num_cpus,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -355,6 +354,16 @@ def _fewer_processes() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams, services.start_api_server = before
+
+
+def _start_ray(**options: Any) -> Any:
+    """Start Ray on this machine. Raises: ServerFailed if it does not start within Ray's own thirty seconds."""
+    try:
+        return ray.init("local", **options)  # ignores RAY_ADDRESS
+    except Exception as exc:
+        if type(exc) is not Exception:  # Ray has no class for it
+            raise
+        raise ServerFailed(f"Ray did not start: {exc} Try again when the machine is less busy.") from exc
 
 
 @contextmanager
