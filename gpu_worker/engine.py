@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +22,16 @@ from torch import Tensor
 from gpu_worker.front.calls import CompletionSink, Prober, wait_for_first_logits
 from gpu_worker.front.delta_stream import Events, StreamPace, deltas
 from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.fair_threads import FairThreads
 from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.request import Completion, Delta, Job
 from gpu_worker.front.row import Row, Sink
 from gpu_worker.front.tokenizing import Tokenizing
 from lora_store.adapter import Shapes
+
+T = TypeVar("T")
+
+_PREPARING_THREADS = 4  # a long prompt holds one of them for as long as it is tokenized
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,12 @@ class InferenceEngine(ABC):
         self._pace = StreamPace(stream_interval_ms)
         self._prober = Prober(self._first_logits, self._load, dtype)
         self.tokenizer = Tokenizing(prepare, max_waiting=max_waiting, niceness=niceness)
+        self._preparing = FairThreads(
+            "prepare",
+            num_threads=_PREPARING_THREADS,
+            max_calls=max_waiting + _PREPARING_THREADS,
+            full=f"the queue is full ({max_waiting} requests); retry later",
+        )
 
     @property
     @abstractmethod
@@ -95,7 +108,11 @@ class InferenceEngine(ABC):
         Cancelling the call cancels all unfinished jobs. Raises: EngineStopped.
         """
         answers = [CompletionSink() for _ in jobs]
-        rows = await asyncio.to_thread(self._prepare_all, jobs, answers)
+        prepared = await self._prepare_all(jobs, answers)
+        for outcome, answer in zip(prepared, answers, strict=True):
+            if isinstance(outcome, Exception):
+                answer(outcome)
+        rows = [outcome for outcome in prepared if isinstance(outcome, Row)]
         self._submit(rows)
         try:
             waiting = [asyncio.wrap_future(answer.future) for answer in answers]
@@ -178,32 +195,40 @@ class InferenceEngine(ABC):
         """Queue all jobs between the same two steps. Return each job's row and its queue of events."""
         queues = [Events() for _ in jobs]
         sinks = [self._put(events) for events in queues]
-        for job in jobs:
-            await self._preprocess.compile_grammar(job)
-
-        def prepare() -> list[Row]:
-            return [
-                self._prepare(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
-                for job, sink in zip(jobs, sinks, strict=True)
-            ]
-
-        rows = await asyncio.to_thread(prepare)
+        rows: list[Row] = []
+        for outcome in await self._prepare_all(jobs, sinks, capture_first_logits=capture_first_logits, arrived=arrived):
+            if isinstance(outcome, Exception):
+                raise outcome
+            rows.append(outcome)
         self._submit(rows)
         return list(zip(rows, queues, strict=True))
 
-    def _prepare_all(self, jobs: Sequence[Job], answers: Sequence[CompletionSink]) -> list[Row]:
-        """Prepare the jobs and return their rows. Jobs that cannot be prepared get their error as the answer."""
-        rows: list[Row] = []
-        for job, answer in zip(jobs, answers, strict=True):
-            try:
-                rows.append(self._prepare(job, answer))
-            except Exception as exc:
-                answer(exc)
-        return rows
+    async def _prepare_all(
+        self,
+        jobs: Sequence[Job],
+        sinks: Sequence[Sink],
+        *,
+        capture_first_logits: bool = False,
+        arrived: float | None = None,
+    ) -> list[Row | Exception]:
+        """Return each job's row, or why it cannot be prepared. Tenants take turns, prompt by prompt."""
+
+        async def prepare(job: Job, sink: Sink) -> Row:
+            await self._preprocess.compile_grammar(job)
+            work = partial(self._prepare, job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
+            return await asyncio.wrap_future(self._preparing.submit(job.tenant, work))
+
+        ended = await asyncio.gather(*map(prepare, jobs, sinks), return_exceptions=True)
+        return [_without_exits(outcome) for outcome in ended]
+
+    def _close_threads(self) -> None:
+        """Prepare and tokenize nothing more. What waits for it fails with EngineStopped."""
+        self._preparing.close()
+        self.tokenizer.close()
 
 
-def _without_exits(outcome: Completion | BaseException) -> Completion | Exception:
+def _without_exits(outcome: T | BaseException) -> T | Exception:
     """Return the outcome, or raise what is no error of a job, such as a cancellation."""
-    if isinstance(outcome, Completion | Exception):
-        return outcome
-    raise outcome
+    if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+        raise outcome
+    return outcome

@@ -119,7 +119,7 @@ class NativeEngine(InferenceEngine):
         """Do nothing: the engine is part of this process."""
 
     def stop(self) -> None:
-        self.tokenizer.close()
+        self._close_threads()
         self._stopping = True
         self._commands.put(_no_op)
         self._thread.join()

@@ -200,7 +200,7 @@ class VllmEngine(InferenceEngine):
         self._watching.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._grammars.close()
-        self.tokenizer.close()
+        self._close_threads()
         self._llm.shutdown()
         self._sockets.cleanup()
 

@@ -240,7 +240,7 @@ class GrammarCompiler:
             if not self._has_passed(key):
                 entry.check.run(grammar)
             matcher = compile_matcher(grammar, self._known_vocabulary())
-            if matcher.is_error():
+            if not _finds_first_mask(matcher):
                 raise GrammarInvalid(_TOO_COMPLEX)
         except GrammarInvalid as exc:
             self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
@@ -261,6 +261,18 @@ class GrammarCompiler:
         with self._vocabulary_lock:
             self._vocabulary = self._vocabulary or self._make_vocabulary()
             return self._vocabulary
+
+
+def _finds_first_mask(matcher: LLMatcher) -> bool:
+    """Return whether the library finds what may begin an answer, with the model's vocabulary.
+
+    Here it delays no row but those of this grammar; in a step it would delay all.
+    """
+    if matcher.is_error():
+        return False
+    answer = matcher.deep_copy()
+    answer.compute_bitmask()
+    return not answer.is_error()
 
 
 def _make_key(grammar: Grammar, tenant: str) -> bytes:

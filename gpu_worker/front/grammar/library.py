@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # indented line would let a model that samples spend max_tokens on spaces.
 _WHITE_SPACE = " "
 _MAX_LEXER_STATES = 20_000  # for one grammar; each takes about 2 kB
+_STEP_FUEL = 75_000  # of the library's lexer for one mask: 2,500 values of an enum need 70,000
 # They override a schema's `x-guidance`.
 _JSON_OPTIONS = {
     "item_separator": ",",
@@ -35,7 +36,7 @@ def limits() -> LLParserLimits:
     """Return the bounds of compiling and of one step. Messages name no internal state."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
 
 
 def compile_matcher(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:

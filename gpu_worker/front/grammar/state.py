@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 BITS = 32
 LONGEST_RUN = 8  # ids that are known to follow; the search costs a mask for each
+_FREE_S, _TOKEN_S = 0.25, 0.01  # of the processor, for an answer and for each of its tokens: others wait meanwhile
 Mask = NDArray[np.uint32]
 """A bit for each id, the lowest first."""
 
@@ -46,7 +48,7 @@ class GrammarState:
         vocabulary: int,
         when_slow: Callable[[], None] = lambda: None,
     ) -> None:
-        """`when_slow` is called once if an update takes too long.
+        """`when_slow` is called if updates take too long or the library gives up.
 
         `allowed`: the mask for the token behind the row's last one and `run`.
         """
@@ -60,9 +62,10 @@ class GrammarState:
         self.allowed: Mask = np.zeros(num_words(vocabulary), np.uint32)
         self.error: str | None = None
         self._when_slow = when_slow
+        self._spent_s = 0.0
 
     def give_up(self, error: str) -> None:
-        """Fail because an update, which still runs, takes too long."""
+        """Fail because updates take too long. One may still run."""
         self.error = error
         self._when_slow()
 
@@ -86,6 +89,7 @@ class GrammarState:
 
     def update(self) -> None:
         """Consume the row's new tokens and the run, and set `allowed` for the next one. Failures set `error`."""
+        began = time.thread_time()
         answer = [*self._tokens[self._start :], *self.run]
         if self._num_consumed > len(answer):  # the row has lost tokens: follow the remaining ones again
             self._matcher = self._fresh.deep_copy()
@@ -96,7 +100,12 @@ class GrammarState:
             self._matcher.unsafe_compute_mask_ptr(self.allowed.ctypes.data, self.allowed.nbytes)
         if not is_valid or self._matcher.is_error() or not self.allowed.any():
             self.error = "it allows no further token, or it is too complex"
+            if is_valid and self._matcher.is_error():
+                self._when_slow()
         self._following = [] if self.error is not None else self._find_run()
+        self._spent_s += time.thread_time() - began
+        if self.error is None and self._spent_s > _FREE_S + _TOKEN_S * len(answer):
+            self.give_up("it takes too long to find the tokens that may follow")
         self._mask_at = len(answer)
 
     def _find_run(self) -> list[int]:

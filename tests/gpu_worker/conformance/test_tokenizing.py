@@ -72,3 +72,26 @@ def test_no_number_of_tokenizing_calls_delays_the_prompt_of_a_job(hosted: Hosted
         hosted.run(ask())
     finally:
         held.released.set()
+
+
+def test_a_prompt_is_prepared_after_at_most_one_more_of_another_tenant(hosted: HostedEngine) -> None:
+    prompts = [HeldIds((104, 105)) for _ in range(20)]
+    for held in prompts:
+        held.released = threading.Event()
+
+    async def ask() -> None:
+        flood = [asyncio.create_task(hosted.engine.generate([job(TokenIds(held))])) for held in prompts]
+        single = asyncio.create_task(hosted.engine.generate([job("hello", tenant="single")]))
+        await asyncio.sleep(0.1)
+        for held in prompts[:2]:  # the turn may be the flood's, once
+            held.released.set()
+        [answer] = await single
+        assert isinstance(answer, Completion) and not any(task.done() for task in flood[2:])
+        for task in flood:
+            task.cancel()
+
+    try:
+        hosted.run(ask())
+    finally:
+        for held in prompts:
+            held.released.set()

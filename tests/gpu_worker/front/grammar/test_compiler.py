@@ -20,6 +20,7 @@ from tests.gpu_worker.engine_driver import run
 from tests.gpu_worker.front.grammar.small_vocabulary import TOKENS, ids_of, vocabulary_of
 
 GOOD = Grammar("regex", "ab")
+DIGITS = "01234567890123456789"
 Make = Callable[..., GrammarCompiler]  # the fixture `make`
 
 
@@ -163,6 +164,29 @@ def test_a_slow_grammar_is_refused_for_a_while(make: Make, checks: Checks) -> No
     assert use(compiler, tenant="b") == [ord("a")], "other tenants know nothing of it"
     now[0] += 600
     assert use(compiler) == [ord("a")] and checks.checked == ["ab", "ab", "ab"]
+
+
+def test_a_grammar_whose_masks_need_too_much_is_refused_before_or_after_its_first_step(
+    make: Make, checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step it would delay all rows, and again for each request with it."""
+    lexemes = "".join(f"T{place}: /[a-z]*{chr(97 + place)}q[a-z]*/\n" for place in range(26))
+    union = "(" + " | ".join(f"T{place}" for place in range(26)) + ")*"
+    monkeypatch.setattr(library, "_STEP_FUEL", 200)
+    compiler = make()
+    checks.released.set()
+    at_once, later = (Grammar("grammar", f"start: {start}\n{lexemes}") for start in (union, f'"{DIGITS}" {union}'))
+    for _ in range(2):
+        with pytest.raises(GrammarInvalid, match="it needs too much time or memory; make it simpler"):
+            compiler.state(at_once, "a", [], 0, len(TOKENS))
+    assert checks.checked == [at_once.text]
+    state = compiler.state(later, "a", tokens := list[int](), 0, len(TOKENS))
+    while state.error is None:
+        state.update()
+        tokens.append(ord(DIGITS[len(tokens)]))
+    assert state.error == "it allows no further token, or it is too complex" and len(tokens) > 1
+    with pytest.raises(GrammarInvalid, match=r"an earlier answer failed .* make it simpler"):
+        compiler.state(later, "a", [], 0, len(TOKENS))
 
 
 def test_a_failure_of_the_machine_is_not_remembered(make: Make, checks: Checks) -> None:

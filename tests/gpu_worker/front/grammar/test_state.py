@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from gpu_worker.front.grammar.state import LONGEST_RUN, num_words, only_id
+from gpu_worker.front.grammar.state import LONGEST_RUN, GrammarState, num_words, only_id
 from gpu_worker.front.request.grammar import Grammar
 from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.gpu_worker.front.grammar.small_vocabulary import (
@@ -178,3 +178,25 @@ def test_a_token_that_the_grammar_does_not_allow_is_an_error() -> None:
 
 def test_a_mask_has_a_bit_for_every_id() -> None:
     assert [num_words(vocabulary) for vocabulary in (1, 32, 33, 262_144)] == [1, 1, 2, 8192]
+
+
+def test_an_answer_whose_masks_take_long_together_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them delays the step of all rows."""
+    now, when_slow = [0.0], list[float]()
+
+    def thread_time() -> float:
+        now[0] += 0.035
+        return now[0]
+
+    monkeypatch.setattr("gpu_worker.front.grammar.state.time.thread_time", thread_time)
+    tokens = list[int]()
+    state = GrammarState(
+        compiled(Grammar("regex", "[ab]*")), tokens, 0, len(TOKENS), when_slow=lambda: when_slow.append(now[0])
+    )
+    while state.error is None and len(tokens) < 100:
+        state.update()
+        tokens.append(ord("a"))
+    assert state.error == "it takes too long to find the tokens that may follow"
+    assert len(tokens) == 10 and len(when_slow) == 1, "a quarter of a second, and a hundredth for each token"
+    state.update()
+    assert len(when_slow) == 1
