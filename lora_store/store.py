@@ -235,9 +235,7 @@ class LoraStore:
             raise AdapterRefused(live.ref.name, ["it has no samples: publish it with samples first"])
         if samples is None:
             samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
-        data = write_samples(samples)
-        record = changed_version(live, samples_digest=hash_blob(data), num_samples=len(samples))
-        return self._stage_changed(live, record, tuple(samples))
+        return self._stage_changed(live, changed_version(live, **_samples_of(samples)), tuple(samples))
 
     def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
         """Stage the weights of the live version with these changes. `read_contract`: for its base model.
@@ -262,8 +260,7 @@ class LoraStore:
         if edit.contract is not None:
             changes["contract"] = edit.contract or None
         if samples is not None:
-            digest = hash_blob(write_samples(samples)) if samples else None
-            changes |= {"samples_digest": digest, "num_samples": len(samples)}
+            changes |= _samples_of(samples)
         staged = self._stage_changed(live, changed_version(live, **changes), samples)
         return staged if edit.visibility is None else replace(staged, keeps=frozenset())
 
@@ -610,6 +607,11 @@ def _make_label(
         tags = live.tags if tags is None else tags
         template = (live.template or SERVER_TEMPLATE) if template is None else template
     return Label(name, tenant, tuple(sorted(set(tags or ()))), template, visibility)
+
+
+def _samples_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the fields of a record that say which samples it has."""
+    return {"samples_digest": hash_blob(write_samples(samples)) if samples else None, "num_samples": len(samples)}
 
 
 def _keeps_samples(checked: CheckedFolder, live: AdapterRecord) -> bool:
