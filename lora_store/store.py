@@ -31,7 +31,7 @@ from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, Gar
 from lora_store.leases import Leases
 from lora_store.location import Location
 from lora_store.names import NamedPolicy, policy_digest
-from lora_store.pool_files import PART_BYTES, PoolState, blob_file, is_projection
+from lora_store.pool_files import PART_BYTES, PoolState, blob_file, check_finished, is_projection
 from lora_store.quota import TenantQuota
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
@@ -95,6 +95,7 @@ class LoraStore:
         self._files = Files(location)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
+        check_finished(location)
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         self.feedback = FeedbackFiles(location.child("feedback"))
