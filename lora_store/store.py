@@ -186,6 +186,7 @@ class LoraStore:
             "template": template is None,
             "contract": keeps_contract,
             "samples": kept_samples is not None or (has_samples and not checked.samples),
+            "several_samples": has_samples and checked.is_described,
         }
         keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
         return replace(staged, keeps=keeps, warnings=checked.warnings)
@@ -311,7 +312,9 @@ class LoraStore:
         record = staged.record if live is None else take_over(staged.record, live, staged.keeps)
         if record.samples_digest == staged.record.samples_digest:
             return replace(staged, record=record)
-        return replace(self._stage_leased(record, lambda: self._find(record)), keeps=staged.keeps)
+        again = self._stage_leased(record, lambda: self._find(record))
+        keeps: frozenset[Kept] = staged.keeps | {"samples"}
+        return replace(staged, record=record, samples=again.samples, lease=again.lease, keeps=keeps)
 
     def commit(
         self,
