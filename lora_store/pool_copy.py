@@ -36,7 +36,7 @@ from lora_store.pool_files import (
     version_events,
 )
 from lora_store.records import AdapterRecord
-from lora_store.rules import activate_events
+from lora_store.rules import activate_events, find_owner
 from lora_store.snapshot import Key, Snapshot
 
 Conflict = Literal["refuse", "skip", "replace"]
@@ -285,13 +285,13 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
 def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
     """Return why this version cannot be live under its name without a change of the store's adapters, or None."""
     ref = record.ref
-    live, public = store.records.get(ref.key), store.public.get(ref.name)
-    if live is not None and live.ref != ref:
-        return f"is live as another version, {live.ref.digest[:12]}"
-    if live is None and store.policies(ref.tenant, ref.name):
+    live, owner = store.records.get(ref.key), find_owner(store, ref.name, ref.tenant)
+    if live is not None:
+        return None if live.ref == ref else f"is live as another version, {live.ref.digest[:12]}"
+    if ref.key in store.names:
         return "is called like a model name of the store"
-    if live is None and record.visibility == "public" and public is not None:
-        return f"is public, and its name belongs to tenant {public.ref.tenant!r}"
+    if record.visibility == "public" and owner != ref.tenant:
+        return f"is public, and its name belongs to tenant {owner!r}"
     return None
 
 

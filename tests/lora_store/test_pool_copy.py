@@ -300,6 +300,22 @@ def test_a_public_name_is_never_taken(store: LoraStore, store_uri: str, put: Put
         import_pool(StoredPool(store_uri), new, on_conflict)
 
 
+@pytest.mark.parametrize("visibility", ["private", "public"])
+def test_only_a_public_adapter_is_in_conflict_with_an_approved_model_name_of_another_tenant(
+    pool: LoraStore, store_uri: str, put: Put, new: str, visibility: str
+) -> None:
+    put(pool, "support", tenant="acme", visibility=visibility)
+    store = opened(new)
+    store.set_name(("local", "support"), '{"k": 1}', ADMIN)
+    store.approve_name(store.snapshot().names["local", "support"][0].ref)
+    if visibility == "public":
+        with pytest.raises(ValueError, match="acme/support is public, and its name belongs to tenant 'local'"):
+            import_pool(StoredPool(store_uri), new)
+        return
+    assert "acme/support" in import_pool(StoredPool(store_uri), new)["new"]
+    assert store.snapshot().records["acme", "support"].visibility == "private"
+
+
 def test_a_model_name_that_an_adapter_has_is_left_out(pool: LoraStore, archive: Path, put: Put, new: str) -> None:
     store = opened(new)
     put(store, "support")
