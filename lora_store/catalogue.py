@@ -17,6 +17,7 @@ from lora_store.errors import (
     GenerationGone,
     LoraStoreError,
     StoreDamaged,
+    StoreFull,
     StoreIsNewer,
     StoreUnavailable,
     VersionConflict,
@@ -153,13 +154,16 @@ class Catalogue:
     def vacuum(self, before: datetime) -> None:
         """Delete files that the table no longer needs and that were written before this time.
 
-        Fold first, so that no embedding of a version that is no longer kept remains. Raises: StoreIsNewer if a fold
-        would lose what only a newer release knows.
+        Fold first, so that no embedding of a version that is no longer kept remains; on a full disk, which may have no
+        room for that, a later call folds. Raises: StoreIsNewer if a fold would lose what only a newer release knows.
         """
         self.check_known("fold the catalogue")
         with self._maintaining:
             if self._history.num_events:
-                self._fold()
+                try:
+                    self._fold()
+                except StoreFull as exc:
+                    logger.warning("cannot fold the catalogue; the next collection of garbage will: %s", exc)
             self._open_table(self._location).vacuum(before)
 
     def _create(self, before_creating: Callable[[], object]) -> bool:

@@ -35,7 +35,17 @@ from lora_store.events import SCHEMA
 from lora_store.files import Files, create_file, make_private_folder, short_cause, store_errors
 from lora_store.location import Location
 from lora_store.table_format import COLUMN, KEY, OURS, TableFormat
-from lora_store.table_log import LAST_CHECKPOINT, LOG, MISSING, check_sizes, checkpoint_name, commit_name, read_log
+from lora_store.table_log import (
+    EMPTY,
+    LAST_CHECKPOINT,
+    LOG,
+    MISSING,
+    check_sizes,
+    checkpoint_name,
+    commit_name,
+    newest_checkpoint,
+    read_log,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +83,7 @@ class EventTable:
                 self._table = DeltaTable(location.delta_uri, storage_options=location.storage_options)
             except TableNotFoundError as exc:
                 raise StoreDamaged(self._path(LOG), MISSING) from exc
-        check_sizes(Files(location.child(LOG)), location.delta_uri)
+        check_sizes(self._files, location.delta_uri)
         self._num_checked = self.version  # the version up to which no commit is empty
         self.format.check_readable()
         self._read: frozenset[str] = frozenset()  # data files whose rows were applied
@@ -135,10 +145,27 @@ class EventTable:
             self._table.update_incremental()  # takes a missing log for one without news
             if self._location.is_local:  # an object in a bucket is never left half-written
                 self._require_log()
-                for version in range(self._num_checked + 1, self.version + 1):
-                    if Path(self._path(commit_name(version))).stat().st_size == 0:
-                        raise StoreDamaged(self._path(commit_name(version)), "is empty")
+                self._check_commits()
         self._num_checked = self.version
+
+    def _check_commits(self) -> None:
+        """Check the commits since the last time. Those before a checkpoint may be gone: a day later they are deleted.
+
+        Raises: StoreDamaged.
+        """
+        checkpoint: int | None = None
+        for version in range(self._num_checked + 1, self.version + 1):
+            path = Path(self._path(commit_name(version)))
+            try:
+                is_empty = path.stat().st_size == 0
+            except FileNotFoundError:
+                if checkpoint is None:
+                    checkpoint = newest_checkpoint(file.name for file in self._files.entries(LOG))
+                if version > checkpoint:
+                    raise StoreDamaged(str(path), MISSING) from None
+            else:
+                if is_empty:
+                    raise StoreDamaged(str(path), EMPTY)
 
     def rows_at(self, version: int) -> pa.Table | None:
         """Return all rows as of an older version, or None if its log or its data files were deleted."""

@@ -27,14 +27,16 @@ from lora_store.names import NamedPolicy
 from lora_store.pool_files import (
     CATALOGUE_FILE,
     COPIED_BY,
+    UNFINISHED,
     PoolSource,
     PoolState,
     blob_file,
+    check_finished,
     state_events,
     version_events,
 )
 from lora_store.records import AdapterRecord
-from lora_store.rules import activate_events
+from lora_store.rules import activate_events, find_owner
 from lora_store.snapshot import Key, Snapshot
 
 Conflict = Literal["refuse", "skip", "replace"]
@@ -46,7 +48,6 @@ Report = Callable[[int, int], object]
 _NUM_THREADS = 8
 _TOGETHER = 32  # names per commit of an import
 _NUM_SHOWN = 10
-_UNFINISHED = "unfinished-export"  # a file in the store until its catalogue is written
 
 
 def export_pool(
@@ -154,7 +155,7 @@ class _Reader:
 
 
 class StoreTarget:
-    """A new store. Without a catalogue, which comes last, no server opens it. Files that it has are not copied again.
+    """A new store. No server opens it before it is complete. Files that it has are not copied again.
 
     Raises: ValueError if it holds anything but an export that was interrupted.
     """
@@ -164,12 +165,12 @@ class StoreTarget:
     def __init__(self, uri: str) -> None:
         self._location = Location(uri)
         self._files, self._blobs = Files(self._location), BlobStore(self._location.child("blobs"))
-        if not self._files.contains(_UNFINISHED):
+        if not self._files.contains(UNFINISHED):
             _require_empty(self._files, uri)
         elif self._files.entries(CATALOGUE) and Catalogue(self._location.child(CATALOGUE)).snapshot().generation:
-            self._files.delete([_UNFINISHED])
+            self._files.delete([UNFINISHED])
             raise ValueError(f"{uri}: holds a finished export; name a new place")
-        self._files.write(_UNFINISHED, b"")
+        self._files.write(UNFINISHED, b"")
 
     def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
         _put(self._blobs, self._files, name, pieces)
@@ -180,7 +181,7 @@ class StoreTarget:
         events = list(state_events(state.snapshot, datetime.now(UTC)))
         create_table(self._location.child(CATALOGUE), is_copy=True)  # else gc would take it for one of other blobs
         Catalogue(self._location.child(CATALOGUE)).commit(lambda _: events)
-        self._files.delete([_UNFINISHED])
+        self._files.delete([UNFINISHED])
 
 
 def _require_empty(files: Files, uri: str) -> None:
@@ -220,11 +221,13 @@ def import_pool(
     `auto` finds only after a reindex, since another encoder than the store's embedded them.
     A name whose live version is equal is left alone, so an import that was interrupted continues when it is repeated.
     `on_conflict`: for the other names that are live in the store. "replace" publishes the live version of the source as
-    a new version. Raises: ValueError for conflicts that are refused, before anything is stored; BlobCorrupted.
+    a new version. Raises: ValueError for conflicts that are refused, before anything is stored; BlobCorrupted;
+    StoreDamaged.
     """
     state = source.state().named(names)
     state.check_digests()
     location = Location(uri)
+    check_finished(location)
     is_there = bool(Files(location).entries(CATALOGUE))
     if not is_there:
         _require_empty(Files(location), uri)
@@ -282,13 +285,13 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
 def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
     """Return why this version cannot be live under its name without a change of the store's adapters, or None."""
     ref = record.ref
-    live, public = store.records.get(ref.key), store.public.get(ref.name)
-    if live is not None and live.ref != ref:
-        return f"is live as another version, {live.ref.digest[:12]}"
-    if live is None and store.policies(ref.tenant, ref.name):
+    live, owner = store.records.get(ref.key), find_owner(store, ref.name, ref.tenant)
+    if live is not None:
+        return None if live.ref == ref else f"is live as another version, {live.ref.digest[:12]}"
+    if ref.key in store.names:
         return "is called like a model name of the store"
-    if live is None and record.visibility == "public" and public is not None:
-        return f"is public, and its name belongs to tenant {public.ref.tenant!r}"
+    if record.visibility == "public" and owner != ref.tenant:
+        return f"is public, and its name belongs to tenant {owner!r}"
     return None
 
 

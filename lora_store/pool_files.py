@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.data_files import rows_in
-from lora_store.errors import AdapterNotFound, StoreIsNewer
+from lora_store.errors import AdapterNotFound, StoreDamaged, StoreIsNewer
 from lora_store.events import ActivateEncoder, Approve, Event, Publish, SetName, make_table, read_dated_events
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, find_stem
@@ -34,6 +34,7 @@ from lora_store.validation import Label
 
 CATALOGUE_FILE = "catalogue.parquet"
 PART_BYTES = 8 << 20
+UNFINISHED = "unfinished-export"  # a file in a store until an export to it is complete
 _METADATA = b"loraretriever.pool"
 _PROJECTION = re.compile(rf"{PROJECTIONS}/[A-Za-z0-9_-][A-Za-z0-9._+-]{{0,250}}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -48,6 +49,19 @@ def blob_file(digest: str) -> str:
 def is_projection(name: str) -> bool:
     """Return whether a file has this name in a store only if it belongs to an encoder."""
     return _PROJECTION.fullmatch(name) is not None
+
+
+def check_finished(store: Location) -> None:
+    """Check that no export to this store was interrupted. Its catalogue may be there and lack all adapters.
+
+    Raises: StoreDamaged.
+    """
+    if Files(store).contains(UNFINISHED):
+        raise StoreDamaged(
+            f"{store.uri}/{UNFINISHED}",
+            "is there: an export to this store was interrupted",
+            "repeat the export, which continues it, or name another store",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +198,14 @@ class PoolSource(Protocol):
 
 
 class StoredPool:
-    """The pool of a store, which servers may use meanwhile. Raises: ValueError if there is none."""
+    """The pool of a store, which servers may use meanwhile. Raises: ValueError if there is none; StoreDamaged."""
 
     def __init__(self, uri: str) -> None:
         def refuse() -> None:
             raise ValueError(f"{uri}: there is no pool")
 
         location = Location(uri)
+        check_finished(location)
         self._catalogue, self._files = Catalogue(location.child(CATALOGUE), before_creating=refuse), Files(location)
 
     def state(self) -> PoolState:

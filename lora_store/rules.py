@@ -90,7 +90,7 @@ def publish_events(
         if current is None:
             _check_unnamed(snapshot, key)
         if record.visibility == "public":
-            owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
+            owner = owners.setdefault(name, find_owner(snapshot, name, record.ref.tenant))
             _check_claim(name, record.ref.tenant, owner)
         if record.is_offered:
             events.append(Publish(record))
@@ -148,7 +148,7 @@ def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:
         raise AdapterRefused(name, [reason])
 
 
-def _owner(snapshot: Snapshot, name: str, claimant: str) -> str:
+def find_owner(snapshot: Snapshot, name: str, claimant: str) -> str:
     """Return the tenant whose public adapter or approved model name is called so, or `claimant` without any."""
     public = snapshot.public.get(name)
     owner, _ = snapshot.approved_names.get(name, (claimant, name))
@@ -196,7 +196,7 @@ def visibility_events(snapshot: Snapshot, key: Key, visibility: Visibility, acto
     if record is None:
         raise AdapterNotFound(key[1])
     if visibility == "public":
-        _check_claim(key[1], key[0], _owner(snapshot, key[1], key[0]))
+        _check_claim(key[1], key[0], find_owner(snapshot, key[1], key[0]))
     kept = snapshot.versions(key) if visibility == "private" else (record,)
     if all(version.visibility == visibility for version in kept):
         return []

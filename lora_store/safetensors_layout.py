@@ -30,6 +30,7 @@ _DTYPES = {
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAMES = {f"torch.{name}": key for key, name in _TORCH_NAMES.items()} | {key: key for key in _DTYPES}
 _RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
+_MAX_DIMS = 8  # a product of many large sizes takes minutes, in which no other thread runs
 ALIGNMENT = 8
 _NUMBERS_AT_ONCE = 1 << 20
 
@@ -170,4 +171,6 @@ def _read_offsets(name: str, entry: Any) -> tuple[int, int]:
 
 
 def _is_shape(shape: object) -> bool:
-    return isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**63 for size in shape)
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+        return False
+    return all(type(size) is int and 0 <= size < 2**63 for size in shape)

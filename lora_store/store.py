@@ -31,7 +31,7 @@ from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, Gar
 from lora_store.leases import Leases
 from lora_store.location import Location
 from lora_store.names import NamedPolicy, policy_digest
-from lora_store.pool_files import PART_BYTES, PoolState, blob_file, is_projection
+from lora_store.pool_files import PART_BYTES, PoolState, blob_file, check_finished, is_projection
 from lora_store.quota import TenantQuota
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
@@ -95,6 +95,7 @@ class LoraStore:
         self._files = Files(location)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
+        check_finished(location)
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         self.feedback = FeedbackFiles(location.child("feedback"))
@@ -185,6 +186,7 @@ class LoraStore:
             "template": template is None,
             "contract": keeps_contract,
             "samples": kept_samples is not None or (has_samples and not checked.samples),
+            "several_samples": has_samples and checked.is_described,
         }
         keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
         return replace(staged, keeps=keeps, warnings=checked.warnings)
@@ -235,9 +237,7 @@ class LoraStore:
             raise AdapterRefused(live.ref.name, ["it has no samples: publish it with samples first"])
         if samples is None:
             samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
-        data = write_samples(samples)
-        record = changed_version(live, samples_digest=hash_blob(data), num_samples=len(samples))
-        return self._stage_changed(live, record, tuple(samples))
+        return self._stage_changed(live, changed_version(live, **_samples_of(samples)), tuple(samples))
 
     def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
         """Stage the weights of the live version with these changes. `read_contract`: for its base model.
@@ -262,8 +262,7 @@ class LoraStore:
         if edit.contract is not None:
             changes["contract"] = edit.contract or None
         if samples is not None:
-            digest = hash_blob(write_samples(samples)) if samples else None
-            changes |= {"samples_digest": digest, "num_samples": len(samples)}
+            changes |= _samples_of(samples)
         staged = self._stage_changed(live, changed_version(live, **changes), samples)
         return staged if edit.visibility is None else replace(staged, keeps=frozenset())
 
@@ -313,7 +312,9 @@ class LoraStore:
         record = staged.record if live is None else take_over(staged.record, live, staged.keeps)
         if record.samples_digest == staged.record.samples_digest:
             return replace(staged, record=record)
-        return replace(self._stage_leased(record, lambda: self._find(record)), keeps=staged.keeps)
+        again = self._stage_leased(record, lambda: self._find(record))
+        keeps: frozenset[Kept] = staged.keeps | {"samples"}
+        return replace(staged, record=record, samples=again.samples, lease=again.lease, keeps=keeps)
 
     def commit(
         self,
@@ -610,6 +611,11 @@ def _make_label(
         tags = live.tags if tags is None else tags
         template = (live.template or SERVER_TEMPLATE) if template is None else template
     return Label(name, tenant, tuple(sorted(set(tags or ()))), template, visibility)
+
+
+def _samples_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the fields of a record that say which samples it has."""
+    return {"samples_digest": hash_blob(write_samples(samples)) if samples else None, "num_samples": len(samples)}
 
 
 def _keeps_samples(checked: CheckedFolder, live: AdapterRecord) -> bool:

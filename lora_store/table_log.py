@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -78,17 +78,22 @@ def read_log(files: Files) -> TableLog:
     return log
 
 
+def newest_checkpoint(names: Iterable[str]) -> int:
+    """Return the version of the newest checkpoint among these files, -1 if there is none."""
+    return max((int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))), default=-1)
+
+
 def check_sizes(files: Files, location: str) -> None:
     """Check that no commit since the newest checkpoint is empty: `deltalake` would ignore it without a word.
 
     Raises: StoreDamaged.
     """
-    found = {file.name: file.num_bytes for file in files.entries()}
-    checkpoints = [int(match[1]) for name in found if (match := _CHECKPOINT.fullmatch(f"{LOG}/{name}"))]
+    found = {file.name: file.num_bytes for file in files.entries(LOG)}
+    checkpoint = newest_checkpoint(found)
     for name, num_bytes in sorted(found.items()):
-        match = _COMMIT.fullmatch(f"{LOG}/{name}")
-        if match and not num_bytes and int(match[1]) > max(checkpoints, default=-1):
-            raise StoreDamaged(f"{location}/{LOG}/{name}", EMPTY)
+        match = _COMMIT.fullmatch(name)
+        if match and not num_bytes and int(match[1]) > checkpoint:
+            raise StoreDamaged(f"{location}/{name}", EMPTY)
 
 
 def _named_checkpoint(data: bytes | None) -> int | None:

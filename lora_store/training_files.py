@@ -49,11 +49,12 @@ def sample_of_row(row: object, max_bytes: int) -> Sample | None:
     if not isinstance(row, Mapping):
         return None
     text, output = _of_turns(list(_read_turns(row))) or _of_fields(row)
-    if not text.strip():
+    text = _without_surrogates(text).strip()
+    if not text:
         return None
-    answer = None if output is None else _encoded(output)
-    kept = answer.decode() if answer and len(answer) <= max_bytes else None
-    return Sample(_encoded(text.strip())[:max_bytes].decode(errors="ignore"), kept)
+    answer = _without_surrogates(output or "")
+    kept = answer if answer and len(answer.encode()) <= max_bytes else None
+    return Sample(text.encode()[:max_bytes].decode(errors="ignore"), kept)
 
 
 def _rows(file: Path) -> Iterator[Any]:
@@ -104,6 +105,6 @@ def _text(value: object) -> str:
     return "\n".join(part for part in parts if isinstance(part, str))
 
 
-def _encoded(text: str) -> bytes:
-    """Return UTF-8 without halves of surrogate pairs, which some data sets have."""
-    return text.encode(errors="ignore")
+def _without_surrogates(text: str) -> str:
+    """Return the text without halves of surrogate pairs, which some data sets have."""
+    return text.encode(errors="ignore").decode()

@@ -89,4 +89,5 @@ def _find_text(question: Question) -> str | None:
     else:
         reading = choose_texts(question.prompt)
         text = None if reading.previous or reading.is_housekeeping else reading.texts[0]
-    return text[:MAX_CHARS] if text and text.strip() else None
+    text = (text or "")[:MAX_CHARS]
+    return text if text.strip() else None

@@ -8,12 +8,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_store import Location, LoraStore, StoreFull
 from lora_store.ballast import FOLDER, NUM_FILES, Ballast
+from lora_store.catalogue import CATALOGUE
 from lora_store.files import Files
-from tests.lora_store.builders import BASE, MakeFolder
+from tests.lora_store.builders import BASE, MakeFolder, embedding
 from tests.lora_store.publishing import publish
 
 _DISK_BYTES = 3 << 20
@@ -85,6 +87,19 @@ def test_withdrawing_and_collecting_empty_a_full_disk(disk: Path, make_folder: M
     reopened = _store(disk)
     assert sorted(name for _, name in reopened.snapshot().records) == ["late", "stays"]
     assert {check.problem for check in reopened.verify()} == {None}
+
+
+def test_a_collection_ends_where_the_reserve_has_no_room_for_a_fold(disk: Path, make_folder: MakeFolder) -> None:
+    store, folder = _store(disk), make_folder()
+    staged = [store.stage(folder, name=f"poet-{number}") for number in range(40)]
+    store.commit(staged, [embedding(*np.random.standard_normal(8192)) for _ in staged], [1.0] * len(staged), "me")
+    catalogue = Files(Location(str(disk / "store" / CATALOGUE)))
+    size = max(file.num_bytes for file in catalogue.entries())
+    assert size > len(list((disk / "store" / FOLDER).iterdir())) * (64 << 10), "a fold is larger than the reserve"
+    _fill_up(disk)
+    assert store.gc(0).num_blobs == 0
+    assert len(store.withdraw("local", ["poet-0"], "me").records) == 1
+    assert len(_store(disk).snapshot().records) == len(staged) - 1
 
 
 def test_the_reserve_is_full_again_once_there_is_room(disk: Path, make_folder: MakeFolder) -> None:

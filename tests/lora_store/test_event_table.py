@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -10,7 +12,8 @@ from lora_store import Location, Publish, StoreDamaged
 from lora_store.event_table import EventTable, create_table
 from lora_store.events import make_table
 from lora_store.files import Files
-from tests.lora_store.builders import LATER, MakeRecord
+from lora_store.table_log import LOG, commit_name
+from tests.lora_store.builders import IN_A_FOLDER, LATER, MakeRecord
 
 
 class RivalFirst(EventTable):
@@ -114,3 +117,29 @@ def test_vacuum_leaves_one_data_file_and_every_row(location: Location, rows: Row
         assert "_delta_log/_tmp" not in names
         assert {"_delta_log/_last_checkpoint", f"_delta_log/{6:020}.json"} <= names
         assert _names(_refreshed(EventTable(location))) == [f"a{number}" for number in range(1, 6)]
+
+
+@IN_A_FOLDER
+def test_a_reader_catches_up_over_commits_that_were_deleted_meanwhile(location: Location, rows: Rows) -> None:
+    late, table = EventTable(location), _filled(location, rows, 3)
+    for _ in range(2):  # what is older than a checkpoint is deleted once the checkpoint is a day old
+        assert table.append(rows("more", table.version + 1), table.version + 1)
+        for file in Path(location.uri, LOG).iterdir():
+            os.utime(file, (0, 0))
+        table.compact()
+    assert not Files(location).contains(commit_name(2))
+    assert _names(_refreshed(late)) == ["a1", "a2", "a3", "more", "more"]
+    assert late.append(rows("late", late.version + 1), late.version + 1)
+
+
+@IN_A_FOLDER
+def test_a_commit_that_is_missing_without_a_checkpoint_is_reported(location: Location, rows: Rows) -> None:
+    class LosesACommit(EventTable):
+        def _require_log(self) -> None:
+            """Delete the commit that was just read."""
+            Files(location).delete([commit_name(2)])
+
+    late = LosesACommit(location)
+    _filled(location, rows, 2)
+    with pytest.raises(StoreDamaged, match=f"{commit_name(2)} is missing"):
+        late.update()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreIsNewer
+from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreDamaged, StoreFull, StoreIsNewer
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.events import SCHEMA
 from lora_store.files import Files
@@ -194,8 +194,7 @@ def test_an_interrupted_export_is_no_pool_and_continues(
     target.num_threads = 1
     with pytest.raises(Interrupted):
         export_pool(Scripted(store_uri, fail_at(4)), target)
-    with pytest.raises(ValueError, match="there is no pool"):
-        StoredPool(new)
+    require_unusable(store_uri, new)
     export_pool(StoredPool(store_uri), StoreTarget(new))
     assert facts(new) == facts(store_uri)
     with pytest.raises(ValueError, match="holds a pool"):
@@ -203,6 +202,34 @@ def test_an_interrupted_export_is_no_pool_and_continues(
     with pytest.raises(Interrupted), ArchiveTarget(tmp_path / "pool.tar") as archive:
         export_pool(Scripted(store_uri, fail_at(3)), archive)
     assert list(tmp_path.glob("pool.tar*")) == []
+
+
+def require_unusable(store_uri: str, new: str) -> None:
+    """Check that nothing takes the store `new` for a pool."""
+    uses: list[Callable[[], object]] = [
+        lambda: opened(new),
+        lambda: StoredPool(new),
+        lambda: import_pool(StoredPool(store_uri), new),
+    ]
+    for use in uses:
+        with pytest.raises(StoreDamaged, match="an export to this store was interrupted; repeat the export"):
+            use()
+
+
+def test_an_export_whose_catalogue_is_still_empty_is_no_pool_and_continues(
+    pool: LoraStore, store_uri: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(Catalogue):
+        def commit(self, *_: object) -> int:
+            raise StoreFull("No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(StoreFull):
+        patched.setattr("lora_store.pool_copy.Catalogue", FullDisk)
+        export_pool(StoredPool(store_uri), StoreTarget(new))
+    assert Files(Location(new)).entries(CATALOGUE)
+    require_unusable(store_uri, new)
+    export_pool(StoredPool(store_uri), StoreTarget(new))
+    assert facts(new) == facts(store_uri)
 
 
 def test_a_copy_collects_blobs_that_are_older_than_its_catalogue(pool: LoraStore, store_uri: str, new: str) -> None:
@@ -271,6 +298,22 @@ def test_a_public_name_is_never_taken(store: LoraStore, store_uri: str, put: Put
     put(opened(new), "poet")
     with pytest.raises(ValueError, match="acme/poet is public, and its name belongs to tenant 'local'"):
         import_pool(StoredPool(store_uri), new, on_conflict)
+
+
+@pytest.mark.parametrize("visibility", ["private", "public"])
+def test_only_a_public_adapter_is_in_conflict_with_an_approved_model_name_of_another_tenant(
+    pool: LoraStore, store_uri: str, put: Put, new: str, visibility: str
+) -> None:
+    put(pool, "support", tenant="acme", visibility=visibility)
+    store = opened(new)
+    store.set_name(("local", "support"), '{"k": 1}', ADMIN)
+    store.approve_name(store.snapshot().names["local", "support"][0].ref)
+    if visibility == "public":
+        with pytest.raises(ValueError, match="acme/support is public, and its name belongs to tenant 'local'"):
+            import_pool(StoredPool(store_uri), new)
+        return
+    assert "acme/support" in import_pool(StoredPool(store_uri), new)["new"]
+    assert store.snapshot().records["acme", "support"].visibility == "private"
 
 
 def test_a_model_name_that_an_adapter_has_is_left_out(pool: LoraStore, archive: Path, put: Put, new: str) -> None:

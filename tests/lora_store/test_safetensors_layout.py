@@ -94,6 +94,13 @@ def test_files_that_the_library_refuses_are_refused(case: str) -> None:
         _read(data)
 
 
+def test_a_shape_of_many_sizes_is_refused_before_they_are_multiplied() -> None:
+    assert _read(_file({"a": _entry("F32", [1] * 8, 0, 4)}, 4))["a"].shape == (1,) * 8
+    for sizes in ([1] * 9, [2**63 - 1] * 50_000):
+        with pytest.raises(ValueError, match="'a' has no valid dtype and shape"):
+            _read(_file({"a": _entry("F32", sizes, 0, 4)}, 4))
+
+
 def test_unaligned_numbers_are_read() -> None:
     data = _file({"a": _entry("F16", [1], 0, 2), "b": _entry("F32", [1], 2, 6)}, 6)
     found = _read(data[:-4] + torch.tensor([2.5]).numpy().tobytes())

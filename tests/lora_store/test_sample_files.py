@@ -6,7 +6,7 @@ import pytest
 
 from lora_store import Limits, Sample
 from lora_store.errors import FileRefused
-from lora_store.sample_files import SAMPLES_FILE, parse_samples, read_samples, write_samples
+from lora_store.sample_files import SAMPLES_FILE, checked_sample, parse_samples, read_samples, write_samples
 
 
 def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -45,3 +45,15 @@ def test_a_share_of_too_many_samples_is_read_from_the_whole_file(tmp_path: Path)
 def test_a_long_input_is_cut_at_a_whole_character(tmp_path: Path) -> None:
     (tmp_path / SAMPLES_FILE).write_text('{"input": "éé\u00e9"}\n')
     assert read_samples(tmp_path, Limits(max_sample_bytes=5)) == (Sample("éé"),)
+
+
+@pytest.mark.parametrize("text", ["x", " x", " " * 9 + "x", "\n\u3000\n\u3000é", "x" + " " * 9, "é \u2028" * 5])
+def test_an_input_that_begins_with_much_space_keeps_its_words_and_is_read_again(text: str) -> None:
+    sample = checked_sample(text, None, max_bytes=8)
+    assert sample.input.strip() and sample.input in text
+    assert parse_samples(write_samples([sample])) == (sample,)
+
+
+def test_a_stored_sample_is_read_although_it_would_be_refused_today() -> None:
+    stored = (Sample(" " * 9), Sample("long", "x" * 9, is_accepted=True))
+    assert parse_samples(write_samples(stored)) == stored

@@ -109,6 +109,17 @@ def test_an_edit_of_samples_keeps_the_marks_of_accepted_ones(store: LoraStore, m
     assert commit(store, store.edit(bare, Edit(samples=(Sample("a"),)))).num_samples == 1
 
 
+def test_an_undo_that_leaves_no_sample_makes_a_version_without_samples(
+    store: LoraStore, make_folder: MakeFolder
+) -> None:
+    first = commit(store, store.stage(make_folder()))
+    commit(store, store.resample(first, [Sample("a"), ACCEPTED]))
+    edited = commit(store, store.edit(live(store), Edit(samples=(Sample(ACCEPTED.input),))))
+    bare = commit(store, store.resample(edited, None))
+    assert (bare.samples_digest, bare.num_samples) == (None, 0)
+    assert not [check for check in store.verify() if check.problem], "every blob of a kept version is stored"
+
+
 def test_an_edit_is_refused_with_every_reason(store_uri: str, make_folder: MakeFolder) -> None:
     store = LoraStore(store_uri, accepts_base=[BASE], limits=Limits(max_samples=2, max_sample_bytes=64))
     first = commit(store, store.stage(make_folder()))

@@ -140,6 +140,37 @@ def test_two_publishes_at_once_lose_nothing_of_each_other(
     assert [check.problem for check in store.verify() if check.problem] == []
 
 
+@pytest.mark.parametrize("earlier", [None, "It writes poems."])
+def test_a_description_never_replaces_several_samples_of_a_publish_at_the_same_time(
+    store: LoraStore, make_folder: MakeFolder, earlier: str | None
+) -> None:
+    if earlier is not None:
+        commit(store, store.stage(described(make_folder(inputs=()), earlier)))
+    ours = store.stage(described(make_folder(seed=1, inputs=()), "It writes songs."))
+    theirs = commit(store, store.stage(make_folder(seed=2)))
+    with pytest.raises(VersionConflict):
+        commit(store, ours)
+    record = commit(store, *store.take_over([ours]))
+    assert (record.samples_digest, record.weights_digest) == (theirs.samples_digest, ours.weights_digest)
+
+
+def test_a_description_replaces_that_of_a_publish_at_the_same_time(store: LoraStore, make_folder: MakeFolder) -> None:
+    ours = store.stage(described(make_folder(seed=1, inputs=()), "It writes songs."))
+    commit(store, store.stage(described(make_folder(inputs=()), "It writes poems.")))
+    commit(store, ours)
+    assert store.samples(live(store).samples_digest or "") == (Sample("It writes songs."),)
+
+
+def test_warnings_outlast_a_commit_that_another_publish_came_before(store: LoraStore, make_folder: MakeFolder) -> None:
+    store._read_contract = lambda name, data: (data.decode(), ("its stop strings are not applied",))
+    commit(store, store.stage(make_folder()))
+    ours = store.stage(make_folder(seed=1, inputs=()), contract="a contract")
+    assert ours.warnings
+    commit(store, store.stage(make_folder(seed=2, inputs=("Other.",))))
+    [again] = store.take_over([ours])
+    assert (again.record.num_samples, again.warnings) == (1, ours.warnings)
+
+
 def test_a_rivals_first_version_of_a_new_name_is_taken_over(store: LoraStore, make_folder: MakeFolder) -> None:
     ours = store.stage(make_folder(seed=1))
     commit(store, store.stage(make_folder(), **GIVEN))

@@ -75,6 +75,7 @@ def test_long_texts_are_cut_and_rows_without_a_user_are_left_out(tmp_path: Path)
         7,
         {"messages": []},
         {"input": "a\ud800b", "output": ""},
+        {"input": " \ud800 "},
     ]
     file = written(tmp_path / "train.jsonl", rows)
     assert training_samples(file, Limits(max_sample_bytes=9)) == (Sample("é" * 4), Sample("ab"))

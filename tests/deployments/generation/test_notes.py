@@ -17,6 +17,7 @@ from deployments.calls.catalogue_clients import serve_store
 from deployments.calls.serve_calls import Background
 from deployments.generation.notes import MAX_ASKED, PAUSE_S, PromptNotes
 from lora_store import Feedback, StoreUnavailable
+from retriever_svc.encoder import MAX_CHARS
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask
@@ -67,8 +68,9 @@ def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
         {"messages": turns("Rhyme."), "lora": {"adapters": [{"name": "poet"}]}},
         {"model": "poet", "messages": turns("Rhyme.", "Rain, pain.", "shorter please")},
         {"model": "poet", "messages": turns("Generate a concise title for this chat.")},
+        {"model": "poet", "messages": turns(" " * MAX_CHARS + "Rhyme.")},
     ],
-    ids=["the base model", "a version", "options", "a later turn", "housekeeping"],
+    ids=["the base model", "a version", "options", "a later turn", "housekeeping", "space as far as it is read"],
 )
 def test_other_prompts_propose_nothing(body: dict[str, Any]) -> None:
     assert noted(body) == []
