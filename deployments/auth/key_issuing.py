@@ -33,15 +33,15 @@ def read_expiry(text: str, now: datetime) -> str | None:
             at = now + timedelta(hours=int(found[1]) * (24 if found[2] == "d" else 1))
         else:
             at = datetime.fromisoformat(text)
-    except ValueError as exc:
+        return _iso_time(at.replace(tzinfo=UTC) if at.tzinfo is None else at)
+    except (ValueError, OverflowError) as exc:
         raise ValueError(
             f"{text!r} is not a time: give 30d, 12h, a day as 2027-01-31, a time as 2027-01-31T18:00Z, or never"
         ) from exc
-    return _iso_time(at.replace(tzinfo=UTC) if at.tzinfo is None else at)
 
 
 def _iso_time(at: datetime) -> str:
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def make_key(

@@ -260,7 +260,11 @@ def test_a_time_is_read_in_every_form(text: str, expected: str | None) -> None:
     assert read_expiry(text, datetime(2026, 11, 29, 12, tzinfo=UTC)) == expected
 
 
-@pytest.mark.parametrize("text", ["", "30", "-1d", "tomorrow", "2027-13-01"])
+@pytest.mark.parametrize("text", ["", "30", "-1d", "tomorrow", "2027-13-01", "9999-12-31T23:59:59-05:00"])
 def test_what_is_no_time_is_refused_with_examples(text: str) -> None:
     with pytest.raises(ValueError, match="is not a time: give 30d, 12h"):
         read_expiry(text, datetime.now(UTC))
+
+
+def test_a_time_in_an_early_year_has_four_digits() -> None:
+    assert read_expiry("0202-01-31", datetime.now(UTC)) == "0202-01-31T00:00:00Z"
