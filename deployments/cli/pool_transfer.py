@@ -76,6 +76,8 @@ def export_to(target: str, names: Sequence[str], store: str | None, url: str, *,
     """Export to a new archive, store, or folder of PEFT folders. On an error, print it and exit."""
     with open_pool(store, url) as source, _progress("copying") as copied:
         if as_peft:
+            if "://" in target:
+                raise ValueError(f"{target}: PEFT folders are written on this machine; give a folder")
             state = source.state().named(names)
             _write_peft(source, state, Path(target))
         elif target.endswith(ARCHIVE):
