@@ -165,6 +165,12 @@ def read_modules(source: PoolSource, record: AdapterRecord) -> dict[str, ModuleW
     return dict(weights_in(record.weights_digest, np.frombuffer(data, np.uint8)).modules)
 
 
+def _make_place(names: Sequence[str]) -> str:
+    """Return the folder of an adapter, other than the file that lists them. No name has a "~"."""
+    top, *rest = names
+    return "/".join([f"{top}~" if top == POOL_FILE else top, *rest])
+
+
 def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
     """Write the live versions as PEFT folders, below their owners' if there are several, and a file that lists them."""
     if folder.exists() and any(folder.iterdir()):
@@ -175,7 +181,7 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
     for (tenant, name), record in sorted(records.items()):
         if record.is_unlisted:
             continue  # published again, it would not expire
-        place = f"{tenant}/{name}" if has_owners else name
+        place = _make_place([tenant, name] if has_owners else [name])
         digest = record.samples_digest
         samples = () if digest is None else parse_samples(b"".join(read_checked(source, blob_file(digest))))
         modules = read_modules(source, record)

@@ -187,6 +187,19 @@ def test_a_pool_of_one_tenant_names_no_owner(tmp_path: Path) -> None:
     assert entry == {"name": "poet", "source": "poet"} | label
 
 
+@pytest.mark.parametrize(("tenants", "place"), [(["local"], "pool.yaml~"), (["local", "pool.yaml"], "local/pool.yaml")])
+def test_a_name_of_the_file_that_lists_peft_folders_is_exported(tenants: list[str], place: str, tmp_path: Path) -> None:
+    store = LoraStore(str(tmp_path / "pool"), accepts_base=[BASE])
+    for tenant in tenants:
+        publish(store, tmp_path / tenant, "pool.yaml", tenant=tenant, visibility="private")
+    made = run("pool", "export", tmp_path / "out", "--store", tmp_path / "pool", "--peft")
+    assert made.exit_code == 0
+    listed = yaml.safe_load((tmp_path / "out" / "pool.yaml").read_text())["adapters"]
+    places = {entry.get("owner", "local"): entry["source"] for entry in listed}
+    assert places == {"local": place} | ({"pool.yaml": "pool.yaml~/pool.yaml"} if len(tenants) > 1 else {})
+    assert all((tmp_path / "out" / found / "adapter_config.json").exists() for found in places.values())
+
+
 def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path) -> None:
     made = ("--out", tmp_path, "--store", tmp_path / "pool")
     said = run("compose", "both", "--adapters", "poet=0.7,acme/secretary=0.3", *made)
