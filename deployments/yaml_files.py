@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, TypeVar
 
 import yaml
+
+T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,3 +27,12 @@ def load_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError as exc:
         raise yaml.YAMLError("it nests too deep") from exc
+
+
+def require_json(value: T) -> T:
+    """Return `value`, which JSON can say. Raises: ValueError for dates, .nan and other values that it does not have."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as exc:
+        raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
+    return value
