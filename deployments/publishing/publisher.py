@@ -164,13 +164,15 @@ class Publisher:
     async def rollback(self, key: Key, digest: str | None, actor: str, charge: Charge = free_of_charge) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
 
+        A trial ends. Then the live version stays without `digest`, and with its own.
         Raises: AdapterNotFound, VersionNotKept; the errors of `publish`.
         """
         active = await self._store.active_encoder()
         kept = await self.kept(key)
-        if digest is None and kept[0].trial is not None:
+        is_tried = kept[0].trial is not None
+        wanted = kept[0] if is_tried and digest is None else kept_version(kept, digest)
+        if is_tried and wanted.ref == kept[0].ref:
             return await self._end_trial(kept[0], actor)
-        wanted = kept_version(kept, digest)
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
         return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
 
