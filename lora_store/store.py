@@ -549,8 +549,9 @@ class LoraStore:
             raise StoreDamaged(
                 f"{self._location.uri}/{CATALOGUE}/{LOG}",
                 f"is missing, but {num_blobs} blobs and {len(data_files)} data files of its catalogue are there",
-                "mount its volume or restore a copy; with its data files, `loraretriever pool repair` restores it; to"
-                " begin a new pool, name another store_uri or first move `blobs` and `catalogue` elsewhere",
+                "mount its volume or restore a copy; with its data files, `loraretriever pool repair --store"
+                f" {self._location.uri}` restores it; to begin a new pool, name another store_uri or first move `blobs`"
+                " and `catalogue` elsewhere",
             )
 
     def _stage_leased(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
