@@ -89,7 +89,7 @@ def test_refusals_name_the_field_of_this_api() -> None:
 def test_a_schema_that_the_answer_could_not_repeat_is_refused(value: Any) -> None:
     """The response repeats tools and formats, as JSON in UTF-8."""
     schema = {"type": "object", "properties": {"a": {"enum": [value]}}}
-    sent = {
+    sent: dict[str, dict[str, Any]] = {
         "tools.0.parameters": {"tools": [{"type": "function", "name": "f", "parameters": schema}]},
         "text.format.schema": {"text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}},
     }
