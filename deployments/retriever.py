@@ -322,7 +322,7 @@ class RetrieverDeployment:
     async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
         """Return which prompts this version would answer for other tenants if it were approved.
 
-        Raises: AdapterNotFound, StaleIndex, StoreUnavailable.
+        Raises: AdapterNotFound, StaleIndex, StoreUnavailable; AdapterRefused if a reindex has to embed it first.
         """
         await self._reach_for(tenant, min_generation)
         measurement = await asyncio.to_thread(self._retriever.draw_measurement, tenant, name, self._samples)

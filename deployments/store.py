@@ -150,6 +150,7 @@ class StoreDeployment:
     take_over = in_thread(LoraStore.take_over)
     resample = in_thread(LoraStore.resample)
     commit = in_thread(LoraStore.commit)
+    check_commit = in_thread(LoraStore.check_commit)
     discard = in_thread(LoraStore.discard)
     withdraw = in_thread(LoraStore.withdraw)
     expire = in_thread(LoraStore.expire)

@@ -201,7 +201,10 @@ class StoreDamaged(LoraStoreError):
 
     kind = Kind.BROKEN
     code = "store_damaged"
-    remedy = "The operator stops the server and runs `loraretriever pool repair`. A retry does not help."
+    remedy = (
+        "The operator stops the server and runs `loraretriever pool repair --store URI`, with the `store_uri` of the"
+        " settings. A retry does not help."
+    )
     text = "the adapter store is damaged: {self.file} {self.problem}; {self.action}"
     client_message = "the adapter store is damaged, and its operator has to repair it; the server's log names the file"
 
@@ -209,7 +212,9 @@ class StoreDamaged(LoraStoreError):
         super().__init__(file, problem, remedy)
         self.file = file
         self.problem = problem
-        self.action = remedy or "stop every server of this store and run `loraretriever pool repair`"
+        self.action = (
+            remedy or "stop every server of this store and run `loraretriever pool repair --store URI` with its URI"
+        )
 
 
 @dataclass(eq=False)

@@ -345,17 +345,17 @@ class LoraStore:
         ]
         leased = () if precondition == "live" else staged
         renewed = [self.restage(item.record) for item in leased if not self._leases.is_safe(item.lease)]
-        keeps = {item.ref: item.keeps for item in staged}
-        replaces = {item.ref: item.replaces for item in staged if item.replaces is not None}
         generation = self._catalogue.commit(
-            lambda snapshot: publish_events(
-                snapshot, records, precondition, keeps=keeps, quota=quota, replaces=replaces
-            ),
+            lambda snapshot: publish_events(snapshot, records, precondition, quota=quota, **_made_from(staged)),
             commit_id,
         )
         self._require_blobs([item.record for item in leased])
         self._try_to_release([item.lease for item in (*staged, *renewed)])
         return generation
+
+    def check_commit(self, staged: Sequence[Staged]) -> None:
+        """Raise what `commit` of these would raise in the newest state, but for quotas and blobs."""
+        publish_events(self.snapshot(), [item.record for item in staged], **_made_from(staged))
 
     def discard(self, staged: Sequence[Staged]) -> None:
         """Give up these staged versions: release their leases and delete the blobs that nothing else uses."""
@@ -550,8 +550,9 @@ class LoraStore:
             raise StoreDamaged(
                 f"{self._location.uri}/{CATALOGUE}/{LOG}",
                 f"is missing, but {num_blobs} blobs and {len(data_files)} data files of its catalogue are there",
-                "mount its volume or restore a copy; with its data files, `loraretriever pool repair` restores it; to"
-                " begin a new pool, name another store_uri or first move `blobs` and `catalogue` elsewhere",
+                "mount its volume or restore a copy; with its data files, `loraretriever pool repair --store"
+                f" {self._location.uri}` restores it; to begin a new pool, name another store_uri or first move `blobs`"
+                " and `catalogue` elsewhere",
             )
 
     def _stage_leased(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
@@ -596,6 +597,14 @@ class LoraStore:
             self._leases.release(leases)
         except StoreUnavailable as exc:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
+
+
+def _made_from(staged: Sequence[Staged]) -> dict[str, Any]:
+    """Return the arguments of `publish_events` for what each version was made from."""
+    return {
+        "keeps": {item.ref: item.keeps for item in staged},
+        "replaces": {item.ref: item.replaces for item in staged if item.replaces is not None},
+    }
 
 
 def _make_label(

@@ -36,7 +36,7 @@ def training_samples(file: Path, limits: Limits) -> tuple[Sample, ...]:
         rows = [row for place, row in enumerate(_rows(file)) if place in chosen]
     except OSError as exc:
         raise FileRefused(file.name, [f"cannot be read: {exc.strerror}"]) from exc
-    except ValueError as exc:  # JSON or UTF-8
+    except (RecursionError, ValueError) as exc:  # JSON or UTF-8
         raise FileRefused(file.name, [f"is neither JSON lines nor a JSON list: {exc}"]) from exc
     samples = dict.fromkeys(sample for row in rows if (sample := sample_of_row(row, limits.max_sample_bytes)))
     if not samples:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
+from lora_store.errors import AdapterRefused
 from lora_store.feedback import Feedback
 from lora_store.names import NamedPolicy
 from lora_store.plan import Plan
@@ -412,8 +413,16 @@ class Retriever:
         return tuple(_candidate(match) for match in matches)
 
     def draw_measurement(self, tenant: str, name: str, samples: SampleSource) -> DrawMeasurement:
-        """Return a measurement of what the version that `tenant` names would draw. Raises: AdapterNotFound."""
-        return DrawMeasurement.of(self._pools.current, self.resolve(tenant, name), samples, tenant)
+        """Return a measurement of what the version that `tenant` names would draw.
+
+        Raises: AdapterNotFound; AdapterRefused if it has samples that the encoder in service has not embedded: `auto`
+        would find it only after the next reindex.
+        """
+        record, pool = self.resolve(tenant, name), self._pools.current
+        if record.samples_digest is not None and record.encoder != pool.encoder.identity:
+            reason = "the pool's encoder has not read its samples, so what it would answer is unknown"
+            raise AdapterRefused(record.ref.name, [f"{reason}: run `loraretriever pool reindex` first"])
+        return DrawMeasurement.of(pool, record, samples, tenant)
 
     def draws(self, measurement: DrawMeasurement) -> Draws:
         """Return what the version would draw, at the operating point of requests without their own."""

@@ -29,7 +29,7 @@ EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
         {"json_types", "private_names", "serve_import"},
-        {"errors", "field_problems"},
+        {"errors", "field_problems", "yaml_files"},
         {"api", "byte_budget"},
         {"scaling"},
         {"calls"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -19,9 +18,8 @@ from deployments.api.base import (
     problem,
     unsupported,
 )
-from deployments.api.structured import Schema
+from deployments.api.structured import Schema, dump_schema
 from deployments.field_problems import did_you_mean
-from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
 
@@ -148,10 +146,7 @@ class FunctionDefinition(TolerantRequest):
 
     def function(self, path: str) -> Function:
         """Return the function. Raises: GrammarInvalid for a schema that JSON cannot hold."""
-        try:
-            parameters = NO_PARAMETERS if self.parameters is None else json.dumps(self.parameters, allow_nan=False)
-        except (RecursionError, ValueError) as exc:
-            raise GrammarInvalid("it is nested too deeply, or has numbers that JSON lacks", param=path) from exc
+        parameters = NO_PARAMETERS if self.parameters is None else dump_schema(self.parameters, path)
         return Function(self.name, self.description or "", parameters, bool(self.strict))
 
 

@@ -114,7 +114,16 @@ class StructuredOutputs(TolerantRequest):
 
 def of_schema(schema: Mapping[str, Any] | str, param: str) -> Grammar:
     """Return the grammar of a schema, given as an object or as its JSON text. Raises: GrammarInvalid."""
+    return Grammar("json_schema", schema if isinstance(schema, str) else dump_schema(schema, param), param)
+
+
+def dump_schema(schema: Mapping[str, Any], param: str) -> str:
+    """Return a schema as JSON text. Raises: GrammarInvalid for what JSON cannot hold."""
     try:
-        return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param)
+        text = json.dumps(schema, allow_nan=False)
+        if "\\ud" in text:  # half of a surrogate pair, or a whole one
+            json.dumps(schema, ensure_ascii=False).encode()
     except (RecursionError, ValueError) as exc:
-        raise GrammarInvalid("it is nested too deeply, or has numbers that JSON lacks", param=param) from exc
+        problem = "it is nested too deeply, or has numbers or lone surrogates (\\ud800) that JSON lacks"
+        raise GrammarInvalid(problem, param=param) from exc
+    return text

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from deployments.auth.authenticator import ROLES, Caller, KeyLimits, Role
 from deployments.errors import KeyRefused
 from deployments.field_problems import describe_problem, field_names
+from deployments.yaml_files import load_yaml
 from lora_store import LOCAL_TENANT, is_valid_name
 
 _KEY_PREFIX = "lr-"
@@ -33,7 +34,10 @@ def _name(value: str) -> str:
 
 
 def _in_utc(value: datetime) -> datetime:
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError as exc:
+        raise ValueError("must be between the years 1 and 9999 in UTC") from exc
 
 
 class KeyEntry(BaseModel):
@@ -129,10 +133,10 @@ def _digest_of(key: str) -> bytes:
 
 
 def _loaded(text: str) -> Any:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         raise ValueError("it is not valid YAML" + ("" if mark is None else f": see line {mark.line + 1}")) from exc

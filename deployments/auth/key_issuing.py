@@ -7,9 +7,10 @@ import json
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -33,15 +34,15 @@ def read_expiry(text: str, now: datetime) -> str | None:
             at = now + timedelta(hours=int(found[1]) * (24 if found[2] == "d" else 1))
         else:
             at = datetime.fromisoformat(text)
-    except ValueError as exc:
+        return _iso_time(at.replace(tzinfo=UTC) if at.tzinfo is None else at)
+    except (ValueError, OverflowError) as exc:
         raise ValueError(
             f"{text!r} is not a time: give 30d, 12h, a day as 2027-01-31, a time as 2027-01-31T18:00Z, or never"
         ) from exc
-    return _iso_time(at.replace(tzinfo=UTC) if at.tzinfo is None else at)
 
 
 def _iso_time(at: datetime) -> str:
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def make_key(
@@ -131,16 +132,31 @@ def _rewrite(file: Path, change: Callable[[str], str]) -> None:
                 made.write(text)
                 made.flush()
                 if target.exists():
-                    before = target.stat()
-                    os.fchmod(made.fileno(), before.st_mode & 0o777)
-                    if os.geteuid() == 0:  # the server may run as another user, who must be able to read it
-                        os.fchown(made.fileno(), before.st_uid, before.st_gid)
+                    _keep_readers(made.fileno(), target.stat())
                 os.fsync(made.fileno())
                 os.replace(made.name, target)
             except BaseException:
                 os.unlink(made.name)
                 raise
         os.fsync(folder)  # a key that was revoked does not come back with a power failure
+
+
+def _keep_readers(descriptor: int, before: os.stat_result) -> None:
+    """Give a new file the mode and the owners of the file that it replaces. Raises: ValueError.
+
+    The server may run as another user, who must be able to read it.
+    """
+    os.fchmod(descriptor, before.st_mode & 0o777)
+    for owner in ((before.st_uid, -1), (-1, before.st_gid)):  # a group may be given by its members
+        with suppress(OSError):
+            os.fchown(descriptor, *owner)
+    made = os.fstat(descriptor)
+    is_kept = (made.st_uid, made.st_gid) == (before.st_uid, before.st_gid)
+    if not is_kept and not before.st_mode & stat.S_IROTH:
+        raise ValueError(
+            "belongs to another user or group, who could not read it after this change; run the command as its owner"
+            " or as root"
+        )
 
 
 @contextmanager

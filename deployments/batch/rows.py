@@ -86,7 +86,7 @@ def _decoded(name: str, value: object) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as exc:
+    except (RecursionError, ValueError) as exc:
         raise RequestInvalid(f"{name}: invalid JSON: {exc}", name) from exc
 
 

@@ -18,6 +18,7 @@ import httpx
 from deployments.cli.client import (
     behind_note,
     counted,
+    describe_problem,
     err,
     find_message,
     name_options,
@@ -123,18 +124,24 @@ class AdapterPublisher:
         return answers
 
     def _post_files(self, items: Sequence[Item]) -> list[JsonObject]:
-        [item] = items
+        try:
+            return [self._post_folder(item) for item in items]
+        except OSError as exc:
+            return [_refusal(400, describe_problem(exc))]
+
+    def _post_folder(self, item: Item) -> JsonObject:
+        """Raises: OSError: a file cannot be read."""
         folder = Path(item.place)
         if links := linked_files(folder):
             remedy = "could point to any file: replace it by a copy of the file"
-            return [_refusal(400, f"{links[0].name} is a symbolic link, which {remedy}")]
+            return _refusal(400, f"{links[0].name} is a symbolic link, which {remedy}")
         paths = adapter_files(folder)
         if not paths:
-            return [_refusal(404, "no adapter here: a folder with adapter_config.json is needed")]
+            return _refusal(404, "no adapter here: a folder with adapter_config.json is needed")
         try:
             samples = None if item.samples is None else _samples_from(item.samples)
         except ValueError as exc:
-            return [_refusal(400, str(exc))]
+            return _refusal(400, str(exc))
         with ExitStack() as opened:
             files = {path.name: opened.enter_context(_Counted(path, self.sent)) for path in paths}
             parts: list[tuple[str, tuple[str, BinaryIO]]] = [("files", (name, file)) for name, file in files.items()]
@@ -148,8 +155,8 @@ class AdapterPublisher:
             data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         if response.is_error:
-            return [_refusal(response.status_code, find_message(response))]
-        return [{"status": response.status_code, **response.json()}]
+            return _refusal(response.status_code, find_message(response))
+        return {"status": response.status_code, **response.json()}
 
 
 class _Counted(io.FileIO):

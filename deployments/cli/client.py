@@ -56,6 +56,13 @@ def server_url(given: str) -> str:
     return url if separator else f"http://{url}"
 
 
+def local_folder(given: Path) -> Path:
+    """Return a folder to write to. Raises: BadParameter for a URI, of which a path would be a folder here."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(given)):
+        raise typer.BadParameter("must be a folder on this machine, not a URI")
+    return given
+
+
 Url = Annotated[
     str, typer.Option("--url", "-u", envvar=URL_VARIABLE, callback=server_url, help="address of the server")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import DEFAULT_URL, Url, say
+from deployments.cli.client import DEFAULT_URL, Url, local_folder, say
 from deployments.cli.pool_upkeep import Store
 
 commands = typer.Typer()
@@ -20,7 +20,9 @@ def compose(
     adapters: Annotated[
         str, typer.Option(metavar="NAME=WEIGHT,…", help="the adapters with their weights in the mixture")
     ],
-    target: Annotated[Path, typer.Option("--out", help="folder that gets the new adapter's folder")] = Path(),
+    target: Annotated[
+        Path, typer.Option("--out", callback=local_folder, help="folder that gets the new adapter's folder")
+    ] = Path(),
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="approximate with at most this rank; default: the sum of the ranks, which is exact"),

@@ -32,10 +32,12 @@ def set_name(
     """Let a model name stand for a policy, from the next request on."""
     import yaml  # takes a tenth of a second
 
+    from deployments.yaml_files import load_yaml, require_json
+
     try:
         text = sys.stdin.read() if str(policy) == "-" else policy.read_text(encoding="utf-8")
-        body = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        body = require_json(load_yaml(text))
+    except (OSError, ValueError, yaml.YAMLError) as exc:
         fail(f"{policy}: {exc}")
     if not isinstance(body, dict):
         fail(f"{policy}: must hold the fields of a policy, such as `temperature: 0`")

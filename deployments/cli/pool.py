@@ -89,14 +89,14 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     if answer.get("trial"):
         answer["trial"] = describe_share(answer["trial"])
     if answer.get("contract"):
-        answer["contract"] = escape(json.dumps(answer["contract"], indent=2, ensure_ascii=False))
+        answer["contract"] = json.dumps(answer["contract"], indent=2, ensure_ascii=False)
     for field, shown in (("created_at", "published"), ("live_since", "live since")):
         if field in answer:
             answer[shown] = _format_time(answer.pop(field))
     versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
         published = _format_time(row["created_at"])
-        cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], row["source"])
+        cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], _plain(row["source"]))
         versions.add_row(*map(str, cells))
     facts = Table(Column(), Column(overflow="fold"), show_header=False)
     if "num_bytes" in answer:
@@ -104,7 +104,7 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     for key, value in answer.items():
         if value in (None, []) or key in _ONLY_JSON or (key == "id" and value == answer.get("name")):
             continue
-        facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        facts.add_row(key, _plain(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     out.print(facts)
     out.print(versions)
     for sample in samples:
@@ -118,6 +118,11 @@ def show_bytes(number: int) -> str:
         size /= 1024
         units.pop(0)
     return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
+
+
+def _plain(text: str) -> str:
+    """Return text of others as a cell, without markup and without characters that a terminal obeys."""
+    return escape("".join(char if char.isprintable() or char == "\n" else " " for char in text))
 
 
 def _format_time(text: str) -> str:

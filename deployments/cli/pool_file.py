@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.cli.adapter_publisher import (
     SAMPLES_FILE,
@@ -37,6 +37,7 @@ from deployments.cli.client import (
 from deployments.field_problems import describe_problem
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
+from deployments.yaml_files import load_yaml, require_json
 
 _NOT_SENT = ("source", "name", "owner", "samples")
 
@@ -51,7 +52,9 @@ class _Described(BaseModel):
     visibility: Literal["public", "private"] | None = None
     template: Literal["alpaca", "chat", "server"] | None = None
     base_name: str | None = None
-    contract: dict[str, Any] | None = None  # {}: none; None: that of its folder
+    contract: Annotated[dict[str, Any], AfterValidator(require_json)] | None = (
+        None  # {}: none; None: that of its folder
+    )
 
 
 class _Entry(_Described):
@@ -142,7 +145,7 @@ def _say(file: Path, rows: list[JsonObject], others: list[str], num_left: int, *
 def _read(file: Path) -> list[tuple[str | None, Item]]:
     """Return the adapters of the file with their owners. On an error, print it and exit."""
     try:
-        described = PoolFile.model_validate(yaml.safe_load(file.read_text()))
+        described = PoolFile.model_validate(load_yaml(file.read_text()))
     except ValidationError as exc:
         fail("\n".join(_problems(file, exc)))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
@@ -176,7 +179,10 @@ def _item(file: Path, entry: _Entry, defaults: _Described) -> tuple[str | None, 
             fail(f"{file}: adapters: {entry.source}: samples go with a folder; give the source a {SAMPLES_FILE}")
         return owner, Item(entry.source, entry.name, fields)
     folder = file.parent / entry.source
-    found = adapter_folders(folder)  # the last checkpoint of a training run
+    try:
+        found = adapter_folders(folder)  # the last checkpoint of a training run
+    except OSError as exc:
+        fail(f"{file}: adapters: {entry.source}: {exc.strerror}")
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters"
         fail(f"{file}: adapters: {entry.source}: has {what}; list each adapter's own folder")

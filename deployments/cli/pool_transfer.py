@@ -76,6 +76,8 @@ def export_to(target: str, names: Sequence[str], store: str | None, url: str, *,
     """Export to a new archive, store, or folder of PEFT folders. On an error, print it and exit."""
     with open_pool(store, url) as source, _progress("copying") as copied:
         if as_peft:
+            if "://" in target:
+                raise ValueError(f"{target}: PEFT folders are written on this machine; give a folder")
             state = source.state().named(names)
             _write_peft(source, state, Path(target))
         elif target.endswith(ARCHIVE):
@@ -163,6 +165,12 @@ def read_modules(source: PoolSource, record: AdapterRecord) -> dict[str, ModuleW
     return dict(weights_in(record.weights_digest, np.frombuffer(data, np.uint8)).modules)
 
 
+def _make_place(names: Sequence[str]) -> str:
+    """Return the folder of an adapter, other than the file that lists them. No name has a "~"."""
+    top, *rest = names
+    return "/".join([f"{top}~" if top == POOL_FILE else top, *rest])
+
+
 def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
     """Write the live versions as PEFT folders, below their owners' if there are several, and a file that lists them."""
     if folder.exists() and any(folder.iterdir()):
@@ -173,7 +181,7 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
     for (tenant, name), record in sorted(records.items()):
         if record.is_unlisted:
             continue  # published again, it would not expire
-        place = f"{tenant}/{name}" if has_owners else name
+        place = _make_place([tenant, name] if has_owners else [name])
         digest = record.samples_digest
         samples = () if digest is None else parse_samples(b"".join(read_checked(source, blob_file(digest))))
         modules = read_modules(source, record)

@@ -21,6 +21,7 @@ from deployments.cli.client import (
     counted,
     fail,
     follow,
+    local_folder,
     out,
     pages,
     print_json,
@@ -283,7 +284,10 @@ def _print_rankings(rankings: Sequence[JsonObject]) -> None:
 @commands.command()
 def train(
     target: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="folder for the new encoder; use it with `pool reindex`")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", callback=local_folder, help="folder for the new encoder; use it with `pool reindex`"
+        ),
     ],
     store: Annotated[str | None, typer.Option(help="train on the samples of the adapters in this store")] = None,
     tenant: Annotated[str, typer.Option(help="tenant whose private adapters are used too")] = "local",

@@ -30,6 +30,7 @@ from deployments.cli.client import (
     Json,
     Url,
     answers,
+    describe_problem,
     err,
     fail,
     open_client,
@@ -207,7 +208,10 @@ def _find_items(place: str) -> list[Item]:
     """Return the adapters at `place`. A folder without any is sent as it is, so that the server says what it lacks."""
     if SOURCE.match(place):
         return [Item(place)]
-    found = [Item(adapter.path, adapter.new_name) for adapter in adapter_folders(Path(place))]
+    try:
+        found = [Item(adapter.path, adapter.new_name) for adapter in adapter_folders(Path(place))]
+    except OSError as exc:
+        fail(describe_problem(exc))
     return found or [Item(Path(place))]
 
 

@@ -167,7 +167,7 @@ def _labelled(line: str, file: Path, number: int, *, needs_adapter: bool) -> Lab
     place = f"{file}:{number}"
     try:
         raw = json.loads(line)
-    except ValueError as exc:
+    except (RecursionError, ValueError) as exc:
         fail(f"{place}: invalid JSON: {exc}")
     prompt = (raw.get("input") or raw.get("prompt")) if isinstance(raw, dict) else None
     adapters = raw.get("adapter") if isinstance(raw, dict) else None

@@ -83,7 +83,7 @@ def read_texts(file: Path) -> dict[str, list[str]]:
 def _read_line(line: str, place: str) -> tuple[str, str]:
     try:
         raw = json.loads(line)
-    except ValueError as exc:
+    except (RecursionError, ValueError) as exc:
         raise ValueError(f"{place}: invalid JSON: {exc}") from exc
     task, text = (raw.get("task"), raw.get("text")) if isinstance(raw, dict) else (None, None)
     if not isinstance(task, str) or not isinstance(text, str) or not task or not text.strip():

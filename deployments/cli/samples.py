@@ -70,4 +70,4 @@ def _change(url: str, name: str, body: JsonObject, *, as_json: bool) -> None:
     else:
         say(f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}")
         for text in answer["left_out"]:
-            say(f"left out, as a near-copy or beyond a quarter of the samples: {text}")
+            say(f"left out, as a near-copy or beyond a quarter of the samples: {join_lines(text)}")

@@ -12,6 +12,7 @@ from deployments.config.app import AppConfig
 from deployments.config.parts import Settings
 from deployments.config.settings_errors import SettingsInvalid, settings_error
 from deployments.json_types import JsonObject
+from deployments.yaml_files import load_yaml
 
 _MUST_HAVE_VALUES = ("api_key", "keys_file")
 _MASK = "**********"  # as pydantic prints a secret
@@ -86,8 +87,8 @@ def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:
 def _read_yaml(path: Path) -> JsonObject:
     try:
         text = path.read_text(encoding="utf-8")
+        settings = load_yaml(text)
         _refuse_empty_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
-        settings = yaml.safe_load(text)
     except FileNotFoundError as exc:
         raise SettingsInvalid(f"{path}: no such file") from exc
     except yaml.MarkedYAMLError as exc:

@@ -124,10 +124,13 @@ class Learning:
             self._applying.discard(tenant)
 
     async def _apply(self, tenant: str, actor: str) -> None:
-        learnt = await self._retriever.learn(tenant, await self._store.feedback(tenant, "outcome"))
+        outcomes = await self._store.feedback(tenant, "outcome")
+        learnt = await self._retriever.learn(tenant, outcomes)
         if learnt.num_refused:
             logger.warning("%d outcomes of tenant %s are left out: they would harm samples", learnt.num_refused, tenant)
         generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
+        if await self._store.feedback(tenant, "outcome") != outcomes:
+            self._waiting.setdefault(tenant, actor)  # another replica may have applied newer ones before this commit
         await self._publisher.catch_up(generation)
 
     async def _proposals(self, key: Key, ids: Collection[str] | None) -> Sequence[Feedback]:

@@ -147,7 +147,7 @@ class Publisher:
         """Publish every valid upload in one commit; return one result or error per upload, in order.
 
         Versions that are live already do not change. `held` is left at the end, even if the caller has left before.
-        `is_dry`: only validate, at generation 0, and store nothing. The quota and public names are not checked then.
+        `is_dry`: only validate, at generation 0, and store nothing. The quota is not checked then.
         Raises, without any change: the error of the Retriever or the Store for the whole batch; QuotaExceeded;
         WorkerStarting; the error of `charge`.
         """
@@ -164,13 +164,15 @@ class Publisher:
     async def rollback(self, key: Key, digest: str | None, actor: str, charge: Charge = free_of_charge) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
 
+        A trial ends. Then the live version stays without `digest`, and with its own.
         Raises: AdapterNotFound, VersionNotKept; the errors of `publish`.
         """
         active = await self._store.active_encoder()
         kept = await self.kept(key)
-        if digest is None and kept[0].trial is not None:
+        is_tried = kept[0].trial is not None
+        wanted = kept[0] if is_tried and digest is None else kept_version(kept, digest)
+        if is_tried and wanted.ref == kept[0].ref:
             return await self._end_trial(kept[0], actor)
-        wanted = kept_version(kept, digest)
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
         return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
 
@@ -362,7 +364,8 @@ class Publisher:
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
             if change.is_dry:
-                return make_results(staged, outcomes, older, Settled(0, 0, 0))
+                _, outcomes = await self._commit(outcomes, change)
+                return await asyncio.to_thread(make_results, staged, outcomes, older, Settled(0, 0, 0))
             is_unsure = True
             generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False
@@ -384,7 +387,7 @@ class Publisher:
         for tenant in dict.fromkeys(outcome.staged.ref.tenant for outcome in new):
             for listener in self._listeners:
                 listener(tenant, change.actor)
-        return make_results(staged, outcomes, older, settled)
+        return await asyncio.to_thread(make_results, staged, outcomes, older, settled)  # warnings compare all samples
 
     def _check_trial(
         self, item: Staged | BaseException, older: Mapping[Key, Sequence[AdapterRecord]]
@@ -409,11 +412,15 @@ class Publisher:
     async def _commit(self, outcomes: list[Outcome], change: Change) -> tuple[int, list[Outcome]]:
         """Return (the generation of the commit, or 0 if nothing was new; the outcomes, taken names refused).
 
-        If another publish changed what versions keep, take that over and commit again, so that neither is lost.
+        If another publish changed what versions keep, take that over and commit again, so that neither is lost. A dry
+        run only refuses what the commit would refuse.
         """
         num_conflicts = 0
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter))):
             try:
+                if change.is_dry:
+                    await self._store.check_commit([item.staged for item in new])
+                    break
                 generation = await self._store.commit(
                     [item.staged for item in new],
                     [None if item.embedded is None else item.embedded.embedding for item in new],
@@ -430,6 +437,8 @@ class Publisher:
                 outcomes = [exc if outcome in refused else outcome for outcome in outcomes]
                 continue
             except VersionConflict:
+                if change.is_dry:
+                    break  # a publish takes the change over
                 num_conflicts += 1
                 taken = await self._validator.restaged(new, await self._store.take_over([item.staged for item in new]))
                 if num_conflicts > _MAX_SWAPS or not taken:

@@ -202,11 +202,7 @@ class FakeStore:
             raise AdapterNotFound(staged[0].ref.name)
         if precondition == "any" and any(map(self._is_overtaken, staged)):
             raise VersionConflict(1)
-        for item in staged:
-            if item.ref.name in self.taken:
-                raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
-            if item.record.is_offered and not self.live.get(key_of(item.record)):
-                raise AdapterRefused(item.ref.name, ["no version is live that could share its requests"])
+        self._refuse_names(staged)
         self.generation += 1
         for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True):
             if precondition == "live" and self._kept(item.ref)[:1] != [item.ref]:
@@ -222,6 +218,17 @@ class FakeStore:
         leases = {item.lease for item in staged}
         self.held = [item for item in self.held if item.lease not in leases]
         return self._committed("commit", commit_id)
+
+    async def check_commit(self, staged: Sequence[Staged]) -> None:
+        self._fail("check_commit")
+        self._refuse_names(staged)
+
+    def _refuse_names(self, staged: Sequence[Staged]) -> None:
+        for item in staged:
+            if item.ref.name in self.taken:
+                raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
+            if item.record.is_offered and not self.live.get(key_of(item.record)):
+                raise AdapterRefused(item.ref.name, ["no version is live that could share its requests"])
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         self._fail("discard")

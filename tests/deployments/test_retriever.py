@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 from deployments.api.pool_responses import map_body
-from lora_store import ActivateEncoder, AdapterNotFound, AdapterRef, Embed, Event, StoreUnavailable, Trial
+from lora_store import (
+    ActivateEncoder,
+    AdapterNotFound,
+    AdapterRef,
+    AdapterRefused,
+    Embed,
+    Event,
+    StoreUnavailable,
+    Trial,
+)
 from retriever_svc import AskedPrompt, Drawn, DrawnAdapter, EncoderUnusable, PoolMap, PoolSize, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import ENGLISH_MODEL, model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
@@ -314,6 +323,22 @@ async def test_the_draws_of_a_version_are_measured_on_the_pool(here: Served) -> 
         await here.replica.draws("acme", f"mallory/copy@{'0' * 64}")
     with pytest.raises(StaleIndex):
         await here.replica.draws("acme", "mallory/copy", generation + 1)
+
+
+@pytest.mark.parametrize("has_embedding", [True, False])
+async def test_a_version_that_waits_for_a_reindex_is_not_said_to_draw_nothing(
+    has_embedding: bool, here: Served
+) -> None:
+    [german] = await here.embedded("german")
+    assert german.embedding is not None
+    other = replace(german.embedding, encoder="of-another-pool") if has_embedding else None
+    imported = replace(german, ref=AdapterRef("mallory", "copy", german.ref.digest), embedding=other)
+    generation = here.publish(german, imported)
+    with pytest.raises(AdapterRefused, match="run `loraretriever pool reindex` first"):
+        await here.replica.draws("acme", "mallory/copy", generation)
+    bare = replace(imported, samples_digest=None, num_samples=0, embedding=None)
+    draws = await here.replica.draws("acme", "mallory/copy", here.publish(bare))
+    assert draws.ordinary.by_version == 0, "auto never finds it"
 
 
 async def test_the_doctor_streams_its_progress_routes_real_prompts_and_ends_with_a_report(here: Served) -> None:

@@ -76,7 +76,7 @@ def test_errors_survive_pickling_between_processes(error: LoraStoreError) -> Non
         ),
         (
             StoreDamaged("/a/part-1", "is empty"),
-            "the adapter store is damaged: /a/part-1 is empty; .*loraretriever pool repair",
+            "the adapter store is damaged: /a/part-1 is empty; .*`loraretriever pool repair --store URI` with its URI$",
         ),
         (StoreIsNewer("change it", "0.3.0"), ".* Use release 0.3.0 or later$"),
         (StoreIsNewer("change it", ""), ".* Use the release that changed it, or a later one$"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -39,6 +40,18 @@ def test_only_a_public_adapter_claims_the_bare_name(store: LoraStore, publish: P
     with pytest.raises(PublicNameTaken):
         publish(seed=1, tenant="other", visibility="public")
     assert store.snapshot().generation == 3
+
+
+def test_a_commit_is_checked_without_changing_anything(
+    store: LoraStore, publish: PublishOne, make_folder: MakeFolder
+) -> None:
+    publish(tenant="acme", visibility="public")
+    for visibility, is_refused in (("public", True), ("private", False)):
+        staged = store.stage(make_folder(seed=1), tenant="other", visibility=visibility)
+        with pytest.raises(PublicNameTaken) if is_refused else nullcontext():
+            store.check_commit([staged])
+        assert (store.snapshot().generation, seen(store, "other")) == (1, ["poet"])
+        store.discard([staged])
 
 
 def test_an_update_without_visibility_keeps_that_of_the_name_at_the_commit(

@@ -88,6 +88,8 @@ def test_long_texts_are_cut_and_rows_without_a_user_are_left_out(tmp_path: Path)
         ('{"label": 1}', "known forms are Alpaca"),
         ('{"input": "a"}\n{broken', "neither JSON lines nor a JSON list"),
         ("[1, 2", "neither JSON lines nor a JSON list"),
+        ("[" * 100_000, "neither JSON lines nor a JSON list"),
+        ('{"messages":' + "[" * 100_000, "neither JSON lines nor a JSON list"),
     ],
 )
 def test_a_file_without_samples_is_refused_with_the_known_forms(tmp_path: Path, content: str, said: str) -> None:

@@ -78,6 +78,11 @@ GOOD = entry("secret")
         ),
         (json.dumps([GOOD, GOOD | {"sha256": "0" * 64}]), "same id"),
         (json.dumps([GOOD, GOOD | {"id": "other"}]), "same sha256"),
+        (json.dumps([GOOD | {"expires_at": "9999-12-31T23:59:59-05:00"}]), "entry 0.expires_at: must be between"),
+        (json.dumps([GOOD | {"expires_at": "0001-01-01T00:00:00+05:00"}]), "entry 0.expires_at: must be between"),
+        ("- id: one\n  expires_at: 2026-02-30", "see line 2"),
+        ("- id: !!int secret", "see line 1"),
+        ("[" * 100_000, "not valid YAML"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place_and_without_secrets(text: str, says: str) -> None:

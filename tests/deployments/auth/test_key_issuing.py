@@ -7,8 +7,10 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,13 +162,46 @@ def test_a_revoked_key_does_not_come_back_with_a_power_failure(
     assert [item.id for item in parse_entries((left / "keys.json").read_text())] == ["id-stays"]
 
 
-def test_the_file_stays_its_owners_when_root_changes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("who", "can_give", "mode", "is_changed"),
+    [
+        ("root", (True, True), 0o640, True),
+        ("its owner, from another group of theirs", (False, True), 0o640, True),
+        ("a member of its group", (False, True), 0o640, False),
+        ("a member of its group", (False, True), 0o644, True),
+        ("its owner, who left its group", (False, False), 0o640, False),
+        ("its owner, who left its group", (False, False), 0o644, True),
+    ],
+)
+def test_whoever_changes_the_file_leaves_it_readable_by_the_server(
+    who: str,
+    can_give: tuple[bool, bool],
+    mode: int,
+    is_changed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     file = write(tmp_path / "keys.json", entry("a"), entry("b"))
-    owners: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(os, "fchown", lambda _, *owner: owners.append(owner))
-    remove_entry(file, "id-a")
-    assert owners == [(file.stat().st_uid, file.stat().st_gid)]
+    file.chmod(mode)
+    text, server = file.read_text(), (file.stat().st_uid, file.stat().st_gid)
+    owner = [server[0] if who.startswith("its owner") else server[0] + 1, server[1] + 1]  # of the new file at first
+
+    def give(_: int, *ids: int) -> None:
+        if any(wanted not in (-1, has) and not can for wanted, has, can in zip(ids, owner, can_give, strict=True)):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        owner[:] = [has if wanted == -1 else wanted for wanted, has in zip(ids, owner, strict=True)]
+
+    refusal = pytest.raises(ValueError, match="run the command as its owner or as root")
+    with monkeypatch.context() as patched, nullcontext() if is_changed else refusal:
+        patched.setattr(os, "fchown", give)
+        patched.setattr(os, "fstat", lambda _: SimpleNamespace(st_uid=owner[0], st_gid=owner[1]))
+        remove_entry(file, "id-a")
+    if is_changed:
+        assert [found.id for found in parse_entries(file.read_text())] == ["id-b"]
+        assert tuple(owner) == server or mode == 0o644
+    else:
+        assert file.read_text() == text
+    assert stat.S_IMODE(file.stat().st_mode) == mode and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_full_disk_leaves_the_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +295,11 @@ def test_a_time_is_read_in_every_form(text: str, expected: str | None) -> None:
     assert read_expiry(text, datetime(2026, 11, 29, 12, tzinfo=UTC)) == expected
 
 
-@pytest.mark.parametrize("text", ["", "30", "-1d", "tomorrow", "2027-13-01"])
+@pytest.mark.parametrize("text", ["", "30", "-1d", "tomorrow", "2027-13-01", "9999-12-31T23:59:59-05:00"])
 def test_what_is_no_time_is_refused_with_examples(text: str) -> None:
     with pytest.raises(ValueError, match="is not a time: give 30d, 12h"):
         read_expiry(text, datetime.now(UTC))
+
+
+def test_a_time_in_an_early_year_has_four_digits() -> None:
+    assert read_expiry("0202-01-31", datetime.now(UTC)) == "0202-01-31T00:00:00Z"

@@ -59,6 +59,7 @@ def test_messages_and_lora_may_be_nested_or_json(as_json: bool) -> None:
         ({"prompt": "a", "lora": "{k: 2}"}, "lora"),
         ({"prompt": "a", "lora": '{"strategey": "fusion"}'}, "lora.strategey"),
         ({"messages": "no json"}, "messages"),
+        ({"messages": "[" * 100_000}, "messages"),
         ({"prompt": "a", "temperature": 3.0}, "temperature"),
     ],
 )

@@ -22,7 +22,19 @@ def test_set_sends_the_file_as_the_policy(tmp_path: Path, text: str) -> None:
     assert f"support {'e' * 12} is in use at generation 9" in said.out
 
 
-@pytest.mark.parametrize(("text", "says"), [("[1]", "must hold the fields"), ("a: [", "policy: "), (None, "policy: ")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[1]", "must hold the fields"),
+        ("a: [", "policy: "),
+        (None, "policy: "),
+        ("stop: [2026-01-01]", "policy: has a value that JSON does not have"),
+        ("temperature: .nan", "policy: has a value that JSON does not have"),
+        ('stop: "\\ud800"', "policy: has a value that JSON does not have"),
+        ("seed: 2026-02-30", "policy: a value cannot be read (day is out of range for month)"),
+        ("[" * 3000, "policy: it nests too deep"),
+    ],
+)
 def test_a_file_that_is_no_policy_is_refused_before_the_server_is_asked(
     tmp_path: Path, text: str | None, says: str
 ) -> None:

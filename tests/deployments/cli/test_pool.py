@@ -69,10 +69,12 @@ def test_list_and_show_name_the_version_under_trial() -> None:
 
 def test_show_prints_an_adapter_and_its_versions() -> None:
     """What others wrote is printed as it is, without control codes."""
-    version = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester", "source": "poet"}
+    version = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester"}
+    version["source"] = "[b]poet\x1b[2J"
     answer = {
         **ROW,
         "trial": None,
+        "source": "[b]bard\x1b[2J",
         "versions": [version | {"digest": "d" * 64, "state": "live"}, version | {"digest": "e" * 64, "state": "kept"}],
         "samples": [{"input": "Write a [poem].\nOf \x1b[31mrain", "output": "Drops"}],
     }
@@ -80,8 +82,9 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
     assert (said.code, said.asked) == (0, [("GET", "/v1/loras/local%2Fpoet?samples=3&varied=true")])
     assert "\nsample: Write a [poem]. Of [31mrain\n" in said.stdout
     live, kept = [line for line in said.stdout.splitlines() if "tester" in line]
-    assert all(part in live for part in ("d" * 12, "live", "2026-01-02 03:04:05 "))
+    assert all(part in live for part in ("d" * 12, "live", "2026-01-02 03:04:05 ", "[b]poet [2J"))
     assert all(part in kept for part in ("e" * 12, "kept", "2026-01-02 03:04:05 "))
+    assert "[b]bard [2J" in said.stdout and "\x1b" not in said.stdout
     assert "None" not in said.stdout and "fun" in said.stdout
     assert run_with(answer, "show", "poet", "--json").json == answer
 
@@ -93,10 +96,10 @@ def test_show_prints_a_whole_digest() -> None:
 
 def test_show_prints_times_to_the_second_and_a_contract_as_it_is() -> None:
     times = {"created_at": "2026-01-02T03:04:05.678901+00:00", "live_since": "2026-02-03T04:05:06.789012+00:00"}
-    contract = {"instruction": "[bold]Rhyme: {input}", "stop": ["É"]}
+    contract = {"instruction": "[bold]Rhyme: {input}", "stop": ["É\x9b2J"]}
     said = run_with({"id": "poet", **times, "contract": contract, "versions": []}, "show", "poet")
     assert "published │ 2026-01-02 03:04:05 │" in said.out and "live since │ 2026-02-03 04:05:06 │" in said.out
-    assert all(part in said.stdout for part in ('"instruction": "[bold]Rhyme: {input}"', '"É"'))
+    assert all(part in said.stdout for part in ('  "instruction": "[bold]Rhyme: {input}"', '"É 2J"'))
 
 
 def test_withdraw_continues_after_a_refusal_and_fails_at_the_end() -> None:

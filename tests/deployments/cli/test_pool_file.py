@@ -141,6 +141,12 @@ def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
         ({"adapters": [{"source": "s3://b/x", "name": "x", "samples": "x.jsonl"}]}, "samples go with a folder"),
         ({"adapters": [{"source": "poet", "samples": "no.jsonl"}]}, "poet: samples: there is no file"),
         ("adapters: [", "while parsing"),
+        ("adapters: [{source: poet, tags: [2026-02-30]}]", "pool.yaml: a value cannot be read"),
+        ("[" * 3000, "pool.yaml: it nests too deep"),
+        (
+            "adapters: [{source: poet, contract: {output_schema: {enum: [2026-01-01]}}}]",
+            "adapters.0.contract: has a value that JSON does not have",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_is_sent(content: Any, problem: str, tmp_path: Path) -> None:

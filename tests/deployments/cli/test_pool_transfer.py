@@ -137,7 +137,11 @@ def test_an_import_names_the_model_names_that_it_leaves_out(pool: LoraStore, tmp
     assert f"not imported, since {target} has something else by that name: local/support;" in words(done.output)
 
 
-def test_one_adapter_is_moved_and_a_wrong_name_or_place_is_said(pool: LoraStore, tmp_path: Path) -> None:
+def test_one_adapter_is_moved_and_a_wrong_name_or_place_is_said(
+    pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     source, target = tmp_path / "pool", tmp_path / "new"
     assert run("pool", "import", source, "--store", target, "--adapter", "acme/secretary").exit_code == 0
     assert list(LoraStore(str(target), accepts_base=[BASE]).snapshot().records) == [("acme", "secretary")]
@@ -146,9 +150,17 @@ def test_one_adapter_is_moved_and_a_wrong_name_or_place_is_said(pool: LoraStore,
         (("import", tmp_path / "nowhere", "--store", target), "there is no pool"),
         (("export", "s3://b/x.tar", "--store", source), "s3://b/x.tar: an archive is a file on this machine"),
         (("import", "s3://b/x.tar"), "s3://b/x.tar: an archive is a file on this machine"),
+        (("export", "s3://b/x", "--peft", "--store", source), "s3://b/x: PEFT folders are written on this machine"),
     ):
         wrong = run("pool", *given)
         assert wrong.exit_code == 1 and says in words(wrong.stderr)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("given", [("compose", "x", "--adapters", "a=1", "--out"), ("pool", "train", "--samples", "x")])
+def test_a_folder_that_is_written_is_no_uri(given: tuple[str, ...]) -> None:
+    refused = run(*given, "s3://bucket/x")
+    assert refused.exit_code == 2 and "must be a folder on this machine, not a URI" in words(refused.stderr)
 
 
 def test_peft_folders_are_the_same_versions_when_they_are_published_again(pool: LoraStore, tmp_path: Path) -> None:
@@ -173,6 +185,19 @@ def test_a_pool_of_one_tenant_names_no_owner(tmp_path: Path) -> None:
     [entry] = yaml.safe_load((tmp_path / "out" / "pool.yaml").read_text())["adapters"]
     label = {"visibility": "public", "tags": [], "template": "server", "contract": {}}
     assert entry == {"name": "poet", "source": "poet"} | label
+
+
+@pytest.mark.parametrize(("tenants", "place"), [(["local"], "pool.yaml~"), (["local", "pool.yaml"], "local/pool.yaml")])
+def test_a_name_of_the_file_that_lists_peft_folders_is_exported(tenants: list[str], place: str, tmp_path: Path) -> None:
+    store = LoraStore(str(tmp_path / "pool"), accepts_base=[BASE])
+    for tenant in tenants:
+        publish(store, tmp_path / tenant, "pool.yaml", tenant=tenant, visibility="private")
+    made = run("pool", "export", tmp_path / "out", "--store", tmp_path / "pool", "--peft")
+    assert made.exit_code == 0
+    listed = yaml.safe_load((tmp_path / "out" / "pool.yaml").read_text())["adapters"]
+    places = {entry.get("owner", "local"): entry["source"] for entry in listed}
+    assert places == {"local": place} | ({"pool.yaml": "pool.yaml~/pool.yaml"} if len(tenants) > 1 else {})
+    assert all((tmp_path / "out" / found / "adapter_config.json").exists() for found in places.values())
 
 
 def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from deployments.cli import adapter_publisher
 from deployments.cli.adapter_publisher import AdapterPublisher, Item
 from deployments.cli.client import is_this_machine
+from deployments.publishing import adapter_folders
+from deployments.publishing.adapter_folders import open_without_links
 from tests.deployments.scripted import Outcome, refusal, run_with, scripted
 
 
@@ -335,6 +339,33 @@ def test_with_a_key_files_are_sent_to_a_server_on_this_machine_too(poet: Path) -
     said = run_with((201, answer("poet")), "--key", "lr-x", "publish", poet)
     assert said.code == 0, said.err
     assert said.server.content_types[0].startswith("multipart/form-data") and b"config of poet" in said.server.bodies[0]
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_others_are_sent(
+    poet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: str, flags: int) -> int:
+        if Path(path).parent == poet:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open_without_links(path, flags)
+
+    monkeypatch.setattr(adapter_publisher, "open_without_links", opened)
+    said = publish([(201, answer("plain"))], poet, *adapters(tmp_path, "plain"), "--upload")
+    assert (said.code, said.asked) == (1, [("POST", "/v1/loras")])
+    assert f"{poet / 'adapter_config.json'}: Permission denied" in said.err and "plain is live" in said.out
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_folder_that_cannot_be_read_is_named(listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    file = tmp_path / "pool.yaml"
+    file.write_text("adapters: [{source: closed}]")
+    monkeypatch.setattr(adapter_folders, "_adapter_at", refuse)
+    said = publish([(201, {})], *(["--file", file] if listed else [tmp_path / "closed"]))
+    assert (said.code, said.asked) == (1, [])
+    assert f"{'adapters: closed' if listed else tmp_path / 'closed'}: Permission denied" in said.err
 
 
 def test_a_link_is_not_followed_and_nothing_is_sent(poet: Path, tmp_path: Path) -> None:

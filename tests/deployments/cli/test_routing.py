@@ -91,6 +91,7 @@ def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("{", "prompts.jsonl:1: invalid JSON"),
+        ("[" * 100_000, "prompts.jsonl:1: invalid JSON"),
         ('{"input": "a", "adapter": "poet"}\n{"input": "a"}', "prompts.jsonl:2: must be"),
         ('{"adapter": "poet"}', "prompts.jsonl:1: must be"),
         ('{"input": "", "adapter": "poet"}', "prompts.jsonl:1: must be"),

@@ -42,6 +42,7 @@ def test_a_tenant_trains_on_visible_adapters_under_its_names_for_them(tmp_path: 
         ('{"task": "a", "text": "x"}\n[]\n', ':2: must be {"task": name, "text": text}'),
         ('{"task": "a", "text": " "}\n', ":1: must be"),
         ("no json\n", ":1: invalid JSON"),
+        ("[" * 100_000, ":1: invalid JSON"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place(

@@ -5,7 +5,13 @@ import pytest
 from tests.deployments.scripted import run_with
 
 ROW = {"id": "ab-cd", "input": "Rhyme\non \x1b[31mrain.", "key_id": "team"}
-CHANGED = {"name": "poet", "action": "accept", "digest": "d" * 64, "generation": 9, "left_out": ["Rhyme on rain!"]}
+CHANGED = {
+    "name": "poet",
+    "action": "accept",
+    "digest": "d" * 64,
+    "generation": 9,
+    "left_out": ["Rhyme\n\x1b[2Jon rain!"],
+}
 
 
 def test_proposed_prompts_are_listed_on_one_line_each() -> None:
@@ -32,4 +38,5 @@ def test_a_decision_is_sent(words: tuple[str, ...], body: dict[str, object]) -> 
         assert "1 prompt rejected" in said.out
     else:
         assert "poet is live as dddddddddddd since generation 9" in said.out
-        assert "left out, as a near-copy or beyond a quarter of the samples: Rhyme on rain!" in said.out
+        assert "left out, as a near-copy or beyond a quarter of the samples: Rhyme [2Jon rain!" in said.out
+        assert "\x1b" not in said.stdout

@@ -161,6 +161,42 @@ def test_a_tenant_that_rests_or_takes_long_keeps_no_other_waiting() -> None:
     assert applied_for("stuck", "two", "three", num_applied=2)[0] == ["two", "three"]
 
 
+async def no_pause(seconds: float) -> None:
+    await asyncio.sleep(0)
+
+
+class Overtaken(FakeRetriever):
+    """While it learns, another Ingress replica records a newer outcome and applies both."""
+
+    def __init__(self, store: FakeStore) -> None:
+        super().__init__()
+        self.store, self.num_learnt = store, 0
+
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        self.num_learnt += 1
+        if self.num_learnt == 1:
+            newer = Feedback.of_request("other", "Sing.", None, "key", 1.0)
+            await self.store.put_feedback(tenant, "outcome", newer)
+            both = await super().learn(tenant, await self.store.feedback(tenant, "outcome"))
+            await self.store.rank(tenant, both.rankings, "key", are_outcomes=True)
+        return await super().learn(tenant, outcomes)
+
+
+def test_an_outcome_of_another_replica_is_not_undone() -> None:
+    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {("local", "asked", asked.id): asked}
+    retriever = Overtaken(store)
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        publisher, background = served.services.publisher, served.services.background
+        learning = Learning(store, retriever, publisher, background, applies=True, sleep=no_pause)
+        await learning.judge("local", ("id", None, 1.0), "key")
+
+    ask(run, store=store)
+    assert [len(rankings) for _, rankings in store.ranked] == [2, 1, 2]
+    assert retriever.num_learnt == 2, "it learns again only where outcomes changed"
+
+
 def test_outcomes_are_counted_by_adapter() -> None:
     said = [("acme/poet", 1.0), ("acme/poet", 0.5), ("acme/poet", -1.0), ("rival/coder", 0.0), (None, -0.25)]
     outcomes = [

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from deployments.errors import PoisonRequest, SourceMissing
 from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER
 from gpu_worker.errors import AdapterUnfit
-from lora_store import AdapterRecord, AdapterRefused, Key, Sample, StoreUnavailable, VersionConflict
+from lora_store import AdapterRecord, AdapterRefused, Key, PublicNameTaken, Sample, StoreUnavailable, VersionConflict
 from retriever_svc import StaleIndex
 from tests.deployments.adapter_records import BASE, ENCODER, adapter, pool_of
 from tests.deployments.fake_publishing import POET, Publishing, live
@@ -288,10 +289,27 @@ def test_uploads_reach_the_store_through_rays_object_store() -> None:
 
 def test_a_dry_run_validates_and_leaves_nothing() -> None:
     publishing = Publishing()
-    uploads = [PublishItem(Path("folders", name)) for name in ("bad", "other", "wrong", "bare")]
+    uploads = [PublishItem(Path("folders", name)) for name in ("bad", "other", "wrong", "bare", "taken")]
+    uploads.append(PublishItem(Path("folders", "new"), share=0.1))
     outcomes = publishing.run(lambda publisher: publisher.publish(uploads, "tester", is_dry=True))
-    kinds = [AdapterRefused, Published, AdapterUnfit, Published]
-    assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * 4
+    kinds = [AdapterRefused, Published, AdapterUnfit, Published, PublicNameTaken, AdapterRefused]
+    assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * 6
     assert [(p.generation, p.found_by_auto, len(p.neighbours)) for p in live(outcomes)] == [(0, True, 1), (0, False, 0)]
     assert (publishing.pool.live, publishing.pool.held, publishing.pool.generation) == ({}, [], 7)
     assert publishing.store.called("commit") == publishing.retriever.called("catch_up") == []
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_warnings_are_found_beside_the_event_loop(is_dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr("deployments.publishing.results.wording_warning", lambda _: threads.append(get_ident()))
+    upload = PublishItem(Path("folders", "poet"))
+    Publishing().run(lambda publisher: publisher.publish([upload], "tester", is_dry=is_dry))
+    assert len(threads) == 1 and get_ident() not in threads
+
+
+def test_a_dry_run_beside_another_publish_of_the_name_is_fit() -> None:
+    publishing = Publishing(failing={"check_commit": (VersionConflict(1), 9)})
+    upload = PublishItem(Path("folders", "poet"))
+    [outcome] = publishing.run(lambda publisher: publisher.publish([upload], "tester", is_dry=True))
+    assert isinstance(outcome, Published) and publishing.pool.held == []

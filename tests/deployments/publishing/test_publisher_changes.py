@@ -13,7 +13,16 @@ import pytest
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Settled
 from deployments.errors import VersionNotKept
-from lora_store import AdapterNotFound, AdapterRef, Embedding, Sample, Staged, StoreUnavailable, VersionConflict
+from lora_store import (
+    AdapterNotFound,
+    AdapterRef,
+    Embedding,
+    Sample,
+    Staged,
+    StoreUnavailable,
+    Trial,
+    VersionConflict,
+)
 from retriever_svc import StaleIndex
 from tests.deployments.adapter_records import ENCODER, adapter
 from tests.deployments.fake_publishing import Publishing, live
@@ -182,6 +191,18 @@ def test_a_rollback_skips_versions_that_were_never_live() -> None:
     offered = replace(adapter("poet", version="trial"), is_offered=True)
     publishing = Publishing(adapter("poet", version="2"), offered, adapter("poet", version="1"))
     assert publishing.rollback().ref == adapter("poet", version="1").ref
+
+
+@pytest.mark.parametrize("names_live", [False, True])
+def test_a_rollback_to_the_live_version_ends_its_trial(names_live: bool) -> None:
+    offered = replace(adapter("poet", version="trial"), is_offered=True)
+    tried = replace(adapter("poet", version="2"), trial=Trial(offered.ref.digest, 0.5))
+    publishing = Publishing(tried, offered, adapter("poet", version="1"))
+    published = publishing.rollback(tried.ref.digest[:12] if names_live else None)
+    [live, *_] = publishing.pool.live["local", "poet"]
+    assert (published.ref, published.generation, published.trial) == (tried.ref, 8, None)
+    assert (live.ref, live.trial) == (tried.ref, None)
+    assert publishing.store.called("commit") == []
 
 
 def test_a_rollback_reaches_every_kept_version_by_its_digest() -> None:

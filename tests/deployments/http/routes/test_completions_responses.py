@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from typing import Any
+
+import pytest
 
 from gpu_worker.errors import EngineFull
 from tests.deployments.app_fakes import http_of, serve_plainly
-from tests.deployments.asking import error_of, post
+from tests.deployments.asking import error_of, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 
 PATH = "/v1/responses"
@@ -80,6 +83,27 @@ def test_refusals_name_the_field_of_this_api() -> None:
     assert "send the whole conversation in input" in stored["message"]
     strict = error_of(post(PATH, {"input": "Hi", "verbosity": "low"}, strict_fields=True))
     assert strict["param"] == "verbosity"
+
+
+@pytest.mark.parametrize("value", ["\ud800", math.nan])
+def test_a_schema_that_the_answer_could_not_repeat_is_refused(value: Any) -> None:
+    """The response repeats tools and formats, as JSON in UTF-8."""
+    schema = {"type": "object", "properties": {"a": {"enum": [value]}}}
+    sent: dict[str, dict[str, Any]] = {
+        "tools.0.parameters": {"tools": [{"type": "function", "name": "f", "parameters": schema}]},
+        "text.format.schema": {"text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}},
+    }
+    for param, body in sent.items():
+        given = {"content": json.dumps({"input": "Hi", **body}), "headers": {"content-type": "application/json"}}
+        response = request("POST", PATH, sent=given)
+        assert (response.status_code, error_of(response)["param"]) == (400, param)
+        assert "lone surrogates" in error_of(response)["message"]
+
+
+def test_whole_surrogate_pairs_are_repeated() -> None:
+    schema = {"type": "object", "title": "\U0001f600 \\ud800"}
+    tools = [{"type": "function", "name": "f", "parameters": schema}]
+    assert post(PATH, {"input": "Hi", "tools": tools}).json()["tools"][0]["parameters"] == schema
 
 
 def test_ignored_fields_are_listed() -> None:

@@ -1,0 +1,38 @@
+"""Read the YAML files of people: settings, keys, policies and lists of adapters."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """Says where a value is that PyYAML cannot build."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError) as exc:  # 2026-02-30, `!!int x`, `!!bool x`
+            problem = f"a value cannot be read ({exc}): correct it, or put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from exc
+
+
+def load_yaml(text: str) -> Any:
+    """Return what a YAML text says. Raises: YAMLError, whatever is wrong with the text."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError as exc:
+        raise yaml.YAMLError("it nests too deep") from exc
+
+
+def require_json(value: T) -> T:
+    """Return `value`, which JSON can say. Raises: ValueError for dates, .nan and other values that it does not have."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as exc:
+        raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
+    return value
