@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.api.completion_responses import ChatAnswer, TextAnswer, split_calls
 from deployments.api.completions import GenerationRequest
 from deployments.api.responses import ErrorObject, PlanObject
 from deployments.json_types import JsonMapping, JsonObject
@@ -115,10 +115,12 @@ class MessageForm:
             self._has_begun = True
             yield {"type": "message_start", "message": self._message()}
         for choice in chunk["choices"]:
-            delta = choice["delta"]
-            if text := delta.get("content"):
+            open_calls, new_calls = split_calls(choice["delta"])
+            for call in open_calls:
+                yield from self._add_call(call)
+            if text := choice["delta"].get("content"):
                 yield from self._add_text(text)
-            for call in delta.get("tool_calls") or ():
+            for call in new_calls:
                 yield from self._add_call(call)
             if choice["finish_reason"]:
                 self._stop = choice.get("stop_reason")

@@ -10,7 +10,7 @@ from typing import Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.api.completion_responses import ChatAnswer, TextAnswer, split_calls
 from deployments.api.completions import GenerationRequest
 from deployments.api.logprobs import ChatToken
 from deployments.api.responses import PlanObject
@@ -173,9 +173,12 @@ class ResponseForm:
 
     def _events_of_choice(self, choice: JsonMapping) -> Iterator[JsonObject]:
         delta, self._reason = choice["delta"], choice["finish_reason"] or ""
+        open_calls, new_calls = split_calls(delta)
+        for call in open_calls:
+            yield from self._add_call(call)
         if text := delta.get("content"):
             yield from self._add_text(text, choice["logprobs"]["content"] if choice["logprobs"] else [])
-        for call in delta.get("tool_calls") or ():
+        for call in new_calls:
             yield from self._add_call(call)
         if self._reason:
             if not self._items:
