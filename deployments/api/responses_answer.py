@@ -153,6 +153,7 @@ class ResponseForm:
 
         OpenAI's clients raise for an event that has `error`; others read its other fields.
         """
+        yield from self._begin()
         if self._is_open:
             self._items[-1]["status"] = "incomplete"
         response = self._response("failed")
@@ -162,14 +163,18 @@ class ResponseForm:
 
     def _events_of(self, chunk: JsonMapping) -> Iterator[JsonObject]:
         self._extras |= {name: value for name, value in chunk.items() if name in ("lora", "warning")}
-        if not self._num_events:
-            yield self._event("response.created", response=self._response("in_progress"))
-            yield self._event("response.in_progress", response=self._response("in_progress"))
+        yield from self._begin()
         for choice in chunk["choices"]:
             yield from self._events_of_choice(choice)
         if "usage" in chunk:
             self._usage = _show_usage(chunk["usage"])
             yield self._event(f"response.{self._end}", response=self._response(self._end))
+
+    def _begin(self) -> Iterator[JsonObject]:
+        """Yield the first events of a stream, once."""
+        if not self._num_events:
+            yield self._event("response.created", response=self._response("in_progress"))
+            yield self._event("response.in_progress", response=self._response("in_progress"))
 
     def _events_of_choice(self, choice: JsonMapping) -> Iterator[JsonObject]:
         delta, self._reason = choice["delta"], choice["finish_reason"] or ""
