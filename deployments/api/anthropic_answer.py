@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Literal, NotRequired, cast
@@ -14,6 +15,7 @@ from deployments.api.completions import GenerationRequest
 from deployments.api.responses import ErrorObject, PlanObject
 from deployments.json_types import JsonMapping, JsonObject
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 _TYPES = {401: "authentication_error", 413: "request_too_large", 500: "api_error"}  # those that differ from ours
 _REASONS: dict[str, StopReason] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -180,11 +182,18 @@ class MessageForm:
 
 
 def _arguments(text: str) -> JsonObject:
-    """Return the arguments of a call; what an answer that was cut off left incomplete is no object."""
+    """Return the arguments of a call, without characters that UTF-8 lacks.
+
+    They are {} where an answer was cut off, where they are nested too deeply, or where a number is one that no double
+    holds: no JSON answer can have such arguments.
+    """
     try:
         found: Any = json.loads(text or "{}")
-    except ValueError:
+        written = json.dumps({"content": [{"input": found}]}, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
         return {}
+    if _SURROGATES.search(written):
+        found = json.loads(_SURROGATES.sub("\ufffd", written))["content"][0]["input"]
     return found if isinstance(found, dict) else {}
 
 

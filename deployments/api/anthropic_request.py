@@ -40,6 +40,7 @@ from deployments.api.messages import (
     question_text,
 )
 from deployments.api.structured import Schema, TextFormat
+from deployments.errors import RequestInvalid
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import MAX_STOPS, SamplingParams
@@ -90,6 +91,14 @@ class ContentBlock(TolerantRequest):
             if getattr(self, name) is None:
                 raise problem(name, "is missing")
         return self
+
+    def arguments(self, path: str) -> str:
+        """Return the input of a call as JSON text. `path`: of this block. Raises: RequestInvalid."""
+        try:
+            return json.dumps(self.input or {}, allow_nan=False)
+        except (RecursionError, ValueError) as exc:
+            param = f"{path}.input"
+            raise RequestInvalid(f"{param}: is nested too deeply, or has numbers that JSON lacks", param) from exc
 
 
 Blocks = Annotated[list[ContentBlock], Field(max_length=MAX_PARTS)]
@@ -177,7 +186,7 @@ class Conversation(TolerantRequest):
     def turns(self) -> tuple[Message, ...]:
         """Return the turns of the conversation. Results of tools come before the text of their message.
 
-        Raises: PydanticCustomError for a result without its call.
+        Raises: PydanticCustomError for a result without its call; RequestInvalid for an input that JSON cannot hold.
         """
         turns = [] if self.system is None else [Message("system", "\n".join(block.text for block in self.system))]
         names: dict[str, str] = {}
@@ -185,8 +194,8 @@ class Conversation(TolerantRequest):
             turns += self._results(place, message, names)
             text = "\n".join(block.text for block in message.content if block.text is not None)
             calls = tuple(
-                ToolCall(block.id or "", block.name or "", json.dumps(block.input or {}))
-                for block in message.content
+                ToolCall(block.id or "", block.name or "", block.arguments(f"messages.{place}.content.{number}"))
+                for number, block in enumerate(message.content)
                 if block.type == "tool_use"
             )
             names |= {call.id: call.name for call in calls}

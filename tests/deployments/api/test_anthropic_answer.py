@@ -7,11 +7,14 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import pytest
+
 from deployments.api.anthropic_answer import MessageForm
 from deployments.api.completion_responses import Answer
 from deployments.api.responses import Planned
 from deployments.json_types import JsonObject
 from gpu_worker.front.request.request import Completion, Delta
+from gpu_worker.front.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN
 from tests.deployments.random_calls import random_calls
 
@@ -44,6 +47,26 @@ def streamed(deltas: list[Delta]) -> tuple[str, list[Any], str]:
             reason = event["delta"]["stop_reason"]
     calls = [(block["name"], json.loads(block["arguments"])) for block in blocks if block["type"] == "tool_use"]
     return "".join(block["text"] for block in blocks if block["type"] == "text"), calls, reason
+
+
+DEEP = '{"a": ' + "[" * 1200 + "]" * 1200 + "}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"a": 1e999}', {}),
+        (DEEP, {}),
+        ('{"a": ' + "9" * 5000 + "}", {}),
+        ('{"a": "\\ud83d\\ud83d\\ude00 \u00e4"}', {"a": "\ufffd\U0001f600 \u00e4"}),
+        ('{"a": "\\u0000", "b": 1e308}', {"a": "\x00", "b": 1e308}),
+    ],
+    ids=["infinity", "deep", "digits", "half a pair", "usual"],
+)
+def test_a_call_has_arguments_that_an_answer_can_hold(arguments: str, shown: JsonObject) -> None:
+    call = Delta("", 5, 2, "tool_calls", tool_calls=(ToolCallPiece(0, arguments, "c", "f"),))
+    [block] = MessageForm("auto", "r").whole(ANSWER.whole([Completion.joined([call])]))["content"]
+    assert block["input"] == shown
 
 
 def test_a_stream_has_the_blocks_of_the_whole_message_however_it_is_merged() -> None:

@@ -14,7 +14,7 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta
 from gpu_worker.front.request.tools import ToolCall, ToolCallPiece
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, post
+from tests.deployments.asking import ask, asked, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 from tests.deployments.key_files import entry, write
 
@@ -132,6 +132,43 @@ def test_results_become_turns_of_the_tool_before_the_text_beside_them() -> None:
         Message("tool", "Rain", (), "c", "look"),
         Message("user", "So?\nSay."),
     )
+
+
+ODD = ['{"a": 1e999}', '{"a": "\\ud83d"}', '{"a": ' + "[" * 1200 + "]" * 1200 + "}"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("arguments", ODD, ids=["infinity", "half a pair", "deep"])
+def test_odd_arguments_of_a_call_never_fail_a_finished_answer(path: str, stream: bool, arguments: str) -> None:
+    worker = FakeWorker((Delta("", 5, 3, "tool_calls", tool_calls=(ToolCallPiece(0, arguments, "c", "look"),)),))
+    body = {"model": "poet", "input": "Hi"} if path == "/v1/responses" else BODY
+    answer = post(path, body | {"stream": stream}, worker=worker)
+    assert answer.status_code == 200 and '"error":{' not in answer.text.replace(" ", ""), answer.text[:500]
+    assert json.dumps(arguments)[1:-1] in answer.text or (path == "/v1/messages" and not stream)
+
+
+def with_input(text: str) -> str:
+    """Return a body with a call whose input is this text."""
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": "HERE"}
+    return json.dumps(BODY | {"messages": [{"role": "assistant", "content": [call]}]}).replace('"HERE"', text)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_an_input_that_is_nested_too_deeply_is_refused(path: str) -> None:
+    async with asked(headers={"content-type": "application/json"}) as (client, _):
+        statuses = []
+        for depth in [*range(900, 1000, 2), 5000]:
+            answer = await client.post(path, content=with_input('{"a": ' + "[" * depth + "]" * depth + "}"))
+            statuses.append(answer.status_code)
+            assert answer.status_code == 200 or "nested too deeply" in answer.json()["error"]["message"], depth
+    assert {*statuses} == {200, 400}
+
+
+def test_an_input_with_a_number_that_json_lacks_is_refused_by_its_place() -> None:
+    sent = {"content": with_input('{"a": 1e999}'), "headers": {"content-type": "application/json"}}
+    answer = request("POST", "/v1/messages", sent=sent)
+    assert answer.status_code == 400 and "messages.0.content.0.input: " in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
