@@ -13,12 +13,16 @@ from gpu_worker.front.request.tools import Function, ToolForm, Tools
 _OPEN = {
     "additionalProperties",
     "patternProperties",
+    "propertyNames",
     "unevaluatedProperties",
     "$ref",
     "allOf",
     "anyOf",
     "oneOf",
+    "const",
+    "enum",
 }
+"""Keywords of a schema that may allow arguments which `properties` does not declare."""
 
 
 def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Grammar | None:
@@ -64,8 +68,15 @@ def _make_schema(function: Function, is_forced: bool) -> dict[str, Any]:
     if not is_forced and not function.strict:
         return dict(json.loads(ANY_OBJECT))
     schema: dict[str, Any] = json.loads(function.parameters)
-    closed = {} if _OPEN & schema.keys() else {"additionalProperties": False}
-    return {"type": "object"} | schema | closed
+    if _OPEN & schema.keys():
+        return {"type": "object"} | schema
+    declared, required, least = (schema.get(name) for name in ("properties", "required", "minProperties"))
+    declared = declared if isinstance(declared, dict) else {}
+    if isinstance(required, list):  # other types are refused when the grammar is compiled
+        more = {name: {} for name in required if isinstance(name, str) and name not in declared}
+        schema |= {"properties": declared | more} if more else {}
+    is_open = isinstance(least, int) and least > len(declared)
+    return {"type": "object"} | schema | ({} if is_open else {"additionalProperties": False})
 
 
 def _calls(form: ToolForm, functions: list[Function]) -> str:
