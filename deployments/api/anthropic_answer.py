@@ -125,8 +125,9 @@ class MessageForm:
             for call in new_calls:
                 yield from self._add_call(call)
             if choice["finish_reason"]:
-                self._stop = choice.get("stop_reason")
-                self._reason = "stop_sequence" if self._stop is not None else _REASONS[choice["finish_reason"]]
+                self._reason = _REASONS[choice["finish_reason"]]
+                if self._reason == "end_turn" and choice.get("stop_reason") is not None:
+                    self._reason, self._stop = "stop_sequence", choice["stop_reason"]
                 yield from self._close()
         if "usage" in chunk:
             self._usage = _convert_usage(chunk["usage"])

@@ -73,6 +73,12 @@ LEAST_TOP_P = 1e-6  # below the largest probability of any vocabulary, so that o
 _ANY_SEED = -1  # of clients of other servers
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
+
+
+def _without_nulls(value: object) -> object:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 Paths = Annotated[list[AdapterName | None], Field(fail_fast=True, max_length=MAX_PROMPTS)]
@@ -82,6 +88,7 @@ LogitBias = Annotated[dict[IdGiven, Bias], Field(max_length=MAX_BIASED_IDS), Bef
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=MAX_METADATA),
+    BeforeValidator(_without_nulls),
     BeforeValidator(at_most(MAX_METADATA)),
 ]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
@@ -301,6 +308,11 @@ class GenerationRequest(TolerantRequest, PolicyFields):
             path = self.lora_path if isinstance(self.lora_path, str) else self.lora_path[place]
             return options_of_path(path, self.lora), "lora_path"
         return self.lora, None
+
+    def _check_only_format(self, field: str) -> None:
+        """Refuse the fields that give the format of the answer as `field` of another API does."""
+        if self.structured_outputs is not None or self.response_format is not None:
+            raise problem(field, "the request gives the format of the answer twice; keep one of them")
 
     def _check_paths(self, num_prompts: int) -> None:
         if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:

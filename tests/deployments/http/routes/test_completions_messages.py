@@ -86,6 +86,37 @@ def test_the_end_of_an_answer_is_named(last: Delta, reason: str, sequence: str |
     assert delta["delta"] == {"stop_reason": reason, "stop_sequence": sequence}
 
 
+def test_whole_calls_before_a_stop_string_are_to_be_run() -> None:
+    call = ToolCallPiece(0, "{}", "c", "look")
+    worker = FakeWorker((Delta("", 5, 3, "tool_calls", tool_calls=(call,), stop="#"),))
+    message = answered({"tools": [TOOL], "stop_sequences": ["#"]}, worker=worker)[0].json()
+    assert (message["stop_reason"], message["stop_sequence"]) == ("tool_use", None)
+
+
+@pytest.mark.parametrize("metadata", [{"user_id": None}, {"user_id": "u"}, {}, None])
+def test_metadata_may_name_no_user(metadata: dict[str, Any] | None) -> None:
+    assert answered({"metadata": metadata})[0].status_code == 200
+
+
+SCHEMA = {"type": "json_schema", "schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize("own", [{"structured_outputs": {"regex": "a"}}, {"response_format": {"type": "json_object"}}])
+def test_a_format_is_given_once(own: dict[str, Any]) -> None:
+    refused = post("/v1/messages", BODY | {"output_config": {"format": SCHEMA}} | own)
+    assert (
+        refused.status_code == 400 and "output_config.format: the request gives" in refused.json()["error"]["message"]
+    )
+    grammar = answered({"output_config": {"format": {"type": "text"}}} | own)[1].sampling.grammar
+    assert grammar.param == ("response_format" if "response_format" in own else "structured_outputs.regex")
+
+
+def test_an_error_of_a_schema_names_its_place() -> None:
+    large = {"type": "json_schema", "schema": {"enum": ["x" * 70_000]}}
+    error = post("/v1/messages", BODY | {"output_config": {"format": large}}).json()["error"]
+    assert error["param"] == "output_config.format.schema"
+
+
 def test_a_stream_has_the_events_of_a_text_in_their_order() -> None:
     start, *events = events_of({})
     assert (start["type"], start["message"]["content"], start["message"]["stop_reason"]) == ("message_start", [], None)
