@@ -114,7 +114,12 @@ class StructuredOutputs(TolerantRequest):
 
 def of_schema(schema: Mapping[str, Any] | str, param: str) -> Grammar:
     """Return the grammar of a schema, given as an object or as its JSON text. Raises: GrammarInvalid."""
+    if isinstance(schema, str):
+        return Grammar("json_schema", schema, param)
     try:
-        return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param)
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(schema)
     except (RecursionError, ValueError) as exc:
-        raise GrammarInvalid("it is nested too deeply, or has numbers that JSON lacks", param=param) from exc
+        message = "it is nested too deeply, or has numbers or half of a surrogate pair, which JSON lacks"
+        raise GrammarInvalid(message, param=param) from exc
+    return Grammar("json_schema", text, param)

@@ -6,9 +6,11 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
+
 from gpu_worker.errors import EngineFull
 from tests.deployments.app_fakes import http_of, serve_plainly
-from tests.deployments.asking import error_of, post
+from tests.deployments.asking import error_of, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 
 PATH = "/v1/responses"
@@ -52,6 +54,15 @@ def test_it_generates_by_the_job_of_the_same_chat() -> None:
         assert one == other
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("schema", ['{"title": "\\ud800"}', '{"maximum": 1e999}'], ids=["half a pair", "infinity"])
+def test_a_format_that_no_answer_can_repeat_is_refused_by_its_place(schema: str) -> None:
+    body = '{"input": "Hi", "text": {"format": {"type": "json_schema", "name": "a", "schema": HERE}}}'
+    answer = request(
+        "POST", PATH, sent={"content": body.replace("HERE", schema), "headers": {"content-type": "application/json"}}
+    )
+    assert answer.status_code == 400 and error_of(answer)["param"] == "text.format.schema"
 
 
 def test_a_stream_names_its_events_and_ends_with_the_last_of_them() -> None:
