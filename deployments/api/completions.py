@@ -205,7 +205,7 @@ class GenerationRequest(TolerantRequest, PolicyFields):
     merged_adapters: MergedAdapters | None = None
     """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
     lora_path: AdapterName | Paths | None = None
-    """SGLang's spelling: one adapter's name, a list with one name for each prompt, or null for the base model."""
+    """SGLang's spelling: one adapter's name, or a list with one for each prompt, where null is the base model."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
