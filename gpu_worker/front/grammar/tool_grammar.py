@@ -34,8 +34,8 @@ def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Gramma
 
     Raises: GrammarInvalid; SamplingInvalid for an `answer` that is not a JSON schema.
     """
-    is_forced = tools.required or tools.only is not None
-    if not is_forced and answer is None and not any(function.strict for function in tools.functions):
+    is_forced = tools.is_forced
+    if answer is None and not tools.have_grammar:
         return None
     places = [n for n, function in enumerate(tools.functions) if tools.only in (None, function.name)]
     schemas = {f"/{n}/function/parameters": _make_schema(tools.functions[n], is_forced) for n in places}
@@ -73,7 +73,7 @@ def _make_schema(function: Function, is_forced: bool) -> dict[str, Any]:
     declared, required, least = (schema.get(name) for name in ("properties", "required", "minProperties"))
     declared = declared if isinstance(declared, dict) else {}
     if isinstance(required, list):  # other types are refused when the grammar is compiled
-        more = {name: {} for name in required if isinstance(name, str) and name not in declared}
+        more: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in declared}
         schema |= {"properties": declared | more} if more else {}
     is_open = isinstance(least, int) and least > len(declared)
     return {"type": "object"} | schema | ({} if is_open else {"additionalProperties": False})
