@@ -336,7 +336,7 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Takes precedence over `max_tokens`."""
     logprobs: bool = False
-    """Report log probabilities of the tokens, before temperature and penalties."""
+    """Report log probabilities of the text's tokens, before temperature and penalties. Those of calls are left out."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Alternatives for each token. Needs `logprobs: true`."""
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 from gpu_worker.front.delta_stream import joined
 from gpu_worker.front.request.request import Delta, TokenLogprob
@@ -30,7 +31,8 @@ def random_calls(seed: int) -> list[Delta]:
         text, calls, reason = parser.read(piece, "stop" if at == len(answer) else None)
         if not (text or calls or reason):
             continue
-        delta = Delta(text, 7, at, reason, logprobs=tuple(logprobs), tool_calls=calls)
+        scores = tuple(replace(entry, is_call=not text) for entry in logprobs)
+        delta = Delta(text, 7, at, reason, logprobs=scores, tool_calls=calls)
         logprobs = []
         if len(deltas) > 1 and chance.random() < 0.6:
             deltas[-1] = joined(deltas[-1], delta)

@@ -182,12 +182,13 @@ def test_calls_of_a_stream_and_of_a_whole_answer_agree(deltas: Sequence[Delta]) 
     assert [item["type"] for item in found["output"]][-2:] == ["function_call"] * 2
 
 
-def parts_of(response: Any) -> tuple[str, list[tuple[str, str, str]], str]:
-    """Return the text, the calls and the status of a response."""
+def parts_of(response: Any) -> tuple[str, list[tuple[str, str, str]], str, list[Any]]:
+    """Return the text, the calls, the status and the log probabilities of a response."""
     messages = [item for item in response["output"] if item["type"] == "message"]
     calls = [item for item in response["output"] if item["type"] == "function_call"]
     text = "".join(part["text"] for item in messages for part in item["content"])
-    return text, [(call["call_id"], call["name"], call["arguments"]) for call in calls], response["status"]
+    scores = [entry["token"] for item in messages for part in item["content"] for entry in part["logprobs"]]
+    return text, [(call["call_id"], call["name"], call["arguments"]) for call in calls], response["status"], scores
 
 
 def test_calls_of_a_stream_are_whole_however_it_is_merged() -> None:
