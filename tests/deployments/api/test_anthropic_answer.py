@@ -49,7 +49,7 @@ def streamed(deltas: list[Delta]) -> tuple[str, list[Any], str]:
     return "".join(block["text"] for block in blocks if block["type"] == "text"), calls, reason
 
 
-DEEP = '{"a": ' + "[" * 1200 + "]" * 1200 + "}"
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def with_input(text: str) -> str:
 async def test_an_input_that_is_nested_too_deeply_is_refused(path: str) -> None:
     async with asked(headers={"content-type": "application/json"}) as (client, _):
         statuses = []
-        for depth in [*range(900, 1000, 2), 5000]:
+        for depth in [*range(900, 1000, 2), 16_000]:
             answer = await client.post(path, content=with_input('{"a": ' + "[" * depth + "]" * depth + "}"))
             statuses.append(answer.status_code)
             assert answer.status_code == 200 or "nested too deeply" in answer.json()["error"]["message"], depth
