@@ -70,11 +70,11 @@ def _make_schema(function: Function, is_forced: bool) -> dict[str, Any]:
     schema: dict[str, Any] = json.loads(function.parameters)
     if _OPEN & schema.keys():
         return {"type": "object"} | schema
-    declared, required, least = (schema.get(name) for name in ("properties", "required", "minProperties"))
-    declared = declared if isinstance(declared, dict) else {}
-    if isinstance(required, list):  # other types are refused when the grammar is compiled
-        more: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in declared}
-        schema |= {"properties": declared | more} if more else {}
+    declared, required, least = schema.get("properties", {}), schema.get("required", []), schema.get("minProperties")
+    if not isinstance(declared, dict) or not isinstance(required, list):
+        return schema  # refused when the grammar is compiled
+    more: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in declared}
+    schema |= {"properties": declared | more} if more else {}
     is_open = isinstance(least, int) and least > len(declared)
     return {"type": "object"} | schema | ({} if is_open else {"additionalProperties": False})
 

@@ -130,7 +130,9 @@ def test_arguments_that_the_schema_asks_for_are_allowed(schema: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "odd", [{"properties": []}, {"required": "a"}, {"required": [{}]}, {"minProperties": "1"}], ids=str
+    "odd",
+    [{"properties": [], "required": ["a"]}, {"required": "a"}, {"required": [{}]}, {"minProperties": "1"}],
+    ids=str,
 )
 def test_keywords_of_other_types_are_refused(odd: dict[str, Any]) -> None:
     grammar = tool_grammar(Tools((Function("f", "", json.dumps(odd)),), required=True), HERMES, None)
