@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.api.completion_responses import ChatAnswer, TextAnswer, split_calls
 from deployments.api.completions import GenerationRequest
 from deployments.api.responses import ErrorObject, PlanObject
 from deployments.json_types import JsonMapping, JsonObject
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 _TYPES = {401: "authentication_error", 413: "request_too_large", 500: "api_error"}  # those that differ from ours
 _REASONS: dict[str, StopReason] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -115,14 +117,17 @@ class MessageForm:
             self._has_begun = True
             yield {"type": "message_start", "message": self._message()}
         for choice in chunk["choices"]:
-            delta = choice["delta"]
-            if text := delta.get("content"):
+            open_calls, new_calls = split_calls(choice["delta"])
+            for call in open_calls:
+                yield from self._add_call(call)
+            if text := choice["delta"].get("content"):
                 yield from self._add_text(text)
-            for call in delta.get("tool_calls") or ():
+            for call in new_calls:
                 yield from self._add_call(call)
             if choice["finish_reason"]:
-                self._stop = choice.get("stop_reason")
-                self._reason = "stop_sequence" if self._stop is not None else _REASONS[choice["finish_reason"]]
+                self._reason = _REASONS[choice["finish_reason"]]
+                if self._reason == "end_turn" and choice.get("stop_reason") is not None:
+                    self._reason, self._stop = "stop_sequence", choice["stop_reason"]
                 yield from self._close()
         if "usage" in chunk:
             self._usage = _convert_usage(chunk["usage"])
@@ -178,11 +183,18 @@ class MessageForm:
 
 
 def _arguments(text: str) -> JsonObject:
-    """Return the arguments of a call; what an answer that was cut off left incomplete is no object."""
+    """Return the arguments of a call, without characters that UTF-8 lacks.
+
+    They are {} where an answer was cut off, where they are nested too deeply, or where a number is one that no double
+    holds: no JSON answer can have such arguments.
+    """
     try:
         found: Any = json.loads(text or "{}")
-    except ValueError:
+        written = json.dumps({"content": [{"input": found}]}, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
         return {}
+    if _SURROGATES.search(written):
+        found = json.loads(_SURROGATES.sub("\ufffd", written))["content"][0]["input"]
     return found if isinstance(found, dict) else {}
 
 

@@ -40,6 +40,7 @@ from deployments.api.messages import (
     question_text,
 )
 from deployments.api.structured import Schema, TextFormat
+from deployments.errors import RequestInvalid
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import MAX_STOPS, SamplingParams
@@ -90,6 +91,14 @@ class ContentBlock(TolerantRequest):
             if getattr(self, name) is None:
                 raise problem(name, "is missing")
         return self
+
+    def arguments(self, path: str) -> str:
+        """Return the input of a call as JSON text. `path`: of this block. Raises: RequestInvalid."""
+        try:
+            return json.dumps(self.input or {}, allow_nan=False)
+        except (RecursionError, ValueError) as exc:
+            param = f"{path}.input"
+            raise RequestInvalid(f"{param}: is nested too deeply, or has numbers that JSON lacks", param) from exc
 
 
 Blocks = Annotated[list[ContentBlock], Field(max_length=MAX_PARTS)]
@@ -167,17 +176,16 @@ class Conversation(TolerantRequest):
 
     def used_tools(self) -> Tools | None:
         """Return the functions that the answer may call, None without any. Raises: GrammarInvalid."""
-        choice = self._choice
-        if not self.tools or (choice is not None and choice.type == "none"):
+        if not self.tools:
             return None
         functions = [tool.function(f"tools.{place}.input_schema") for place, tool in enumerate(self.tools)]
         is_single = self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
-        return make_tools(functions, choice, False if is_single else None)
+        return make_tools(functions, self._choice, False if is_single else None)
 
     def turns(self) -> tuple[Message, ...]:
         """Return the turns of the conversation. Results of tools come before the text of their message.
 
-        Raises: PydanticCustomError for a result without its call.
+        Raises: PydanticCustomError for a result without its call; RequestInvalid for an input that JSON cannot hold.
         """
         turns = [] if self.system is None else [Message("system", "\n".join(block.text for block in self.system))]
         names: dict[str, str] = {}
@@ -185,8 +193,8 @@ class Conversation(TolerantRequest):
             turns += self._results(place, message, names)
             text = "\n".join(block.text for block in message.content if block.text is not None)
             calls = tuple(
-                ToolCall(block.id or "", block.name or "", json.dumps(block.input or {}))
-                for block in message.content
+                ToolCall(block.id or "", block.name or "", block.arguments(f"messages.{place}.content.{number}"))
+                for number, block in enumerate(message.content)
                 if block.type == "tool_use"
             )
             names |= {call.id: call.name for call in calls}
@@ -223,14 +231,19 @@ class MessagesRequest(Conversation, GenerationRequest):
     """A message has one answer."""
 
     @model_validator(mode="after")
-    def _one_path(self) -> Self:
+    def _one_path_and_format(self) -> Self:
         self._check_paths(1)
+        if self._format is not None and self._format.type != "text":
+            self._check_only_format("output_config.format")
         return self
 
     @property
+    def _format(self) -> TextFormat | None:
+        return None if self.output_config is None else self.output_config.format
+
+    @property
     def set_fields(self) -> Set[str]:
-        has_format = self.output_config is not None and self.output_config.format is not None
-        own = {"stop": self.stop_sequences is not None, "response_format": has_format}
+        own = {"stop": self.stop_sequences is not None, "response_format": self._format is not None}
         return self.model_fields_set | {name for name, is_set in own.items() if is_set}
 
     @property
@@ -242,9 +255,9 @@ class MessagesRequest(Conversation, GenerationRequest):
         return sampling if self.stop_sequences is None else replace(sampling, stop=tuple(self.stop_sequences))
 
     def _grammar(self) -> Grammar | None:
-        if self.output_config is not None and self.output_config.format is not None:
-            return self.output_config.format.grammar()
-        return super()._grammar()
+        if self._format is None or self._format.type == "text":
+            return super()._grammar()
+        return self._format.grammar("output_config.format")
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""

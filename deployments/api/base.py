@@ -346,8 +346,15 @@ def options_of_path(path: str | None, asked: LoraOptions) -> LoraOptions:
 
 
 def without_declined(data: JsonMapping, choices: Mapping[str, str]) -> JsonMapping:
-    """Return `data` without lists that are empty or declined: by `none` in the other field of `choices`."""
-    declined = {name for name, choice in choices.items() if data.get(choice) == "none" or data.get(name) == []}
+    """Return `data` without lists that are empty or declined: by `none` in the other field of `choices`.
+
+    A choice is a word, or an object with the word in `type`.
+    """
+
+    def is_none(choice: object) -> bool:
+        return (choice.get("type") if isinstance(choice, dict) else choice) == "none"
+
+    declined = {name for name, choice in choices.items() if is_none(data.get(choice)) or data.get(name) == []}
     return {name: value for name, value in data.items() if name not in declined} if declined else data
 
 

@@ -21,7 +21,7 @@ from deployments.api.logprobs import (
     text_logprobs,
 )
 from deployments.api.responses import Planned, PlannedRow, PlanObject, RoutedCandidate, SampleRow, candidate_rows
-from deployments.json_types import JsonObject
+from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.front.request.request import Completion, Delta, FinishReason, PromptToken, TokenLogprob
 from gpu_worker.front.request.tools import ToolCallPiece
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
@@ -340,6 +340,15 @@ def _call_deltas(pieces: Sequence[ToolCallPiece]) -> list[JsonObject]:
         else:
             calls.append({"index": piece.index, "function": {"arguments": piece.arguments}})
     return calls
+
+
+def split_calls(delta: JsonMapping) -> tuple[list[JsonMapping], list[JsonMapping]]:
+    """Return the end of a call that an earlier chunk began, and the calls that this chunk begins.
+
+    A chunk has what one interval released. Its text comes after the former and before the latter.
+    """
+    calls = delta.get("tool_calls") or ()
+    return [call for call in calls if "id" not in call], [call for call in calls if "id" in call]
 
 
 def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:

@@ -73,6 +73,12 @@ LEAST_TOP_P = 1e-6  # below the largest probability of any vocabulary, so that o
 _ANY_SEED = -1  # of clients of other servers
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
+
+
+def _without_nulls(value: object) -> object:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 Paths = Annotated[list[AdapterName | None], Field(fail_fast=True, max_length=MAX_PROMPTS)]
@@ -82,6 +88,7 @@ LogitBias = Annotated[dict[IdGiven, Bias], Field(max_length=MAX_BIASED_IDS), Bef
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=MAX_METADATA),
+    BeforeValidator(_without_nulls),
     BeforeValidator(at_most(MAX_METADATA)),
 ]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
@@ -198,7 +205,7 @@ class GenerationRequest(TolerantRequest, PolicyFields):
     merged_adapters: MergedAdapters | None = None
     """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
     lora_path: AdapterName | Paths | None = None
-    """SGLang's spelling: one adapter's name, a list with one name for each prompt, or null for the base model."""
+    """SGLang's spelling: one adapter's name, or a list with one for each prompt, where null is the base model."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -302,6 +309,11 @@ class GenerationRequest(TolerantRequest, PolicyFields):
             return options_of_path(path, self.lora), "lora_path"
         return self.lora, None
 
+    def _check_only_format(self, field: str) -> None:
+        """Refuse the fields that give the format of the answer as `field` of another API does."""
+        if self.structured_outputs is not None or self.response_format is not None:
+            raise problem(field, "the request gives the format of the answer twice; keep one of them")
+
     def _check_paths(self, num_prompts: int) -> None:
         if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
             raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
@@ -324,7 +336,7 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Takes precedence over `max_tokens`."""
     logprobs: bool = False
-    """Report log probabilities of the tokens, before temperature and penalties."""
+    """Report log probabilities of the text's tokens, before temperature and penalties. Those of calls are left out."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Alternatives for each token. Needs `logprobs: true`."""
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None

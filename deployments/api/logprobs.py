@@ -47,11 +47,11 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """Return one object per token of the text. A partial character's text is U+FFFD; its bytes are exact."""
+    """Return one object per token of the text, calls left out. A partial character is U+FFFD; its bytes are exact."""
     content: list[ChatToken] = [
         {**_entry(entry.token, entry.logprob), "top_logprobs": [_entry(*alternative) for alternative in entry.top]}
         for entry in entries
-        if not entry.is_end
+        if not entry.is_end and not entry.is_call
     ]
     return {"content": content, "refusal": None}
 

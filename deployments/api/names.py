@@ -139,8 +139,18 @@ class AppliedPolicy:
         given = request.set_fields
         names_adapters = request.merged_adapters or "lora_path" in given
         lora = request.lora if names_adapters else self._options(request.lora)
-        own = {*given, "model", "lora", "template", "variant", "share"}
+        own = {*given, "model", "lora", "template", "variant", "share", *self._not_for(request)}
         return _filled(request, self.policy, own).model_copy(update={"lora": lora})
+
+    def _not_for(self, request: GenerationRequest) -> Set[str]:
+        """Return the policy's fields that would make the request itself invalid.
+
+        A grammar of the request ends its answer, and so does its limit.
+        """
+        tools, limit = request.used_tools(), request.token_limit
+        if request.sampling().grammar is not None or (tools is not None and tools.have_grammar):
+            return {"min_tokens", "ignore_eos"}
+        return {"min_tokens"} if limit is not None and limit < self.policy.min_tokens else set()
 
     def apply_to_question(self, question: Question) -> Question:
         """Return the question with the policy's model, and with its options where it sets none."""

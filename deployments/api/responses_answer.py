@@ -10,7 +10,7 @@ from typing import Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.api.completion_responses import ChatAnswer, TextAnswer, split_calls
 from deployments.api.completions import GenerationRequest
 from deployments.api.logprobs import ChatToken
 from deployments.api.responses import PlanObject
@@ -153,6 +153,7 @@ class ResponseForm:
 
         OpenAI's clients raise for an event that has `error`; others read its other fields.
         """
+        yield from self._begin()
         if self._is_open:
             self._items[-1]["status"] = "incomplete"
         response = self._response("failed")
@@ -162,20 +163,27 @@ class ResponseForm:
 
     def _events_of(self, chunk: JsonMapping) -> Iterator[JsonObject]:
         self._extras |= {name: value for name, value in chunk.items() if name in ("lora", "warning")}
-        if not self._num_events:
-            yield self._event("response.created", response=self._response("in_progress"))
-            yield self._event("response.in_progress", response=self._response("in_progress"))
+        yield from self._begin()
         for choice in chunk["choices"]:
             yield from self._events_of_choice(choice)
         if "usage" in chunk:
             self._usage = _show_usage(chunk["usage"])
             yield self._event(f"response.{self._end}", response=self._response(self._end))
 
+    def _begin(self) -> Iterator[JsonObject]:
+        """Yield the first events of a stream, once."""
+        if not self._num_events:
+            yield self._event("response.created", response=self._response("in_progress"))
+            yield self._event("response.in_progress", response=self._response("in_progress"))
+
     def _events_of_choice(self, choice: JsonMapping) -> Iterator[JsonObject]:
         delta, self._reason = choice["delta"], choice["finish_reason"] or ""
+        open_calls, new_calls = split_calls(delta)
+        for call in open_calls:
+            yield from self._add_call(call)
         if text := delta.get("content"):
             yield from self._add_text(text, choice["logprobs"]["content"] if choice["logprobs"] else [])
-        for call in delta.get("tool_calls") or ():
+        for call in new_calls:
             yield from self._add_call(call)
         if self._reason:
             if not self._items:

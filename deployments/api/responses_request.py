@@ -233,8 +233,8 @@ class ResponsesRequest(GenerationRequest):
     def _checked(self) -> Self:
         if not turns_of_items(self.input):
             raise problem("input", "has no message")
-        if self._has_format and (self.structured_outputs is not None or self.response_format is not None):
-            raise problem("text.format", "the request gives the format of the answer twice; keep one of them")
+        if self._has_format:
+            self._check_only_format("text.format")
         check_tools([tool.name for tool in self.tools or ()], self._choice, "name")
         self._check_paths(1)
         return self
@@ -288,7 +288,7 @@ class ResponsesRequest(GenerationRequest):
     def _grammar(self) -> Grammar | None:
         if self._has_format:
             assert self.text is not None and self.text.format is not None
-            return self.text.format.grammar()
+            return self.text.format.grammar("text.format")
         return super()._grammar()
 
     def questions(self) -> list[Question]:

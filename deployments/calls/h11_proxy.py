@@ -16,6 +16,8 @@ address. If all of them have requests in progress, the new one is refused. A con
 a connection whose client reads nothing of an unsent answer for 60 s.
 - Traces: Serve lets the client's `traceparent` header decide whether a request is traced, before any key is checked.
 The header is removed, and the server's sampling ratio decides.
+- Ids: Serve keeps any `x-request-id` of a client and adds it to the answer. One that is not short and plain is removed,
+so that the request gets one id everywhere.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # read by every proxy process as it starts
 CALLBACK = "deployments.calls.h11_proxy:bound_headers"
+ID_HEADER = "x-request-id"
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _PREFIX_V6 = 64  # the smallest network of one customer
 _LATE = (408, "Request Timeout", "request_too_slow", "the head of the request did not arrive in time")
@@ -58,7 +63,7 @@ def bound_headers() -> list[Middleware]:
     # uvicorn accepts a class although it documents an import path.
     HTTP_PROTOCOLS["auto"] = cast(Any, protocol)
     _require_protocol(protocol)
-    return [] if limits.trusts_traceparent else [Middleware(WithoutTraceparent)]
+    return [Middleware(TrustedHeaders, limits=limits)]
 
 
 def warn_if_unbounded(environment: Mapping[str, str]) -> None:
@@ -82,17 +87,27 @@ def _require_protocol(protocol: type[BoundedProtocol]) -> None:
         )
 
 
-class WithoutTraceparent:
-    """ASGI middleware: remove the headers by which a client could decide what is traced."""
+class TrustedHeaders:
+    """ASGI middleware: remove ids that are not plain, and the headers by which a client decides what is traced."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, limits: ProxyLimits) -> None:
+        self._app, self._limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "headers" in scope:
-            kept = [(name, value) for name, value in scope["headers"] if name.lower() not in _TRACE_HEADERS]
-            scope = {**scope, "headers": kept}
+            scope = {**scope, "headers": [header for header in scope["headers"] if self._is_kept(*header)]}
         await self._app(scope, receive, send)
+
+    def _is_kept(self, name: bytes, value: bytes) -> bool:
+        name = name.lower()
+        if name == ID_HEADER.encode():
+            return is_plain_id(value.decode("latin-1"))
+        return self._limits.trusts_traceparent or name not in _TRACE_HEADERS
+
+
+def is_plain_id(given: str) -> bool:
+    """Return whether a client's id is kept: it becomes part of the answer's id and of a log line."""
+    return _PLAIN_ID.fullmatch(given) is not None
 
 
 class AddressBook:

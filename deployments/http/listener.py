@@ -22,12 +22,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.calls.h11_proxy import WithoutTraceparent, protocol_within
+from deployments.calls.h11_proxy import ID_HEADER, TrustedHeaders, protocol_within
 from deployments.calls.proxy_limits import ProxyLimits
 
 logger = logging.getLogger(__name__)
 
-_ID_HEADER = "x-request-id"
 _BUSY_S, _POLL_S = 60.0, 0.25  # how long an earlier replica may keep the address
 _BACKLOG = 2048  # connections that wait to be accepted
 _HEALTH, _HEALTHY = "/-/healthz", "success"  # as Serve's proxy answers
@@ -41,7 +40,7 @@ class Listener:
         app = ProxyDuties(app)
         self._socket, self._is_stopping = listening, False
         config = uvicorn.Config(
-            app if limits.trusts_traceparent else WithoutTraceparent(app),
+            TrustedHeaders(app, limits),
             http=cast(Any, protocol_within(limits)),
             ws="none",
             lifespan="off",
@@ -130,7 +129,7 @@ class _Request:
 
     def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = app, scope, receive, send
-        self._id = Headers(scope=scope).get(_ID_HEADER)
+        self._id = Headers(scope=scope).get(ID_HEADER)
         self._arrived: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)  # the rest of a body waits with the client
         self._is_answered = False
 
@@ -160,7 +159,7 @@ class _Request:
 
     async def _answer(self, message: Message) -> None:
         if message["type"] == "http.response.start" and self._id is not None:
-            MutableHeaders(scope=message)[_ID_HEADER] = self._id
+            MutableHeaders(scope=message)[ID_HEADER] = self._id
         self._is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 

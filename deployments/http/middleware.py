@@ -2,6 +2,7 @@
 
 Serve's proxy (2.60) keeps the id a client sends in `x-request-id`, or makes one. It passes the id on in the request's
 headers and adds it to the answer. Added here once more, the header would appear twice. `ProxyDuties` adds it likewise.
+`TrustedHeaders` removes ids that are not plain before either.
 
 DNS rebinding: a page of `evil.example` changes the address of its own name to this server's. The browser then sees one
 origin and lets the page read every answer, but the request still carries `Host: evil.example`. An IP address in `Host`
@@ -23,6 +24,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.auth.authenticator import Authenticator, InFlight
+from deployments.calls.h11_proxy import ID_HEADER, is_plain_id
 from deployments.config.app import AppConfig
 from deployments.errors import HostRefused, OriginRefused
 from deployments.http.error_responses import error_response
@@ -30,8 +32,6 @@ from deployments.observability.request_context import CLIENT_LEFT, CONTEXT_KEY, 
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 
-_HEADER = "x-request-id"
-_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes part of the answer's id and of a log line
 _NOT_MATCHED = "none"
 _MAX_LISTED = 16  # ignored fields in the header
 _PROBES = ("/health", "/ready")  # probes: always answered, never reported
@@ -90,8 +90,8 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(_HEADER)
-        request_id = given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+        given = Headers(scope=scope).get(ID_HEADER)
+        request_id = given if given is not None and is_plain_id(given) else uuid.uuid4().hex
         context = RequestContext(request_id, _NOT_MATCHED, scope["method"])
         scope.setdefault("state", {})[CONTEXT_KEY] = context
         is_complete = False
@@ -101,8 +101,8 @@ class RequestContextMiddleware:
             if message["type"] == "http.response.start":
                 context.route = getattr(scope.get("route"), "path", _NOT_MATCHED)
                 context.status, headers = message["status"], MutableHeaders(scope=message)
-                if given is None:
-                    headers[_HEADER] = request_id
+                if given != request_id:
+                    headers[ID_HEADER] = request_id
                 if find_path(scope).startswith("/v1/messages"):
                     headers["request-id"] = request_id  # where Anthropic's clients look for it
                 headers["X-Content-Type-Options"] = "nosniff"

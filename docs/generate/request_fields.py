@@ -70,12 +70,18 @@ def lora_fields() -> str:
 
 def refused_fields() -> str:
     """Return the fields of the OpenAI API and of other servers that are refused, with the values that pass."""
+    routes = {
+        "chat": base.NOT_SERVED_IN_CHAT,
+        "completions": base.NOT_SERVED_IN_COMPLETIONS,
+        "responses": base.NOT_SERVED_IN_RESPONSES,
+        "`/v1/messages`": base.NOT_SERVED_IN_ANTHROPIC,
+    }
+    by_field: dict[tuple[str, str], list[str]] = {}
+    for route, refused in routes.items():
+        for name, values in refused.items():
+            by_field.setdefault((name, _passing(values)), []).append(route)
     rows = [
-        *_refused("chat, completions and responses", base.NOT_SERVED),
-        *_refused("chat", _beyond_both(base.NOT_SERVED_IN_CHAT)),
-        *_refused("completions", _beyond_both(base.NOT_SERVED_IN_COMPLETIONS)),
-        *_refused("responses", _beyond_both(base.NOT_SERVED_IN_RESPONSES)),
-        *_refused("`/v1/messages`", _beyond_both(base.NOT_SERVED_IN_ANTHROPIC)),
+        *[(code(name), ", ".join(where), passing) for (name, passing), where in by_field.items()],
         *_refused("a message", base.NOT_SERVED_IN_MESSAGES),
         *_refused("`structured_outputs`", base.NOT_SERVED_IN_STRUCTURED),
     ]
@@ -88,12 +94,12 @@ def refused_fields() -> str:
     return table(("field", "in", "values that pass"), rows) + text
 
 
-def _beyond_both(fields: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    return {name: values for name, values in fields.items() if name not in base.NOT_SERVED}
-
-
 def _refused(where: str, fields: Mapping[str, tuple[Any, ...]]) -> list[tuple[str, str, str]]:
-    return [(code(name), where, ", ".join(code(_json(value)) for value in values)) for name, values in fields.items()]
+    return [(code(name), where, _passing(values)) for name, values in fields.items()]
+
+
+def _passing(values: tuple[Any, ...]) -> str:
+    return ", ".join(code(_json(value)) for value in values)
 
 
 def _json(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -218,6 +218,8 @@ class Row:
 
     def _delta(self, text: str, reason: FinishReason | None, calls: tuple[ToolCallPiece, ...] = ()) -> Delta:
         logprobs = self._released_logprobs() if self.pending_logprobs else ()
+        if self.tool_calls is not None and not text:
+            logprobs = tuple(replace(entry, is_call=True) for entry in logprobs)
         prompt = () if self.is_prompt_sent else tuple(self.prompt)
         self.is_prompt_sent = True
         counts = self.num_prompt_tokens, self.num_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -150,14 +151,13 @@ async def _respond(
         return JSONResponse(answer if form is None else form.whole(answer), headers=started.answer.headers())
     chunks = services.completions.stream(started)
     chunks = chunks if form is None else form.events(chunks)
-    opening = await anext(chunks)  # an error before the first token becomes a status
+    found = events(chunks, context, form=form, keep_alive_s=services.keep_alive_s)
+    first = await anext(found)  # an error before it becomes a status
     headers = _STREAM_HEADERS | started.answer.headers()
-    body = events(opening, chunks, context, form=form, keep_alive_s=services.keep_alive_s)
-    return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_continued(first, found), media_type="text/event-stream", headers=headers)
 
 
 async def events(
-    opening: JsonObject | None,
     chunks: AsyncGenerator[JsonObject | None],
     context: RequestContext,
     *,
@@ -165,14 +165,25 @@ async def events(
     keep_alive_s: float = KEEP_ALIVE_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[bytes]:
-    """Yield `opening` and the chunks as server-sent events. An error becomes the last event. Leaving closes `chunks`.
+    """Yield the chunks as server-sent events. Leaving closes `chunks`.
 
+    While the first chunk is awaited, each `keep_alive_s` yields a comment. An error before the first event or comment
+    is raised; a later one becomes the last event.
     A chunk of None is a heartbeat of the source: it becomes a comment if the stream was silent for `keep_alive_s`.
     """
+    has_begun = False
     try:
         async with aclosing(chunks):
-            yield _event(opening)
-            sent_at = clock()
+            opening = asyncio.create_task(_next(chunks))
+            try:
+                while not (await asyncio.wait((opening,), timeout=keep_alive_s))[0]:
+                    has_begun = True
+                    yield KEEPALIVE_COMMENT
+            finally:
+                opening.cancel()
+                await asyncio.wait((opening,))
+            yield _event(opening.result())
+            has_begun, sent_at = True, clock()
             async for chunk in chunks:
                 if chunk is not None:
                     yield _event(chunk)
@@ -182,12 +193,25 @@ async def events(
                     continue
                 sent_at = clock()
     except Exception as exc:
+        if not has_begun:
+            raise
         body = error_body(exc, context)
         for event in [body] if form is None else form.failed(body["error"]):
             yield _event(event)
         return
     if form is None:  # the others end with the event that says so
         yield _DONE
+
+
+async def _next(chunks: AsyncGenerator[JsonObject | None]) -> JsonObject | None:
+    return await anext(chunks)
+
+
+async def _continued(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
 
 
 def _event(chunk: JsonObject | None) -> bytes:

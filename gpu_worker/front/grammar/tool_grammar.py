@@ -13,12 +13,16 @@ from gpu_worker.front.request.tools import Function, ToolForm, Tools
 _OPEN = {
     "additionalProperties",
     "patternProperties",
+    "propertyNames",
     "unevaluatedProperties",
     "$ref",
     "allOf",
     "anyOf",
     "oneOf",
+    "const",
+    "enum",
 }
+"""Keywords of a schema that may allow arguments which `properties` does not declare."""
 
 
 def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Grammar | None:
@@ -30,8 +34,8 @@ def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Gramma
 
     Raises: GrammarInvalid; SamplingInvalid for an `answer` that is not a JSON schema.
     """
-    is_forced = tools.required or tools.only is not None
-    if not is_forced and answer is None and not any(function.strict for function in tools.functions):
+    is_forced = tools.is_forced
+    if answer is None and not tools.have_grammar:
         return None
     places = [n for n, function in enumerate(tools.functions) if tools.only in (None, function.name)]
     schemas = {f"/{n}/function/parameters": _make_schema(tools.functions[n], is_forced) for n in places}
@@ -64,8 +68,15 @@ def _make_schema(function: Function, is_forced: bool) -> dict[str, Any]:
     if not is_forced and not function.strict:
         return dict(json.loads(ANY_OBJECT))
     schema: dict[str, Any] = json.loads(function.parameters)
-    closed = {} if _OPEN & schema.keys() else {"additionalProperties": False}
-    return {"type": "object"} | schema | closed
+    if _OPEN & schema.keys():
+        return {"type": "object"} | schema
+    declared, required, least = schema.get("properties", {}), schema.get("required", []), schema.get("minProperties")
+    if not isinstance(declared, dict) or not isinstance(required, list):
+        return schema  # refused when the grammar is compiled
+    more: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in declared}
+    schema |= {"properties": declared | more} if more else {}
+    is_open = isinstance(least, int) and least > len(declared)
+    return {"type": "object"} | schema | ({} if is_open else {"additionalProperties": False})
 
 
 def _calls(form: ToolForm, functions: list[Function]) -> str:

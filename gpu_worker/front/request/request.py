@@ -150,7 +150,8 @@ class TokenLogprob:
     """One token of an answer and the most likely alternatives, best first.
 
     Tokens are bytes, because some are part of a character. Log probabilities are those of the model, before
-    temperature, penalties and bias. `is_end`: the id that ended the answer, outside its text.
+    temperature, penalties and bias. `is_end`: the id that ended the answer, outside its text. `is_call`: a token of a
+    call of a function, outside the text too.
     """
 
     token: bytes
@@ -158,6 +159,7 @@ class TokenLogprob:
     top: tuple[tuple[bytes, float], ...]
     text_offset: int  # characters of the answer before this token
     is_end: bool = False
+    is_call: bool = False
 
 
 @dataclass(frozen=True, slots=True)

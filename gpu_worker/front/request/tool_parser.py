@@ -1,7 +1,7 @@
 """Find the calls in an answer while it is generated.
 
-Text between calls is content, as is a malformed call: one that is not a JSON object, names an unknown function, or is
-incomplete. White space around calls is dropped.
+Text between calls is content, as is a malformed call: one that is not a JSON object, has numbers that no double holds,
+names an unknown function, or is incomplete. White space around calls is dropped.
 """
 
 from __future__ import annotations
@@ -224,8 +224,12 @@ class ToolCallParser:
             arguments = _loaded(arguments)
         if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return False
+        try:
+            written = _dumped(arguments)
+        except (ValueError, RecursionError):
+            return False
         self._pieces.append(ToolCallPiece(self.num_calls, "", self._new_id(), name))
-        self._pieces.append(ToolCallPiece(self.num_calls, _dumped(arguments)))
+        self._pieces.append(ToolCallPiece(self.num_calls, written))
         return True
 
     def _give_up(self) -> bool:
@@ -255,7 +259,10 @@ def _no_constant(name: str) -> None:
 
 
 def _dumped(arguments: dict[str, object]) -> str:
-    """Return JSON text, without characters that UTF-8 lacks."""
-    text = json.dumps(arguments, ensure_ascii=False)
+    """Return JSON text, without characters that UTF-8 lacks.
+
+    Raises: ValueError for a number that no double holds; RecursionError for objects nested too deeply.
+    """
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     has_surrogate = not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
     return json.dumps(arguments) if has_surrogate else text

@@ -40,6 +40,16 @@ class Tools:
     is_parallel: bool | None = None
 
     @property
+    def is_forced(self) -> bool:
+        """Whether the answer consists of calls."""
+        return self.required or self.only is not None
+
+    @property
+    def have_grammar(self) -> bool:
+        """Whether a grammar ends the answer: it must call, or may call a strict function."""
+        return self.is_forced or any(function.strict for function in self.functions)
+
+    @property
     def num_chars(self) -> int:
         """Return about how many characters of the prompt describe the functions."""
         return sum(len(each.name) + len(each.description) + len(each.parameters) for each in self.functions)

@@ -50,6 +50,7 @@ def refusal(**fields: Any) -> RequestInvalid | Unsupported:
         ({"tool_choice": "required", "parallel_tool_calls": False}, Tools(FUNCTIONS, required=True, is_parallel=False)),
         ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, Tools(FUNCTIONS, True, "now")),
         ({"tool_choice": "none"}, None),
+        ({"tool_choice": {"type": "none"}}, None),
         ({"tools": []}, None),
         ({"tools": None, "parallel_tool_calls": True}, None),
     ],

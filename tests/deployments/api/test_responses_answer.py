@@ -18,6 +18,7 @@ from deployments.json_types import JsonObject
 from gpu_worker.front.request.request import Completion, Delta, TokenLogprob
 from gpu_worker.front.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN
+from tests.deployments.random_calls import random_calls
 
 PLAN = Planned(BASE_PLAN)
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -179,6 +180,25 @@ def test_calls_of_a_stream_and_of_a_whole_answer_agree(deltas: Sequence[Delta]) 
     found = whole(deltas, form_of())
     assert last["response"] | {"created_at": 0} == found | {"created_at": 0}
     assert [item["type"] for item in found["output"]][-2:] == ["function_call"] * 2
+
+
+def parts_of(response: Any) -> tuple[str, list[tuple[str, str, str]], str, list[Any]]:
+    """Return the text, the calls, the status and the log probabilities of a response."""
+    messages = [item for item in response["output"] if item["type"] == "message"]
+    calls = [item for item in response["output"] if item["type"] == "function_call"]
+    text = "".join(part["text"] for item in messages for part in item["content"])
+    scores = [entry["token"] for item in messages for part in item["content"] for entry in part["logprobs"]]
+    return text, [(call["call_id"], call["name"], call["arguments"]) for call in calls], response["status"], scores
+
+
+def test_calls_of_a_stream_are_whole_however_it_is_merged() -> None:
+    for seed in range(300):
+        deltas = random_calls(seed)
+        *events, last = streamed(deltas, form_of())
+        found = parts_of(whole(deltas, form_of()))
+        assert found[1] and parts_of(last["response"]) == found, seed
+        done = [event["arguments"] for event in events if event["type"] == "response.function_call_arguments.done"]
+        assert done == [arguments for _, _, arguments in found[1]], seed
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,8 @@ def test_fields_that_ask_for_nothing_pass_and_others_are_listed() -> None:
     nothing = {"store": False, "background": False, "truncation": "disabled", "tools": [], "tool_choice": "auto"}
     more = {"service_tier": "auto", "previous_response_id": None, "reasoning": {}, "parallel_tool_calls": True}
     assert ignored_fields(asked(**nothing, **more)) == ()
+    for choice in ("none", {"type": "none"}):
+        assert asked(tools=[TOOL], tool_choice=choice).used_tools() is None
     declined = {"tools": [{"type": "web_search"}], "tool_choice": "none"}
     listed = ignored_fields(asked(**declined, reasoning={"effort": "low"}, text={"verbosity": "low"}, store=True))
     assert set(listed) == {"reasoning", "store", "text.verbosity"}

@@ -108,6 +108,15 @@ def test_a_large_or_deep_schema_is_refused_before_it_is_sent_to_a_worker() -> No
         assert refused.value.param == "response_format.json_schema.schema"
 
 
+@pytest.mark.parametrize("odd", ["\ud800", {"\ud800": 1}, float("inf"), float("nan")], ids=ascii)
+def test_a_schema_that_json_cannot_hold_is_refused(odd: Any) -> None:
+    for fields in (with_schema(schema={"enum": [odd]}), {"structured_outputs": {"json": {"enum": [odd]}}}):
+        with pytest.raises(GrammarInvalid, match="half of a surrogate pair, which JSON lacks"):
+            asked(**fields)
+    text = "\U0001f600\u00e4"
+    assert asked(**with_schema(schema={"title": text})) == Grammar("json_schema", json.dumps({"title": text}))
+
+
 @pytest.mark.parametrize("name", ["min_tokens", "ignore_eos"])
 def test_the_grammar_alone_ends_the_answer(name: str) -> None:
     with pytest.raises(SamplingInvalid, match=name):

@@ -15,7 +15,7 @@ from deployments.calls import h11_proxy
 from deployments.calls.h11_proxy import (
     CALLBACK,
     CALLBACK_VARIABLE,
-    WithoutTraceparent,
+    TrustedHeaders,
     bound_headers,
     make_counting_key,
     warn_if_unbounded,
@@ -31,7 +31,7 @@ GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
     [middleware] = bound_headers()
-    assert str(middleware.cls) == str(WithoutTraceparent)
+    assert str(middleware.cls) == str(TrustedHeaders)
     yield
 
 
@@ -226,15 +226,30 @@ def test_connections_are_counted_by_customer(client: tuple[str, int] | None, add
     assert make_counting_key(client) == address
 
 
-def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
+def passed_on(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return which headers the middleware of Serve's proxy passes on."""
+    seen: list[tuple[bytes, bytes]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(scope["headers"])
+        seen.extend(scope["headers"])
 
+    [middleware] = bound_headers()
+    built: Any = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    asyncio.run(built({"type": "http", "headers": headers}, None, None))
+    return seen
+
+
+def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     headers = [(b"host", b"x"), (b"traceparent", b"00-" + b"a" * 32 + b"-bbbbbbbbbbbbbbbb-01"), (b"Tracestate", b"a=b")]
-    asyncio.run(WithoutTraceparent(app)({"type": "http", "headers": headers}, None, None))  # type: ignore[arg-type]
-    assert seen == [[(b"host", b"x")]] and len(headers) == 3
+    assert passed_on(headers) == [(b"host", b"x")] and len(headers) == 3
     monkeypatch.setenv(TRACING_VARIABLE, "a:b")
     monkeypatch.setenv(SAMPLING_VARIABLE, "0")
-    assert bound_headers() == []
+    assert passed_on(headers) == headers
+
+
+@pytest.mark.parametrize("given", [b"req:42", b"Root=1-67891233", b"a" * 65, b"two words", b"\xe9", b""])
+def test_a_client_names_a_request_with_a_plain_id_only(given: bytes) -> None:
+    headers = [(b"host", b"x"), (b"X-Request-Id", given)]
+    assert passed_on(headers) == headers[:1]
+    headers[1] = (b"x-request-id", b"5dba8b27-e6c9")
+    assert passed_on(headers) == headers

@@ -14,6 +14,8 @@ import pytest
 
 from deployments.calls.proxy_limits import ProxyLimits
 from deployments.http.listener import Listener, listening_at
+from tests.deployments.app_fakes import app_of, serve_plainly
+from tests.deployments.held_worker import CHAT
 
 Asgi = Callable[..., Awaitable[None]]
 
@@ -56,6 +58,17 @@ def test_requests_of_one_connection_are_answered_with_their_ids() -> None:
             assert "x-request-id" not in (await client.post("/")).headers, "the application makes one"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("given", ["5dba8b27-e6c9", "req:42", "Root=1-67891233", "a" * 65, "two words", ""])
+async def test_an_answer_has_one_id_whatever_the_client_sent(given: str) -> None:
+    served = serve_plainly()
+    async with listening(app_of(served)) as client:
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            answer = await client.post(path, json=CHAT | {"max_tokens": 9}, headers={"x-request-id": given})
+            [found] = answer.headers.get_list("x-request-id")
+            assert answer.json()["id"].removeprefix("chatcmpl-").removeprefix("msg_") == found
+            assert found == given if given.startswith("5dba") else len(found) == 32
 
 
 @pytest.mark.parametrize(("trusts", "seen"), [(False, ""), (True, "traceparent tracestate")])

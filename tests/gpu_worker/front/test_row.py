@@ -7,6 +7,8 @@ import pytest
 from gpu_worker.front.logprobs import Scored
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Delta, SamplingParams
+from gpu_worker.front.request.tool_parser import ToolCallParser
+from gpu_worker.front.request.tools import HERMES
 from gpu_worker.front.row import LONGEST_REPEATED, Row
 from tests.gpu_worker.rows import BYTES, queued_row, row_of
 
@@ -49,6 +51,15 @@ def test_tokens_held_back_for_a_stop_string_are_reported_unless_it_removes_them(
     deltas = taken(answering(stops=("##",), max_new=2), "a#")
     assert deltas[-1].finish_reason == "length"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"
+
+
+def test_tokens_of_a_call_are_told_from_those_of_the_text() -> None:
+    row = answering(max_new=100)
+    row.tool_calls = ToolCallParser(HERMES, {"f"})
+    call = '<tool_call>{"name": "f"}</tool_call>'
+    entries = [entry for delta in taken(row, f"a<b{call} c", end=END) for entry in delta.logprobs]
+    texts = [b"".join(entry.token for entry in entries if entry.is_call == is_call) for is_call in (False, True)]
+    assert texts[0] == b"a<b</tool_call> c" and texts[1].startswith(b'<tool_call>{"name": "f"}')
 
 
 @pytest.mark.parametrize(

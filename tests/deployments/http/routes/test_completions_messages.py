@@ -14,7 +14,7 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta
 from gpu_worker.front.request.tools import ToolCall, ToolCallPiece
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, post
+from tests.deployments.asking import ask, asked, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 from tests.deployments.key_files import entry, write
 
@@ -86,6 +86,37 @@ def test_the_end_of_an_answer_is_named(last: Delta, reason: str, sequence: str |
     assert delta["delta"] == {"stop_reason": reason, "stop_sequence": sequence}
 
 
+def test_whole_calls_before_a_stop_string_are_to_be_run() -> None:
+    call = ToolCallPiece(0, "{}", "c", "look")
+    worker = FakeWorker((Delta("", 5, 3, "tool_calls", tool_calls=(call,), stop="#"),))
+    message = answered({"tools": [TOOL], "stop_sequences": ["#"]}, worker=worker)[0].json()
+    assert (message["stop_reason"], message["stop_sequence"]) == ("tool_use", None)
+
+
+@pytest.mark.parametrize("metadata", [{"user_id": None}, {"user_id": "u"}, {}, None])
+def test_metadata_may_name_no_user(metadata: dict[str, Any] | None) -> None:
+    assert answered({"metadata": metadata})[0].status_code == 200
+
+
+SCHEMA = {"type": "json_schema", "schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize("own", [{"structured_outputs": {"regex": "a"}}, {"response_format": {"type": "json_object"}}])
+def test_a_format_is_given_once(own: dict[str, Any]) -> None:
+    refused = post("/v1/messages", BODY | {"output_config": {"format": SCHEMA}} | own)
+    assert (
+        refused.status_code == 400 and "output_config.format: the request gives" in refused.json()["error"]["message"]
+    )
+    grammar = answered({"output_config": {"format": {"type": "text"}}} | own)[1].sampling.grammar
+    assert grammar.param == ("response_format" if "response_format" in own else "structured_outputs.regex")
+
+
+def test_an_error_of_a_schema_names_its_place() -> None:
+    large = {"type": "json_schema", "schema": {"enum": ["x" * 70_000]}}
+    error = post("/v1/messages", BODY | {"output_config": {"format": large}}).json()["error"]
+    assert error["param"] == "output_config.format.schema"
+
+
 def test_a_stream_has_the_events_of_a_text_in_their_order() -> None:
     start, *events = events_of({})
     assert (start["type"], start["message"]["content"], start["message"]["stop_reason"]) == ("message_start", [], None)
@@ -132,6 +163,43 @@ def test_results_become_turns_of_the_tool_before_the_text_beside_them() -> None:
         Message("tool", "Rain", (), "c", "look"),
         Message("user", "So?\nSay."),
     )
+
+
+ODD = ['{"a": 1e999}', '{"a": "\\ud83d"}', '{"a": ' + "[" * 1200 + "]" * 1200 + "}"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("arguments", ODD, ids=["infinity", "half a pair", "deep"])
+def test_odd_arguments_of_a_call_never_fail_a_finished_answer(path: str, stream: bool, arguments: str) -> None:
+    worker = FakeWorker((Delta("", 5, 3, "tool_calls", tool_calls=(ToolCallPiece(0, arguments, "c", "look"),)),))
+    body = {"model": "poet", "input": "Hi"} if path == "/v1/responses" else BODY
+    answer = post(path, body | {"stream": stream}, worker=worker)
+    assert answer.status_code == 200 and '"error":{' not in answer.text.replace(" ", ""), answer.text[:500]
+    assert json.dumps(arguments)[1:-1] in answer.text or (path == "/v1/messages" and not stream)
+
+
+def with_input(text: str) -> str:
+    """Return a body with a call whose input is this text."""
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": "HERE"}
+    return json.dumps(BODY | {"messages": [{"role": "assistant", "content": [call]}]}).replace('"HERE"', text)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_an_input_that_is_nested_too_deeply_is_refused(path: str) -> None:
+    async with asked(headers={"content-type": "application/json"}) as (client, _):
+        statuses = []
+        for depth in [*range(900, 1000, 2), 16_000]:
+            answer = await client.post(path, content=with_input('{"a": ' + "[" * depth + "]" * depth + "}"))
+            statuses.append(answer.status_code)
+            assert answer.status_code == 200 or "nested too deeply" in answer.json()["error"]["message"], depth
+    assert {*statuses} == {200, 400}
+
+
+def test_an_input_with_a_number_that_json_lacks_is_refused_by_its_place() -> None:
+    sent = {"content": with_input('{"a": 1e999}'), "headers": {"content-type": "application/json"}}
+    answer = request("POST", "/v1/messages", sent=sent)
+    assert answer.status_code == 400 and "messages.0.content.0.input: " in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,11 @@ from deployments.http.middleware import PROXY_HEADERS, is_loopback
 from deployments.http.routes.completions import events
 from deployments.http.routes.maintenance import json_lines
 from deployments.observability.request_context import RequestContext
-from gpu_worker.errors import EngineStopped
+from gpu_worker.errors import EngineFull, EngineStopped
+from gpu_worker.front.request.request import Delta, Job
+from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.virtual_time import in_virtual_time, run_in_virtual_time
 
 CONTEXT = RequestContext("r", "none")
 USER = {"role": "user", "content": "Hi"}
@@ -35,20 +39,20 @@ def test_a_bad_mapping_is_refused_by_its_field() -> None:
 
 
 def events_of(*chunks: dict[str, Any] | Exception) -> list[str]:
-    async def source() -> AsyncIterator[dict[str, Any]]:
+    async def source() -> AsyncGenerator[dict[str, Any] | None]:
         for chunk in chunks:
             if isinstance(chunk, Exception):
                 raise chunk
             yield chunk
 
     async def collect() -> list[str]:
-        return [event.decode() async for event in events({"n": 0}, source(), CONTEXT)]
+        return [event.decode() async for event in events(source(), CONTEXT)]
 
     return asyncio.run(collect())
 
 
 def test_chunks_are_events_and_the_last_event_is_done() -> None:
-    assert events_of({"n": 1}, {"text": "a\nb"}) == [
+    assert events_of({"n": 0}, {"n": 1}, {"text": "a\nb"}) == [
         'data: {"n": 0}\n\n',
         'data: {"n": 1}\n\n',
         'data: {"text": "a\\nb"}\n\n',
@@ -57,7 +61,7 @@ def test_chunks_are_events_and_the_last_event_is_done() -> None:
 
 
 def test_an_error_in_the_middle_is_the_last_event() -> None:
-    found = events_of({"n": 1}, EngineStopped("it stopped"))
+    found = events_of({"n": 0}, {"n": 1}, EngineStopped("it stopped"))
     assert found[:2] == ['data: {"n": 0}\n\n', 'data: {"n": 1}\n\n']
     [last] = found[2:]
     error = json.loads(last.removeprefix("data: "))["error"]
@@ -68,8 +72,9 @@ def test_an_error_in_the_middle_is_the_last_event() -> None:
 def test_a_silent_stream_is_kept_alive_by_comments(keep_alive_s: float, num_comments: int) -> None:
     now = 0.0
 
-    async def source() -> AsyncIterator[dict[str, Any] | None]:
+    async def source() -> AsyncGenerator[dict[str, Any] | None]:
         nonlocal now
+        yield {"n": 0}
         for _ in range(6):
             now += 1.0
             yield None
@@ -78,7 +83,7 @@ def test_a_silent_stream_is_kept_alive_by_comments(keep_alive_s: float, num_comm
         yield None
 
     async def collect() -> list[bytes]:
-        found = events({"n": 0}, source(), CONTEXT, keep_alive_s=keep_alive_s, clock=lambda: now)  # type: ignore[arg-type]
+        found = events(source(), CONTEXT, keep_alive_s=keep_alive_s, clock=lambda: now)
         return [event async for event in found]
 
     comment = b": ping\n\n"
@@ -87,10 +92,84 @@ def test_a_silent_stream_is_kept_alive_by_comments(keep_alive_s: float, num_comm
     assert [opening, last, done] == [b'data: {"n": 0}\n\n', b'data: {"n": 1}\n\n', b"data: [DONE]\n\n"]
 
 
+class SlowWorker(FakeWorker):
+    """Answers, or fails, after `delay_s`."""
+
+    def __init__(self, delay_s: float, events: Sequence[Delta | Exception] = DELTAS) -> None:
+        super().__init__(events)
+        self.delay_s = delay_s
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        await asyncio.sleep(self.delay_s)
+        async for delta in super().stream(job):
+            yield delta
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [USER]},
+    "/v1/completions": {"prompt": ["Hi", "Ho"]},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": [USER], "max_tokens": 9},
+}
+
+
+def stream_of(path: str, worker: FakeWorker) -> Any:
+    """Return the answer to a streamed request of a server that keeps streams alive every 10 seconds."""
+
+    async def run() -> Any:
+        served = serve_plainly(worker=worker, keep_alive_s=10.0)
+        async with http_of(served) as client:
+            return await client.post(path, json=BODIES[path] | {"model": "poet", "stream": True})
+
+    return run_in_virtual_time(run())
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(("delay_s", "num_comments"), [(9.0, 0), (11.0, 1), (35.0, 3)])
+def test_a_stream_without_a_token_yet_begins_with_comments(path: str, delay_s: float, num_comments: int) -> None:
+    late, prompt = (stream_of(path, SlowWorker(seconds)) for seconds in (delay_s, 0.0))
+    assert late.status_code == 200 and late.headers["x-lora-strategy"] == prompt.headers["x-lora-strategy"]
+    comments = ": ping\n\n" * num_comments
+    assert late.text.startswith(comments) and not late.text.startswith(": ping\n\n" * (num_comments + 1))
+    rest = late.text.removeprefix(comments)
+    assert [line[:9] for line in rest.splitlines()] == [line[:9] for line in prompt.text.splitlines()]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_an_error_before_the_first_token_has_its_status_until_a_comment_is_sent(path: str) -> None:
+    early, late = (stream_of(path, SlowWorker(seconds, [EngineFull("full")])) for seconds in (9.0, 11.0))
+    assert early.status_code == 503 and early.json()["error"]["code"] == "overloaded"
+    assert late.status_code == 200 and late.text.startswith(": ping\n\n")
+    names = [line.removeprefix("event: ") for line in late.text.splitlines() if line.startswith("event: ")]
+    assert names == {
+        "/v1/responses": ["response.created", "response.in_progress", "response.failed", "error"],
+        "/v1/messages": ["error"],
+    }.get(path, [])
+    last = json.loads(late.text.strip().splitlines()[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "overloaded"
+
+
+@in_virtual_time
+async def test_leaving_before_the_first_chunk_leaves_the_chunks() -> None:
+    left = []
+
+    async def source() -> AsyncGenerator[dict[str, Any] | None]:
+        try:
+            await asyncio.sleep(1000)
+            yield {"n": 1}
+        finally:
+            left.append(True)
+
+    stream = events(source(), CONTEXT)
+    assert await anext(stream) == b": ping\n\n"
+    await stream.aclose()
+    assert left == [True]
+
+
 def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
     left = []
 
-    async def source() -> AsyncIterator[dict[str, Any]]:
+    async def source() -> AsyncGenerator[dict[str, Any] | None]:
         try:
             while True:
                 yield {"n": 1}
@@ -98,8 +177,7 @@ def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
             left.append(True)
 
     async def leave() -> None:
-        chunks = source()
-        stream = events({"n": 0}, chunks, CONTEXT)
+        stream = events(source(), CONTEXT)
         await anext(stream)
         await anext(stream)
         await stream.aclose()

@@ -84,6 +84,30 @@ def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
     assert job.sampling.grammar is None
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("policy", "body", "kept"),
+    [
+        ({"min_tokens": 5}, {"response_format": {"type": "json_object"}}, False),
+        ({"min_tokens": 5}, {"structured_outputs": {"regex": "a"}}, False),
+        ({"ignore_eos": True, "max_tokens": 9}, {"response_format": {"type": "json_object"}}, False),
+        ({"min_tokens": 5}, {"tools": [TOOL], "tool_choice": "required"}, False),
+        ({"min_tokens": 5}, {"tools": [STRICT]}, False),
+        ({"min_tokens": 5}, {"tools": [TOOL]}, True),
+        ({"min_tokens": 5}, {"response_format": {"type": "text"}}, True),
+        ({"min_tokens": 5}, {"max_tokens": 4}, False),
+        ({"min_tokens": 5}, {"max_completion_tokens": 5}, True),
+    ],
+    ids=str,
+)
+def test_a_policy_never_makes_a_valid_request_invalid(policy: dict[str, Any], body: dict[str, Any], kept: bool) -> None:
+    _, job, _ = answered(policy, CHAT | body)
+    assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos) == kept
+
+
 @pytest.mark.parametrize("policy", [MIXTURE, {"model": "poet"}, {"model": BASE}], ids=["mixture", "adapter", "base"])
 def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict[str, Any]) -> None:
     _, job, routed = answered(policy, CHAT)

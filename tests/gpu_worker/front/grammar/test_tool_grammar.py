@@ -107,6 +107,40 @@ def test_undeclared_arguments_are_left_out_unless_the_schema_speaks_of_them() ->
         assert not allows(grammar, written(HERMES, call(HERMES, "f", "[]")))
 
 
+@pytest.mark.parametrize(
+    ("schema", "allowed", "refused"),
+    [
+        ({"propertyNames": {"enum": ["en", "de"]}}, '{"en": 1}', '{"fr": 1}'),
+        ({"required": ["a"]}, '{"a": 1}', "{}"),
+        ({"properties": {"a": {"type": "string"}}, "required": ["a", "b"]}, '{"a": "x", "b": 1}', '{"a": "x"}'),
+        ({"required": ["a"]}, '{"a": 1}', '{"a": 1, "b": 2}'),
+        ({"const": {"a": 1}}, '{"a": 1}', "{}"),
+        ({"enum": [{"a": 1}, {"a": 2}]}, '{"a": 2}', '{"a": 3}'),
+        ({"minProperties": 1}, '{"a": 1}', "{}"),
+        ({"minProperties": 1, "properties": {"a": {}}}, '{"a": 1}', '{"b": 1}'),
+        ({}, "{}", '{"a": 1}'),
+    ],
+    ids=str,
+)
+def test_arguments_that_the_schema_asks_for_are_allowed(schema: dict[str, Any], allowed: str, refused: str) -> None:
+    grammar = grammar_of(HERMES, Function("f", "", json.dumps({"type": "object"} | schema)), required=True)
+    check(grammar)
+    assert allows(grammar, written(HERMES, call(HERMES, "f", allowed)))
+    assert not allows(grammar, written(HERMES, call(HERMES, "f", refused)))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"properties": [], "required": ["a"]}, {"required": "a"}, {"required": [{}]}, {"minProperties": "1"}],
+    ids=str,
+)
+def test_keywords_of_other_types_are_refused(odd: dict[str, Any]) -> None:
+    grammar = tool_grammar(Tools((Function("f", "", json.dumps(odd)),), required=True), HERMES, None)
+    assert grammar is not None
+    with pytest.raises(GrammarInvalid):
+        check(grammar)
+
+
 def test_a_schema_that_cannot_be_compiled_is_refused_with_its_place() -> None:
     bad = {"type": "object", "properties": {"a/b": {"type": "string", "pattern": "(?=x)"}}}
     grammar = tool_grammar(Tools((NOW, Function("f", "", json.dumps(bad))), required=True), HERMES, None)

@@ -185,6 +185,8 @@ def test_an_incomplete_constrained_call_is_no_reason_to_run_it() -> None:
         '{"name": "f", "arguments": [1]}',
         '{"name": "f", "arguments": "no"}',
         '{"name": "f", "arguments": {"a": NaN}}',
+        '{"name": "f", "arguments": {"a": 1e999}}',
+        '{"name": "f", "arguments": "{\\"a\\": -1e999}"}',
         '{"name": ["f"], "arguments": {}}',
         '{"name": "f", "arguments": {"a": 1}',
         "{" * 2000 + "}" * 2000,
