@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -19,7 +20,7 @@ from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.looking import ask, folder_of, go, look
+from tests.deployments.looking import ask, folder_of, go, look, wait_frames
 
 pytestmark = pytest.mark.browser
 
@@ -454,3 +455,62 @@ async def test_a_dropped_file_is_refused_with_the_remedy(browsing: Browsing, tmp
         await drop_folder(page, file)
         await expect(page.locator("#publish-error")).to_have_text("drop the folder of the adapter, not its files")
         await expect(page.locator("#publish-form")).to_be_hidden()
+
+
+async def test_a_dialog_closes_with_the_page_that_it_asks_about(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
+        await open_adapter(page, "coder")
+        await open_adapter(page, "poet")
+        for button in ("Withdraw…", "Make live"):
+            await page.get_by_role("button", name=button).click()
+            await expect(page.locator("#confirm-title")).to_contain_text("poet")
+            await page.evaluate("location.hash = 'adapter/coder'")
+            await expect(page.locator("#adapter-title")).to_have_text("coder")
+            await expect(page.locator("#confirm-dialog")).to_be_hidden()
+            await page.go_back()
+            await expect(page.locator("#adapter-title")).to_have_text("poet")
+        assert served.store.called("withdraw") == served.store.called("restage") == []
+
+
+@pytest.mark.parametrize("status", [200, 409])
+async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(browsing: Browsing, status: int) -> None:
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def answer_late(route: Route) -> None:
+        waits.set()
+        await goes_on.wait()
+        await route.fulfill(status=status, json={"generation": 7, "error": {"message": "too late for poet"}})
+
+    async def leave(page: Page) -> None:
+        await waits.wait()
+        waits.clear()
+        await open_adapter(page, "coder")
+
+    async def release(page: Page) -> None:
+        async with page.expect_response(lambda answer: answer.status == status and "poet" in answer.url):
+            goes_on.set()
+        goes_on.clear()
+        await wait_frames(page, 5)
+        await expect(page.locator("#adapter-error")).to_be_hidden()
+        await expect(page.locator("#adapter-body")).to_be_visible()
+
+    async with look(browsing) as (page, _):
+        await page.route("**/v1/loras/poet/rollback", answer_late)
+        await open_adapter(page, "poet")
+        await page.get_by_role("button", name="Make live").click()
+        await page.locator("#confirm-yes").click()
+        await leave(page)
+        await release(page)
+        await open_adapter(page, "poet")
+        edit, tags = page.get_by_role("button", name="Edit", exact=True), page.get_by_label("Tags", exact=True)
+        await edit.click()
+        await tags.fill("fun")
+        await page.route("**/v1/loras/poet", answer_late)
+        await page.get_by_role("button", name="Save").click()
+        await leave(page)
+        await edit.click()
+        await tags.fill("of coder")
+        await release(page)
+        await expect(tags).to_have_value("of coder")
+        await expect(tags).to_be_visible()
+        await page.unroute_all(behavior="wait")
