@@ -48,8 +48,10 @@ function placeExamples(isNarrow) {
   else byId("conversation").prepend(byId("welcome"));
 }
 
-/** Loads the suggestions and examples of the pool. */
+/** Loads the suggestions and examples of the pool, and forgets those of another key. */
 export function refresh() {
+  policies.clear();
+  for (const id of ["models", "examples"]) byId(id).replaceChildren();
   suggest();
   showExamples();
 }

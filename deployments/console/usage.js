@@ -25,6 +25,12 @@ async function report(count, by, more = {}) {
   return (await read(`v1/usage?${query}`, { quietly: true })).data;
 }
 
+/** Forgets the report. */
+export function forget() {
+  numLoads += 1;
+  byId("usage-rows").replaceChildren();
+}
+
 /** Shows the report, or why it cannot be shown. */
 export async function refresh() {
   const number = ++numLoads, by = byId("usage-by").value.split(" "), isDaily = by[0] === "day", count = Number(byId("usage-days").value);

@@ -7,11 +7,12 @@ import re
 from dataclasses import replace
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta
+from lora_store import ROUTED_STRATEGIES
 from retriever_svc import NearSample
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
@@ -225,3 +226,23 @@ async def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
         await expect(page.locator("#map-spoken")).to_have_text("poet")
         await page.keyboard.press("Enter")
         await expect(page.locator("#adapter-title")).to_have_text("poet")
+
+
+async def test_strategies_are_offered_once_the_server_lists_them(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
+        is_ready = asyncio.Event()
+
+        async def answer(route: Route) -> None:
+            if is_ready.is_set():
+                await route.continue_()
+            else:
+                await route.fulfill(status=503, json={"error": {"message": "starting"}})
+
+        await page.route("**/v1/models/auto", answer)
+        async with page.expect_response("**/v1/models/auto"):
+            await page.reload()
+        await expect(page.locator("#connection")).to_have_text("live")
+        await expect(page.locator("#strategy option")).to_have_count(1)
+        is_ready.set()
+        await expect(page.locator("#strategy option")).to_have_count(1 + len(ROUTED_STRATEGIES))
+        await page.unroute_all(behavior="wait")
