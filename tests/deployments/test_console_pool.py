@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from playwright.async_api import Page, Route, expect
 
-from deployments.publishing.adapter_folders import nearest_name
+from deployments.publishing.adapter_folders import ADAPTER_FILES, nearest_name
 from lora_store import AdapterRecord, Edit, RankedAdapter, Ranking, Sample, Trial
 from retriever_svc import Drawn, DrawnAdapter, Draws
 from tests.browsing import Browsing, drop_folder
@@ -514,3 +514,40 @@ async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(brow
         await expect(tags).to_have_value("of coder")
         await expect(tags).to_be_visible()
         await page.unroute_all(behavior="wait")
+
+
+@pytest.mark.parametrize("how", ["drop", "choose"])
+async def test_of_a_training_run_and_of_an_mlx_folder_the_adapters_files_are_published(
+    browsing: Browsing, tmp_path: Path, how: str
+) -> None:
+    parent = tmp_path / "all"
+    run, mlx = folder_of(parent, "my-task"), folder_of(parent, "mlx")
+    (folder_of(run, "checkpoint-10") / "adapter_model.safetensors").write_bytes(b"not the final one")
+    for name in ("optimizer.pt", "training_args.bin", "secrets.env"):
+        (run / name).write_bytes(b"12345")
+    parameters = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "model": "tiny-base/", "lora_parameters": parameters}
+    (mlx / "adapter_config.json").write_text(json.dumps(config))
+    (mlx / "adapter_model.safetensors").rename(mlx / "adapters.safetensors")
+    async with look(browsing) as (page, served):
+        if how == "drop":
+            await drop_folder(page, parent)
+        else:
+            await go(page, "Publish")
+            await page.locator("#folder").set_input_files(parent)
+        cards = page.locator("#previews > li")
+        await expect(cards).to_have_count(2)
+        await expect(page.locator("#previews .problem")).to_have_count(0)
+        await expect(cards.filter(has=page.get_by_label("Publish mlx"))).to_contain_text("tiny-base · rank 8")
+        await expect(cards.filter(has=page.get_by_label("Publish my-task"))).to_contain_text("2 files")
+        await page.get_by_role("button", name="Publish 2 adapters").click()
+        await expect(page.locator("#previews .good")).to_have_count(2)
+        uploads = {upload.name: upload.files for (upload, _) in served.store.called("stage")}
+        assert uploads["my-task"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+        assert uploads["my-task"]["adapter_model.safetensors"] == b"12345"
+        assert uploads["mlx"].keys() == {"adapter_config.json", "adapters.safetensors"}
+        listed = """async () => {
+          const { src } = document.querySelector("script[type=module]");
+          return (await import(new URL("folders.js", src))).ADAPTER_FILES;
+        }"""
+        assert set(await page.evaluate(listed)) == set(ADAPTER_FILES), "as the command line sends"
