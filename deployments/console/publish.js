@@ -8,6 +8,7 @@ import { adapterLink } from "./plan.js";
 
 const NUM_SHOWN = 3; // samples of a folder
 let cards = [];
+let isSending = false;
 let handlers = { onChange: () => {}, onDrop: () => {}, onTry: () => {} };
 
 export function start(callbacks) {
@@ -64,7 +65,7 @@ async function acceptedBases() {
 function follow() {
   const count = cards.filter((card) => card.tick.checked && !card.done).length;
   byId("publish-form").hidden = !cards.length;
-  byId("publish-button").disabled = byId("check-button").disabled = !count;
+  byId("publish-button").disabled = byId("check-button").disabled = isSending || !count;
   say("publish-button", count === 1 ? "Publish 1 adapter" : `Publish ${count} adapters`);
 }
 
@@ -138,10 +139,12 @@ async function neighbours({ info, name }, isVersion) {
   return [line];
 }
 
-/** Publishes the ticked cards one by one; if `isDry` the server checks them and publishes nothing. */
+/** Publishes the cards one by one that are ticked when their turn comes; if `isDry` the server checks them and publishes nothing. */
 async function sendTicked(isDry) {
-  byId("publish-button").disabled = byId("check-button").disabled = true;
-  for (const card of cards.filter((one) => one.tick.checked && !one.done)) {
+  isSending = true;
+  follow();
+  for (const card of [...cards]) {
+    if (!cards.includes(card) || !card.tick.checked) continue;
     try {
       await send(card, isDry);
     } catch (error) {
@@ -149,6 +152,7 @@ async function sendTicked(isDry) {
       card.node.className = "preview bad";
     }
   }
+  isSending = false;
   cards = cards.filter((card) => !card.done);
   follow();
   byId("publish-form").hidden = !byId("previews").children.length;

@@ -551,3 +551,45 @@ async def test_of_a_training_run_and_of_an_mlx_folder_the_adapters_files_are_pub
           return (await import(new URL("folders.js", src))).ADAPTER_FILES;
         }"""
         assert set(await page.evaluate(listed)) == set(ADAPTER_FILES), "as the command line sends"
+
+
+async def test_ticks_and_clear_count_while_adapters_are_published(browsing: Browsing, tmp_path: Path) -> None:
+    names = ("one", "three", "two")
+    for name in names:
+        folder_of(tmp_path / "all", name)
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            waits.set()
+            await goes_on.wait()
+        await route.continue_()
+
+    async with look(browsing) as (page, served):
+        button = page.locator("#publish-button")
+
+        async def publish() -> None:
+            await drop_folder(page, tmp_path / "all")
+            await expect(button).to_have_text("Publish 3 adapters")
+            waits.clear()
+            goes_on.clear()
+            await button.click()
+            await waits.wait()
+
+        await page.route("**/v1/loras", hold)
+        await publish()
+        for name in names[1:]:
+            await page.get_by_label(f"Publish {name}", exact=True).uncheck()
+        await page.get_by_label(f"Publish {names[1]}", exact=True).check()
+        await expect(button).to_be_disabled()
+        goes_on.set()
+        await expect(page.locator("#previews .good")).to_have_count(2)
+        await expect(button).to_have_text("Publish 0 adapters")
+        await page.locator("#preview-clear").click()
+        await publish()
+        await page.locator("#preview-clear").click()
+        async with page.expect_response(lambda answer: answer.request.method == "POST" and answer.ok):
+            goes_on.set()
+        await wait_frames(page, 20)
+        assert [upload.name for (upload, _) in served.store.called("stage")] == ["one", "three", "one"]
+        await page.unroute_all(behavior="wait")
