@@ -13,12 +13,13 @@ let handlers = { onChange: () => {}, onDrop: () => {}, onTry: () => {} };
 
 export function start(callbacks) {
   handlers = callbacks;
-  const drop = byId("drop");
+  const drop = byId("drop"), hasFiles = (event) => event.dataTransfer.types.includes("Files"); // else it is text
   for (const name of ["dragenter", "dragover"]) {
-    document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
+    document.addEventListener(name, (event) => { if (hasFiles(event)) { event.preventDefault(); drop.classList.add("over"); } });
   }
   document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
   document.addEventListener("drop", (event) => {
+    if (!hasFiles(event)) return;
     event.preventDefault();
     drop.classList.remove("over");
     previewDropped([...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean)); // only readable during this event

@@ -593,3 +593,19 @@ async def test_ticks_and_clear_count_while_adapters_are_published(browsing: Brow
         await wait_frames(page, 20)
         assert [upload.name for (upload, _) in served.store.called("stage")] == ["one", "three", "one"]
         await page.unroute_all(behavior="wait")
+
+
+async def test_text_is_dragged_into_the_prompt(browsing: Browsing) -> None:
+    dropped = """() => {
+      const dataTransfer = new DataTransfer();
+      dataTransfer.setData("text/plain", "dragged");
+      return ["dragenter", "dragover", "drop"].map((kind) => {
+        const event = new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer });
+        return document.getElementById("prompt").dispatchEvent(event);
+      });
+    }"""
+    async with look(browsing) as (page, _):
+        assert await page.evaluate(dropped) == [True] * 3, "the browser does what it does elsewhere"
+        await wait_frames(page, 5)
+        await expect(page.locator("#view-ask")).to_be_visible()
+        await expect(page.locator("#publish-error")).to_be_hidden()
