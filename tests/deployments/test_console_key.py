@@ -135,3 +135,15 @@ async def test_another_key_sees_nothing_of_the_one_before(browsing: Browsing, tm
         await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
         for part in ("#pool-rows a", "#map-list a", "#map .spot", "#examples button", "#models option"):
             await expect(page.locator(part)).to_have_count(0)
+
+
+async def test_an_empty_field_is_no_key(browsing: Browsing) -> None:
+    async with look(browsing, api_key=KEY) as (page, _):
+        await use(page, KEY)
+        await expect(page.locator("#key-button")).to_have_text("API key ✓")
+        for typed in ("", "  "):
+            await page.locator("#key-button").click()
+            await use(page, typed)
+            await page.keyboard.press("Escape")
+            await expect(page.locator("#key-dialog")).to_be_hidden()
+            assert await page.evaluate("sessionStorage.getItem('loraretriever-key')") == KEY
