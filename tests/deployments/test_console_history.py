@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import math
@@ -243,3 +244,23 @@ async def test_two_tabs_with_one_conversation_keep_the_turns_of_both(browsing: B
         )
         assert await other.evaluate(kept) == [["first", "of the other", "one more"], ["first", "of this tab"]]
         await other.close()
+
+
+async def test_texts_stay_texts_in_python(browsing: Browsing) -> None:
+    texts = ["true", "null", "constructor", "__proto__", "toString", 'a "quoted" one']
+    request = {
+        "model": "constructor",
+        "messages": [{"role": "user", "content": text} for text in texts],
+        "stream": False,
+        "lora": {"explain": True, "plan": None},
+    }
+    made = """async (request) => {
+      const { src } = document.querySelector("script[type=module]");
+      return (await import(new URL("snippets.js", src))).asPython(request);
+    }"""
+    async with look(browsing) as (page, _):
+        code = await page.evaluate(made, request)
+    [call] = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and len(node.keywords) == 4]
+    lora = request.pop("lora")
+    said = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert said == {**request, "extra_body": {"lora": lora}}
