@@ -22,6 +22,7 @@ function newChat() {
 /** Connects the form. `onPlan(prompt, plan)` follows the turn that is explained; both are null if there is none. */
 export function start(callbacks) {
   onPlan = callbacks.onPlan;
+  byId("ask-form").addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true); // so that it is seen
   byId("ask-form").addEventListener("submit", (event) => { event.preventDefault(); ask(byId("prompt").value); });
   byId("stop-button").addEventListener("click", () => running?.abort());
   byId("prompt").addEventListener("keydown", (event) => {

@@ -249,6 +249,25 @@ async def test_the_options_of_retrieval_apply_to_a_policy(browsing: Browsing) ->
         assert (request.strategy, request.top_k) == ("fusion", 2)
 
 
+async def test_a_field_that_prevents_sending_is_shown(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
+        await show_options(page)
+        longest = page.get_by_label("Longest answer, tokens")
+        await page.get_by_label("Temperature").fill("0.25")
+        await longest.fill("")
+        await show_options(page)  # which hides them
+        await expect(longest).to_be_hidden()
+        await page.get_by_label("Prompt", exact=True).fill("A verse, please.")
+        await page.get_by_label("Prompt", exact=True).press("Enter")
+        await expect(longest).to_be_visible()
+        await expect(longest).to_be_focused()
+        assert served.worker.called("stream") == []
+        await longest.fill("17")
+        await page.get_by_label("Prompt", exact=True).press("Enter")
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        assert (served.job.sampling.max_tokens, served.job.sampling.temperature) == (17, 0.25)
+
+
 async def test_strategies_are_offered_once_the_server_lists_them(browsing: Browsing) -> None:
     async with look(browsing) as (page, _):
         is_ready = asyncio.Event()
