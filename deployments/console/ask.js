@@ -265,6 +265,7 @@ function again(turn) {
   chat.turns.splice(place);
   for (const node of [...byId("turns").children].slice(place)) node.remove();
   ask(turn.prompt);
+  byId("prompt").focus();
 }
 
 /** Shows a kept or new conversation. */
