@@ -63,11 +63,20 @@ function show() {
     if (isCurrent) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const title = current === "adapter" ? decodeURIComponent(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
+  const title = current === "adapter" ? decoded(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
   document.title = `${title} · LoraRetriever`;
   if (current === "adapters") pool.enter(query);
   if (current === "adapter") adapter.open(title);
   if (current === "status") usage.refresh();
+}
+
+/** Returns the text of a part of the address. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // typed by hand: no adapter has this name
+  }
 }
 
 /** Shows the view `ask` with this model and prompt. */

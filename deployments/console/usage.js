@@ -40,7 +40,7 @@ export async function refresh() {
     if (number !== numLoads) return; // a newer load has started
     data.sort((one, other) => (isDaily ? other.day.localeCompare(one.day) : other.requests - one.requests));
     const findDays = (row) => daily.filter((one) => by.every((field) => one[field] === row[field]));
-    const nameOf = ({ version, ...row }) => `${row[by[0]] ?? "base model"}${version ? `@${version.slice(0, 12)}` : ""}`;
+    const nameOf = ({ version, ...row }) => `${row[by[0]] ?? "(none)"}${version ? `@${version.slice(0, 12)}` : ""}`;
     byId("usage-rows").replaceChildren(...data.map((row) => line(nameOf(row), row, isDaily ? [row] : findDays(row), count)));
     sayOrHide("usage-note", data.length ? "" : "No request was recorded.");
   } catch (error) {

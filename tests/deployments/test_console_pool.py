@@ -516,6 +516,15 @@ async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(brow
         await page.unroute_all(behavior="wait")
 
 
+async def test_an_address_that_is_no_name_opens_a_page_that_says_so(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
+        await page.goto(page.url.partition("#")[0] + "#adapter/%")
+        await page.reload()
+        await expect(page.locator("#adapter-title")).to_have_text("%")
+        await expect(page.locator("#adapter-error")).to_contain_text("%")
+        await expect(page.locator("#pool-count")).to_have_text("1–2 of 2")  # the rest of the page is loaded
+
+
 @pytest.mark.parametrize("how", ["drop", "choose"])
 async def test_of_a_training_run_and_of_an_mlx_folder_the_adapters_files_are_published(
     browsing: Browsing, tmp_path: Path, how: str
