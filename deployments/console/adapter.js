@@ -10,6 +10,7 @@ import { readUses } from "./usage.js";
 const NUM_SAMPLES = 8; // those that differ most in their words
 const MAX_SAMPLES = 200; // that the server shows
 let shown = null; // the adapter, as the server describes it
+let numLoads = 0;
 let handlers = { onAsk: () => {}, onChange: () => {}, onCompare: () => {} };
 
 export function start(callbacks) {
@@ -18,7 +19,7 @@ export function start(callbacks) {
   byId("adapter-approve").addEventListener("click", approve);
   byId("adapter-withdraw").addEventListener("click", withdraw);
   byId("adapter-edit").addEventListener("click", openForm);
-  edit.start((save) => change(save, async () => { await open(shown.id); byId("adapter-edit").focus(); }));
+  edit.start((save) => change(save, async () => { edit.close(); await reload(); byId("adapter-edit").focus(); }));
   byId("trial-form").addEventListener("submit", (event) => { event.preventDefault(); setTrial(Number(byId("trial-percent").value) / 100); });
   byId("trial-stop").addEventListener("click", () => setTrial(0));
   byId("trial-promote").addEventListener("click", () => makeLive(shown.trial.digest));
@@ -27,20 +28,32 @@ export function start(callbacks) {
 
 /** Shows the adapter of this name. */
 export async function open(name) {
+  const number = ++numLoads;
   if (shown?.id !== name) clear(name);
   try {
     const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}&varied=true&evaluation=true`);
-    if (byId("adapter-title").textContent !== name) return; // another one was opened meanwhile
+    if (number !== numLoads) return; // another one was opened meanwhile, or with another key
     show(found);
     await Promise.all([showRouted(found), showProposed(found), showUses(found)]);
   } catch (error) {
-    sayOrHide("adapter-error", reasonOf(error));
+    if (number === numLoads) sayOrHide("adapter-error", reasonOf(error));
   }
+}
+
+const reload = () => open(shown.id);
+
+/** Forgets the adapter, which another key may not see, and reads it again if its page is shown. */
+export function forget() {
+  const name = byId("adapter-title").textContent;
+  numLoads += 1;
+  clear(name);
+  if (!byId("view-adapter").hidden) open(name);
 }
 
 function clear(name) {
   shown = null;
   edit.close();
+  byId("confirm-dialog").close(); // it asks about what was shown
   say("adapter-title", name);
   sayOrHide("adapter-error", "");
   byId("adapter-body").hidden = true;
@@ -112,7 +125,7 @@ function showTrial({ versions, trial }, isOwn) {
 /** Lets the chosen version answer this share of the requests; 0 ends the trial. */
 async function setTrial(share) {
   const body = share ? { digest: byId("trial-version").value, share, shadow: byId("trial-shadow").checked } : { share };
-  await change(async () => (await post(`${path()}/share`, body)).generation, () => open(shown.id));
+  await change(async () => (await post(`${path()}/share`, body)).generation, reload);
 }
 
 /** Says what a version has instead of the live one's. */
@@ -200,27 +213,27 @@ function proposedRow({ id, input, key_id }) {
 
 /** Accepts or rejects these prompts, or all. */
 async function decide(action, ids) {
-  await change(async () => (await post(`${path()}/samples`, { action, ids })).generation ?? null, () => open(shown.id));
+  await change(async () => (await post(`${path()}/samples`, { action, ids })).generation ?? null, async () => {
+    await reload();
+    byId("adapter-proposed").querySelector("button")?.focus();
+  });
 }
 
 const path = () => `v1/loras/${encodeURIComponent(shown.id)}`;
 
 /** Opens the form that edits the adapter, with all its samples. */
 async function openForm() {
-  const { id } = shown;
-  await change(async () => {
-    const found = await read(`${path()}?samples=${MAX_SAMPLES}`);
-    if (shown?.id === id) edit.open(found);
-    return null;
-  }, () => {});
+  let found;
+  await change(async () => { found = await read(`${path()}?samples=${MAX_SAMPLES}`); return null; }, () => edit.open(found));
 }
 
 async function makeLive(digest) {
+  const url = `${path()}/rollback`;
   const createdAt = shown.versions.find((version) => version.digest === digest)?.created_at;
   const published = createdAt ? `, published ${ago(createdAt)},` : "";
   const text = `Version ${digest.slice(0, 12)}${published} becomes live for the next request. The current version is kept.`;
   if (!(await confirmed(`Make another version of ${shown.id} live?`, text, "Make live"))) return;
-  await change(async () => (await post(`${path()}/rollback`, { digest })).generation, () => open(shown.id));
+  await change(async () => (await post(url, { digest })).generation, reload);
 }
 
 async function approve() {
@@ -231,21 +244,26 @@ async function approve() {
     const yes = draws.needs_confirmation ? "Approve it all the same" : "Approve";
     if (!(await confirmed(`Approve ${id}?`, text, yes))) return generation;
     return (await post(url, { digest, confirmed: draws.needs_confirmation })).generation;
-  }, () => open(id));
+  }, reload);
 }
 
 async function withdraw() {
+  const url = path();
   const text = "This removes the adapter and all its versions. To publish it again you need its folder. Running requests finish unchanged.";
   if (!(await confirmed(`Withdraw ${shown.id}?`, text, "Withdraw", shown.id))) return;
-  await change(async () => (await (await send("DELETE", path())).json()).generation, () => { location.hash = "adapters"; });
+  await change(async () => (await (await send("DELETE", url)).json()).generation, () => { if (!byId("view-adapter").hidden) location.hash = "adapters"; });
 }
 
+/** Changes the adapter by `work`, then calls `then`, unless another one is shown by now. */
 async function change(work, then) {
+  const name = byId("adapter-title").textContent, isShown = () => shown?.id === name;
   sayOrHide("adapter-error", "");
   try {
     handlers.onChange(await work());
+    if (!isShown()) return;
     await then();
+    if (document.activeElement === document.body) byId("adapter-title").focus(); // its button is gone
   } catch (error) {
-    sayOrHide("adapter-error", error.message);
+    if (isShown()) sayOrHide("adapter-error", error.message);
   }
 }

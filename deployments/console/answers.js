@@ -12,12 +12,12 @@ export const listed = (words) => words.split(",").map((word) => word.trim()).fil
 /** Returns whether the server chooses the adapters: of all base models, or of one as in `base:auto`. */
 export const isRouted = (model) => model === "auto" || model.endsWith(":auto");
 
-/** Returns the fields of a request that the options determine. Options of retrieval apply where the server chooses. */
+/** Returns the fields of a request that the options determine. Those of retrieval are left out while the page disables them. */
 export function optionsOf() {
   const model = byId("model").value.trim();
   const tags = listed(byId("filter-tags").value);
   const filter = tags.length ? { tags } : undefined;
-  const lora = isRouted(model) ? { strategy: text("strategy"), k: number("k"), abstain: text("abstain"), filter } : {};
+  const lora = !byId("strategy").disabled ? { strategy: text("strategy"), k: number("k"), abstain: text("abstain"), filter } : {};
   return { model, lora, max_tokens: number("max-tokens"), temperature: number("temperature"), top_p: number("top-p"), seed: number("seed") };
 }
 

@@ -16,12 +16,13 @@ let explained = null; // the turn whose plan is shown
 let onPlan = () => {};
 
 function newChat() {
-  return { id: `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`, at: Date.now(), system: "", turns: [] };
+  return { id: history.newId(), at: Date.now(), system: "", turns: [] };
 }
 
 /** Connects the form. `onPlan(prompt, plan)` follows the turn that is explained; both are null if there is none. */
 export function start(callbacks) {
   onPlan = callbacks.onPlan;
+  byId("ask-form").addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true); // so that it is seen
   byId("ask-form").addEventListener("submit", (event) => { event.preventDefault(); ask(byId("prompt").value); });
   byId("stop-button").addEventListener("click", () => running?.abort());
   byId("prompt").addEventListener("keydown", (event) => {
@@ -48,8 +49,10 @@ function placeExamples(isNarrow) {
   else byId("conversation").prepend(byId("welcome"));
 }
 
-/** Loads the suggestions and examples of the pool. */
+/** Loads the suggestions and examples of the pool, and forgets those of another key. */
 export function refresh() {
+  policies.clear();
+  for (const id of ["models", "examples"]) byId(id).replaceChildren();
   suggest();
   showExamples();
 }
@@ -125,6 +128,7 @@ async function ask(prompt) {
   const own = chat;
   own.system = byId("system").value.trim();
   own.turns.push(turn);
+  keep(own);
   byId("prompt").value = "";
   const view = show(turn);
   explain(turn, "Choosing…");
@@ -132,12 +136,18 @@ async function ask(prompt) {
   byId("ask-status").classList.remove("spoken");
   say("ask-status", "choosing adapters…");
   await answer(request, turn, view, mine);
-  if (!history.keep(own)) {
+  if (!keep(own)) {
     byId("ask-status").classList.remove("spoken");
     say("ask-status", "this browser has no room to keep the conversation");
   }
+}
+
+/** Keeps the conversation unless it was deleted meanwhile. Returns whether there was room. */
+function keep(own) {
+  const hasRoom = (own !== chat && !history.has(own.id)) || history.keep(own);
   if (own === chat) history.enter(own.id);
   showHistory();
+  return hasRoom;
 }
 
 async function answer(request, turn, view, mine) {
@@ -234,11 +244,12 @@ function outcomeButtons(turn) {
       type: "button", class: "small outcome", title: `The answer of ${name ?? "the base model"} was ${label.toLowerCase()}`,
       "aria-pressed": String(turn.score === score), onclick: () => judge(score),
     }, label));
+  const own = chat;
   async function judge(score) {
     try {
       await post("v1/outcomes", { request_id: turn.request, adapter: name, score });
       turn.score = score;
-      history.keep(chat);
+      keep(own);
       for (const [place, node] of buttons.entries()) node.setAttribute("aria-pressed", String((place ? -1 : 1) === score));
       say("ask-status", "thank you");
     } catch (error) {
@@ -254,6 +265,7 @@ function again(turn) {
   chat.turns.splice(place);
   for (const node of [...byId("turns").children].slice(place)) node.remove();
   ask(turn.prompt);
+  byId("prompt").focus();
 }
 
 /** Shows a kept or new conversation. */
@@ -281,10 +293,16 @@ function showHistory() {
   byId("history-list").replaceChildren(...kept.map(historyRow));
 }
 
-function historyRow(other) {
+function historyRow(other, place) {
   const [first] = other.turns;
-  const again = () => { history.enter(other.id); open(other); byId("prompt").focus(); };
-  const remove = () => { history.remove(other.id); if (other.id === chat.id) open(newChat()); else showHistory(); };
+  const again = () => { history.enter(other.id); open(history.last() ?? other); byId("prompt").focus(); };
+  const remove = () => {
+    history.remove(other.id);
+    if (other.id === chat.id) open(newChat());
+    else showHistory();
+    const rest = byId("history-list").querySelectorAll("button.small");
+    (rest[Math.min(place, rest.length - 1)] ?? byId("prompt")).focus();
+  };
   return element("li", {},
     element("button", { type: "button", class: "earlier", title: first?.prompt, onclick: again, "aria-current": other.id === chat.id ? "true" : null }, first?.prompt ?? "empty"),
     element("small", {}, `${other.turns.length} ${other.turns.length === 1 ? "turn" : "turns"}, ${ago(other.at)}`),

@@ -74,8 +74,9 @@ const compareOne = () => compare(async (ways, signal) => {
   const columns = ways.map((way) => ({ ...way, ...column(way) }));
   byId("compared").replaceChildren(...columns.map(({ node }) => node));
   await Promise.all(columns.map((one) => fillColumn(one, prompt, signal)));
-  const texts = new Set(columns.map(({ text }) => text.textContent.trim()));
-  return `${ways.length} ways, ${texts.size} different ${texts.size === 1 ? "answer" : "answers"}`;
+  const failed = columns.filter(({ end }) => end.className === "error");
+  const texts = new Set(columns.filter((one) => !failed.includes(one)).map(({ text }) => text.textContent.trim()));
+  return `${ways.length} ways, ${texts.size} different ${texts.size === 1 ? "answer" : "answers"}${failed.length ? `, ${failed.length} failed` : ""}`;
 });
 
 function column({ label, note }) {
@@ -108,7 +109,7 @@ function whyNot(error) {
 
 /** Answers the prompts of a file in every way, in a table with the share of right answers where the file has outputs. */
 const compareFile = (file) => compare(async (ways, signal) => {
-  const { rows, problem } = promptsOf(await file.text());
+  const { rows, problem } = await file.text().then(promptsOf, () => ({ problem: "the browser cannot read the file" }));
   if (problem) return problem;
   const right = ways.map(() => 0), waiting = rows.map((row) => ({ row, cells: ways.map(() => element("td", {}, "…")) }));
   const sums = ways.map(() => element("td", {}));

@@ -65,6 +65,7 @@ export function confirmed(title, text, yes, typed = "") {
   field.value = "";
   const check = () => { byId("confirm-yes").disabled = field.value !== typed; };
   field.addEventListener("input", check);
+  byId("confirm-no").onclick = () => dialog.close();
   check();
   dialog.returnValue = "";
   dialog.showModal();

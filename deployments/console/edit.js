@@ -11,7 +11,7 @@ let before = {}; // the fields of the form as they were then
 const FIELDS = ["tags", "template", "visibility", "samples", "contract"];
 const fields = () => Object.fromEntries(FIELDS.map((name) => [name, byId(`edit-${name}`).value]));
 
-/** Connects the form. `onSave(work)` runs `work`, which resolves to the answer of the server, and shows its error. */
+/** Connects the form. `onSave(work)` runs `work`, which resolves to the generation, closes the form, and shows its error. */
 export function start(onSave) {
   byId("edit-cancel").addEventListener("click", () => { close(); byId("adapter-edit").focus(); });
   byId("edit-form").addEventListener("submit", (event) => { event.preventDefault(); onSave(save); });
@@ -54,7 +54,6 @@ async function save() {
     if (Object.keys(body).some((name) => name !== "visibility")) body.digest = edited.digest; // refused if another version is live by now
     ({ generation } = await (await send("PATCH", `v1/loras/${encodeURIComponent(edited.id)}`, { body })).json());
   }
-  close();
   return generation;
 }
 

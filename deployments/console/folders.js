@@ -2,8 +2,13 @@
 
 const CONFIG = "adapter_config.json";
 const WEIGHTS = "adapter_model.safetensors";
+const MLX_WEIGHTS = "adapters.safetensors";
+const PICKLE = "adapter_model.bin"; // refused
 const SAMPLES = "lora_samples.jsonl";
 const DESCRIPTION = "description.txt";
+/** The files of an adapter. Others, such as those of its training, are not sent. */
+export const ADAPTER_FILES = [CONFIG, WEIGHTS, MLX_WEIGHTS, SAMPLES, DESCRIPTION, "chat_template.jinja", "adapter_io.yaml", "io.yaml", PICKLE];
+const isOfAdapter = ({ name }) => ADAPTER_FILES.includes(name);
 const SAMPLE_KEYS = ["input", "prompt", "instruction", "text", "question"]; // as the server reads them
 const MAX_DEPTH = 3; // folders of folders of adapters
 const MAX_READ_BYTES = 4_000_000; // of one small file
@@ -17,7 +22,7 @@ export async function droppedFolders(entries) {
 /** Returns the adapter folders in a directory: itself or those below it. `parent`: the name of the folder above. */
 async function walked(directory, depth, parent) {
   const entries = await allEntries(directory);
-  const files = entries.filter((entry) => entry.isFile && !entry.name.startsWith("."));
+  const files = entries.filter((entry) => entry.isFile && isOfAdapter(entry));
   const below = entries.filter((entry) => entry.isDirectory && !entry.name.startsWith("."));
   const isAdapter = files.some((entry) => entry.name === CONFIG);
   if (!isAdapter && below.length && depth < MAX_DEPTH) {
@@ -38,18 +43,19 @@ async function allEntries(directory) {
   }
 }
 
-/** Returns the adapter folders of a chosen folder, whose files have relative paths. */
+/** Returns the adapter folders of a chosen folder, whose files have relative paths. Those in another adapter's, its checkpoints, are left out. */
 export function chosenFolders(files) {
   const folders = new Map();
   for (const file of files.filter((candidate) => !candidate.webkitRelativePath.split("/").some((part) => part.startsWith(".")))) {
     const path = file.webkitRelativePath.split("/").slice(0, -1);
     const key = path.join("/");
-    if (!folders.has(key)) folders.set(key, { name: path.at(-1), parent: path.at(-2) ?? "", files: [], depth: path.length });
-    folders.get(key).files.push(file);
+    if (!folders.has(key)) folders.set(key, { name: path.at(-1), parent: path.at(-2) ?? "", files: [], key });
+    if (isOfAdapter(file)) folders.get(key).files.push(file);
   }
   const all = [...folders.values()];
   const adapters = all.filter((folder) => folder.files.some((file) => file.name === CONFIG));
-  return adapters.length ? adapters : all.filter((folder) => folder.depth === 1);
+  const outer = adapters.filter(({ key }) => !adapters.some((other) => key.startsWith(`${other.key}/`)));
+  return outer.length ? outer : all.filter(({ key }) => !key.includes("/"));
 }
 
 /** Returns the folders with the name and the tick that they start with. Of the checkpoints of one run the last is ticked. */
@@ -79,13 +85,12 @@ export async function inspected(folder, bases) {
   const size = folder.files.reduce((sum, one) => sum + one.size, 0);
   const problems = [];
   const config = await configOf(file(CONFIG), problems);
-  if (!problems.length && bases) problems.push(...baseProblems(config.base_model_name_or_path, bases));
-  if (!file(WEIGHTS)) {
-    const hasPickle = folder.files.some((one) => /\.(bin|pt|pth)$/.test(one.name));
-    problems.push(`${WEIGHTS} is missing${hasPickle ? "; pickle files are never opened, so save the adapter as safetensors" : ""}`);
-  }
+  const base = String(config.base_model_name_or_path ?? config.model ?? "").replace(/\/+$/, ""); // the second names are MLX's
+  const rank = config.r ?? config.lora_parameters?.rank;
+  if (!problems.length && bases) problems.push(...baseProblems(base, bases));
+  if (!file(WEIGHTS) && !file(MLX_WEIGHTS)) problems.push(`${WEIGHTS} is missing${file(PICKLE) ? "; pickle files are never opened, so save the adapter as safetensors" : ""}`);
   const samples = await samplesOf(file(SAMPLES), file(DESCRIPTION));
-  return { size, problems, samples, base: config.base_model_name_or_path, rank: config.r, modules: config.target_modules };
+  return { size, problems, samples, base, rank, modules: config.target_modules };
 }
 
 function baseProblems(base, accepted) {

@@ -16,14 +16,19 @@ export function conversations() {
   }
 }
 
-/** Keeps the conversation as the newest. Returns whether the browser stored it. */
+/** Keeps the conversation as the newest. Returns whether the browser stored it. `saves` counts how often it was stored. */
 export function keep(chat) {
-  const rest = conversations().filter((other) => other.id !== chat.id).slice(0, MAX_KEPT - 1);
+  const all = conversations(), before = all.find(({ id }) => id === chat.id);
+  if (before && before.saves !== chat.saves) chat.id = newId(); // it went on in another tab, whose turns are kept
+  const rest = all.filter((other) => other.id !== chat.id).slice(0, MAX_KEPT - 1), saves = (chat.saves ?? 0) + 1;
   do {
-    if (stored([chat, ...rest])) return true;
+    if (stored([{ ...chat, saves }, ...rest])) { chat.saves = saves; return true; }
   } while (rest.pop()); // the oldest makes room
   return false;
 }
+
+export const newId = () => `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
+export const has = (id) => conversations().some((chat) => chat.id === id);
 
 /** Returns the conversation that this tab showed last, if it is kept. */
 export const last = () => conversations().find((chat) => chat.id === sessionStorage.getItem(CURRENT));

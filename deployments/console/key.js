@@ -20,7 +20,7 @@ export function start(onChange, onForget) {
   dialog.addEventListener("close", async () => {
     const choice = dialog.returnValue, typed = byId("key").value.trim();
     byId("key").value = "";
-    if (choice === "use" || choice === "forget") {
+    if ((choice === "use" && typed) || choice === "forget") {
       setKey(choice === "use" ? typed : "");
       mark();
       if (choice === "forget") await onForget();

@@ -37,11 +37,19 @@ function seen(shown) {
   generation = Math.max(generation, shown);
 }
 
-/** Offers the strategies that the server lists, in Ask and in Compare. Without a key that it needs, nothing changes. */
+/** Offers the strategies that the server lists, in Ask and in Compare. The choice stays, and everything if the server lists none now. */
 async function offerStrategies() {
-  const { strategies } = await read("v1/models/auto", { quietly: true }).catch(() => ({ strategies: {} }));
-  byId("strategy").replaceChildren(byId("strategy").options[0], ...Object.keys(strategies).map((name) => element("option", {}, name)));
+  const { strategies } = await read("v1/models/auto", { quietly: true }).catch(() => ({}));
+  if (!strategies) return;
+  const select = byId("strategy"), chosen = select.value;
+  select.replaceChildren(select.options[0], ...Object.keys(strategies).map((name) => element("option", { selected: name === chosen }, name)));
   compare.offer(strategies);
+}
+
+/** Follows the server's metrics. Asks for the strategies again if it has listed none yet. */
+function followServer(newest) {
+  follow(newest);
+  if (byId("strategy").options.length === 1) offerStrategies();
 }
 
 /** Shows the view of the address, such as `#compare`, `#adapters?tag=fun` or `#adapter/NAME`. */
@@ -55,11 +63,20 @@ function show() {
     if (isCurrent) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const title = current === "adapter" ? decodeURIComponent(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
+  const title = current === "adapter" ? decoded(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
   document.title = `${title} · LoraRetriever`;
   if (current === "adapters") pool.enter(query);
   if (current === "adapter") adapter.open(title);
   if (current === "status") usage.refresh();
+}
+
+/** Returns the text of a part of the address. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // typed by hand: no adapter has this name
+  }
 }
 
 /** Shows the view `ask` with this model and prompt. */
@@ -79,9 +96,9 @@ pool.start({ onShown: seen });
 adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; } });
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
 usage.start();
-stats.start({ onGeneration: follow });
+stats.start({ onGeneration: followServer });
 key.start(() => {
-  pool.forget();
+  for (const part of [adapter, map, pool, stats, usage]) part.forget(); // what another key may not see
   offerStrategies();
   showAll();
   stats.refresh();

@@ -14,14 +14,16 @@ const NUM_ALIKE = 5; // adapters with samples most like them
 const MAY_NOT = 403; // a key without the role that asks finds names only
 const MAX_STRETCH = 2;
 const MANY = 300; // points in view, of which only clusters have labels, and a click goes nearer
-let drawn = { generation: 0, num_adapters: 0, clusters: [], points: [] };
+const NOTHING = { generation: 0, num_adapters: 0, clusters: [], points: [] };
+const NO_HITS = { text: "", total: 0, named: [], alike: [] };
+let drawn = NOTHING;
 let prompt = null; // {x, y} of the last prompt
 let asked = null; // its text and the names of its adapters
 let chosen = []; // the adapters that answered it, best first
 let spots = []; // every adapter with its place on the whole map, the chosen ones last so that they are on top
 let rings = []; // the clusters with theirs
 let mark = null; // that of the prompt
-let hits = { text: "", total: 0, named: [], alike: [] }; // of the search: names with its words, how many there are, and candidates of a prompt with them
+let hits = NO_HITS; // of the search: names with its words, how many there are, and candidates of a prompt with them
 let found = new Set(); // those of them that are on the map, best first
 let near = []; // the adapters in view
 let current = null; // the name under the pointer or the arrow keys
@@ -62,6 +64,16 @@ export async function load(generation) {
   } catch (error) {
     if (number === numLoads) say("map-note", reasonOf(error));
   }
+}
+
+/** Forgets the adapters, but not the last prompt. */
+export function forget() {
+  drawn = NOTHING;
+  hits = NO_HITS;
+  prompt = last = null;
+  chosen = [];
+  say("map-note", "");
+  fit();
 }
 
 /** Marks the prompt and its adapters; none if `text` is null. Calls `follow` if the server has a newer generation. */

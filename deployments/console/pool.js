@@ -48,9 +48,12 @@ export function enter(address) {
   load();
 }
 
-/** Forgets what the filters suggest, which another key may not see. */
+/** Forgets the adapters and what the filters suggest. */
 export function forget() {
   for (const values of Object.values(seen)) values.clear();
+  before = [];
+  show({ data: [], total: 0, last_id: null, has_more: false });
+  say("pool-count", "");
 }
 
 /** Shows the page at generation `wanted` or later. */

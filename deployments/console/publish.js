@@ -8,16 +8,18 @@ import { adapterLink } from "./plan.js";
 
 const NUM_SHOWN = 3; // samples of a folder
 let cards = [];
+let isSending = false;
 let handlers = { onChange: () => {}, onDrop: () => {}, onTry: () => {} };
 
 export function start(callbacks) {
   handlers = callbacks;
-  const drop = byId("drop");
+  const drop = byId("drop"), hasFiles = (event) => event.dataTransfer.types.includes("Files"); // else it is text
   for (const name of ["dragenter", "dragover"]) {
-    document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
+    document.addEventListener(name, (event) => { if (hasFiles(event)) { event.preventDefault(); drop.classList.add("over"); } });
   }
   document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
   document.addEventListener("drop", (event) => {
+    if (!hasFiles(event)) return;
     event.preventDefault();
     drop.classList.remove("over");
     previewDropped([...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean)); // only readable during this event
@@ -64,7 +66,7 @@ async function acceptedBases() {
 function follow() {
   const count = cards.filter((card) => card.tick.checked && !card.done).length;
   byId("publish-form").hidden = !cards.length;
-  byId("publish-button").disabled = byId("check-button").disabled = !count;
+  byId("publish-button").disabled = byId("check-button").disabled = isSending || !count;
   say("publish-button", count === 1 ? "Publish 1 adapter" : `Publish ${count} adapters`);
 }
 
@@ -138,10 +140,12 @@ async function neighbours({ info, name }, isVersion) {
   return [line];
 }
 
-/** Publishes the ticked cards one by one; if `isDry` the server checks them and publishes nothing. */
+/** Publishes the cards one by one that are ticked when their turn comes; if `isDry` the server checks them and publishes nothing. */
 async function sendTicked(isDry) {
-  byId("publish-button").disabled = byId("check-button").disabled = true;
-  for (const card of cards.filter((one) => one.tick.checked && !one.done)) {
+  isSending = true;
+  follow();
+  for (const card of [...cards]) {
+    if (!cards.includes(card) || !card.tick.checked) continue;
     try {
       await send(card, isDry);
     } catch (error) {
@@ -149,6 +153,7 @@ async function sendTicked(isDry) {
       card.node.className = "preview bad";
     }
   }
+  isSending = false;
   cards = cards.filter((card) => !card.done);
   follow();
   byId("publish-form").hidden = !byId("previews").children.length;

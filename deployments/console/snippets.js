@@ -62,6 +62,7 @@ export function asPython(request) {
 
 /** Returns the value as Python writes it. */
 function literal(value, indent) {
+  if (typeof value === "string") return JSON.stringify(value);
   const inner = `${indent}    `;
   const lines = (parts, [open, close]) => (parts.length ? `${open}\n${parts.map((part) => `${inner}${part},\n`).join("")}${indent}${close}` : open + close);
   if (Array.isArray(value)) return lines(value.map((item) => literal(item, inner)), "[]");

@@ -20,6 +20,15 @@ export function start(callbacks) {
   refresh();
 }
 
+/** Forgets the metrics. */
+export function forget() {
+  before = null;
+  rates.length = 0;
+  drawSpark();
+  for (const node of document.querySelectorAll("#metrics dd[id]")) node.textContent = "–";
+  for (const node of document.querySelectorAll("#metrics i[id]")) fill(node.id, 0);
+}
+
 export async function refresh() {
   clearTimeout(timer);
   try {

@@ -25,6 +25,12 @@ async function report(count, by, more = {}) {
   return (await read(`v1/usage?${query}`, { quietly: true })).data;
 }
 
+/** Forgets the report. */
+export function forget() {
+  numLoads += 1;
+  byId("usage-rows").replaceChildren();
+}
+
 /** Shows the report, or why it cannot be shown. */
 export async function refresh() {
   const number = ++numLoads, by = byId("usage-by").value.split(" "), isDaily = by[0] === "day", count = Number(byId("usage-days").value);
@@ -34,7 +40,7 @@ export async function refresh() {
     if (number !== numLoads) return; // a newer load has started
     data.sort((one, other) => (isDaily ? other.day.localeCompare(one.day) : other.requests - one.requests));
     const findDays = (row) => daily.filter((one) => by.every((field) => one[field] === row[field]));
-    const nameOf = ({ version, ...row }) => `${row[by[0]] ?? "base model"}${version ? `@${version.slice(0, 12)}` : ""}`;
+    const nameOf = ({ version, ...row }) => `${row[by[0]] ?? "(none)"}${version ? `@${version.slice(0, 12)}` : ""}`;
     byId("usage-rows").replaceChildren(...data.map((row) => line(nameOf(row), row, isDaily ? [row] : findDays(row), count)));
     sayOrHide("usage-note", data.length ? "" : "No request was recorded.");
   } catch (error) {

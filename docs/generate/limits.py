@@ -48,6 +48,7 @@ def request_limits() -> str:
         ("new tokens that quotas reserve for an answer without `max_tokens`", request.EXPECTED_NEW_TOKENS),
         ("adapters of one plan", base.MAX_ADAPTERS),
         ("adapters published by one request", adapters.MAX_BATCH),
+        ("files of one upload", adapters.MAX_UPLOAD_FILES),
         ("tags of one adapter", adapters.MAX_TAGS),
         ("model names of one tenant", names.MAX_NAMES),
         ("kept policies of one model name", names.KEPT_POLICIES),

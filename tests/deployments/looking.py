@@ -49,6 +49,13 @@ async def show_options(page: Page) -> None:
     await page.get_by_text("System prompt and more options").click()
 
 
+async def wait_frames(page: Page, count: int) -> None:
+    """Let the page draw this many frames: by then it has handled what it received before."""
+    await page.evaluate(
+        "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })", count
+    )
+
+
 def folder_of(parent: Path, name: str, samples: Sequence[str] = (), config: str = CONFIG) -> Path:
     folder = parent / name
     folder.mkdir(parents=True)

@@ -7,15 +7,18 @@ import re
 from dataclasses import replace
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta
+from lora_store import ROUTED_STRATEGIES
 from retriever_svc import NearSample
 from tests.browsing import Browsing
-from tests.deployments.adapter_records import adapter
+from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.fake_names import FakeNames
+from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS
 from tests.deployments.looking import ask, go, last_turn, look, show_options
 
@@ -225,3 +228,61 @@ async def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
         await expect(page.locator("#map-spoken")).to_have_text("poet")
         await page.keyboard.press("Enter")
         await expect(page.locator("#adapter-title")).to_have_text("poet")
+
+
+async def test_the_options_of_retrieval_apply_to_a_policy(browsing: Browsing) -> None:
+    names = FakeNames()
+    store = FakeStore(pool_of(*POOL), model_names=names)
+    async with look(browsing, retriever=MappedRetriever(model_names=names), store=store) as (page, served):
+        answer = await page.request.put(f"{page.url}v1/names/careful", data={"lora": {"k": 1}})
+        assert answer.ok, await answer.text()
+        await page.get_by_label("Model", exact=True).fill("coder")
+        await expect(page.get_by_label("Strategy")).to_be_disabled()
+        await page.get_by_label("Model", exact=True).fill("careful")
+        await expect(page.get_by_label("Strategy")).to_be_enabled()
+        await page.get_by_label("Strategy").select_option("fusion")
+        await show_options(page)
+        await page.get_by_label("Most adapters (k)").fill("2")
+        await ask(page)
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        [([request],)] = served.retriever.called("route")
+        assert (request.strategy, request.top_k) == ("fusion", 2)
+
+
+async def test_a_field_that_prevents_sending_is_shown(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
+        await show_options(page)
+        longest = page.get_by_label("Longest answer, tokens")
+        await page.get_by_label("Temperature").fill("0.25")
+        await longest.fill("")
+        await show_options(page)  # which hides them
+        await expect(longest).to_be_hidden()
+        await page.get_by_label("Prompt", exact=True).fill("A verse, please.")
+        await page.get_by_label("Prompt", exact=True).press("Enter")
+        await expect(longest).to_be_visible()
+        await expect(longest).to_be_focused()
+        assert served.worker.called("stream") == []
+        await longest.fill("17")
+        await page.get_by_label("Prompt", exact=True).press("Enter")
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        assert (served.job.sampling.max_tokens, served.job.sampling.temperature) == (17, 0.25)
+
+
+async def test_strategies_are_offered_once_the_server_lists_them(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
+        is_ready = asyncio.Event()
+
+        async def answer(route: Route) -> None:
+            if is_ready.is_set():
+                await route.continue_()
+            else:
+                await route.fulfill(status=503, json={"error": {"message": "starting"}})
+
+        await page.route("**/v1/models/auto", answer)
+        async with page.expect_response("**/v1/models/auto"):
+            await page.reload()
+        await expect(page.locator("#connection")).to_have_text("live")
+        await expect(page.locator("#strategy option")).to_have_count(1)
+        is_ready.set()
+        await expect(page.locator("#strategy option")).to_have_count(1 + len(ROUTED_STRATEGIES))
+        await page.unroute_all(behavior="wait")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import math
@@ -21,8 +22,8 @@ from retriever_svc import PoolMap
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
-from tests.deployments.console_fakes import MappedRetriever
-from tests.deployments.looking import ask, last_turn, look, show_options
+from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.looking import ask, last_turn, look, show_options, wait_frames
 
 pytestmark = pytest.mark.browser
 
@@ -196,3 +197,70 @@ async def test_code_is_copied(browsing: Browsing) -> None:
         copied = await page.evaluate("navigator.clipboard.readText()")
         assert re.match(r"curl http://127\.0\.0\.1:\d+/v1/chat/completions ", copied)
         assert "A verse, please." in copied
+
+
+async def test_a_conversation_that_is_deleted_during_its_answer_stays_deleted(browsing: Browsing) -> None:
+    goes_on = asyncio.Event()
+    stored = "localStorage.getItem('loraretriever-history') ?? ''"
+    async with look(browsing, worker=CountingWorker(goes_on=goes_on)) as (page, _):
+        for prompt in ("secret one", "secret two"):
+            goes_on.set()
+            await ask(page, f"{prompt}, first")
+            await answered(page, 1)
+            goes_on.clear()
+            await ask(page, prompt)
+            await expect(last_turn(page, ".text")).to_have_text("Hel")
+            if prompt == "secret one":
+                await page.get_by_role("button", name="Clear", exact=True).click()
+                await page.locator("#confirm-yes").click()
+            else:
+                await page.get_by_role("button", name="Delete the conversation").click()
+            await expect(page.locator("#turns > li")).to_have_count(0)
+            await wait_frames(page, 10)
+            assert "secret" not in await page.evaluate(stored)
+            await expect(page.locator("#history")).to_be_hidden()
+        await ask(page, "a prompt")
+        await expect(last_turn(page, ".text")).to_have_text("Hel")
+        await page.reload()
+        await expect(last_turn(page, ".asked")).to_contain_text("a prompt")  # kept before its answer
+        await page.get_by_role("button", name="New conversation").click()
+        await expect(page.locator("#history-list .earlier")).to_have_text(["a prompt"])
+
+
+async def test_two_tabs_with_one_conversation_keep_the_turns_of_both(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
+        await ask(page, "first")
+        await answered(page, 1)
+        other = await page.context.new_page()
+        await other.goto(page.url)
+        await other.locator("#history-list .earlier").click()
+        await ask(page, "of this tab")
+        await answered(page, 2)
+        for number, prompt in enumerate(("of the other", "one more"), start=2):
+            await ask(other, prompt)
+            await answered(other, number)
+        kept = (
+            "JSON.parse(localStorage.getItem('loraretriever-history')).map((chat) => chat.turns.map((t) => t.prompt))"
+        )
+        assert await other.evaluate(kept) == [["first", "of the other", "one more"], ["first", "of this tab"]]
+        await other.close()
+
+
+async def test_texts_stay_texts_in_python(browsing: Browsing) -> None:
+    texts = ["true", "null", "constructor", "__proto__", "toString", 'a "quoted" one']
+    request = {
+        "model": "constructor",
+        "messages": [{"role": "user", "content": text} for text in texts],
+        "stream": False,
+        "lora": {"explain": True, "plan": None},
+    }
+    made = """async (request) => {
+      const { src } = document.querySelector("script[type=module]");
+      return (await import(new URL("snippets.js", src))).asPython(request);
+    }"""
+    async with look(browsing) as (page, _):
+        code = await page.evaluate(made, request)
+    [call] = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and len(node.keywords) == 4]
+    lora = request.pop("lora")
+    said = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert said == {**request, "extra_body": {"lora": lora}}

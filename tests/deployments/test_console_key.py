@@ -8,6 +8,10 @@ import pytest
 from playwright.async_api import Page, Request, Response, expect
 
 from tests.browsing import Browsing, drop_folder
+from tests.deployments.adapter_records import adapter, pool_of
+from tests.deployments.console_fakes import MappedRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.key_files import entry, write
 from tests.deployments.looking import ask, folder_of, go, last_turn, look
 
 pytestmark = pytest.mark.browser
@@ -90,3 +94,56 @@ async def test_a_server_without_keys_has_no_button_for_one(browsing: Browsing) -
         await expect(page.locator("#connection")).to_have_text("live")
         await expect(page.locator("#map-list li")).to_have_count(2)
         await expect(page.locator("#key-button")).to_be_hidden()
+
+
+async def test_another_key_sees_nothing_of_the_one_before(browsing: Browsing, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("first"), entry("second", "globex", roles=["infer", "publish"]))
+    versions = {"acme": "", "globex": "theirs"}
+    own = {who: adapter("poet", version=one, tenant=who, visibility="private") for who, one in versions.items()}
+    retriever, store = MappedRetriever(list(own.values())), FakeStore(pool_of(*own.values()))
+    async with look(browsing, keys_file=keys, retriever=retriever, store=store, cache_dir=tmp_path) as (page, _):
+        await page.goto(page.url + "#adapter/poet")
+        await page.reload()
+        await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
+        await use(page, "first")
+        facts, strategy = page.locator("#adapter-facts"), page.get_by_label("Strategy")
+        await expect(facts).to_contain_text(own["acme"].ref.digest[:12])
+        await go(page, "Ask")
+        await strategy.select_option("fusion")
+        await ask(page)
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        await go(page, "Status")
+        await expect(page.locator("#metric-waiting")).to_have_text("2")
+        await expect(page.locator("#usage-rows tr")).to_have_count(1)
+        await page.go_back()
+        await page.go_back()
+        await page.locator("#key-button").click()
+        await use(page, "second")
+        await expect(facts).to_contain_text(own["globex"].ref.digest[:12])
+        await expect(strategy.locator("option")).not_to_have_count(1)
+        assert await strategy.input_value() == "fusion"
+        for part in ("#metric-waiting", "#metric-bank"):
+            await expect(page.locator(part)).to_have_text("–")
+        await expect(page.locator("#usage-rows tr")).to_have_count(0)
+        await go(page, "Adapters")
+        await expect(page.locator("#pool-rows a")).to_have_count(1)
+        await go(page, "Ask")
+        await expect(page.locator("#examples button")).not_to_have_count(0)
+        await page.locator("#key-button").click()
+        await page.get_by_role("button", name="Forget").click()
+        await page.locator("#confirm-yes").click()
+        await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
+        for part in ("#pool-rows a", "#map-list a", "#map .spot", "#examples button", "#models option"):
+            await expect(page.locator(part)).to_have_count(0)
+
+
+async def test_an_empty_field_is_no_key(browsing: Browsing) -> None:
+    async with look(browsing, api_key=KEY) as (page, _):
+        await use(page, KEY)
+        await expect(page.locator("#key-button")).to_have_text("API key ✓")
+        for typed in ("", "  "):
+            await page.locator("#key-button").click()
+            await use(page, typed)
+            await page.keyboard.press("Escape")
+            await expect(page.locator("#key-dialog")).to_be_hidden()
+            assert await page.evaluate("sessionStorage.getItem('loraretriever-key')") == KEY

@@ -110,3 +110,34 @@ async def test_every_task_is_done_with_the_keyboard_alone(browsing: Browsing, tm
         await expect(page.locator("#view-adapters")).to_be_visible()
         assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
         assert [names for _, names, *_ in served.store.called("withdraw")] == [["poet"]]
+
+
+async def test_the_focus_stays_near_a_button_that_disappears(browsing: Browsing) -> None:
+    live, older = adapter("poet"), adapter("poet", version="older", generation=0)
+    async with look(browsing, store=FakeStore(pool_of(live, older))) as (page, served):
+        for prompt in ("first", "second", "third"):
+            await page.locator("#new-chat").click()
+            await page.keyboard.type(prompt)
+            await page.keyboard.press("Enter")
+            await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        await last_turn(page).get_by_role("button", name="Again").press("Enter")
+        await expect(page.locator("#prompt")).to_be_focused()
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        await page.get_by_role("button", name="Delete the conversation: second").press("Enter")
+        await expect(page.get_by_role("button", name="Delete the conversation: first")).to_be_focused()
+        for _ in range(2):
+            await page.keyboard.press("Enter")
+        await expect(page.locator("#history")).to_be_hidden()
+        await expect(page.locator("#prompt")).to_be_focused()
+        await open_row(page, 1, "poet")
+        await page.get_by_role("button", name="Make live").press("Enter")
+        await press(page, "#confirm-yes")
+        await expect(page.locator("#adapter-title")).to_be_focused()
+        assert len(served.store.called("restage")) == 1
+        await page.locator("#adapter-withdraw").press("Enter")
+        await page.keyboard.type("poe")
+        await page.keyboard.press("Enter")  # does nothing yet
+        await page.keyboard.type("t")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#view-adapters")).to_be_visible()
+        assert [names for _, names, *_ in served.store.called("withdraw")] == [["poet"]]

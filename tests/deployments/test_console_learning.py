@@ -39,12 +39,14 @@ async def test_proposed_samples_are_accepted_and_rejected_one_by_one_or_together
         await expect(rows.last).to_contain_text("team")
         await page.get_by_role("button", name="Reject: Sing of snow.").click()
         await expect(rows).to_have_count(2)
+        await expect(rows.first.get_by_role("button", name="Accept")).to_be_focused()
         assert len(store.live["local", "poet"]) == 1
         await page.get_by_role("button", name="Accept: Rhyme on rain.").click()
         await expect(rows).to_have_count(1)
         assert len(store.live["local", "poet"]) == 2
         await page.get_by_role("button", name="Accept all").click()
         await expect(page.locator("#adapter-proposed-part")).to_be_hidden()
+        await expect(page.locator("#adapter-title")).to_be_focused()
         assert len(store.live["local", "poet"]) == 3
         await open_adapter(page, "coder")
         await expect(page.locator("#adapter-code pre")).to_have_count(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -12,14 +13,14 @@ import numpy as np
 import pytest
 from playwright.async_api import Page, Route, expect
 
-from deployments.publishing.adapter_folders import nearest_name
+from deployments.publishing.adapter_folders import ADAPTER_FILES, nearest_name
 from lora_store import AdapterRecord, Edit, RankedAdapter, Ranking, Sample, Trial
 from retriever_svc import Drawn, DrawnAdapter, Draws
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.looking import ask, folder_of, go, look
+from tests.deployments.looking import ask, folder_of, go, look, wait_frames
 
 pytestmark = pytest.mark.browser
 
@@ -454,3 +455,166 @@ async def test_a_dropped_file_is_refused_with_the_remedy(browsing: Browsing, tmp
         await drop_folder(page, file)
         await expect(page.locator("#publish-error")).to_have_text("drop the folder of the adapter, not its files")
         await expect(page.locator("#publish-form")).to_be_hidden()
+
+
+async def test_a_dialog_closes_with_the_page_that_it_asks_about(browsing: Browsing) -> None:
+    async with look(browsing) as (page, served):
+        await open_adapter(page, "coder")
+        await open_adapter(page, "poet")
+        for button in ("Withdraw…", "Make live"):
+            await page.get_by_role("button", name=button).click()
+            await expect(page.locator("#confirm-title")).to_contain_text("poet")
+            await page.evaluate("location.hash = 'adapter/coder'")
+            await expect(page.locator("#adapter-title")).to_have_text("coder")
+            await expect(page.locator("#confirm-dialog")).to_be_hidden()
+            await page.go_back()
+            await expect(page.locator("#adapter-title")).to_have_text("poet")
+        assert served.store.called("withdraw") == served.store.called("restage") == []
+
+
+@pytest.mark.parametrize("status", [200, 409])
+async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(browsing: Browsing, status: int) -> None:
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def answer_late(route: Route) -> None:
+        waits.set()
+        await goes_on.wait()
+        await route.fulfill(status=status, json={"generation": 7, "error": {"message": "too late for poet"}})
+
+    async def leave(page: Page) -> None:
+        await waits.wait()
+        waits.clear()
+        await open_adapter(page, "coder")
+
+    async def release(page: Page) -> None:
+        async with page.expect_response(lambda answer: answer.status == status and "poet" in answer.url):
+            goes_on.set()
+        goes_on.clear()
+        await wait_frames(page, 5)
+        await expect(page.locator("#adapter-error")).to_be_hidden()
+        await expect(page.locator("#adapter-body")).to_be_visible()
+
+    async with look(browsing) as (page, _):
+        await page.route("**/v1/loras/poet/rollback", answer_late)
+        await open_adapter(page, "poet")
+        await page.get_by_role("button", name="Make live").click()
+        await page.locator("#confirm-yes").click()
+        await leave(page)
+        await release(page)
+        await open_adapter(page, "poet")
+        edit, tags = page.get_by_role("button", name="Edit", exact=True), page.get_by_label("Tags", exact=True)
+        await edit.click()
+        await tags.fill("fun")
+        await page.route("**/v1/loras/poet", answer_late)
+        await page.get_by_role("button", name="Save").click()
+        await leave(page)
+        await edit.click()
+        await tags.fill("of coder")
+        await release(page)
+        await expect(tags).to_have_value("of coder")
+        await expect(tags).to_be_visible()
+        await page.unroute_all(behavior="wait")
+
+
+async def test_an_address_that_is_no_name_opens_a_page_that_says_so(browsing: Browsing) -> None:
+    async with look(browsing) as (page, _):
+        await page.goto(page.url.partition("#")[0] + "#adapter/%")
+        await page.reload()
+        await expect(page.locator("#adapter-title")).to_have_text("%")
+        await expect(page.locator("#adapter-error")).to_contain_text("%")
+        await expect(page.locator("#pool-count")).to_have_text("1–2 of 2")  # the rest of the page is loaded
+
+
+@pytest.mark.parametrize("how", ["drop", "choose"])
+async def test_of_a_training_run_and_of_an_mlx_folder_the_adapters_files_are_published(
+    browsing: Browsing, tmp_path: Path, how: str
+) -> None:
+    parent = tmp_path / "all"
+    run, mlx = folder_of(parent, "my-task"), folder_of(parent, "mlx")
+    (folder_of(run, "checkpoint-10") / "adapter_model.safetensors").write_bytes(b"not the final one")
+    for name in ("optimizer.pt", "training_args.bin", "secrets.env"):
+        (run / name).write_bytes(b"12345")
+    parameters = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "model": "tiny-base/", "lora_parameters": parameters}
+    (mlx / "adapter_config.json").write_text(json.dumps(config))
+    (mlx / "adapter_model.safetensors").rename(mlx / "adapters.safetensors")
+    async with look(browsing) as (page, served):
+        if how == "drop":
+            await drop_folder(page, parent)
+        else:
+            await go(page, "Publish")
+            await page.locator("#folder").set_input_files(parent)
+        cards = page.locator("#previews > li")
+        await expect(cards).to_have_count(2)
+        await expect(page.locator("#previews .problem")).to_have_count(0)
+        await expect(cards.filter(has=page.get_by_label("Publish mlx"))).to_contain_text("tiny-base · rank 8")
+        await expect(cards.filter(has=page.get_by_label("Publish my-task"))).to_contain_text("2 files")
+        await page.get_by_role("button", name="Publish 2 adapters").click()
+        await expect(page.locator("#previews .good")).to_have_count(2)
+        uploads = {upload.name: upload.files for (upload, _) in served.store.called("stage")}
+        assert uploads["my-task"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+        assert uploads["my-task"]["adapter_model.safetensors"] == b"12345"
+        assert uploads["mlx"].keys() == {"adapter_config.json", "adapters.safetensors"}
+        listed = """async () => {
+          const { src } = document.querySelector("script[type=module]");
+          return (await import(new URL("folders.js", src))).ADAPTER_FILES;
+        }"""
+        assert set(await page.evaluate(listed)) == set(ADAPTER_FILES), "as the command line sends"
+
+
+async def test_ticks_and_clear_count_while_adapters_are_published(browsing: Browsing, tmp_path: Path) -> None:
+    names = ("one", "three", "two")
+    for name in names:
+        folder_of(tmp_path / "all", name)
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            waits.set()
+            await goes_on.wait()
+        await route.continue_()
+
+    async with look(browsing) as (page, served):
+        button = page.locator("#publish-button")
+
+        async def publish() -> None:
+            await drop_folder(page, tmp_path / "all")
+            await expect(button).to_have_text("Publish 3 adapters")
+            waits.clear()
+            goes_on.clear()
+            await button.click()
+            await waits.wait()
+
+        await page.route("**/v1/loras", hold)
+        await publish()
+        for name in names[1:]:
+            await page.get_by_label(f"Publish {name}", exact=True).uncheck()
+        await page.get_by_label(f"Publish {names[1]}", exact=True).check()
+        await expect(button).to_be_disabled()
+        goes_on.set()
+        await expect(page.locator("#previews .good")).to_have_count(2)
+        await expect(button).to_have_text("Publish 0 adapters")
+        await page.locator("#preview-clear").click()
+        await publish()
+        await page.locator("#preview-clear").click()
+        async with page.expect_response(lambda answer: answer.request.method == "POST" and answer.ok):
+            goes_on.set()
+        await wait_frames(page, 20)
+        assert [upload.name for (upload, _) in served.store.called("stage")] == ["one", "three", "one"]
+        await page.unroute_all(behavior="wait")
+
+
+async def test_text_is_dragged_into_the_prompt(browsing: Browsing) -> None:
+    dropped = """() => {
+      const dataTransfer = new DataTransfer();
+      dataTransfer.setData("text/plain", "dragged");
+      return ["dragenter", "dragover", "drop"].map((kind) => {
+        const event = new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer });
+        return document.getElementById("prompt").dispatchEvent(event);
+      });
+    }"""
+    async with look(browsing) as (page, _):
+        assert await page.evaluate(dropped) == [True] * 3, "the browser does what it does elsewhere"
+        await wait_frames(page, 5)
+        await expect(page.locator("#view-ask")).to_be_visible()
+        await expect(page.locator("#publish-error")).to_be_hidden()

@@ -19,7 +19,7 @@ from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.key_files import entry, write
+from tests.deployments.key_files import bearer, entry, write
 from tests.deployments.looking import ask, go, last_turn, look
 
 pytestmark = pytest.mark.browser
@@ -63,6 +63,7 @@ async def test_strategies_and_the_base_model_are_compared_side_by_side_and_one_m
         await page.get_by_label("Prompt to compare").press("Enter")
         await expect(columns).to_have_count(2)
         await expect(page.locator("#compared .error")).to_have_text("too many requests wait")
+        await expect(page.locator("#compare-status")).to_have_text("2 ways, 1 different answer, 1 failed")
         await expect(columns.locator(".text").first).to_have_text("Hello")
 
 
@@ -119,6 +120,9 @@ async def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_r
         await expect(page.locator("#tabled tbody tr")).to_have_count(2)
         await page.locator("#compare-stop").click()
         await expect(page.locator("#compare-status")).to_have_text("0 of 2 prompts, 2 ways")
+        await page.evaluate("() => { File.prototype.text = () => Promise.reject(new Error()); }")  # it is deleted
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(page.locator("#compare-status")).to_have_text("the browser cannot read the file")
 
 
 @pytest.mark.parametrize("width", [320, 1440])
@@ -244,6 +248,9 @@ async def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsi
             for _ in range(count):
                 await ask(page)
                 await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        url = page.url.partition("#")[0]
+        routed = await page.request.post(f"{url}v1/route", data={"prompt": ["A verse."]}, headers=bearer("user"))
+        assert routed.ok, await routed.text()
         await go(page, "Status")
         await expect(rows.get_by_role("rowheader")).to_have_text(["acme"])
         bars = rows.get_by_role("img", name=re.compile(r"^Requests by day, most on \d{4}-\d\d-\d\d: \d+$"))
@@ -266,6 +273,7 @@ async def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsi
         assert (await row.inner_text()).split("\t")[: len(SUMS) + 1] == ["acme", *[str(known[name]) for name in SUMS]]
         await page.locator("#usage-by").select_option("adapter")
         await expect(page.locator("#usage-rows")).to_contain_text("local/")
+        await expect(rows.get_by_role("rowheader", name="(none)", exact=True)).to_have_count(1)
         await page.locator("#usage-by").select_option("version")
         version = rows.filter(has_text="local/poet@")
         await expect(version.get_by_role("rowheader")).to_have_text(re.compile("^local/poet@[0-9a-f]{12}$"))
