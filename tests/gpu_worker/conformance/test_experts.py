@@ -31,7 +31,7 @@ from tests.tiny import plan_of, random_adapter, tiny_config
 
 PROMPTS = ("The parrot says", "x", "0123456789" * 3)
 TOLERANCE = 1e-3
-BFLOAT16_BOUND = 0.2  # of a log probability
+BFLOAT16_BOUND = 0.4  # of a log probability; another plan's differ by more than 2
 ANSWER = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=20)
 
 
@@ -191,8 +191,7 @@ def test_experts_in_bfloat16_are_near_to_peft_in_float32(family: str, tmp_path: 
             found = dict(answer.logprobs[0].top)
             errors = [error_of(found, logprobs, reference) for logprobs in known[prompt]]
             own = errors.pop(place)
-            print(family, prompt, place, own, errors)
-            assert own < BFLOAT16_BOUND and min(errors) > 2 * own, (prompt, place, own, errors)
+            assert own < BFLOAT16_BOUND < min(errors) / 4, (prompt, place, own, errors)
     finally:
         hosted.close()
 
