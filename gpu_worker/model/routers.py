@@ -87,7 +87,9 @@ def _has_one_product(module: nn.Module) -> bool:
         return False
     products: list[Tensor] = []
     x = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    others = [torch.zeros(len(weight), device=weight.device)] * (len(inspect.signature(module.forward).parameters) - 1)
+    parameters = inspect.signature(module.forward).parameters.values()
+    num_others = sum(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters) - 1
+    others = [torch.zeros(len(weight), device=weight.device)] * num_others
     _replace_weight(module, _with(weight.data, lambda x, y: products.append(y)))
     try:
         with torch.inference_mode():

@@ -29,7 +29,7 @@ class Multiplying(Router):
 
 
 class Biased(Router):
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, **options: object) -> Tensor:
         assert bias is not None
         return super().forward(x) + bias
 
