@@ -23,6 +23,7 @@ _READABLE = re.compile(  # the second form is MLX's, the third torchtune's
 _FROM_TORCHTUNE = {"attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _PEFT_PREFIX = "base_model.model."
 _OLD_BLOCK = (".block_sparse_moe.", ".mlp.")  # what held Mixtral's router and experts in transformers 4, and now
+_OLD_ROUTER = ".layer"  # of GraniteMoE's router in transformers 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def read_names(keys: Collection[str], modules: Collection[str] | None) -> dict[s
             parts = [_FROM_TORCHTUNE.get(part, part) for part in parts]
         path = ".".join(parts).rpartition(_PEFT_PREFIX)[2]
         tail = inner_path(parts)
-        module: str | None = path if modules is None else by_tail.get(tail, by_tail.get(tail.replace(*_OLD_BLOCK)))
+        tails = tail, tail.replace(*_OLD_BLOCK), tail.removesuffix(_OLD_ROUTER)
+        module = path if modules is None else next(filter(None, map(by_tail.get, tails)), None)
         name = tensor_key(module or "", (match[2] or match[4] or match[5]).upper())
         if module and split_key(name) and len(path) <= len(module) + MOST_ADDED:
             found[key] = Spelling(name, module, path, match[3], is_transposed=match[4] is not None)

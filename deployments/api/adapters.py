@@ -294,7 +294,7 @@ class LoadAdapterRequest(ApiRequest):
     lora_name: str = Field(min_length=1, max_length=64)
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
-    is_3d_lora_weight: Literal[False] = False  # for fused expert layers, which no adapter here has
+    is_3d_lora_weight: Literal[False] = False  # for stacked experts, which are found by the names of their tensors
 
     def upload(self) -> PublishItem:
         if _SOURCE.match(self.lora_path):

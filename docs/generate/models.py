@@ -13,6 +13,10 @@ from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED, WITH_EXPERTS
 _EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
 _VLLM_OUTCOMES = {"equal": _EQUAL, "not compared": "vLLM's class was built with adapters, not compared"}
+_WITHOUT_EXPERTS = {
+    "gpt_oss": "without adapters on experts, which have biases",
+    **dict.fromkeys(("llama4", "llama4_text"), "without adapters on experts, whose inputs the router scales"),
+}
 _NOT_STARTED = "vLLM did not start"
 # Of `tests.gpu_worker.conformance.run_families`, the second one with `--files`.
 _VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
@@ -90,5 +94,6 @@ def _vllm_rows() -> Iterator[tuple[str, str, str]]:
         seen = _VLLM_OUTCOMES.get(row["outcome"], seen)
         family, _, variant = row["family"].partition(" ")
         in_bfloat16 = " in bfloat16" if row.get("dtype") == "bfloat16" else ""
-        experts = ", with adapters on experts" if row.get("experts") else ""
+        known = _WITHOUT_EXPERTS.get(family)
+        experts = ", with adapters on experts" if row.get("experts") else f", {known}" if known else ""
         yield f"{code(family)} {variant}".rstrip(), "vllm", f"{seen}{experts}{in_bfloat16}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,8 @@ def routers(model: nn.Module, experts: Collection[str]) -> dict[str, nn.Module]:
     for path in experts:
         parent = path.rpartition(".")[0]
         for name, module in model.get_submodule(parent).named_children():
-            parameters = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-            if parameters == ["weight"] and not isinstance(module, nn.Linear) and _has_one_product(module):
+            matrices = [each for each, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
+            if matrices == ["weight"] and not isinstance(module, nn.Linear) and _has_one_product(module):
                 found[f"{parent}.{name}"] = module
     return found
 
@@ -77,16 +78,23 @@ def _adding(bank: ModuleBank, step: StepContext) -> Product:
 
 
 def _has_one_product(module: nn.Module) -> bool:
-    """Return whether the router's code multiplies its input with the weight, once, by torch's function for that."""
+    """Return whether the router's code multiplies its input with the weight, once, by torch's function for that.
+
+    Other inputs that it needs are numbers for each expert, such as a bias of the choice.
+    """
     weight = module.get_parameter("weight")
     if weight.ndim != 2:
         return False
     products: list[Tensor] = []
+    x = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    parameters = inspect.signature(module.forward).parameters.values()
+    num_others = sum(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters) - 1
+    others = [torch.zeros(len(weight), device=weight.device)] * num_others
     _replace_weight(module, _with(weight.data, lambda x, y: products.append(y)))
     try:
         with torch.inference_mode():
-            module(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
-    except Exception:  # it needs other inputs
+            module(x, *others)
+    except Exception:  # it needs inputs of another kind
         return False
     finally:
         del module.weight

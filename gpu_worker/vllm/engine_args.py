@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -59,7 +60,8 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
         _check_class(vllm_config.model_config, model.model_type, config.device)
         if vllm_config.cache_config.kv_cache_memory_bytes is not None:
             vllm_config.cache_config.kv_cache_memory_bytes = _cache_bytes(config, model, vllm_config)
-    except (ValueError, AssertionError) as exc:  # of pydantic, and of a state that the processes cannot share evenly
+    # Of pydantic, of a state that the processes cannot share evenly, and of a format that needs another package.
+    except (ValueError, AssertionError, ImportError) as exc:
         raise BaseModelUnsupported(f"vLLM refuses {model.model_type}: {_reason(exc)}") from exc
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
     text_config = vllm_config.model_config.hf_text_config
@@ -95,12 +97,12 @@ def _check_class(model_config: ModelConfig, model_type: str, device: str) -> Non
 
 
 def _reason(error: Exception) -> str:
-    """Return what the error says, without the inputs that pydantic lists and the architectures that vLLM lists."""
+    """Return what the error says, without the inputs that pydantic lists, and the names that vLLM lists."""
     list_errors: Callable[[], list[dict[str, str]]] | None = getattr(error, "errors", None)  # pydantic's have it
     text = str(error)
     if list_errors is not None:
         text = "; ".join(each["msg"].removeprefix("Value error, ") for each in list_errors())
-    return text.partition(" Supported architectures:")[0]
+    return re.split(" Supported architectures:| Must be one of ", text)[0]
 
 
 @contextmanager

@@ -41,6 +41,7 @@ _NOT_ON_CPU = {
 _UNREAD = {
     "axk1": "its class asks for settings that transformers names otherwise",
     "ernie4_5_vl_moe": "its class asks for settings that transformers names otherwise",
+    "jetmoe": "its attention has more heads of keys than config.json says",
     "molmo2": "its class asks for settings that transformers names otherwise",
     "nemotron_h_omni": "its class asks for settings that transformers names otherwise",
     "qwen3_asr": "its class asks for settings that transformers names otherwise",
@@ -97,6 +98,10 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     images = inspect.signature(type(model).forward).parameters.get("pixel_values")
     if images is not None and images.default is inspect.Parameter.empty:
         raise BaseModelUnsupported(f"{hf_config.model_type} takes no prompt without an image")
+    if config.device == "cpu" and any(not getattr(module, "has_gate", True) for module in model.modules()):
+        raise BaseModelUnsupported(
+            f"{hf_config.model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for experts without a gate"
+        )
     modules, paths = language_modules(model)
     linears = {name: linear for name, linear in modules.linears.items() if name not in modules.routers}
     heads = config_setting(text_config, "num_key_value_heads") or text_config.num_attention_heads

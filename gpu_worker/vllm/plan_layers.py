@@ -7,6 +7,7 @@ path is the plan.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from lora_store.plan import BASE_PLAN, Plan
 logger = logging.getLogger(__name__)
 
 _NAMESPACE = "loraretriever"
+_ROUTER = re.compile(r"\.router(\.gate)?$")  # transformers' name of a layer that vLLM names `gate`
 _PARAMETERS = {
     "add_plans": "Tensor(a!) y, Tensor x, int place",
     "adapt_experts": "Tensor(a!) y, Tensor x, Tensor shares, Tensor chosen, int place",
@@ -334,6 +336,7 @@ def _modules_by_path(model: nn.Module, modules: Mapping[str, str]) -> dict[str, 
     for name, path in modules.items():
         paths = [path, name, f"language_model.{name}"]
         paths += [each.replace(".mlp.", ".block_sparse_moe.") for each in paths]  # of routers, as in transformers 4
+        paths = [each for path in paths if (each := _ROUTER.sub(".gate", path)) in parents] + paths
         if mapper is not None:
             paths = [mapper.get_rename_mapper().map_name(each) for each in paths] + paths
         found[next((each for each in paths if each.rpartition(".")[0] in parents), paths[0])] = name

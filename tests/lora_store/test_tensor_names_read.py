@@ -203,6 +203,20 @@ def test_torchtunes_own_format_is_read_where_no_rows_are_reordered() -> None:
     }
 
 
+@pytest.mark.parametrize("root", ["model.layers", "model.language_model.layers"])
+@pytest.mark.parametrize(
+    ("theirs", "module"),
+    [
+        ("block_sparse_moe.gate", "mlp.gate"),  # Mixtral's
+        ("block_sparse_moe.router.layer", "block_sparse_moe.router"),  # GraniteMoE's
+    ],
+)
+def test_a_router_is_read_under_its_name_in_transformers_4(root: str, theirs: str, module: str) -> None:
+    key = f"{PREFIX}{root}.3.{theirs}.lora_A.weight"
+    modules = [f"model.layers.{layer}.{module}" for layer in (2, 3)]
+    assert read_names([key], modules)[key].name == f"{PREFIX}model.layers.3.{module}.lora_A.weight"
+
+
 @pytest.mark.parametrize("wrapper", ["", "_checkpoint_wrapped_module."])
 def test_torchtunes_own_format_of_queries_is_refused_in_one_reason(wrapper: str, make_folder: MakeFolder) -> None:
     folder = make_folder()

@@ -157,7 +157,19 @@ TEXT |= {
     "deepseek_v3 (with YaRN)": {**TEXT["deepseek_v3"], "rope_parameters": _YARN},
     # vLLM has no least time step, and transformers takes the published 0.001.
     "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
+    "nemotron_h (with experts)": {
+        **TEXT["nemotron_h"],
+        "time_step_min": 1e-9,
+        "layers_block_type": ["mamba", "attention", "moe"],
+    },
     "gemma3_text (as Rnj-1)": {**_HEADS, "layer_types": ["full_attention"] * 3},
+    "gemma4_text (with experts)": {
+        **TEXT["gemma4_text"],
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
 }
 
 _OMNI_EYES = {"image_size": 8, "apply_vit_abs_pos_embed": True}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.errors import PlanTooLarge
@@ -23,12 +24,14 @@ from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.families import save
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.conformance.test_parity import NUM_NEW, assert_follows
+from tests.gpu_worker.conformance.test_quantized_base import error_of
 from tests.gpu_worker.native.test_loop_experts import is_expert, plans_of, random_plans
 from tests.soak import Scale
 from tests.tiny import plan_of, random_adapter, tiny_config
 
 PROMPTS = ("The parrot says", "x", "0123456789" * 3)
 TOLERANCE = 1e-3
+BFLOAT16_BOUND = 0.4  # of a log probability; another plan's differ by more than 2
 ANSWER = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=20)
 
 
@@ -160,6 +163,47 @@ def test_a_compiled_model_has_the_plans_of_each_step(folder: Path) -> None:
         assert_follows_the_reference(hosted, Reference(folder), *plans_of(hosted.engine.module_shapes))
     finally:
         hosted.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_in_bfloat16_are_near_to_peft_in_float32(family: str, tmp_path: Path) -> None:
+    """Both have the same rounded base weights. Each plan is nearer to its own reference than to any other's."""
+    folder = save(tmp_path / "base", family)
+    rounded = {name: tensor.bfloat16().float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    hosted = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm", dtype="bfloat16", max_batch_size=16))
+    try:
+        paths = [train(folder, tmp_path / str(seed), seed, target_modules="all-linear") for seed in (1, 2)]
+        shapes = hosted.engine.module_shapes
+        checked = [check_folder(path, accepts_base={str(folder)}, module_shapes=shapes) for path in paths]
+        assert all(any(map(is_expert, each.modules)) for each in checked)
+        pool = [decode_weights(*encode_weights(each.modules)) for each in checked]
+        hosted.add(*pool)
+        plans = [BASE_PLAN, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
+        asked = [(prompt, place) for prompt in PROMPTS for place in range(len(plans))]
+        answers = hosted.answers(*[job(prompt, plans[place], ANSWER) for prompt, place in asked])
+        reference = Reference(folder)
+        known = {
+            prompt: [peft_logprobs(folder, path, reference.tokens_of(prompt)) for path in (None, *paths)]
+            for prompt in PROMPTS
+        }
+        for (prompt, place), answer in zip(asked, answers, strict=True):
+            found = dict(answer.logprobs[0].top)
+            errors = [error_of(found, logprobs, reference) for logprobs in known[prompt]]
+            own = errors.pop(place)
+            assert own < BFLOAT16_BOUND < min(errors) / 4, (prompt, place, own, errors)
+    finally:
+        hosted.close()
+
+
+@torch.inference_mode()
+def peft_logprobs(folder: Path, adapter: Path | None, tokens: list[int]) -> torch.Tensor:
+    """Return transformers' log probabilities (V,) after the tokens in float32, with the adapter by PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    logprobs: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+    return logprobs
 
 
 def test_two_processes_share_the_experts(folder: Path) -> None:

@@ -304,3 +304,18 @@ def test_a_class_that_vllm_cannot_give_adapters_is_refused_before_a_process_star
     config = tiny_config(save(tmp_path, family, {}), engine="vllm")
     with pytest.raises(BaseModelUnsupported, match=reason):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [("bitsandbytes", r"Unknown quantization method: bitsandbytes\.$"), ("torchao", "Please install torchao")],
+)
+def test_a_format_of_weights_that_vllm_does_not_read_is_refused_before_a_process_starts(
+    method: str, reason: str, tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    folder = save_of_vllm(tmp_path, "llama")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"quantization_config": {"quant_method": method}}))
+    config = tiny_config(folder, engine="vllm", dtype="bfloat16")
+    with pytest.raises(BaseModelUnsupported, match=f"vLLM refuses llama: {reason}"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)

@@ -140,7 +140,13 @@ def named_modules(*paths: str) -> nn.Module:
 def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
     """Names that vLLM stacks or does not load stay as they are."""
     model: Any = named_modules(
-        "model.layers.0", "model.layers.3", "model.layers.5.block_sparse_moe", "language_model.layers.0"
+        "model.layers.0",
+        "model.layers.3",
+        "model.layers.5.block_sparse_moe",
+        "language_model.layers.0",
+        "model.layers.6.block_sparse_moe.gate",
+        "model.layers.7.router",
+        "model.layers.8.mlp.gate",
     )
     model.hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={"gpt_neox.": "model.", "model.layers.3.": None, "whole.language_model.": "language_model."},
@@ -151,12 +157,18 @@ def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
         "model.layers.3.dense": "model.layers.3.dense",
         "model.layers.0.o_proj": "whole.language_model.layers.0.o_proj",
         "model.layers.5.mlp.gate": "model.layers.5.mlp.gate",
+        "model.layers.6.block_sparse_moe.router": "model.layers.6.block_sparse_moe.router",
+        "model.layers.7.router": "model.layers.7.router",
+        "model.layers.8.mlp.router.gate": "model.layers.8.mlp.router.gate",
     }
     assert _modules_by_path(model, modules) == {
         "model.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
         "model.layers.3.dense": "model.layers.3.dense",
         "language_model.layers.0.o_proj": "model.layers.0.o_proj",
         "model.layers.5.block_sparse_moe.gate": "model.layers.5.mlp.gate",
+        "model.layers.6.block_sparse_moe.gate": "model.layers.6.block_sparse_moe.router",
+        "model.layers.7.router": "model.layers.7.router",
+        "model.layers.8.mlp.gate": "model.layers.8.mlp.router.gate",
     }
 
 
