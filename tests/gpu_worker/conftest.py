@@ -12,6 +12,8 @@ import pytest
 
 from gpu_worker.bank.layout_kernel import LayoutKernel, load_layout_kernel
 from gpu_worker.bank.loader import Fetch
+from gpu_worker.front.grammar.compiler import CheckProcess
+from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Job
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
@@ -37,6 +39,7 @@ from tests.gpu_worker.engine_driver import (
 from tests.tiny import InlineExecutor, TinyBase, TinyFolders, linear_shapes, random_adapter, tiny_config
 
 share_openmp_once = cache(kernel_loading.share_openmp)
+RUN = CheckProcess.run
 PASSED: set[str] = set()  # configurations whose saved model has passed the check at the start in this process
 
 
@@ -57,6 +60,17 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
     return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
 
 
+@cache
+def run_check(grammar: Grammar) -> None:
+    """Check the grammar in its process. An error is raised, and not kept."""
+    RUN(CheckProcess(), grammar)
+
+
+def check_once(process: CheckProcess, grammar: Grammar) -> None:
+    """Replaces `CheckProcess.run`."""
+    run_check(grammar)
+
+
 class Passed:
     """The check at the start of a model that has passed it in this process."""
 
@@ -70,10 +84,11 @@ def make_engine(
 ) -> Callable[..., Engine]:
     """Return a factory of engines over a tiny model, with given adapters or a `get`; free bank rows hold NaN.
 
-    A process shares its OpenMP runtime once, and checks a saved model once for each configuration: otherwise these take
-    two thirds of the start of a tiny engine. A `base` of the test's own is always checked.
+    A process shares its OpenMP runtime once, checks a saved model once for each configuration, and a good grammar once:
+    otherwise these take two thirds of the start of a tiny engine. A `base` of the test's own is always checked.
     """
     monkeypatch.setattr(kernel_loading, "share_openmp", share_openmp_once)
+    monkeypatch.setattr(CheckProcess, "run", check_once)
 
     def make(
         adapters: Mapping[str, AdapterWeights] | Callable[[str], AdapterWeights],
@@ -98,7 +113,7 @@ def make_engine(
             engine = Engine(
                 config,
                 fetch or fetching(get, executor),
-                base=base or tiny_base(family),
+                base=base or tiny_base(family, config.dtype),
                 executor=executor,
                 free_fill=float("nan"),
                 clock=clock,

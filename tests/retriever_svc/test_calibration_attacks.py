@@ -25,7 +25,7 @@ MOST_DRAWN = 0.1
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return shared_encoder(max_cached_texts=4096)
+    return shared_encoder(max_cached_texts=8192)
 
 
 @pytest.mark.parametrize(("num_adapters", "num_samples"), [(1, 200), (50, 5), (200, 1)])
