@@ -62,7 +62,7 @@ def trained(watched: Watched) -> Path:
 
 def hit_share(folder: Path) -> float:
     """Return how often an unseen text is nearest to the mean of its own topic."""
-    encoder = Encoder(folder)
+    encoder = Encoder(folder, dtype="float32")
     means = np.stack([encoder.encode(own).mean(axis=0) for own in TEXTS.values()])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     unseen = topic_texts(20, seed=2).values()
