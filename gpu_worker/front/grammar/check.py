@@ -109,8 +109,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    refusal = check(**json.load(sys.stdin))
-    json.dump(refusal._asdict() if refusal is not None else {"error": None, "pointer": ""}, sys.stdout)
+    error, pointer = check(**json.load(sys.stdin)) or (None, "")
+    json.dump({"error": error, "pointer": pointer}, sys.stdout)
 
 
 if __name__ == "__main__":
