@@ -33,3 +33,11 @@ def shared_encoder(
     own = copy.copy(_loaded[model, dtype])
     own._cache = VectorCache(max_cached_texts)
     return own
+
+
+def changeable_encoder(model: str = DEFAULT_MODEL) -> Encoder:
+    """Return a packaged encoder in float32 with a network of its own: a copy takes a tenth of the time of a load."""
+    own = shared_encoder(model, dtype="float32")
+    tokenizer = own._model.tokenizer
+    own._model = copy.deepcopy(own._model, {id(tokenizer): tokenizer})
+    return own

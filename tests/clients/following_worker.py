@@ -71,6 +71,7 @@ def _filled(schema: Mapping[str, Any], numbers: Iterator[str], words: Iterator[s
 
 
 def _require_allowed(grammar: Grammar, text: str) -> None:
-    matcher = compile_matcher(grammar, make_vocabulary(lambda n: bytes([n]) if n < _END else b"", _END + 1, [_END]))
+    vocabulary = make_vocabulary(lambda n: bytes([n]) if n < _END else b"", _END + 1, [_END])
+    matcher = compile_matcher(grammar.kind, grammar.text, vocabulary)
     is_allowed = matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
     assert is_allowed, f"the grammar {grammar.text} forbids {text}"

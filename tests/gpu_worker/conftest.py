@@ -12,6 +12,8 @@ import pytest
 
 from gpu_worker.bank.layout_kernel import LayoutKernel, load_layout_kernel
 from gpu_worker.bank.loader import Fetch
+from gpu_worker.front.grammar.compiler import CheckProcess
+from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Job
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
@@ -37,7 +39,8 @@ from tests.gpu_worker.engine_driver import (
 from tests.tiny import InlineExecutor, TinyBase, TinyFolders, linear_shapes, random_adapter, tiny_config
 
 share_openmp_once = cache(kernel_loading.share_openmp)
-PASSED: set[str] = set()  # configurations whose saved model has passed the check at the start in this process
+RUN = CheckProcess.run
+PASSED: set[str] = set()  # configurations whose model has passed the check at the start in this process
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +60,17 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
     return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
 
 
+@cache
+def run_check(grammar: Grammar) -> None:
+    """Check the grammar in its process. An error is raised, and not kept."""
+    RUN(CheckProcess(), grammar)
+
+
+def check_once(process: CheckProcess, grammar: Grammar) -> None:
+    """Replaces `CheckProcess.run`."""
+    run_check(grammar)
+
+
 class Passed:
     """The check at the start of a model that has passed it in this process."""
 
@@ -70,10 +84,12 @@ def make_engine(
 ) -> Callable[..., Engine]:
     """Return a factory of engines over a tiny model, with given adapters or a `get`; free bank rows hold NaN.
 
-    A process shares its OpenMP runtime once, and checks a saved model once for each configuration: otherwise these take
-    two thirds of the start of a tiny engine. A `base` of the test's own is always checked.
+    A process shares its OpenMP runtime once, checks a model once for each configuration, and a good grammar once:
+    otherwise these take two thirds of the start of a tiny engine. A `base` of the test's own is always checked, unless
+    it is `known`: a name that stands for the same numbers in each call.
     """
     monkeypatch.setattr(kernel_loading, "share_openmp", share_openmp_once)
+    monkeypatch.setattr(CheckProcess, "run", check_once)
 
     def make(
         adapters: Mapping[str, AdapterWeights] | Callable[[str], AdapterWeights],
@@ -84,6 +100,7 @@ def make_engine(
         fetch: Fetch | None = None,
         clock: Callable[[], float] = time.monotonic,
         build_kv_cache: Callable[[KvShape], KvCache] | None = None,
+        known: str = "",
         **changes: object,
     ) -> Engine:
         get, executor = (
@@ -91,21 +108,21 @@ def make_engine(
             executor or InlineExecutor(),
         )
         config = tiny_config(tiny_folders[family], **changes)
-        is_saved = base is None and build_kv_cache is None
+        is_known = (base is None or known != "") and build_kv_cache is None
         with monkeypatch.context() as patched:
-            if is_saved and repr(config) in PASSED:
+            if is_known and f"{config} {known}" in PASSED:
                 patched.setattr(loop, "ModelCheck", lambda *model: Passed())
             engine = Engine(
                 config,
                 fetch or fetching(get, executor),
-                base=base or tiny_base(family),
+                base=base or tiny_base(family, config.dtype),
                 executor=executor,
                 free_fill=float("nan"),
                 clock=clock,
                 build_kv_cache=build_kv_cache,
             )
-        if is_saved:
-            PASSED.add(repr(config))
+        if is_known:
+            PASSED.add(f"{config} {known}")
         return engine
 
     return make

@@ -126,7 +126,10 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "nemotron": ({}, "the model does not pass keyword arguments to its attention layers"),
     "granite_swa": ({}, "the model's attention uses s_aux, which this engine does not support"),
     "doge": ({}, "the model passes its own attention mask, which packed rows cannot apply"),
-    "gemma4_text": ({}, "has no single head_dim for all its layers, which this engine needs"),
+    "gemma4_text": (
+        {"vocab_size_per_layer_input": SHAPE["vocab_size"], "hidden_size_per_layer_input": 8},
+        "has no single head_dim for all its layers, which this engine needs",
+    ),
     "mimo_v2_flash": ({}, "the model attends to keys"),
     "codegen": (_ONE_GROUP, "has a config without num_key_value_heads, which this engine does not support"),
     "stablelm": ({}, "does not support transformers' attention interface, which this engine needs"),

@@ -18,6 +18,7 @@ from tests.retriever_svc.pool_fakes import Source, record_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+OWNER = "tests"  # whose part of the encoder's cache is used: most tests publish the same samples
 
 
 def inputs_of(path: Path) -> list[str]:
@@ -45,7 +46,8 @@ def published(encoder: Encoder, groups: Mapping[str, Sequence[str]], tenant: str
     """Return approved public adapters with these samples."""
     files = ProjectionFiles()
     projected = encoder.projected(files.shipped(encoder.identity))
-    embeddings = embed_groups(projected, [[Sample(text) for text in texts] for texts in groups.values()])
+    samples = [[Sample(text) for text in texts] for texts in groups.values()]
+    embeddings = embed_groups(projected, samples, [OWNER] * len(samples))
     records = [record_of(name, None, tenant=tenant, approved=True, num_samples=1) for name in groups]
     return [replace(record, embedding=embedding) for record, embedding in zip(records, embeddings, strict=True)]
 
@@ -69,7 +71,7 @@ def narrow_groups(
     """Return adapters of neighbouring ordinary prompts, spread over all bare words or over all others."""
     every = ordinary_prompts()
     texts = [text for text, is_word in zip(every, bare_words(len(every)), strict=True) if is_word == of_words]
-    rows = encoder.encode(texts)
+    rows = encoder.encode(texts, [OWNER] * len(texts))
     rng = np.random.default_rng(0)
     seeds = rng.choice(len(texts), num_adapters, replace=False)
     nearest = np.argsort(-(rows[seeds] @ rows.T), axis=1)[:, :num_samples]

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from retriever_svc.bfloat16_linear import Bfloat16Linear, has_bfloat16_products, use_bfloat16
 from retriever_svc.encoder import Encoder, Vectors, unit_rows
-from tests.shared_encoders import shared_encoder
+from tests.shared_encoders import changeable_encoder, shared_encoder
 
 needs_products = pytest.mark.skipif(not has_bfloat16_products(), reason="this processor has no bfloat16 products")
 NUM_SAMPLES, NUM_PROMPTS = 2, 2
@@ -26,7 +26,7 @@ def exact() -> Encoder:
 @pytest.fixture(scope="module")
 def fast() -> Encoder:
     """Return an encoder as it is where OpenVINO cannot run its network."""
-    encoder = Encoder(dtype="float32")
+    encoder = changeable_encoder()
     if has_bfloat16_products():
         assert use_bfloat16(encoder._model, encoder._compute)
     return encoder

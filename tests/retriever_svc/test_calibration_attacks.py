@@ -15,7 +15,15 @@ from lora_store.adapter import Sample
 from retriever_svc import Encoder, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
-from tests.retriever_svc.attacks import everyday_prompts, held_out, narrow_groups, published, routes, starter_samples
+from tests.retriever_svc.attacks import (
+    OWNER,
+    everyday_prompts,
+    held_out,
+    narrow_groups,
+    published,
+    routes,
+    starter_samples,
+)
 from tests.retriever_svc.pool_fakes import Source, record_of
 from tests.shared_encoders import shared_encoder
 from tests.soak import Scale
@@ -25,7 +33,7 @@ MOST_DRAWN = 0.1
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return shared_encoder(max_cached_texts=4096)
+    return shared_encoder(max_cached_texts=8192)
 
 
 @pytest.mark.parametrize(("num_adapters", "num_samples"), [(1, 200), (50, 5), (200, 1)])
@@ -63,11 +71,12 @@ def test_the_starter_pool_answers_its_prompts_next_to_the_attackers(encoder: Enc
 
 
 @pytest.mark.parametrize("model", [DEFAULT_MODEL, ENGLISH_MODEL])
-def test_the_margins_hold_for_encoders_without_a_projection(model: str, scale: Scale) -> None:
+def test_the_margins_hold_for_encoders_without_a_projection(model: str, encoder: Encoder, scale: Scale) -> None:
     num_prompts = scale.pick("held-out prompts a task", small=2, full=12)
-    plain = shared_encoder(model)
+    plain = encoder if model == DEFAULT_MODEL else shared_encoder(model)
     samples = {name: [Sample(text) for text in texts] for name, texts in starter_samples().items()}
-    embeddings = zip(samples, embed_groups(plain, list(samples.values())), strict=True)
+    groups = list(samples.values())
+    embeddings = zip(samples, embed_groups(plain, groups, [OWNER] * len(groups)), strict=True)
     records = [
         record_of(name, e.vector, own_scores=e.own_scores.tolist(), encoder=e.encoder)
         for name, e in embeddings

@@ -18,7 +18,6 @@ from retriever_svc.encoder import (
     Encoder,
     Vectors,
     choose_instruction,
-    load_model,
     split_chunks,
     unit_rows,
 )
@@ -26,6 +25,7 @@ from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_fold
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.packaged_encoder import CONVERSION
 from tests.shared_encoders import shared_encoder
+from tests.tiny_encoder import save_tiny_encoder
 
 TEXTS = [
     "Translate to French: the cat sleeps.",
@@ -43,6 +43,18 @@ def encoder() -> Encoder:
     return shared_encoder(dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def english() -> Encoder:
+    """Return one that loads in a tenth of the time."""
+    return shared_encoder(ENGLISH_MODEL, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def short() -> Encoder:
+    """Return one that reads 16 tokens."""
+    return Encoder(ENGLISH_MODEL, instruction="query: ", max_tokens=16, dtype="float32")
+
+
 def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
     rows = encoder.encode([*TEXTS, TEXTS[0]])
     assert rows.shape == (len(TEXTS) + 1, encoder.dim)
@@ -52,12 +64,12 @@ def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
     assert len(np.unique(rows.round(4), axis=0)) == len(TEXTS)
 
 
-def test_rows_are_unit_for_any_model(encoder: Encoder, tmp_path: Path) -> None:
+def test_rows_are_unit_for_any_model(english: Encoder, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
-    shutil.copytree(model_folder(DEFAULT_MODEL), raw)
+    shutil.copytree(model_folder(ENGLISH_MODEL), raw)
     modules = json.loads((raw / "modules.json").read_text())
     (raw / "modules.json").write_text(json.dumps(modules[:2]))  # without its Normalize module
-    np.testing.assert_allclose(Encoder(raw, dtype="float32").encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(Encoder(raw, dtype="float32").encode(TEXTS), english.encode(TEXTS), atol=1e-5)
 
 
 def test_no_texts_give_no_rows(encoder: Encoder) -> None:
@@ -67,7 +79,7 @@ def test_no_texts_give_no_rows(encoder: Encoder) -> None:
 
 
 def test_a_batch_equals_its_texts_one_by_one(encoder: Encoder) -> None:
-    texts = [f"{text} {number}" for number in range(12) for text in TEXTS]  # several chunks
+    texts = [f"{text} {number}" for number in range(3) for text in TEXTS]  # several chunks
     batch = encoder.encode(texts)
     alone = np.concatenate([encoder.encode([text]) for text in texts])
     np.testing.assert_allclose(batch, alone, atol=1e-5)
@@ -78,17 +90,16 @@ def test_rows_equal_those_of_sentence_transformers(encoder: Encoder) -> None:
     np.testing.assert_allclose(encoder.encode(TEXTS[:4]), direct, atol=1e-5)
 
 
-def test_a_model_without_a_prompt_for_tasks_has_the_papers_instruction() -> None:
-    assert choose_instruction(load_model(ENGLISH_MODEL)) == INSTRUCTION
-    english, default = Encoder(ENGLISH_MODEL, dtype="float32"), load_model(DEFAULT_MODEL)
+def test_a_model_without_a_prompt_for_tasks_has_the_papers_instruction(encoder: Encoder, english: Encoder) -> None:
+    assert choose_instruction(english._model) == INSTRUCTION
     direct = english._model.encode([INSTRUCTION + text for text in TEXTS[:4]], normalize_embeddings=True)
     np.testing.assert_allclose(english.encode(TEXTS[:4]), direct, atol=1e-5)
-    assert choose_instruction(default) == "query: "
+    assert choose_instruction(encoder._model) == "query: "
 
 
 @pytest.mark.parametrize("model", [DEFAULT_MODEL, ENGLISH_MODEL])
 def test_a_chunk_with_padding_has_at_most_its_nominal_length(model: str) -> None:
-    loaded = load_model(model)
+    loaded = shared_encoder(model, dtype="float32")._model
     instruction = choose_instruction(loaded)
     texts = [
         *(["Add two and three, please. " * n for n in range(60)]),
@@ -113,46 +124,44 @@ def test_no_chunk_is_empty_and_one_text_is_one_chunk() -> None:
     assert list(split_chunks([("me", "\ud800")])) == [[("me", "\ud800")]]
 
 
-def test_the_instruction_changes_vectors_and_identity(encoder: Encoder) -> None:
-    plain = Encoder(instruction="", dtype="float32")
-    assert np.abs(plain.encode(TEXTS[:1]) - encoder.encode(TEXTS[:1])).max() > 1e-2
-    assert plain.identity != encoder.identity
+def test_the_instruction_changes_vectors_and_identity(english: Encoder) -> None:
+    plain = Encoder(ENGLISH_MODEL, instruction="", dtype="float32")
+    assert np.abs(plain.encode(TEXTS[:1]) - english.encode(TEXTS[:1])).max() > 1e-2
+    assert plain.identity != english.identity
 
 
-def test_identity_follows_weights_and_length_not_the_folder(tmp_path: Path) -> None:
+def test_identity_follows_weights_and_length_not_the_folder(english: Encoder, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(model_folder(ENGLISH_MODEL), copy)
-    original = Encoder(ENGLISH_MODEL, dtype="float32").identity
-    assert Encoder(copy, dtype="float32").identity == original
-    assert Encoder(copy, max_tokens=64, dtype="float32").identity != original
+    assert Encoder(copy, dtype="float32").identity == english.identity
+    assert Encoder(copy, max_tokens=64, dtype="float32").identity != english.identity
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert Encoder(copy, dtype="float32").identity != original
+    assert Encoder(copy, dtype="float32").identity != english.identity
 
 
-def test_the_identity_of_a_converted_encoder_follows_the_record_of_its_conversion(
-    encoder: Encoder, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(model_folder(DEFAULT_MODEL), copy)
-    settings = copy / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text())))  # other bytes, as another library may write
-    assert Encoder(copy, dtype="float32").identity == encoder.identity
-    (copy / CONVERSION).write_text("another conversion\n")
-    assert Encoder(copy, dtype="float32").identity != encoder.identity
+def test_the_identity_of_a_converted_encoder_follows_the_record_of_its_conversion(tmp_path: Path) -> None:
+    folder = save_tiny_encoder(tmp_path / "tiny")
+    (folder / CONVERSION).write_text("a conversion\n")
+    before = Encoder(folder, dtype="float32").identity
+    settings = folder / "tokenizer_config.json"
+    written = settings.read_text()
+    settings.write_text(json.dumps(json.loads(written)))  # other bytes, as another library may write
+    assert settings.read_text() != written
+    assert Encoder(folder, dtype="float32").identity == before
+    (folder / CONVERSION).write_text("another conversion\n")
+    assert Encoder(folder, dtype="float32").identity != before
 
 
-def test_texts_are_read_up_to_max_tokens() -> None:
-    short = Encoder(max_tokens=16, dtype="float32")
+def test_texts_are_read_up_to_max_tokens(short: Encoder) -> None:
     head, tail = "one two three four five six seven", " eight nine ten eleven twelve thirteen"
     long, longer = short.encode([head + tail, head + tail + " and something else altogether"])
     np.testing.assert_allclose(long, longer, atol=1e-5)
     assert np.abs(short.encode([head[:13]])[0] - long).max() > 1e-2
 
 
-def test_texts_are_read_up_to_64_characters_per_token() -> None:
-    short = Encoder(max_tokens=16, dtype="float32")
+def test_texts_are_read_up_to_64_characters_per_token(short: Encoder) -> None:
     np.testing.assert_array_equal(*short.encode([" " * 1024 + "never read", " " * 1024 + "nor this"]))
     assert np.abs(np.diff(short.encode([" " * 1000 + "read", " " * 1000 + "this too"]), axis=0)).max() > 1e-2
 
@@ -293,7 +302,7 @@ def test_a_model_that_is_neither_folder_nor_hub_id_is_refused_by_name() -> None:
 def test_the_thread_count_is_set() -> None:
     before = torch.get_num_threads()
     try:
-        Encoder(num_threads=before + 1, dtype="float32")
+        Encoder(ENGLISH_MODEL, num_threads=before + 1, dtype="float32")
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)

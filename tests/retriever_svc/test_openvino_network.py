@@ -16,23 +16,26 @@ from transformers import BertModel
 from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from lora_store.sample_files import SAMPLES_FILE
 from retriever_svc.encoder import Encoder, Vectors, unit_rows
+from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.openvino_network import OpenvinoNetwork, use_openvino
-from tests.shared_encoders import shared_encoder
+from tests.shared_encoders import changeable_encoder, shared_encoder
+from tests.soak import Scale
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 NUM_SAMPLES, NUM_PROMPTS = 2, 3
 TEXTS = ["", "漢字", *topic_texts(2, seed=0)["boat"], "boat1 cake2 " * 60]
 
 
-@pytest.fixture(scope="module")
-def exact() -> Encoder:
-    return shared_encoder(dtype="float32")
+def converted(model: str) -> Encoder:
+    """Return an encoder whose network was converted now, and not at an earlier start."""
+    encoder = changeable_encoder(model)
+    assert use_openvino(encoder._model, encoder._compute)
+    return encoder
 
 
 @pytest.fixture(scope="module")
 def fast() -> Encoder:
-    """Return an encoder that converts its network: with an instruction of its own it loads no saved one."""
-    return Encoder(instruction="query: ")
+    return converted(ENGLISH_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,14 @@ def network_of(encoder: Encoder) -> object:
     return encoder._model[0].model
 
 
-def test_both_runtimes_rank_the_adapters_alike(exact: Encoder, fast: Encoder) -> None:
+def test_both_runtimes_rank_the_adapters_alike(fast: Encoder, scale: Scale) -> None:
     """A pool that torch embedded finds the same adapters, in the same order, for prompts that OpenVINO encodes."""
+    rank_alike(shared_encoder(ENGLISH_MODEL, dtype="float32"), fast)
+    if scale.pick("models", small=1, full=2) == 2:
+        rank_alike(shared_encoder(DEFAULT_MODEL, dtype="float32"), converted(DEFAULT_MODEL))
+
+
+def rank_alike(exact: Encoder, fast: Encoder) -> None:
     assert isinstance(network_of(fast), OpenvinoNetwork) and isinstance(network_of(exact), BertModel)
     assert fast.identity == exact.identity and fast.dim == exact.dim
     folders = sorted(path for path in POOL.iterdir() if path.is_dir())

@@ -239,7 +239,7 @@ class GrammarCompiler:
         try:
             if not self._has_passed(key):
                 entry.check.run(grammar)
-            matcher = compile_matcher(grammar, self._known_vocabulary())
+            matcher = compile_matcher(grammar.kind, grammar.text, self._known_vocabulary())
             if not _finds_first_mask(matcher):
                 raise GrammarInvalid(_TOO_COMPLEX)
         except GrammarInvalid as exc:

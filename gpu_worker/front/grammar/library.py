@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpu_worker.front.grammar.schema import parse_schema, prepared
-from gpu_worker.front.request.grammar import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -39,16 +38,16 @@ def limits() -> LLParserLimits:
     return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
 
 
-def compile_matcher(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
-    """Compile the grammar. An error is in the matcher. Raises: ValueError if the text has not the form of its kind."""
+def compile_matcher(kind: str, text: str, vocabulary: LLTokenizer) -> LLMatcher:
+    """Compile a grammar. An error is in the matcher. Raises: ValueError if the text has not the form of its kind."""
     from llguidance import LLMatcher, grammar_from
 
-    if grammar.kind == "json_schema":
-        source = LLMatcher.grammar_from_json_schema(json.dumps(parse_schema(grammar.text)), overrides=_JSON_OPTIONS)
-    elif grammar.kind == "tool_calls":
-        source = LLMatcher.grammar_from_lark(lark_of_calls(grammar.text))
+    if kind == "json_schema":
+        source = LLMatcher.grammar_from_json_schema(json.dumps(parse_schema(text)), overrides=_JSON_OPTIONS)
+    elif kind == "tool_calls":
+        source = LLMatcher.grammar_from_lark(lark_of_calls(text))
     else:
-        source = grammar_from(grammar.kind, grammar.text)
+        source = grammar_from(kind, text)
     return LLMatcher(vocabulary, source, limits=limits(), log_level=0)
 
 

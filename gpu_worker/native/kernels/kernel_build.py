@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -81,6 +82,11 @@ def name_library(name: str) -> Path:
 
 def file_name(name: str, *parts: str) -> str:
     """Return the library's file name, which has a digest of its sources, its options and `parts`."""
-    sources = [path.read_text(encoding="utf-8") for path in (name_library(name), *sorted(FOLDER.glob("*.h")))]
-    digest = hashlib.sha256("\0".join((*sources, *_OPTIONS, *parts)).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join((_read_sources(name), *_OPTIONS, *parts)).encode()).hexdigest()
     return f"{name}-{digest[:16]}.so"
+
+
+@cache
+def _read_sources(name: str) -> str:
+    """Return the sources of a kernel. A start asks for each name of several variants."""
+    return "\0".join(path.read_text(encoding="utf-8") for path in (name_library(name), *sorted(FOLDER.glob("*.h"))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 import resource
 from pathlib import Path
@@ -81,13 +82,13 @@ def test_this_process_reads_its_own_limits() -> None:
     assert all(0 < limit.free_bytes < 1 << 50 for limit in bounded[:2])
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (0, 7), (2, 1024, 1024)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_large_tensors_are_zeros_that_outlive_their_maker(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = zeros_on_huge_pages(*shape, dtype=dtype)
-    gc.collect()
-    assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x.any()
-    assert x.fill_(2).eq(2).all()
+def test_large_tensors_are_zeros_that_outlive_their_maker() -> None:
+    cases = list(itertools.product([(3, 5), (0, 7), (2, 1024, 1024)], [torch.bfloat16, torch.float32]))
+    made = [zeros_on_huge_pages(*shape, dtype=dtype) for shape, dtype in cases]
+    gc.collect()  # takes seconds among the objects of all tests
+    for x, (shape, dtype) in zip(made, cases, strict=True):
+        assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x.any()
+        assert x.fill_(2).eq(2).all()
 
 
 def test_large_tensors_are_on_huge_pages_where_linux_has_them() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.packed_linear import load_linear_kernel
 from gpu_worker.native import device_parts
 from gpu_worker.native.attention import attention_cpu
@@ -17,7 +16,7 @@ from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import MakeEngine, compiled
 from tests.gpu_worker.native.compiled_layers import MakeBf16, randomise
-from tests.tiny import TinyFolders, tiny_config
+from tests.tiny import TinyBase
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def make_bf16(make_engine: MakeEngine, tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
+def make_bf16(make_engine: MakeEngine, tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
     """Return a factory of engines in bfloat16, whose layers are compiled on every processor, by default.
 
     Torch attends for prompts of nine tokens and more, as it does for long prompts.
@@ -65,12 +64,13 @@ def make_bf16(make_engine: MakeEngine, tiny_folders: TinyFolders, monkeypatch: p
     monkeypatch.setattr(device_parts, "make_linear_kernel", lambda config: kernel)
 
     def make(adapters: Mapping[str, AdapterWeights], family: str = "gemma3", **changes: Any) -> Engine:
-        base = changes.pop("base", None) or load_base_model(tiny_config(tiny_folders[family], dtype="bfloat16"))
+        own, compiles = changes.pop("base", None), changes.pop("compiles", True)
+        base = own or tiny_base(family, "bfloat16")
         randomise(base.model)
-        if not changes.pop("compiles", True):
-            with monkeypatch.context() as patched:
+        known = "" if own else f"random norms, compiles={compiles}"
+        with monkeypatch.context() as patched:
+            if not compiles:
                 patched.setattr(device_parts, "compile_layers", lambda model, kernel: 0)
-                return make_engine(adapters, family, base=base, dtype="bfloat16", **changes)
-        return make_engine(adapters, family, base=base, dtype="bfloat16", **changes)
+            return make_engine(adapters, family, base=base, known=known, dtype="bfloat16", **changes)
 
     return make

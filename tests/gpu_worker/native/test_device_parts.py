@@ -16,6 +16,7 @@ from gpu_worker.model.packed_linear import has_bf16_vectors, is_kernel_faster, l
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.native.device_parts import fuse_where_compiled, make_kv_cache, make_linear_kernel, make_lora_kernel
 from gpu_worker.native.fused import FusedMlp, FusedRmsNorm
+from tests.gpu_worker.compilers import path_with_quick_compiler
 from tests.gpu_worker.engine_driver import kv_shape
 
 ON_CPU = WorkerConfig(device="cpu")
@@ -46,6 +47,12 @@ def test_the_base_has_compiled_products_only_on_processors_where_they_are_faster
     assert make_linear_kernel(on("cuda")) is None
 
 
+@pytest.fixture
+def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", path_with_quick_compiler(tmp_path))
+
+
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_library_without_bfloat16_instructions_does_not_replace_onednn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:
@@ -55,6 +62,7 @@ def test_a_library_without_bfloat16_instructions_does_not_replace_onednn(
     assert make_linear_kernel(replace(ON_CPU, cache_dir=tmp_path)) is None
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_library_without_tiles_replaces_onednn_only_where_no_tiles_may_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer
 
 from gpu_worker.errors import BaseModelUnsupported, PlanTooLarge, WorkerConfigInvalid
 from gpu_worker.front.request.request import Job
@@ -20,19 +18,15 @@ from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.inject import Adaptable
 from gpu_worker.native.loop import Engine
 from gpu_worker.native.memory_plan import plan_memory
-from lora_store import check_folder
 from lora_store.adapter import AdapterWeights, Shapes
 from lora_store.plan import BASE_PLAN, Plan
 from lora_store.strategies.registry import Strategy
-from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
-from tests.gpu_worker.families import EQUAL, WITH_EXPERTS, eager_answer, save, whole_model
+from tests.gpu_worker.families import EQUAL, WITH_EXPERTS, save, train
+from tests.gpu_worker.peft_answers import NUM_NEW, PROMPTS, assert_answers_as_peft
 from tests.soak import Scale
 from tests.tiny import assert_equal_logits, plan_of, random_adapter, tiny_config
-
-PROMPTS = ["The parrot says", "x", "0123456789" * 3]
-NUM_NEW = 5
 
 
 def is_expert(name: str) -> bool:
@@ -47,17 +41,10 @@ def engine_over(folder: Path, make_engine: MakeEngine, pool: Mapping[str, Adapte
     return make_engine(pool, base=load_base_model(tiny_config(folder, **changes)), max_step_tokens=16, **changes)
 
 
-def train(folder: Path, target: Path, seed: int, **settings: Any) -> Path:
+def train_experts(folder: Path, target: Path, seed: int, **settings: Any) -> Path:
     """Save an adapter on attention and experts, with random weights, as PEFT does."""
-    torch.manual_seed(seed)
-    chosen: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    chosen["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
-    model = get_peft_model(whole_model(folder), LoraConfig(**chosen | settings))
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(target)
-    return target
+    chosen = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    return train(folder, target, seed, **chosen | settings)
 
 
 @pytest.mark.parametrize(
@@ -76,26 +63,8 @@ def test_adapters_on_experts_answer_as_with_peft(
 ) -> None:
     """Two adapters that PEFT saved and the base model, in one batch."""
     folder = save(tmp_path / "base", "qwen3_moe", EQUAL["qwen3_moe"])
-    adapters = [train(folder, tmp_path / "plain", 1), train(folder, tmp_path / "other", 2, **settings)]
-    pool = []
-    for path in adapters:
-        checked = check_folder(path, accepts_base={str(folder)}, module_shapes=shapes_of(folder))
-        pool.append(decode_weights(*encode_weights(checked.modules)))
-    plans = [BASE_PLAN, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
-    jobs = [greedy(prompt, plan, num_new=NUM_NEW) for plan in plans for prompt in PROMPTS]
-    answers = iter(run_together(engine_over(folder, make_engine, by_digest(*pool)), jobs))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = {}
-    for path in (None, *adapters):
-        model = whole_model(folder)
-        if path is not None:
-            model = PeftModel.from_pretrained(model, path).eval()
-        for prompt in PROMPTS:
-            answer, (first, tokens) = next(answers), eager_answer(model, tokenizer(prompt).input_ids, NUM_NEW)
-            assert_equal_logits(answer.first_logits, first)
-            assert answer.tokens == tokens, (path, prompt)
-            plain.setdefault(prompt, first)
-            assert path is None or float((first - plain[prompt]).abs().max()) > 0.01, "the adapter should matter"
+    adapters = [train_experts(folder, tmp_path / "plain", 1), train_experts(folder, tmp_path / "other", 2, **settings)]
+    assert_answers_as_peft(folder, adapters, make_engine)
 
 
 def plans_of(shapes: Shapes) -> tuple[dict[str, AdapterWeights], dict[str, Plan]]:

@@ -23,7 +23,7 @@ from gpu_worker.front.request.request import Completion, Delta, Job, SamplingPar
 from gpu_worker.front.request.tool_prompts import find_style
 from gpu_worker.front.request.tools import Function, Tools
 from gpu_worker.front.row import Row
-from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.output_head import OutputHead
 from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.native.loop import Engine
@@ -32,7 +32,7 @@ from tests.gpu_worker.chat_templates import HERMES_TEMPLATE, LLAMA3_TEMPLATE, MI
 from tests.gpu_worker.engine_driver import Answer, MakeEngine, ask, assert_nothing_held, greedy, run_together
 from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.soak import Scale
-from tests.tiny import TinyBase, TinyFolders, tiny_config
+from tests.tiny import TinyBase
 
 COLOURS = Grammar("regex", "(red|green|blue)")
 
@@ -61,9 +61,7 @@ def test_random_schemas_give_valid_json_at_temperature_1(make_engine: MakeEngine
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_are_those_of_an_engine_that_computes_the_whole_head(
-    dtype: str, make_engine: MakeEngine, tiny_folders: TinyFolders
-) -> None:
+def test_answers_are_those_of_an_engine_that_computes_the_whole_head(dtype: str, make_engine: MakeEngine) -> None:
     """Greedy and sampled rows, some with log probabilities, in one batch with free rows and guesses of these."""
     grammars = [Grammar("json_schema", json.dumps(random_schema(3))), Grammar("regex", "(one|two) [0-9]{3}-[a-z]{2,5}")]
     scored = {"logprobs": 2, "max_tokens": 6}
@@ -71,8 +69,8 @@ def test_answers_are_those_of_an_engine_that_computes_the_whole_head(
     jobs = [greedy("the cat and the dog and the cat", request_id=f"free {n}", num_new=6) for n in range(2)]
     for seed, own in enumerate(changes):
         jobs += [sampled(grammar, seed, num_new=20, **own) for grammar in grammars]
-    base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype=dtype))
-    engine = make_engine({}, base=base, prompt_lookup_tokens=4, max_batch_size=len(jobs), prefix_cache=False)
+    engine = make_engine({}, dtype=dtype, prompt_lookup_tokens=4, max_batch_size=len(jobs), prefix_cache=False)
+    base = engine.base
     head, whole_products = base.model.get_output_embeddings(), list[int]()
     assert isinstance(head, OutputHead)
     head.whole.register_forward_hook(lambda *_: whole_products.append(1))
@@ -107,11 +105,10 @@ def logprobs_of(answer: Answer) -> list[float]:
     ids=str,
 )
 def test_tokens_without_a_choice_are_computed_in_one_step(
-    changes: dict[str, object], dtype: str, make_engine: MakeEngine, tiny_folders: TinyFolders
+    changes: dict[str, object], dtype: str, make_engine: MakeEngine
 ) -> None:
     """The answers are those of one token a step, bit for bit in a batch with other rows."""
-    base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype=dtype))
-    engine = make_engine({}, base=base, prefix_cache=False)
+    engine = make_engine({}, dtype=dtype, prefix_cache=False)
     grammar = Grammar("regex", "[ab]orange, or [0-9] apples[xyz]")
     jobs = [sampled(grammar, seed, **changes) for seed in range(3)]
     jobs += [greedy("free", num_new=4)]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.model.attention_plan import Segment
-from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.dense_mapping import dense_mapping
 from gpu_worker.model.grouped_mapping import grouped_mapping
 from gpu_worker.model.lora_kernel import LoraKernel
@@ -23,8 +23,8 @@ from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import MakeEngine, ask, greedy, kv_shape, run_together
-from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
+from tests.gpu_worker.engine_driver import MakeEngine, Shapes, ask, greedy, kv_shape, run_together
+from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
 
@@ -135,13 +135,10 @@ def rows_of_head_products(engine: Engine) -> list[int]:
     return rows
 
 
-def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
-    make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
-) -> None:
+def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(make_engine: MakeEngine, shapes: Shapes) -> None:
     def engine_over(adapters: Mapping[str, AdapterWeights]) -> Engine:
-        return make_engine(adapters, base=load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16")))
+        return make_engine(adapters, dtype="bfloat16")
 
-    shapes = engine_over({}).bank.shapes
     pool = mixed_pool(shapes)
     adapters = {weights.weights_digest: weights for weights in pool}
     jobs = [greedy(PROMPTS[i % len(PROMPTS)], plan, i) for i, plan in enumerate(plans_over(pool))]

@@ -45,8 +45,8 @@ def test_preempted_rows_give_the_same_answers_as_alone(make_engine: MakeEngine, 
     pool = [random_adapter(shapes, seed) for seed in range(3)]
     adapters = by_digest(*pool)
     plans = [BASE_PLAN, plan_of("selection", (pool[0], 1.0)), plan_of("mixture", (pool[1], 0.5), (pool[2], 0.5))]
-    jobs = [job_of(10 + 9 * i, 60 - 3 * i, i, plans[i % 3]) for i in range(8)]
-    engine = make_engine(adapters, kv_tokens=MAX_LEN)
+    jobs = [job_of(8 + 6 * i, 50 - 3 * i, i, plans[i % 3]) for i in range(6)]
+    engine = make_engine(adapters, kv_tokens=96, max_model_len=96)
     answers = run_together(engine, jobs)
     assert engine.counters.num_preemptions > 2
     for job, answer in zip(jobs, answers, strict=True):
@@ -55,8 +55,8 @@ def test_preempted_rows_give_the_same_answers_as_alone(make_engine: MakeEngine, 
 
 
 def test_seeds_penalties_and_log_probabilities_continue_after_preemption(make_engine: MakeEngine) -> None:
-    params = {"max_tokens": 70, "temperature": 1.0, "frequency_penalty": 0.5, "logprobs": 2, "ignore_eos": True}
-    jobs = [job_of(20, 1, i, sampling=SamplingParams(seed=i, **params)) for i in range(4)]  # type: ignore[arg-type]
+    params = {"max_tokens": 40, "temperature": 1.0, "frequency_penalty": 0.5, "logprobs": 2, "ignore_eos": True}
+    jobs = [job_of(20, 1, i, sampling=SamplingParams(seed=i, **params)) for i in range(3)]  # type: ignore[arg-type]
     tight, ample = make_engine({}, kv_tokens=MAX_LEN), make_engine({})
     for found, expected in zip(run_together(tight, jobs), run_together(ample, jobs), strict=True):
         assert_same(found, expected)
@@ -64,7 +64,7 @@ def test_seeds_penalties_and_log_probabilities_continue_after_preemption(make_en
             [entry.token for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
             for answer in (found, expected)
         ]
-        assert found[0] == found[1] and len(found[0]) == 70
+        assert found[0] == found[1] and len(found[0]) == 40
     assert tight.counters.num_preemptions > 0 == ample.counters.num_preemptions
 
 
@@ -85,13 +85,14 @@ def test_the_row_that_joined_last_is_preempted_and_resumes_first(make_engine: Ma
     assert all(answer.is_finished for answer in (young, *waiting))
 
 
-@pytest.mark.parametrize("num_prompt_tokens", [1, PAGE, MAX_LEN - 1])
+@pytest.mark.parametrize("num_prompt_tokens", [1, PAGE, 3 * PAGE - 1])
 def test_one_row_always_reaches_its_maximum_length(num_prompt_tokens: int, make_engine: MakeEngine) -> None:
-    engine = make_engine({}, kv_tokens=MAX_LEN)
-    longest = [ask(engine, job_of(num_prompt_tokens, MAX_LEN - num_prompt_tokens, i)) for i in range(6)]
-    short = [ask(engine, job_of(3, 2, i)) for i in range(6)]
+    max_len = 3 * PAGE
+    engine = make_engine({}, kv_tokens=max_len, max_model_len=max_len)
+    longest = [ask(engine, job_of(num_prompt_tokens, max_len - num_prompt_tokens, i)) for i in range(4)]
+    short = [ask(engine, job_of(3, 2, i)) for i in range(4)]
     engine.run_until_idle()
-    assert all(len(answer.row.tokens) == MAX_LEN for answer in longest)
+    assert all(len(answer.row.tokens) == max_len for answer in longest)
     assert all(answer.is_finished for answer in short)
     assert_nothing_held(engine)
 
@@ -127,12 +128,13 @@ def test_rows_join_while_every_running_row_can_grow_by_one_page(make_engine: Mak
 
 def test_preempted_rows_resume_before_any_new_row(make_engine: MakeEngine) -> None:
     """Two rows of one tenant are preempted; new rows of another would fit next to the running one."""
-    engine = make_engine({}, kv_tokens=MAX_LEN, max_batch_size=4)
-    rows = [ask(engine, job_of(30, 60, i, tenant="t")) for i in range(3)]
+    max_len = 80
+    engine = make_engine({}, kv_tokens=max_len, max_model_len=max_len, max_batch_size=4)
+    rows = [ask(engine, job_of(15, 50, i, tenant="t")) for i in range(3)]
     while len(engine.waiting.requeued) < 2:
         engine.step()
     returned = engine.waiting.requeued
-    newcomers = [ask(engine, job_of(2, 20, 10 + i, tenant="u")) for i in range(6)]
+    newcomers = [ask(engine, job_of(2, 20, 10 + i, tenant="u")) for i in range(3)]
     while engine.waiting.requeued:
         engine.step()
         started = [answer for answer in newcomers if answer.row.num_computed]

@@ -34,8 +34,8 @@ from tests.tiny import plan_of, random_adapter
 PAGE = 16
 PROMPT = "a system prompt that all of these requests begin with, of eighty tokens or so; "  # one token per byte
 QUESTIONS = ["", "what?", "where is it, and why is it unknown?", "what? and when?"]
-GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-SAMPLED = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
 
 
 def on_device(shape: KvShape) -> DeviceKvCache:
@@ -138,8 +138,8 @@ def test_a_conversation_computes_each_turn_once(make_engine: MakeEngine) -> None
 
 
 def test_a_preempted_row_resumes_from_its_own_blocks(make_engine: MakeEngine, alone: Alone) -> None:
-    engine = make_engine({}, kv_tokens=160)
-    jobs = [replace(greedy("ab" * 12, request_id=i, num_new=100), tenant=f"t{i}") for i in range(2)]
+    engine = make_engine({}, kv_tokens=96, max_model_len=96)
+    jobs = [replace(greedy("ab" * 12, request_id=i, num_new=40), tenant=f"t{i}") for i in range(2)]
     old, young = (ask(engine, job) for job in jobs)
     while not engine.counters.num_preemptions:
         engine.step()
@@ -186,7 +186,7 @@ def test_a_conversation_in_window_layers_keeps_little_more_than_its_windows(make
     assert kv.window_layers == {0, 2} and kv.num_window_tokens == 2 * 8 * 3 * PAGE + 32 < kv.num_tokens / 3
     assert engine.memory.kv_bytes == engine.kv_cache.num_bytes < kv.num_tokens * 3 * kv.layer_token_bytes * 0.55
     assert "2 of 3 layers keep a window of 12, which saves" in str(engine.memory)
-    jobs = [greedy("abcdefgh" * 20 + str(i), request_id=i, num_new=150) for i in range(16)]
+    jobs = [greedy("abcdefgh" * 20 + str(i), request_id=i, num_new=40) for i in range(12)]
     answers = run_together(engine, jobs)
     for answer in answers[::5]:
         [lone] = run_together(make_engine({}, max_model_len=400, prefix_cache=False), [jobs[answers.index(answer)]])
@@ -203,7 +203,7 @@ def test_joins_leave_no_page_and_no_key_behind(make_engine: MakeEngine, shapes: 
     for start in range(0, num_joins, 12):
         for i in range(start, start + 12):
             text = PROMPT[: 20 + 29 * i % 60] + "ab" * (i % 7)
-            ask(engine, replace(greedy(text, plans[i // 24 % 4], i, 1 + i % 20), tenant=f"t{i // 48 % 3}"))
+            ask(engine, replace(greedy(text, plans[i // 24 % 4], i, 1 + i % 10), tenant=f"t{i // 48 % 3}"))
         if start % 36 == 0:
             engine.step()
             engine.cancel(engine.running[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -15,13 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Job, SamplingParams
-from gpu_worker.model.base_model import BaseModel
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
     Answer,
     MakeEngine,
+    Shapes,
     ask,
     assert_nothing_held,
     assert_same,
@@ -29,7 +28,7 @@ from tests.gpu_worker.engine_driver import (
     run_together,
 )
 from tests.soak import Scale
-from tests.tiny import TinyBase, linear_shapes, plan_of, random_adapter
+from tests.tiny import plan_of, random_adapter
 
 MAX_LEN, KV_TOKENS, BATCH = 64, 112, 5
 TIGHT = {
@@ -79,7 +78,6 @@ class World:
     """Shared state of all examples: engines, possible plans, and the history so far."""
 
     make_engine: MakeEngine
-    base: BaseModel
     pool: list[AdapterWeights]
     plans: list[Plan]
     lone: Engine
@@ -102,7 +100,7 @@ class EngineStates(RuleBasedStateMachine):
         super().__init__()
         self.world, self.now = world, 1000.0
         self.store = Store(by_digest(*world.pool))
-        self.engine = world.make_engine({}, base=fresh(world.base), fetch=self.store, clock=lambda: self.now, **TIGHT)
+        self.engine = world.make_engine({}, fetch=self.store, clock=lambda: self.now, **TIGHT)
         self.num_faults = 0  # forward passes that raise
         self.engine.base.model.register_forward_hook(lambda *_: self.raise_fault())
         self.answers: list[tuple[Job, Answer]] = []
@@ -218,26 +216,23 @@ def is_over(answer: Answer) -> bool:
     return answer.is_finished or answer.error is not None
 
 
-def fresh(base: BaseModel) -> BaseModel:
-    return replace(base, model=copy.deepcopy(base.model))
-
-
 @pytest.fixture
-def world(make_engine: MakeEngine, tiny_base: TinyBase) -> World:
-    base = tiny_base()
-    shapes = linear_shapes(base)
+def world(make_engine: MakeEngine, shapes: Shapes) -> World:
     pool = [random_adapter(shapes, seed, rank=rank) for seed, rank in enumerate((2, 4, 4, 1, 14))]
     half = [(pool[0], 0.5), (pool[1], 0.5)]
     plans = [BASE_PLAN, *[plan_of("selection", (weights, 1.0)) for weights in pool]]
     plans += [plan_of("mixture", *half), plan_of("fusion", *half, (pool[3], 0.2))]
-    lone = make_engine(by_digest(*pool), base=fresh(base))
-    return World(make_engine, base, pool, plans, lone, {})
+    return World(make_engine, pool, plans, lone=make_engine(by_digest(*pool)), lone_answers={})
 
 
 def test_nothing_leaks_in_any_sequence(world: World, scale: Scale) -> None:
-    wanted = scale.pick("joins", small=150, full=10_000)
+    wanted = scale.pick("joins", small=50, full=10_000)
     checks = settings(
-        max_examples=20, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=20 if scale.is_full else 6,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
     for number in itertools.count():
         happened = world.num_preemptions, world.num_compared, world.num_faults, world.num_cached

@@ -6,15 +6,12 @@ Adapters are trained on the whole model and saved by PEFT with its names, checke
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
@@ -24,51 +21,19 @@ from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_to
 from tests.gpu_worker.families import (
     EQUAL,
     MULTIMODAL,
-    eager_answer,
     save,
     save_multimodal,
     train,
-    whole_model,
 )
+from tests.gpu_worker.peft_answers import PROMPTS, assert_answers_as_peft
 from tests.soak import Scale
 from tests.tiny import assert_equal_logits, linear_shapes, plan_of, tiny_config
 
 NEW_FAMILIES = ("gpt_neox", "gptj", "opt", "persimmon")
-PROMPTS = ["The parrot says", "x", "0123456789" * 3]
-NUM_NEW = 5
 ALL_TEXT = r".*(language_model|text_model)\..*\w+_proj"
 VISION = r".*(vision_tower|vision_model|visual)\..*(q_proj|qkv)"
 # The prefixes of the text part's layers in published checkpoints, by what transformers writes now.
 LAYOUTS = ("language_model.model.", "model.language_model.")
-
-
-def assert_answers_as_peft(
-    folder: Path, adapters: Sequence[Path], make_engine: MakeEngine, prompts: Sequence[str] = PROMPTS
-) -> int:
-    """Compare base rows and rows of every adapter, all in one batch, and return how many were compared."""
-    base = load_base_model(tiny_config(folder))
-    assert not any("visi" in name or "visual" in name for name, _ in base.model.named_parameters()), "not in memory"
-    shapes, names = linear_shapes(base), {str(folder)}
-    pool = [
-        AdapterWeights(path.name, check_folder(path, accepts_base=names, module_shapes=shapes).modules)
-        for path in adapters
-    ]
-    plans = [None, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
-    jobs = [greedy(p, *([] if plan is None else [plan]), num_new=NUM_NEW) for plan in plans for p in prompts]
-    answers = iter(run_together(make_engine(by_digest(*pool), base=base, max_step_tokens=16), jobs))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = {}
-    for path in (None, *adapters):
-        model = whole_model(folder)
-        if path is not None:
-            model = PeftModel.from_pretrained(model, path).eval()
-        for prompt in prompts:
-            answer, (first, tokens) = next(answers), eager_answer(model, tokenizer(prompt).input_ids, NUM_NEW)
-            assert_equal_logits(answer.first_logits, first)
-            assert answer.tokens == tokens, (folder.name, path, prompt)
-            plain.setdefault(prompt, first)
-            assert path is None or float((first - plain[prompt]).abs().max()) > 0.01, "the adapter should matter"
-    return len(jobs)
 
 
 def test_multimodal_checkpoints_answer_as_the_whole_model(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-import subprocess
-import sys
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,30 +116,23 @@ def test_memory_that_may_not_be_mapped_stops_the_start_with_the_sum(plan: Callab
             plan(GIB, *[MappingLimit(*limit) for limit in limits], kv_tokens=160)
 
 
-def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(
-    tiny_folders: TinyFolders, tmp_path: Path
-) -> None:
-    """Runs in a separate process, because the limit applies to all of it."""
-    script = f"""
-import resource
-from pathlib import Path
-from gpu_worker.config import NativeWorkerConfig
-from gpu_worker.native.loop import Engine
-from gpu_worker.errors import WorkerConfigInvalid
-from tests.tiny import tiny_config
+@pytest.fixture
+def address_space() -> Iterator[None]:
+    """Leave this process 1 GiB until the end of the test."""
+    status = Path("/proc/self/status").read_text()
+    used = int(re.findall(r"VmSize:\s+(\d+) kB", status)[0]) << 10
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + GIB, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
-[used] = [int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize")]
-resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), resource.RLIM_INFINITY))
-config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=10_000,
-                     max_step_tokens=10_000, bank_rank_rows=8, kv_tokens=5_120_000)
-try:
-    Engine(config, lambda digest: None)
-except WorkerConfigInvalid as exc:
-    print(exc)
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert "that RLIMIT_AS leaves" in run.stdout
+
+@pytest.mark.usefixtures("address_space")
+def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(tiny_folders: TinyFolders) -> None:
+    large = {"max_model_len": 512, "max_batch_size": 10_000, "max_step_tokens": 10_000, "kv_tokens": 5_120_000}
+    config = tiny_config(tiny_folders["llama"], bank_rank_rows=8, **large)
+    with pytest.raises(WorkerConfigInvalid, match="that RLIMIT_AS leaves"):
+        Engine(config, lambda digest: pytest.fail("nothing is fetched"))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ BYTES = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < END els
 
 def allows(grammar: Grammar, text: str) -> bool:
     """Tell whether the text is a whole answer of the grammar, byte by byte."""
-    matcher = compile_matcher(grammar, BYTES)
+    matcher = compile_matcher(grammar.kind, grammar.text, BYTES)
     return bool(matcher.consume_tokens(list(text.encode()))) and bool(matcher.is_accepting())
 
 
@@ -43,7 +43,7 @@ def vocabulary_of(tokens: list[bytes]) -> LLTokenizer:
 
 
 def compiled(grammar: Grammar, tokens: list[bytes] = TOKENS) -> LLMatcher:
-    matcher = compile_matcher(grammar, vocabulary_of(tokens))
+    matcher = compile_matcher(grammar.kind, grammar.text, vocabulary_of(tokens))
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 

@@ -217,9 +217,9 @@ def test_a_grammar_that_passed_is_compiled_again_without_a_check(
 ) -> None:
     compiled: list[str] = []
 
-    def compile_matcher(grammar: Grammar, vocabulary: LLTokenizer) -> Any:
-        compiled.append(grammar.text)
-        return library.compile_matcher(grammar, vocabulary)
+    def compile_matcher(kind: str, text: str, vocabulary: LLTokenizer) -> Any:
+        compiled.append(text)
+        return library.compile_matcher(kind, text, vocabulary)
 
     monkeypatch.setattr(compiler_module, "compile_matcher", compile_matcher)
     monkeypatch.setattr(compiler_module, "MAX_PASSED", 2)

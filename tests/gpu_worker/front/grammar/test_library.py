@@ -17,7 +17,7 @@ from tests.gpu_worker.front.grammar.small_vocabulary import END, SPECIAL, TOKENS
 def test_a_forced_text_has_the_tokens_of_the_tokenizer_where_their_bytes_are_right() -> None:
     def first_of(tokenize: Callable[[str], list[int]] | None) -> list[int]:
         vocabulary = make_vocabulary(TOKENS.__getitem__, len(TOKENS), [END], [SPECIAL], tokenize)
-        state = GrammarState(compile_matcher(Grammar("regex", "red"), vocabulary), [], 0, len(TOKENS))
+        state = GrammarState(compile_matcher("regex", "red", vocabulary), [], 0, len(TOKENS))
         state.update()
         return ids_of(state)
 

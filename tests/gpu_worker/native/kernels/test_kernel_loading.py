@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -12,11 +13,10 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
-from gpu_worker.native.fused import load_fused_kernel
+from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.native.kernels import kernel_loading
 from gpu_worker.native.kernels.build_kernels import prebuilt_path
-from gpu_worker.native.kernels.kernel_build import Compiler, KernelUnavailable, kernel_names, name_library
+from gpu_worker.native.kernels.kernel_build import Compiler, KernelUnavailable, kernel_names
 from gpu_worker.native.kernels.kernel_loading import check_trusted, load_library, num_missing_kernels
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
 from gpu_worker.native.loop import Engine
@@ -27,28 +27,40 @@ from tests.tiny import InlineExecutor, tiny_config
 ME = os.geteuid()
 
 
+@pytest.fixture(autouse=True)
+def small_source(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile a function instead of a kernel: these tests look for libraries, and do not call them."""
+    source = tmp_path_factory.mktemp("small") / "small.cpp"
+    source.write_text('extern "C" int small() { return 1; }\n')
+    monkeypatch.setattr(kernel_loading, "name_library", lambda name: source)
+
+
+def load(cache: Path) -> ctypes.CDLL | None:
+    return load_library("grouped_lora", cache)
+
+
 def libraries(cache: Path) -> list[Path]:
     return sorted((cache / "native").glob("*.so"))
 
 
 def test_a_kernel_is_compiled_once(tmp_path: Path, lora_kernel: LoraKernel) -> None:
-    assert load_lora_kernel(tmp_path) is not None
+    assert load(tmp_path) is not None
     [library] = libraries(tmp_path)
     made = library.stat().st_mtime_ns
-    assert load_lora_kernel(tmp_path) is not None
+    assert load(tmp_path) is not None
     assert [(path, path.stat().st_mtime_ns) for path in libraries(tmp_path)] == [(library, made)]
 
 
 def test_a_compiled_kernel_needs_neither_compiler_nor_writable_folder(
     tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert load_lora_kernel(tmp_path) is not None
+    assert load(tmp_path) is not None
     [library] = libraries(tmp_path)
     library.with_suffix(".lock").unlink(missing_ok=True)
     library.parent.chmod(0o555)
     no_options.setenv("PATH", "")
     try:
-        assert load_lora_kernel(tmp_path) is not None
+        assert load(tmp_path) is not None
     finally:
         library.parent.chmod(0o755)
     assert list(library.parent.iterdir()) == [library], "no lock was taken"
@@ -59,9 +71,9 @@ def test_a_compiled_kernel_needs_neither_compiler_nor_writable_folder(
 def test_another_compiler_or_other_options_compile_again(
     variable: str, tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:
-    assert load_lora_kernel(tmp_path) is not None
+    assert load(tmp_path) is not None
     no_options.setenv(variable, {"CXX": Compiler.find().command[0], "CXXFLAGS": "-g"}[variable])
-    assert load_lora_kernel(tmp_path) is not None
+    assert load(tmp_path) is not None
     assert len(libraries(tmp_path)) == 2
 
 
@@ -69,7 +81,7 @@ def test_without_a_compiler_there_is_no_kernel(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     no_options.setenv("PATH", str(tmp_path))
-    assert load_lora_kernel(tmp_path / "cache") is None
+    assert load(tmp_path / "cache") is None
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "grouped_lora is disabled" in record.getMessage() and "no C++ compiler" in record.getMessage()
@@ -80,7 +92,7 @@ def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
 ) -> None:
     script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')
     no_options.setenv("PATH", str(tmp_path))
-    assert load_lora_kernel(tmp_path / "cache") is None
+    assert load(tmp_path / "cache") is None
     assert "unknown option" in caplog.text
     assert libraries(tmp_path / "cache") == []
 
@@ -108,17 +120,17 @@ def test_a_library_that_cannot_be_loaded_disables_only_its_kernel(
     """This happens on a file system that is mounted without execution."""
     script(tmp_path / "c++", 'for last; do :; done; echo "not a library" > "$last"')
     no_options.setenv("CXX", str(tmp_path / "c++"))
-    assert load_fused_kernel(tmp_path) is None
+    assert load_library("fused", tmp_path) is None
     assert len(libraries(tmp_path)) == 1
     assert "fused is disabled" in caplog.text
 
 
 def test_a_new_folder_is_accessible_to_this_user_only(tmp_path: Path, lora_kernel: LoraKernel) -> None:
-    load_lora_kernel(tmp_path / "new")
+    load(tmp_path / "new")
     assert (tmp_path / "new" / "native").stat().st_mode & 0o777 == 0o700
     (tmp_path / "shared" / "native").mkdir(parents=True)
     (tmp_path / "shared" / "native").chmod(0o777)
-    assert load_lora_kernel(tmp_path / "shared") is not None
+    assert load(tmp_path / "shared") is not None
     assert (tmp_path / "shared" / "native").stat().st_mode & 0o777 == 0o700
 
 
@@ -130,16 +142,16 @@ def test_a_library_that_others_can_write_is_not_loaded_but_compiled_again(
     lora_kernel: LoraKernel,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    load_lora_kernel(tmp_path)
+    load(tmp_path)
     [library] = libraries(tmp_path)
     library.unlink()  # the loaded file does not change
     library.write_bytes(b"code of another user")
     library.chmod(mode)
     with no_options.context() as without_compiler:
         without_compiler.setenv("PATH", "")
-        assert load_lora_kernel(tmp_path) is None
+        assert load(tmp_path) is None
     assert "is writable by other users" in caplog.text and "no C++ compiler" in caplog.text
-    assert load_lora_kernel(tmp_path) is not None
+    assert load(tmp_path) is not None
     assert libraries(tmp_path) == [library]
     assert library.stat().st_mode & 0o777 == 0o644 and library.read_bytes()[:4] == b"\x7fELF"
 
@@ -171,7 +183,7 @@ def test_a_prebuilt_kernel_is_used_and_nothing_is_compiled(
         pytest.skip("no variant is for this processor")
     library = prebuilt_path(tmp_path / "prebuilt", fitting[-1], "grouped_lora")
     library.parent.mkdir(parents=True)
-    Compiler.find().compile(name_library("grouped_lora"), fitting[-1].options, library)
+    Compiler.find().compile(kernel_loading.name_library("grouped_lora"), fitting[-1].options, library)
     no_options.setattr(kernel_loading, "PREBUILT", tmp_path / "prebuilt")
     no_options.setenv("PATH", "")
     assert load_library("grouped_lora", tmp_path / "cache") is not None
@@ -205,7 +217,7 @@ def test_a_refused_prebuilt_kernel_is_logged_and_the_kernel_is_compiled(
 
 
 def test_kernels_load_no_second_openmp_runtime(tmp_path: Path, lora_kernel: LoraKernel) -> None:
-    """Runs in a separate process, because this one may have loaded other runtimes."""
+    """Runs in a separate process, because this one may have loaded other runtimes. It compiles the kernel itself."""
     code = f"""
 import torch
 from pathlib import Path

@@ -73,11 +73,11 @@ def test_a_random_batch_equals_the_slow_loop(sampler: Sampler, dtype: torch.dtyp
     ],
     ids=str,
 )
-def test_a_vocabulary_of_262144_equals_the_slow_loop(params: SamplingParams, dtype: torch.dtype, scale: Scale) -> None:
-    vocabulary, num_rows = 262_144, scale.pick("rows", small=1, full=10)
+def test_a_large_vocabulary_equals_the_slow_loop(params: SamplingParams, dtype: torch.dtype, scale: Scale) -> None:
+    vocabulary, num_rows = scale.pick("ids", small=3 << 15, full=1 << 18), scale.pick("rows", small=1, full=10)
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn(num_rows, vocabulary, generator=generator) * 4
-    logits[:, ::1009] += 12  # a head of a few hundred ids, as after a real prompt
+    logits[:, :: vocabulary // 260] += 12  # a head of a few hundred ids, as after a real prompt
     logits = logits.to(dtype)
     draws = [Draw(params, 5, position) for position in range(num_rows)]
     allowed = [tokens_slowly(row, draw) for row, draw in zip(logits, draws, strict=True)]
