@@ -78,7 +78,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """Replace `os.fsync`, which takes a third of the time of a test that publishes. Power failure tests record its calls."""
+    """Replace `os.fsync`, a third of the time of a test that publishes. Power failure tests record its calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which fails for the same descriptors
         yield
