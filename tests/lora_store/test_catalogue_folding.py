@@ -155,15 +155,15 @@ def test_rows_survive_a_compaction_that_merges_a_fold_with_later_events(location
 def test_writers_that_fold_at_the_same_time_lose_nothing(location: Location, make_record: MakeRecord) -> None:
     def work(who: int) -> None:
         catalogue = Catalogue(location, min_tail=4)
-        for number in range(3):
+        for number in range(6):
             record = make_record(f"w{who}-{number}")
             catalogue.commit(lambda snapshot, record=record: [Publish(record)])
-            if number == 0:
+            if number % 3 == 0:
                 catalogue.commit(lambda snapshot, record=record: [Withdraw(record.ref, "me", NOON)])
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(work, range(3)))
-    wanted = {("local", f"w{who}-{number}") for who in range(3) for number in (1, 2)}
+    wanted = {("local", f"w{who}-{number}") for who in range(3) for number in range(6) if number % 3}
     reopened = Catalogue(location)
     assert set(reopened.snapshot().records) == wanted
     reopened.vacuum(LATER)
