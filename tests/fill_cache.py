@@ -6,10 +6,10 @@ from gpu_worker.model.packaged_model import packaged_folder
 from gpu_worker.native.kernels.kernel_build import kernel_names
 from gpu_worker.native.kernels.kernel_loading import load_library
 from lora_store.location import DEFAULT_CACHE_DIR
-from retriever_svc.encoder_files import DEFAULT_MODEL, model_folder
+from retriever_svc.encoder import Encoder
 
 if __name__ == "__main__":
     for name in kernel_names():
         load_library(name, DEFAULT_CACHE_DIR)
     packaged_folder(DEFAULT_CACHE_DIR)
-    model_folder(DEFAULT_MODEL)
+    Encoder()

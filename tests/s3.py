@@ -8,7 +8,7 @@ from typing import Any
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.server import create_backend_app
 from pyarrow.fs import S3FileSystem
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
@@ -30,7 +30,7 @@ class S3Endpoint:
     def __init__(self) -> None:
         self.on_request: Callable[[], object] = lambda: None
         self.loses_answer: Callable[[WSGIEnvironment], bool] = lambda _: False
-        self._app, self._lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+        self._app, self._lock = create_backend_app("s3"), threading.Lock()
         self._port = 0  # any free port at first, then the same after a stop
         self._server: BaseWSGIServer | None = None
         self.start()

@@ -1,4 +1,4 @@
-"""One network for each packaged encoder of a test process: loading one takes four seconds of a core."""
+"""One network for each encoder of a test process: loading a packaged one takes four seconds of a core."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from retriever_svc.encoder import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.vector_cache import VectorCache
 
-_loaded: dict[tuple[str, str], Encoder] = {}
+_loaded: dict[tuple[object, ...], Encoder] = {}
 
 
 def shared_encoder(
@@ -21,16 +21,19 @@ def shared_encoder(
     num_threads: int | None = None,
     max_cached_texts: int = 2048,
     dtype: Any = "auto",
+    cache_dir: Path | None = None,
     **options: Any,
 ) -> Encoder:
-    """Return an encoder with an empty cache of vectors. Only its network and thread are those of earlier ones."""
-    if model not in (DEFAULT_MODEL, ENGLISH_MODEL):
-        return Encoder(model, num_threads=num_threads, max_cached_texts=max_cached_texts, dtype=dtype, **options)
+    """Return an encoder with an empty cache of vectors. Only its network and thread are those of earlier ones.
+
+    Every cache folder is the user's, since a conversion of the packaged encoder into another takes half a minute.
+    """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    if (model, dtype) not in _loaded:
-        _loaded[model, dtype] = Encoder(model, dtype=dtype, **options)
-    own = copy.copy(_loaded[model, dtype])
+    key = (model, dtype, *options.items())
+    if key not in _loaded:
+        _loaded[key] = Encoder(model, dtype=dtype, **options)
+    own = copy.copy(_loaded[key])
     own._cache = VectorCache(max_cached_texts)
     return own
 

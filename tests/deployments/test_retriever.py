@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import shutil
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -27,9 +26,9 @@ from lora_store import (
     Trial,
 )
 from retriever_svc import AskedPrompt, Drawn, DrawnAdapter, EncoderUnusable, PoolMap, PoolSize, RouteRequest, StaleIndex
-from retriever_svc.encoder_files import ENGLISH_MODEL, model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
 from tests.retriever_svc.pool_fakes import record_of
+from tests.tiny_encoder import save_tiny_encoder
 
 
 @pytest.fixture
@@ -276,16 +275,8 @@ async def test_an_ended_poll_fails_the_health_check(here: Served, monkeypatch: p
         here.replica.check_health()
 
 
-def short_encoder(folder: Path) -> str:
-    """Save another encoder: the packaged English one, reading fewer tokens."""
-    shutil.copytree(model_folder(ENGLISH_MODEL), folder)
-    config = folder / "sentence_bert_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_seq_length": 32}))
-    return str(folder)
-
-
 async def test_a_reindex_streams_embeddings_and_the_activation_swaps_the_encoder(here: Served, tmp_path: Path) -> None:
-    model = short_encoder(tmp_path / "model")
+    model = str(save_tiny_encoder(tmp_path / "model"))
     await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
     before = await here.replica.index_stats()
     steps = [step async for step in here.replica.reindex(model)]

@@ -122,20 +122,23 @@ def test_a_refresh_does_not_open_files_again(location: Location, make_record: Ma
     assert sorted(name for _, name in catalogue.snapshot().records) == ["new", "old"]
 
 
-def test_compaction_keeps_records_and_order_also_for_late_readers(folder_uri: str, make_record: MakeRecord) -> None:
+def test_compaction_keeps_records_and_order_also_for_late_readers(
+    folder_uri: str, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_store.catalogue.COMPACT_EVERY", 20)
     location = Location(folder_uri)
     writer, late = Catalogue(location), Catalogue(location)
-    for number in range(103):
+    for number in range(23):
         writer.commit(_publish(make_record("poet", digest=f"{number:064}"), make_record(f"a{number}")))
-        if number == 40:
+        if number == 8:
             late.snapshot()
     assert writer.snapshot() == late.snapshot() == Catalogue(location).snapshot()
-    assert writer.snapshot().records["local", "poet"].ref.digest == f"{102:064}"
-    assert len(writer.snapshot().records) == 104
+    assert writer.snapshot().records["local", "poet"].ref.digest == f"{22:064}"
+    assert len(writer.snapshot().records) == 24
     names = [file.name for file in Files(location).entries()]
     assert [name for name in names if name.endswith(".checkpoint.parquet")]
     generations = [record.generation for record in writer.snapshot().records.values()]
-    assert max(generations) == 104  # one version of the table is the compaction
+    assert max(generations) == 24  # one version of the table is the compaction
 
 
 def test_a_late_compaction_does_not_bring_old_versions_back(location: Location, make_record: MakeRecord) -> None:

@@ -50,13 +50,13 @@ def history(location: Location, make_record: MakeRecord) -> Commit:
     return commit
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("store_uri", "seed"), [("folder", 0), ("folder", 1), ("s3", 2)], indirect=["store_uri"])
 def test_a_folded_pool_equals_the_pool_of_all_events(
     location: Location, tmp_path: Path, make_record: MakeRecord, seed: int
 ) -> None:
-    folding, slow = Catalogue(location, min_tail=8), Snapshot(0, {})
+    folding, slow = Catalogue(location, min_tail=6), Snapshot(0, {})
     draw = random.Random(seed)
-    for number in range(18):
+    for number in range(12):
         wanted = []
 
         def events(snapshot: Snapshot, wanted: list[Event] = wanted, number: int = number) -> list[Event]:
@@ -97,22 +97,22 @@ def test_opening_reads_live_adapters_and_no_withdrawn_embedding(location: Locati
 
 
 def test_an_idle_replica_catches_up_over_folds(location: Location, history: Commit, make_record: MakeRecord) -> None:
-    writer, idle, fresh = (Catalogue(location, min_tail=5) for _ in range(3))
+    writer, idle, fresh = (Catalogue(location, min_tail=3) for _ in range(3))
     writer.commit(lambda snapshot: [Publish(make_record(f"untouched{number}")) for number in range(4)])
-    history(writer, 4)
+    history(writer, 2)
     idle.snapshot()
-    history(writer, 12, seed=1, start=4)
+    history(writer, 5, seed=1, start=2)
     fresh.snapshot()
     before = [replica.snapshot().records for replica in (idle, fresh)]
     writer.vacuum(LATER)
-    history(writer, 2, seed=2, start=16)
+    history(writer, 2, seed=2, start=7)
     for replica, old in zip((idle, fresh), before, strict=True):
         _check_equal(replica.snapshot(), writer.snapshot())
         for number in range(4):  # an index changes only where the pool changed
             key = ("local", f"untouched{number}")
             assert replica.snapshot().records[key] is old[key]
     _check_equal(Catalogue(location).snapshot(), writer.snapshot())
-    history(idle, 3, seed=3, start=18)
+    history(idle, 2, seed=3, start=9)
     _check_equal(Catalogue(location).snapshot(), writer.snapshot())
 
 
@@ -143,10 +143,10 @@ def test_every_generation_is_readable_after_folds_until_a_vacuum(location: Locat
 
 
 def test_rows_survive_a_compaction_that_merges_a_fold_with_later_events(location: Location, history: Commit) -> None:
-    catalogue = Catalogue(location, min_tail=8)
-    history(catalogue, 12)
+    catalogue = Catalogue(location, min_tail=4)
+    history(catalogue, 6)
     idle = Catalogue(location)
-    history(catalogue, 3, seed=1, start=12)
+    history(catalogue, 3, seed=1, start=6)
     EventTable(location).compact()
     for found in (Catalogue(location).snapshot(), idle.snapshot(), catalogue.snapshot()):
         _check_equal(found, catalogue.snapshot())

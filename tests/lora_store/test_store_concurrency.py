@@ -12,7 +12,7 @@ from tests.lora_store.builders import BASE, MakeFolder, OpenStore, Stored, embed
 from tests.lora_store.publishing import PROCESSES, Done, publish, publish_all, withdraw_all
 from tests.soak import Scale
 
-NUM_PUBLISHERS = 8
+NUM_PUBLISHERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_publishers_of_one_name_end_in_a_serial_order(
     stored: Stored,
     scale: Scale,
 ) -> None:
-    each = scale.pick("versions of each publisher", small=2, full=25)
+    each = scale.pick("versions of each publisher", small=2, full=50)
     jobs = [
         [(make_folder(f"v{who}-{number}", who * each + number), "poet") for number in range(each)]
         for who in range(NUM_PUBLISHERS)
@@ -68,7 +68,7 @@ def test_publishers_of_one_name_end_in_a_serial_order(
 def test_withdrawals_racing_updates_end_in_a_serial_order(
     store_uri: str, make_folder: MakeFolder, in_processes: Callable[..., Future[list[Done]]], scale: Scale
 ) -> None:
-    each = scale.pick("updates of each publisher", small=3, full=50)
+    each = scale.pick("updates of each publisher", small=2, full=50)
     jobs = [
         [(make_folder(f"v{who}-{number}", who * each + number), "poet") for number in range(each)] for who in range(3)
     ]
@@ -102,7 +102,7 @@ def test_sweeps_and_collections_never_delete_blobs_during_their_publish(
     store_uri: str, make_folder: MakeFolder, scale: Scale
 ) -> None:
     """Publishers withdraw and publish the same weights, while others sweep these all the time."""
-    rounds = scale.pick("rounds of each publisher", small=3, full=60)
+    rounds = scale.pick("rounds of each publisher", small=2, full=60)
     folder = make_folder()
     digests = LoraStore(store_uri, accepts_base=[BASE]).stage(folder).record.blobs
 
@@ -135,7 +135,7 @@ def test_sweeps_and_collections_never_delete_blobs_during_their_publish(
 def test_threads_of_one_store_publish_side_by_side(
     open_store: OpenStore, store_uri: str, make_folder: MakeFolder, stored: Stored, scale: Scale
 ) -> None:
-    number = scale.pick("adapters", small=16, full=200 if store_uri.startswith("s3://") else 1000)
+    number = scale.pick("adapters", small=8, full=200 if store_uri.startswith("s3://") else 1000)
     store, folders = open_store(), [make_folder(f"a{index}", index) for index in range(number)]
     with ThreadPoolExecutor(32) as threads:
         done = list(threads.map(lambda folder: publish(store, folder, folder.name), folders))

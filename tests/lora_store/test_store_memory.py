@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -74,14 +76,24 @@ def _adapter(folder: Path, num_bytes: int, num_modules: int) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _adapter(tmp_path_factory.mktemp("small"), 20 * _MIB, 4)
+
+
+@pytest.fixture(scope="module")
+def make_large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Return a maker of an adapter with this many bytes."""
+    return cache(lambda num_bytes: _adapter(tmp_path_factory.mktemp("large"), num_bytes, 8))
+
+
 @pytest.mark.parametrize("how", ["in parts", "in place"])
 def test_the_memory_of_a_stage_does_not_depend_on_the_size_of_the_weights(
-    how: str, store_uri: str, tmp_path: Path, scale: Scale
+    how: str, store_uri: str, small: Path, make_large: Callable[[int], Path], scale: Scale
 ) -> None:
     num_bytes = scale.pick("MiB of the weights", small=96, full=1023) * _MIB
-    small, large = _adapter(tmp_path / "small", 20 * _MIB, 4), _adapter(tmp_path / "large", num_bytes, 8)
     run = subprocess.run(
-        [sys.executable, "-c", _MEASURE, store_uri, str(small), str(large), how],
+        [sys.executable, "-c", _MEASURE, store_uri, str(small), str(make_large(num_bytes)), how],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from deployments.observability.retriever_metrics import MAX_NAMED, RecentPlans, 
 from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Snapshot
 from retriever_svc import Candidate, NoAdapterMatched, Route, StaleIndex
 from retriever_svc.route import Counted
+from tests.clocks import Clock
 from tests.deployments.adapter_records import adapter
 from tests.deployments.metric_fakes import FakeMetrics
 
@@ -22,36 +24,6 @@ def route(*records: AdapterRecord, score: float = 0.8, abstained: bool = False) 
     rows = () if abstained else tuple(PlannedAdapter(r.ref, r.weights_digest, 0.5, score) for r in records)
     plan = Plan("mixture", rows, 7) if rows else Plan("base", generation=7)
     return Route(plan, tuple(Candidate(record.ref, score) for record in records), 7, abstained)
-
-
-def test_prompts_are_counted_by_outcome() -> None:
-    kinds = FakeMetrics()
-    metrics = RetrieverMetrics(kinds)
-    for answer in (
-        route(PUBLIC),
-        route(PUBLIC, score=0.1, abstained=True),
-        NoAdapterMatched(0.2, 0.4),
-        NoAdapterMatched(None, 0.4),
-        StaleIndex(9, 7),
-    ):
-        metrics.record_route(answer)
-    assert kinds["routes_total"].counts == {("chosen",): 1, ("abstained",): 1, ("refused",): 2}
-    assert kinds["best_score_cosine"].seen == {(): [0.8, 0.1, 0.2]}
-
-
-@pytest.mark.parametrize(
-    ("counted", "expected"),
-    [("always", {("chosen",): 1, ("abstained",): 1, ("refused",): 1}), ("if_chosen", {("chosen",): 1}), ("never", {})],
-)
-def test_a_text_that_another_one_follows_counts_only_if_it_finds_adapters(
-    counted: Counted, expected: dict[tuple[str, ...], int]
-) -> None:
-    kinds = FakeMetrics()
-    metrics = RetrieverMetrics(kinds)
-    for answer in (route(PUBLIC), route(PUBLIC, score=0.1, abstained=True), NoAdapterMatched(0.2, 0.4)):
-        metrics.record_route(answer, counted)
-    assert kinds["routes_total"].counts == expected
-    assert len(kinds["best_score_cosine"].seen.get((), [])) == sum(expected.values())
 
 
 def test_gauges_report_the_served_pool_and_never_chosen_adapters() -> None:
@@ -92,7 +64,7 @@ def test_an_adapter_that_is_not_chosen_any_more_falls_to_zero() -> None:
     metrics = RetrieverMetrics(kinds, RecentPlans(window_s=10, clock=clock))
     metrics.record_route(route(PUBLIC))
     metrics.report(snapshot(PUBLIC), 1, 0.0)
-    clock.now = 45
+    clock.at += 45
     metrics.report(snapshot(PUBLIC), 1, 0.0)
     assert kinds["recent_adapter_plans"].last == {("poet",): 0, ("(other)",): 0}
 
@@ -108,48 +80,51 @@ def test_the_encoder_and_the_search_have_times_of_their_own() -> None:
 A, B, C = (AdapterRef("local", name, name * 64) for name in "abc")
 
 
-class Clock:
-    now = 0.0
+@pytest.mark.parametrize(
+    ("counted", "expected", "scores"),
+    [
+        ("always", {("chosen",): 1, ("abstained",): 1, ("refused",): 2}, [0.8, 0.1, 0.2]),
+        ("if_chosen", {("chosen",): 1}, [0.8]),
+        ("never", {}, []),
+    ],
+)
+def test_prompts_are_counted_by_outcome_and_those_that_others_follow_if_they_find_adapters(
+    counted: Counted, expected: dict[tuple[str, ...], int], scores: list[float]
+) -> None:
+    kinds = FakeMetrics()
+    metrics = RetrieverMetrics(kinds)
+    metrics.record_route(StaleIndex(9, 7), counted)
+    abstained = route(PUBLIC, score=0.1, abstained=True)
+    for answer in (route(PUBLIC), abstained, NoAdapterMatched(0.2, 0.4), NoAdapterMatched(None, 0.4)):
+        metrics.record_route(answer, counted)
+    assert kinds["routes_total"].counts == expected
+    assert kinds["best_score_cosine"].seen.get((), []) == scores
 
-    def __call__(self) -> float:
-        return self.now
 
-
-def test_the_largest_counts_are_named_and_the_rest_is_summed() -> None:
-    recent = RecentPlans(clock=Clock())
+def test_the_largest_counts_of_two_windows_are_named_and_the_rest_is_summed() -> None:
+    clock = Clock()
+    recent = RecentPlans(window_s=10, clock=clock)
     for refs in ([A], [A, B], [A, B, C]):
         recent.add(refs)
     assert recent.largest(2) == ([(A, 3), (B, 2)], 1)
     assert recent.largest(9) == ([(A, 3), (B, 2), (C, 1)], 0)
-
-
-def test_choices_of_two_windows_ago_are_forgotten() -> None:
-    clock = Clock()
-    recent = RecentPlans(window_s=10, clock=clock)
-    recent.add([A])
-    clock.now = 10
+    clock.at += 10
     recent.add([B])
-    assert recent.largest(9) == ([(B, 1), (A, 1)], 0) or recent.largest(9) == ([(A, 1), (B, 1)], 0)
-    clock.now = 20
-    assert recent.largest(9) == ([(B, 1)], 0)
-    clock.now = 45
-    assert recent.largest(9) == ([], 0)
+    assert recent.largest(1) in (([(A, 3)], 4), ([(B, 3)], 4))
+    for passed_s, found in ((10, [(B, 1)]), (25, [])):
+        clock.at += passed_s
+        assert recent.largest(9) == (found, 0)
 
 
-def test_chosen_and_always_shadowed_adapters_are_counted() -> None:
+def test_chosen_and_always_shadowed_adapters_are_counted_until_they_are_withdrawn() -> None:
     totals = RoutingTotals()
     for _ in range(19):
         totals.add([A, B], [A])
     assert (totals.num_chosen, totals.num_shadowed) == (1, 0), "B was seen too rarely to judge"
     totals.add([A, B], [A, B])
     assert (totals.num_chosen, totals.num_shadowed) == (2, 1)
+    kept = deepcopy(totals)
+    kept.retain(lambda ref: ref == A)
+    assert (kept.num_chosen, kept.num_shadowed) == (1, 0)
     totals.add([B, A], [])
     assert totals.num_shadowed == 0, "it was first once"
-
-
-def test_withdrawn_adapters_are_forgotten() -> None:
-    totals = RoutingTotals()
-    for _ in range(20):
-        totals.add([A, B], [A, B])
-    totals.retain(lambda ref: ref == A)
-    assert (totals.num_chosen, totals.num_shadowed) == (1, 0)

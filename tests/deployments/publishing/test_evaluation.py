@@ -11,7 +11,7 @@ from deployments.publishing.evaluation import AnswerScorer
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job
-from lora_store import Sample
+from lora_store import AdapterRecord, Sample
 from retriever_svc import Region
 from tests.deployments.adapter_records import POOL
 from tests.deployments.app_fakes import Served, config_of
@@ -42,49 +42,28 @@ class Broken(FakeWorker):
         yield
 
 
-def scores(worker: FakeWorker, adapter=POET) -> list[float]:  # type: ignore[no-untyped-def]
-    async def run() -> list[float]:
-        client = serve_worker(FakeHandle(worker))
-        return list(await AnswerScorer(workers_of(client), CHATTING).scores(adapter, EXAMPLES))
+def scored(worker: FakeWorker, adapter: AdapterRecord = POET) -> tuple[list[float], list[Job]]:
+    """Return the scores of the examples, and the jobs that the worker got."""
+    handle = FakeHandle(worker)
 
-    return asyncio.run(run())
+    async def run() -> list[float]:
+        return list(await AnswerScorer(workers_of(serve_worker(handle)), CHATTING).scores(adapter, EXAMPLES))
+
+    return asyncio.run(run()), [job for (job,) in handle.called("stream")]
 
 
 def test_an_answer_equal_but_for_case_space_and_full_stop_scores_one() -> None:
-    assert scores(Poet()) == [1.0] * 8
-    assert scores(Poet(), CODER) == [0.0] * 8
-
-
-def test_an_adapter_that_cannot_be_loaded_scores_nothing() -> None:
-    assert scores(Broken()) == [0.0] * 8
-
-
-def test_jobs_are_greedy_short_and_take_turns_with_tenants() -> None:
-    handle = FakeHandle(Poet())
-
-    async def run() -> None:
-        client = serve_worker(handle)
-        await AnswerScorer(workers_of(client), CHATTING).scores(POET, EXAMPLES)
-
-    asyncio.run(run())
-    jobs = [job for (job,) in handle.called("stream")]
+    found, jobs = scored(Poet())
+    assert found == [1.0] * 8
+    assert scored(Poet(), CODER)[0] == scored(Broken())[0] == [0.0] * 8, "nor one that cannot be loaded"
     assert len({job.request_id for job in jobs}) == 8
-    assert {(job.sampling.temperature, job.sampling.max_tokens, job.tenant, job.template) for job in jobs} == {
-        (0, 6, "evaluate:", "chat")
-    }
+    asked = {(job.sampling.temperature, job.sampling.max_tokens, job.tenant, job.template) for job in jobs}
+    assert asked == {(0, 6, "evaluate:", "chat")}, "greedy, short, and in turn with tenants"
 
 
 def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:
-    handle = FakeHandle(Poet())
     contract = '{"instruction":"Is it so? {input}","stop":["END"],"sampling":{"temperature":1.5,"max_tokens":90}}'
-
-    async def run() -> None:
-        client = serve_worker(handle)
-        scorer = AnswerScorer(workers_of(client), CHATTING)
-        await scorer.scores(replace(POET, contract=contract), EXAMPLES[:1])
-
-    asyncio.run(run())
-    [(job,)] = handle.called("stream")
+    _, [job, *_] = scored(Poet(), replace(POET, contract=contract))
     assert job.prompt == (Message("user", "Is it so? prompt 0"),)
     assert (job.sampling.stop, job.sampling.temperature, job.sampling.max_tokens) == (("END",), 0, 6)
 
@@ -104,6 +83,6 @@ def test_an_evaluation_stores_its_rankings_and_waits_until_they_are_served(rival
         [(tenant, rankings, *_)] = served.store.called("rank")
         assert (tenant, [ranking.anchor for ranking in rankings]) == ("local", [POET.ref])
         calls = sorted(served.store.calls + served.retriever.calls, key=lambda call: call.number)
-        assert [call.name for call in calls] == ["ping", "regions", "rank", "catch_up"]
+        assert [call.name for call in calls if call.name != "expire"] == ["ping", "regions", "rank", "catch_up"]
 
     ask(run, worker=Poet(), retriever=FakeRetriever(to_evaluate=[region]))

@@ -120,7 +120,7 @@ def test_what_is_left_out_keeps_its_ranking() -> None:
         assert ([item.anchor for item in rankings], keeps) == ([CODER.ref], [POET.ref])
 
     other = Region(CODER, (CODER, POET), EXAMPLES, frozenset({POET.ref, CODER.ref}))
-    run_served(work, regions=(REGION, other), evaluate_after_publish=False)
+    run_served(work, regions=(REGION, other))
 
 
 async def publish(served: Served, times: int = 1) -> None:
@@ -133,7 +133,6 @@ def run_served(
     work: Any, *, regions: Sequence[Region] = (REGION,), kinds: FakeMetrics | None = None, **settings: Any
 ) -> Served:
     async def main() -> Served:
-        settings.setdefault("evaluate_after_publish", True)
         retriever = FakeRetriever(to_evaluate=regions)
         served = serve_plainly(worker=Poet(), retriever=retriever, kinds=kinds or FakeMetrics(), **settings)
         await work(served)
@@ -167,7 +166,7 @@ def test_several_publishes_of_two_tenants_are_followed_by_one_evaluation_each() 
         await services.background.idle()
         assert len(served.store.called("rank")) == 3
 
-    run_served(work, evaluate_after_publish=False)
+    run_served(work)
 
 
 def test_an_evaluation_that_fails_is_logged_and_shown() -> None:
@@ -183,7 +182,7 @@ def test_an_evaluation_that_fails_is_logged_and_shown() -> None:
         assert metrics["pool_changes_total"].counts["evaluate", "store_unavailable"] == 1
 
     store = FakeStore(pool_of(*POOL), failing={"ping": (StoreUnavailable("down"), 9)})
-    run_served(work, evaluate_after_publish=False, store=store)
+    run_served(work, store=store)
 
 
 def test_an_evaluation_after_a_publish_is_counted_and_shown() -> None:
@@ -196,7 +195,7 @@ def test_an_evaluation_after_a_publish_is_counted_and_shown() -> None:
         async with http_of(served) as client:
             shown.append((await client.get("/v1/stats")).json()["evaluation"])
 
-    served = run_served(work, kinds=kinds)
+    served = run_served(work, kinds=kinds, evaluate_after_publish=True)
     assert 1 <= len(served.store.called("rank")) <= 3
     tenant, rankings, actor, *_ = served.store.called("rank")[0]
     assert (tenant, [ranking.anchor for ranking in rankings], actor) == ("local", [POET.ref], "me")
@@ -211,11 +210,11 @@ def test_by_default_nothing_is_evaluated_after_a_publish() -> None:
         async with http_of(served) as client:
             assert (await client.get("/v1/stats")).json()["evaluation"] is None
 
-    assert run_served(work, evaluate_after_publish=False).store.called("rank") == []
+    assert run_served(work).store.called("rank") == []
 
 
 @pytest.mark.parametrize("num_regions", [0, MAX_REGIONS + 1])
 def test_no_regions_and_too_many_store_nothing(num_regions: int) -> None:
-    served = run_served(publish, regions=[REGION] * num_regions)
+    served = run_served(publish, regions=[REGION] * num_regions, evaluate_after_publish=True)
     assert served.store.called("rank") == []
     assert served.worker.called("stream") == []

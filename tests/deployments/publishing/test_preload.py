@@ -33,12 +33,7 @@ def test_a_failed_preload_is_retried_by_a_call_of_ready(tmp_path: Path) -> None:
 
 
 def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
-    async def run() -> Served:
-        served = serve_plainly(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
-        await served.services.preload.wait()
-        return served
-
-    served = asyncio.run(run())
+    served = started(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
     commits = served.store.called("commit")
     assert [len(staged) for staged, *_ in commits] == [32, 1]
     assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
@@ -48,18 +43,9 @@ def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) 
 def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
     tmp_path: Path, base_model: str, is_published: bool
 ) -> None:
-    async def run() -> Served:
-        store = FakeStore(pool_of(replace(adapter("poet", version="old"), base_model=base_model, tags=())))
-        served = serve_plainly(store=store, preload=preload_of(tmp_path, "poet"))
-        await served.services.preload.wait()
-        return served
-
-    assert bool(asyncio.run(run()).store.called("commit")) == is_published
-
-
-def approved_at_start(served: Served) -> list[tuple[str, str]]:
-    """Return (name, actor) of the approved adapters."""
-    return [(ref.name, actor) for refs, actor in served.store.called("approve") for ref in refs]
+    store = FakeStore(pool_of(replace(adapter("poet", version="old"), base_model=base_model, tags=())))
+    served = started(store=store, preload=preload_of(tmp_path, "poet"))
+    assert bool(served.store.called("commit")) == is_published
 
 
 @pytest.mark.parametrize(
@@ -72,31 +58,26 @@ def approved_at_start(served: Served) -> list[tuple[str, str]]:
     ],
     ids=["no keys", "asked for", "keys", "keys, not asked for"],
 )
-def test_preloaded_adapters_are_approved_if_there_are_other_tenants(
+def test_new_and_earlier_preloaded_adapters_are_approved_if_there_are_other_tenants(
     tmp_path: Path, settings: dict[str, Any], is_approved: bool
 ) -> None:
     if "keys_file" in settings:
         settings = settings | {"keys_file": write(tmp_path / "keys.json", entry("k"))}
-
-    async def run() -> Served:
-        served = serve_plainly(preload=preload_of(tmp_path, "a", "b"), **settings)
-        await served.services.preload.wait()
-        return served
-
-    assert approved_at_start(asyncio.run(run())) == ([("a", "preload"), ("b", "preload")] if is_approved else [])
-
-
-def test_earlier_preloaded_adapters_are_approved_at_the_next_start(tmp_path: Path) -> None:
-    folders = preload_of(tmp_path, "a", "b", "c")
-    store = FakeStore()
-    refs = {}
+    folders, store = preload_of(tmp_path, "a", "b", "c", "d"), FakeStore()
     for name, actor in (("a", "preload"), ("b", "id-acme"), ("c", "preload")):
         record = replace(adapter(name, tenant="local"), actor=actor, approved=name == "c")
-        store.live[key_of(record)], refs[name] = (record,), record.ref
+        store.live[key_of(record)] = (record,)
+    served = started(store=store, preload=folders, **settings)
+    approved = [(ref.name, actor) for refs, actor in served.store.called("approve") for ref in refs]
+    assert sorted(approved) == ([("a", "preload"), ("d", "preload")] if is_approved else [])
+
+
+def started(**settings: Any) -> Served:
+    """Return an application after its preload."""
 
     async def run() -> Served:
-        served = serve_plainly(store=store, preload=folders, public_requires_approval=True)
+        served = serve_plainly(**settings)
         await served.services.preload.wait()
         return served
 
-    assert approved_at_start(asyncio.run(run())) == [("a", "preload")]
+    return asyncio.run(run())

@@ -77,19 +77,14 @@ def test_samples_above_the_keys_limit_are_not_read_and_nothing_is_stored(change:
     assert (publishing.pool.held, dict(publishing.pool.live)) == ([], before)
 
 
-def test_a_visibility_change_waits_for_every_replica() -> None:
-    publishing = Publishing(adapter("poet"))
-    settled = publishing.run(lambda publisher: publisher.set_visibility(POET, "private", "tester"))
-    assert settled == Settled(8, 1, 0)
-    assert publishing.store.called("set_visibility") == [(*POET, "private", "tester")]
-    assert publishing.retriever.called("catch_up") == [(8,)]
-    with pytest.raises(AdapterNotFound):
-        publishing.run(lambda publisher: publisher.set_visibility(("other", "poet"), "private", "tester"))
-
-
-def test_an_approval_waits_for_every_replica() -> None:
+def test_a_visibility_change_and_an_approval_wait_for_every_replica() -> None:
     poet = adapter("poet")
     publishing = Publishing(poet)
     assert publishing.run(lambda publisher: publisher.approve([poet.ref], "boss")) == Settled(8, 1, 0)
     assert publishing.pool.live[POET] == (replace(poet, approved=True),)
-    assert publishing.retriever.called("catch_up") == [(8,)]
+    settled = publishing.run(lambda publisher: publisher.set_visibility(POET, "private", "tester"))
+    assert settled == Settled(9, 1, 0)
+    assert publishing.store.called("set_visibility") == [(*POET, "private", "tester")]
+    assert publishing.retriever.called("catch_up") == [(8,), (9,)]
+    with pytest.raises(AdapterNotFound):
+        publishing.run(lambda publisher: publisher.set_visibility(("other", "poet"), "private", "tester"))

@@ -51,60 +51,21 @@ class Reclaiming:
         return [call.name for call in sorted(self.store.calls + self.worker.calls, key=lambda call: call.number)]
 
 
-def test_unreferenced_blobs_are_forgotten_then_swept_then_released() -> None:
-    reclaiming = Reclaiming(FakeWorker())
-    reclaiming(OLD)
+@pytest.mark.parametrize("workers", [[], [FakeWorker()], [FakeWorker(forgets=[RayActorError()]), FakeWorker()]])
+def test_unreferenced_blobs_are_forgotten_then_swept_then_released(workers: list[FakeWorker]) -> None:
+    """A worker that died, or that is scaled to zero, holds nothing; blobs of another adapter stay."""
+    reclaiming = Reclaiming(*workers, num_stores=3)
+    reclaiming(OLD, POOL[0])
     assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
     assert reclaiming.worker.called("forget") == [([OLD.weights_digest],)] * 2
     assert reclaiming.fake_store.swept == sorted(OLD.blobs)
     assert reclaiming.store.called("release") == [(sorted(OLD.blobs),)]
-
-
-def test_blobs_of_another_adapter_stay() -> None:
-    reclaiming = Reclaiming(FakeWorker())
-    reclaiming(OLD, POOL[0])
-    assert reclaiming.worker.called("forget") == [([OLD.weights_digest],)] * 2
-    assert reclaiming.fake_store.swept == sorted(OLD.blobs)
-    nothing = Reclaiming(FakeWorker())
+    assert reclaiming.store.timeouts_s != [], "every replica of the store drops its references"
+    assert reclaiming.pauses == []
+    nothing = Reclaiming(*workers)
     nothing(POOL[0])
     nothing()
     assert nothing.steps == ["unreferenced"]
-
-
-def test_nothing_is_swept_before_every_worker_has_dropped_it() -> None:
-    reclaiming = Reclaiming(FakeWorker(forgets=[False, True]), FakeWorker(forgets=[True, False, True]))
-    reclaiming(OLD)
-    assert reclaiming.steps == ["unreferenced", "forget", "forget", "forget", "sweep", "release", "forget"]
-    assert len(reclaiming.pauses) == 2
-
-
-def test_a_worker_that_died_holds_nothing() -> None:
-    reclaiming = Reclaiming(FakeWorker(forgets=[RayActorError()]), FakeWorker())
-    reclaiming(OLD)
-    assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
-
-
-@pytest.mark.parametrize("answer", [False, RuntimeError("broken"), DeploymentUnavailableError(DeploymentID("W", "a"))])
-def test_the_wait_for_a_worker_is_limited_by_the_longest_request(answer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    reclaiming = Reclaiming(FakeWorker(forgets=[answer] * 1000))
-    reclaiming(OLD, longest_request_s=20)
-    assert sum(reclaiming.pauses) == 20
-    assert reclaiming.fake_store.swept == sorted(OLD.blobs)
-    assert any("still holds" in record.getMessage() for record in caplog.records)
-
-
-def test_workers_scaled_to_zero_hold_nothing() -> None:
-    reclaiming = Reclaiming()
-    reclaiming(OLD)
-    assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
-    assert reclaiming.pauses == []
-
-
-def test_calls_of_a_missing_store_are_repeated() -> None:
-    reclaiming = Reclaiming(FakeWorker(), num_stores=2)
-    reclaiming.store.broadcast = FakeHandle().broadcast  # type: ignore[method-assign]
-    reclaiming(OLD, longest_request_s=1)
-    assert len(reclaiming.pauses) == 2
 
 
 def test_calls_of_a_silent_worker_are_repeated() -> None:
@@ -112,13 +73,6 @@ def test_calls_of_a_silent_worker_are_repeated() -> None:
     reclaiming(OLD, longest_request_s=1)
     assert reclaiming.steps == ["unreferenced", "forget", "forget", "sweep", "release", "forget"]
     assert None not in reclaiming.worker.timeouts_s
-
-
-def test_every_store_replica_drops_its_references() -> None:
-    reclaiming = Reclaiming(FakeWorker(), num_stores=3)
-    reclaiming(OLD)
-    assert reclaiming.steps.count("release") == 1
-    assert reclaiming.store.timeouts_s != []
 
 
 @pytest.mark.parametrize("method", ["unreferenced", "sweep"])
@@ -137,6 +91,29 @@ def test_a_store_that_stays_down_leaves_the_blobs_to_gc(caplog: pytest.LogCaptur
     reclaiming(OLD, longest_request_s=5)
     assert reclaiming.fake_store.swept == []
     assert caplog.records[-1].levelname == "ERROR"
+
+
+def test_nothing_is_swept_before_every_worker_has_dropped_it() -> None:
+    reclaiming = Reclaiming(FakeWorker(forgets=[False, True]), FakeWorker(forgets=[True, False, True]))
+    reclaiming(OLD)
+    assert reclaiming.steps == ["unreferenced", "forget", "forget", "forget", "sweep", "release", "forget"]
+    assert len(reclaiming.pauses) == 2
+
+
+@pytest.mark.parametrize("answer", [False, RuntimeError("broken"), DeploymentUnavailableError(DeploymentID("W", "a"))])
+def test_the_wait_for_a_worker_is_limited_by_the_longest_request(answer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    reclaiming = Reclaiming(FakeWorker(forgets=[answer] * 1000))
+    reclaiming(OLD, longest_request_s=20)
+    assert sum(reclaiming.pauses) == 20
+    assert reclaiming.fake_store.swept == sorted(OLD.blobs)
+    assert any("still holds" in record.getMessage() for record in caplog.records)
+
+
+def test_calls_of_a_missing_store_are_repeated() -> None:
+    reclaiming = Reclaiming(FakeWorker(), num_stores=2)
+    reclaiming.store.broadcast = FakeHandle().broadcast  # type: ignore[method-assign]
+    reclaiming(OLD, longest_request_s=1)
+    assert len(reclaiming.pauses) == 2
 
 
 @pytest.mark.parametrize(

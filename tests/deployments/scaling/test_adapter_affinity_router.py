@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pytest
 from ray import cloudpickle
@@ -20,6 +19,13 @@ from lora_store import AdapterRef, Plan, PlannedAdapter
 from tests.deployments.adapter_records import digest_of
 
 DEPLOYMENT = DeploymentID("Worker", "app")
+RUNNER = asyncio.Runner()  # a router stays on one event loop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _closed() -> Iterator[None]:
+    with RUNNER:
+        yield
 
 
 def digests(names: str) -> list[bytes]:
@@ -49,39 +55,52 @@ class Routing:
     def __init__(self, *replicas: FakeReplica) -> None:
         self.now_s, self.replicas, self.heard = 100.0, replicas, HeardReports()
         self._numbers = itertools.count()
-        self._router = AdapterAffinityRouter(
+        self.router = RUNNER.run(self._start())
+        self.router.initialize_state(self.heard)
+        self.update(*replicas)
+
+    async def _start(self) -> AdapterAffinityRouter:
+        return AdapterAffinityRouter(
             DEPLOYMENT,
             DeploymentHandleSource.REPLICA,
             use_replica_queue_len_cache=True,
             get_curr_time_s=lambda: self.now_s,
         )
-        self._router.initialize_state(self.heard)
-        self.update(*replicas)
 
     def update(self, *replicas: FakeReplica) -> None:
+        async def tell() -> None:
+            self.router.update_replicas(replicas)
+            for replica in replicas:
+                self.router.on_new_queue_len_info(replica.replica_id, replica.queue_len)
+
         self.replicas = replicas
-        self._router.update_replicas(replicas)
+        RUNNER.run(tell())
         for replica in replicas:
-            self._router.on_new_queue_len_info(replica.replica_id, replica.queue_len)
             held = b"".join(digests(replica.holds))
             self.heard.hear(ResidencyReport(replica.name, next(self._numbers), held))
 
-    async def ranks(self, *args: object) -> list[set[str]]:
+    def ordered(self, request: PendingRequest) -> list[list[FakeReplica]]:
+        ranks: list[list[FakeReplica]] = RUNNER.run(self.router.choose_replicas(self.replicas, request))
+        return ranks
+
+    def ranks(self, *args: object) -> list[set[str]]:
         """Return the names in each rank, without empty ranks."""
-        ranks = await self._router.choose_replicas(self.replicas, request_of(*args))
-        return [{replica.name for replica in rank} for rank in ranks if rank]
+        return [{replica.name for replica in rank} for rank in self.ordered(request_of(*args)) if rank]
 
-    async def chosen(self, *args: object) -> str:
+    def chosen(self, *args: object) -> str:
         """Return the replica that Ray's own choice among the ranks gives a request."""
-        return (await self.given(request_of(*args))).name
+        return self.given(request_of(*args))[0]
 
-    async def given(self, request: PendingRequest) -> FakeReplica:
-        replica: FakeReplica = await asyncio.wait_for(self._router._choose_replica_for_request(request), 120)
-        return replica
+    def given(self, *requests: PendingRequest) -> list[str]:
+        async def choose() -> list[str]:
+            asked = asyncio.gather(*[self.router._choose_replica_for_request(request) for request in requests])
+            return [replica.name for replica in await asyncio.wait_for(asked, 120)]
+
+        return RUNNER.run(choose())
 
     def sent(self, job: Job, name: str) -> None:
         [replica] = [replica for replica in self.replicas if replica.name == name]
-        self._router.on_request_routed(request_of(job), replica.replica_id, None)
+        self.router.on_request_routed(request_of(job), replica.replica_id, None)
 
 
 def request_of(*args: object) -> PendingRequest:
@@ -95,207 +114,126 @@ def job(adapters: str) -> Job:
     return Job("x", "prompt", Plan("mixture" if rows else "base", rows))
 
 
-def run(main: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(main, 120))
-
-
 def test_all_resident_before_most_before_rest() -> None:
-    async def main() -> None:
-        routing = Routing(FakeReplica("all", 1, "abcz"), FakeReplica("most", 1, "abz"), FakeReplica("one", 1, "c"))
-        assert await routing.ranks(job("abc")) == [{"all"}, {"most"}, {"one"}]
-        assert await routing.ranks(job("cz")) == [{"all"}, {"most", "one"}]
-
-    run(main())
+    routing = Routing(FakeReplica("all", 1, "abcz"), FakeReplica("most", 1, "abz"), FakeReplica("one", 1, "c"))
+    assert routing.ranks(job("abc")) == [{"all"}, {"most"}, {"one"}]
+    assert routing.ranks(job("cz")) == [{"all"}, {"most", "one"}]
 
 
 def test_all_calls_of_one_http_request_are_sent() -> None:
-    async def main() -> None:
-        routing = Routing(FakeReplica("only"))
-        calls = [PendingRequest([job(name)], {}, RequestMetadata("http-1", "http-1")) for name in "abc"]
-        chosen = await asyncio.gather(*[routing.given(call) for call in calls])
-        assert [replica.name for replica in chosen] == ["only"] * 3
+    calls = [PendingRequest([job(name)], {}, RequestMetadata("http-1", "http-1")) for name in "abc"]
+    assert Routing(FakeReplica("only")).given(*calls) == ["only"] * 3
 
-    run(main())
+
+def test_a_full_replica_is_passed_over_for_the_next_rank_and_waiting_for_it_has_pauses() -> None:
+    full = FakeReplica("full", 3, "a", max_ongoing_requests=3)
+    assert Routing(full, FakeReplica("free", 3)).chosen(job("a")) == "free"
+    request = request_of(job("a"))
+    Routing(full).ordered(request)
+    assert request.routing_context.should_backoff
 
 
 def test_the_shortest_queue_wins_within_a_rank() -> None:
-    async def main() -> None:
-        routing = Routing(FakeReplica("long", 6, "a"), FakeReplica("short", 5, "a"), FakeReplica("none", 4))
-        assert await routing.chosen(job("a")) == "short"
-
-    run(main())
+    routing = Routing(FakeReplica("long", 6, "a"), FakeReplica("short", 5, "a"), FakeReplica("none", 4))
+    assert routing.chosen(job("a")) == "short"
 
 
 @pytest.mark.parametrize(("queue_len", "is_taken"), [(25, True), (30, True), (31, False), (99, False)])
 def test_a_replica_with_a_much_longer_queue_ranks_last(queue_len: int, is_taken: bool) -> None:
-    async def main() -> None:
-        # mean (q + 3 · 20) / 4, longest 1.25 · mean + 2: at 30 it is 30.1, at 31 it is 30.4
-        others = [FakeReplica(name, 20, "b" if name == "x" else "") for name in "xyz"]
-        routing = Routing(FakeReplica("busy", queue_len, "ab"), *others)
-        assert ((await routing.ranks(job("ab")))[0] == {"busy"}) is is_taken
-        assert ((await routing.ranks(job("ab")))[-1] == {"busy"}) is not is_taken
-        assert await routing.chosen(job("ab")) == ("busy" if is_taken else "x")
-
-    run(main())
-
-
-def test_a_full_replica_is_passed_over_for_the_next_rank() -> None:
-    async def main() -> None:
-        full = FakeReplica("full", 3, "a", max_ongoing_requests=3)
-        assert await Routing(full, FakeReplica("free", 3)).chosen(job("a")) == "free"
-
-    run(main())
-
-
-def test_waiting_for_a_full_replica_has_pauses() -> None:
-    async def main() -> None:
-        replica = FakeReplica("full", 3, "a", max_ongoing_requests=3)
-        routing = Routing(replica)
-        request = request_of(job("a"))
-        await routing._router.choose_replicas(routing.replicas, request)
-        assert request.routing_context.should_backoff
-
-    run(main())
+    # mean (q + 3 · 20) / 4, longest 1.25 · mean + 2: at 30 it is 30.1, at 31 it is 30.4
+    others = [FakeReplica(name, 20, "b" if name == "x" else "") for name in "xyz"]
+    routing = Routing(FakeReplica("busy", queue_len, "ab"), *others)
+    assert ((routing.ranks(job("ab")))[0] == {"busy"}) is is_taken
+    assert ((routing.ranks(job("ab")))[-1] == {"busy"}) is not is_taken
+    assert routing.chosen(job("ab")) == ("busy" if is_taken else "x")
 
 
 def test_lost_late_and_false_reports_never_hide_a_replica() -> None:
-    async def main() -> None:
-        routing = Routing(*[FakeReplica(name, 3, "ab") for name in "wxyz"])
-        routing.heard.hear(ResidencyReport("w", 0, b""))  # late: it is older than the one in force
-        assert (await routing.ranks(job("ab"))) == [set("wxyz")]
-        routing.heard.hear(ResidencyReport("x", 99, b"".join(digests("ac"))))
-        routing.heard.hear(ResidencyReport("gone", 99, b"".join(digests("abc"))))
-        assert (await routing.ranks(job("ab"))) == [set("wyz"), {"x"}]
-        assert (await routing.ranks(job("c")))[0] == {"x"}
-        for wanted in ("", "abc", "q"):
-            assert set().union(*await routing.ranks(job(wanted))) == set("wxyz")
-
-    run(main())
+    routing = Routing(*[FakeReplica(name, 3, "ab") for name in "wxyz"])
+    routing.heard.hear(ResidencyReport("w", 0, b""))  # late: it is older than the one in force
+    assert routing.ranks(job("ab")) == [set("wxyz")]
+    routing.heard.hear(ResidencyReport("x", 99, b"".join(digests("ac"))))
+    routing.heard.hear(ResidencyReport("gone", 99, b"".join(digests("abc"))))
+    assert routing.ranks(job("ab")) == [set("wyz"), {"x"}]
+    assert routing.ranks(job("c"))[0] == {"x"}, "a changed report is used"
+    for wanted in ("", "abc", "q"):
+        assert set().union(*routing.ranks(job(wanted))) == set("wxyz")
 
 
 def test_the_router_that_serve_unpickles_reads_what_this_process_hears() -> None:
-    async def main() -> None:
-        cloudpickle.register_pickle_by_value(adapter_affinity_router)  # as Serve does
-        try:
-            initialize = cloudpickle.loads(cloudpickle.dumps(AdapterAffinityRouter.initialize_state))
-        finally:
-            cloudpickle.unregister_pickle_by_value(adapter_affinity_router)
-        router = AdapterAffinityRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA)
-        initialize(router)
-        replicas = [FakeReplica(f"{name}-of-this-test") for name in "wxyz"]
-        router.update_replicas(replicas)
-        HEARD.hear(ResidencyReport(replicas[2].name, 0, b"".join(digests("a"))))
-        request = PendingRequest([job("a")], {}, RequestMetadata("", ""))
-        assert (await router.choose_replicas(replicas, request))[0] == [replicas[2]]
-
-    run(main())
+    cloudpickle.register_pickle_by_value(adapter_affinity_router)  # as Serve does
+    try:
+        initialize = cloudpickle.loads(cloudpickle.dumps(AdapterAffinityRouter.initialize_state))
+    finally:
+        cloudpickle.unregister_pickle_by_value(adapter_affinity_router)
+    routing = Routing(*[FakeReplica(f"{name}-of-this-test") for name in "wxyz"])
+    initialize(routing.router)
+    HEARD.hear(ResidencyReport("y-of-this-test", 0, b"".join(digests("a"))))
+    assert routing.ranks(job("a"))[0] == {"y-of-this-test"}
 
 
 def test_sent_adapters_count_until_the_replica_can_have_reported_them() -> None:
-    async def main() -> None:
-        routing = Routing(*[FakeReplica(name) for name in "wxyz"])
-        for name in "zyxw":
-            routing.sent(job("ab"), name)
-            routing.now_s += 0.5
-        assert await routing.ranks(job("ab")) == [set("wxyz")]
-        routing.now_s += 1.5
-        assert await routing.ranks(job("a")) == [set("wx"), set("yz")]
-        routing.sent(job("c"), "w")
-        routing.now_s += 1.4
-        assert set((await routing.ranks(job("a")))[0]) != {"w"}
-        assert (await routing.ranks(job("c")))[0] == {"w"}
-
-    run(main())
-
-
-def test_an_adapter_sent_again_counts_from_the_last_time() -> None:
-    async def main() -> None:
-        routing = Routing(*[FakeReplica(name) for name in "wxyz"])
-        routing.sent(job("a"), "w")
-        routing.now_s += 2
-        routing.sent(job("b"), "w")
-        routing.sent(job("a"), "w")
-        routing.now_s += 2
-        assert (await routing.ranks(job("a")))[0] == (await routing.ranks(job("b")))[0] == {"w"}
-
-    run(main())
+    routing = Routing(*[FakeReplica(name) for name in "wxyz"])
+    for name in "zyxw":
+        routing.sent(job("ab"), name)
+        routing.now_s += 0.5
+    assert routing.ranks(job("ab")) == [set("wxyz")]
+    routing.now_s += 1.5
+    assert routing.ranks(job("a")) == [set("wx"), set("yz")]
+    routing.sent(job("c"), "w")
+    routing.now_s += 1.4
+    assert set(routing.ranks(job("a"))[0]) != {"w"}
+    assert routing.ranks(job("c"))[0] == {"w"}
+    routing.sent(job("d"), "z")
+    routing.now_s += 2
+    routing.sent(job("e"), "z")
+    routing.sent(job("d"), "z")  # it counts from the last time
+    routing.now_s += 2
+    assert routing.ranks(job("d"))[0] == routing.ranks(job("e"))[0] == {"z"}
 
 
 def test_expired_entries_are_dropped() -> None:
-    async def main() -> None:
-        routing = Routing(FakeReplica("x"))
-        for name in "abac":
-            routing.sent(job(name), "x")
-            routing.now_s += 1.5
-        [kept] = routing._router._expected.values()
-        assert set(kept) == set(digests("ac"))  # the first a and b have expired, the second a has not
-
-    run(main())
+    routing = Routing(FakeReplica("x"))
+    for name in "abac":
+        routing.sent(job(name), "x")
+        routing.now_s += 1.5
+    [kept] = routing.router._expected.values()
+    assert set(kept) == set(digests("ac"))  # the first a and b have expired, the second a has not
 
 
 def test_entries_of_a_removed_replica_are_dropped() -> None:
-    async def main() -> None:
-        first, second = FakeReplica("x"), FakeReplica("y")
-        routing = Routing(first, second)
-        routing.sent(job("a"), "x")
-        routing.update(second)
-        routing.update(first, second)
-        assert await routing.ranks(job("a")) == [{"x", "y"}]
-
-    run(main())
-
-
-def test_changed_reports_of_a_replica_are_used() -> None:
-    async def main() -> None:
-        replica = FakeReplica("x", holds="a")
-        routing = Routing(replica, *[FakeReplica(name) for name in "wyz"])
-        assert (await routing.ranks(job("a")))[0] == {"x"}
-        replica.holds = "b"
-        routing.update(*routing.replicas)
-        assert (await routing.ranks(job("b")))[0] == {"x"}
-        assert len((await routing.ranks(job("a")))[0]) == 2
-
-    run(main())
+    first, second = FakeReplica("x"), FakeReplica("y")
+    routing = Routing(first, second)
+    routing.sent(job("a"), "x")
+    routing.update(second)
+    routing.update(first, second)
+    assert routing.ranks(job("a")) == [{"x", "y"}]
 
 
 def test_an_adapter_that_no_replica_holds_has_two_homes_for_every_router() -> None:
-    async def main() -> None:
-        replicas = [FakeReplica(name) for name in "uvwxyz"]
-        one, other = Routing(*replicas), Routing(*reversed(replicas))
-        homes = {name: frozenset((await one.ranks(job(name)))[0]) for name in "abcdefghijklmnopqrst"}
-        assert all(len(home) == 2 for home in homes.values()) and len(set(homes.values())) > 5
-        assert set().union(*homes.values()) == set("uvwxyz")
-        for name, home in homes.items():
-            assert (await other.ranks(job(name)))[0] == (await other.ranks(job(name + "xyz")))[0] == home
-        fewer = Routing(*replicas[1:])
-        for name, home in homes.items():
-            assert home - {"u"} <= (await fewer.ranks(job(name)))[0]  # only adapters of u have a new home
-
-    run(main())
+    replicas = [FakeReplica(name) for name in "uvwxyz"]
+    one, other = Routing(*replicas), Routing(*reversed(replicas))
+    homes = {name: frozenset((one.ranks(job(name)))[0]) for name in "abcdefghijklmnopqrst"}
+    assert all(len(home) == 2 for home in homes.values()) and len(set(homes.values())) > 5
+    assert set().union(*homes.values()) == set("uvwxyz")
+    for name, home in homes.items():
+        assert (other.ranks(job(name)))[0] == (other.ranks(job(name + "xyz")))[0] == home
+    fewer = Routing(*replicas[1:])
+    for name, home in homes.items():
+        assert home - {"u"} <= (fewer.ranks(job(name)))[0]  # only adapters of u have a new home
 
 
 @pytest.mark.parametrize("args", [(), ("digest",), (job(""),)])
 def test_calls_without_adapters_go_to_the_shortest_queue(args: Sequence[object]) -> None:
-    async def main() -> None:
-        routing = Routing(FakeReplica("x", 9, "a"), FakeReplica("y", 1), FakeReplica("z", 2, "b"))
-        assert await routing.ranks(*args) == [{"x", "y", "z"}]
-        assert await routing.chosen(*args) == "y"
-
-    run(main())
+    routing = Routing(FakeReplica("x", 9, "a"), FakeReplica("y", 1), FakeReplica("z", 2, "b"))
+    assert routing.ranks(*args) == [{"x", "y", "z"}]
+    assert routing.chosen(*args) == "y"
 
 
 def test_equal_replicas_are_chosen_randomly() -> None:
-    async def main() -> None:
-        routing = Routing(*[FakeReplica(name) for name in "wxyz"])
-        orders = {
-            tuple(replica.name for replica in ranks[0])
-            for ranks in [
-                await routing._router.choose_replicas(routing.replicas, request_of(job(""))) for _ in range(200)
-            ]
-        }
-        assert {order[0] for order in orders} == set("wxyz")
-
-    run(main())
+    routing = Routing(*[FakeReplica(name) for name in "wxyz"])
+    orders = [routing.ordered(request_of(job("")))[0] for _ in range(200)]
+    assert {order[0].name for order in orders} == set("wxyz")
 
 
 def chat(*texts: str, adapters: str = "", tenant: str = "t") -> Job:
@@ -306,97 +244,76 @@ def chat(*texts: str, adapters: str = "", tenant: str = "t") -> Job:
 
 @pytest.mark.parametrize("adapters", ["", "ab"])
 def test_a_later_turn_goes_to_the_replica_that_got_the_one_before(adapters: str) -> None:
-    async def main() -> None:
-        names = [f"r{number}" for number in range(8)]
-        routing = Routing(*[FakeReplica(name, 3, adapters) for name in names])
-        for name in names:
-            routing.sent(chat(f"I ask {name}", adapters=adapters), name)
-            assert await routing.chosen(chat(f"I ask {name}", "Yes?", "This", adapters=adapters)) == name
-            routing.sent(chat(f"I ask {name}", "Yes?", "This", adapters=adapters), "r0")  # it had to move
-            assert (await routing.chosen(chat(f"I ask {name}", "Yes?", "This", "Ah", "So", adapters=adapters))) == "r0"
-
-    run(main())
+    names = [f"r{number}" for number in range(8)]
+    routing = Routing(*[FakeReplica(name, 3, adapters) for name in names])
+    for name in names:
+        routing.sent(chat(f"I ask {name}", adapters=adapters), name)
+        assert routing.chosen(chat(f"I ask {name}", "Yes?", "This", adapters=adapters)) == name
+        routing.sent(chat(f"I ask {name}", "Yes?", "This", adapters=adapters), "r0")  # it had to move
+        assert (routing.chosen(chat(f"I ask {name}", "Yes?", "This", "Ah", "So", adapters=adapters))) == "r0"
 
 
 def test_a_turn_stays_only_where_the_adapters_are_and_the_queue_is_short() -> None:
-    async def main() -> None:
-        routing = Routing(FakeReplica("most", 3, "a"), FakeReplica("all", 3, "ab"), FakeReplica("busy", 90, "ab"))
-        for name in ("most", "busy"):
-            routing.sent(chat(name, adapters="ab"), name)
-            routing.now_s += 10  # the router does not expect its adapters there any more
-            assert await routing.chosen(chat(name, "Yes?", "This", adapters="ab")) == "all"
-        routing.sent(chat("most", adapters="a"), "most")
-        assert (await routing.ranks(chat("most", "Yes?", "This", adapters="a"))) == [{"most"}, {"all"}, {"busy"}]
-
-    run(main())
+    routing = Routing(FakeReplica("most", 3, "a"), FakeReplica("all", 3, "ab"), FakeReplica("busy", 90, "ab"))
+    for name in ("most", "busy"):
+        routing.sent(chat(name, adapters="ab"), name)
+        routing.now_s += 10  # the router does not expect its adapters there any more
+        assert routing.chosen(chat(name, "Yes?", "This", adapters="ab")) == "all"
+    routing.sent(chat("most", adapters="a"), "most")
+    assert (routing.ranks(chat("most", "Yes?", "This", adapters="a"))) == [{"most"}, {"all"}, {"busy"}]
 
 
 def test_a_turn_that_routing_found_again_is_of_the_same_conversation() -> None:
-    async def main() -> None:
-        routing = Routing(*[FakeReplica(f"r{number}", 3, "ab") for number in range(8)])
-        routing.sent(chat("I ask", adapters="ab"), "r5")
-        again = chat("I ask", "Yes?", "This", adapters="ab")
-        rows = [replace(row, score=0.1) for row in again.plan.adapters]
-        for adapters in (tuple(rows), tuple(reversed(rows))):
-            plan = replace(again.plan, adapters=adapters, generation=8)
-            assert await routing.chosen(replace(again, plan=plan)) == "r5"
-
-    run(main())
+    routing = Routing(*[FakeReplica(f"r{number}", 3, "ab") for number in range(8)])
+    routing.sent(chat("I ask", adapters="ab"), "r5")
+    again = chat("I ask", "Yes?", "This", adapters="ab")
+    rows = [replace(row, score=0.1) for row in again.plan.adapters]
+    for adapters in (tuple(rows), tuple(reversed(rows))):
+        plan = replace(again.plan, adapters=adapters, generation=8)
+        assert routing.chosen(replace(again, plan=plan)) == "r5"
 
 
 def test_turns_of_another_tenant_or_plan_or_beginning_are_others() -> None:
-    async def main() -> None:
-        names = [f"r{number}" for number in range(40)]
-        routing = Routing(*[FakeReplica(name, 3, "ab") for name in names])
-        turns = [chat("I ask", "Yes?", "This", adapters="ab", tenant=tenant) for tenant in ("t", "u")]
-        turns += [chat("I ask", "Yes?", "This", adapters="a"), chat("He asks", "Yes?", "This", adapters="ab")]
-        homes = [await routing.chosen(turn) for turn in turns]
-        away = next(name for name in names if name not in homes)
-        routing.sent(chat("I ask", adapters="ab"), away)
-        assert [await routing.chosen(turn) for turn in turns] == [away, *homes[1:]]
-
-    run(main())
+    names = [f"r{number}" for number in range(40)]
+    routing = Routing(*[FakeReplica(name, 3, "ab") for name in names])
+    turns = [chat("I ask", "Yes?", "This", adapters="ab", tenant=tenant) for tenant in ("t", "u")]
+    turns += [chat("I ask", "Yes?", "This", adapters="a"), chat("He asks", "Yes?", "This", adapters="ab")]
+    homes = [routing.chosen(turn) for turn in turns]
+    away = next(name for name in names if name not in homes)
+    routing.sent(chat("I ask", adapters="ab"), away)
+    assert [routing.chosen(turn) for turn in turns] == [away, *homes[1:]]
 
 
 def test_routers_that_did_not_send_the_turn_before_agree_on_a_home() -> None:
-    async def main() -> None:
-        replicas = [FakeReplica(f"r{number}", 3) for number in range(8)]
-        first, second = Routing(*replicas), Routing(*reversed(replicas))
-        homes = set()
-        for number in range(40):
-            asked = [chat(str(number), *["Yes?", "This"] * count) for count in (1, 2, 3)]
-            chosen = {await routing.chosen(turn) for routing in (first, second) for turn in asked}
-            assert len(chosen) == 1
-            homes |= chosen
-        assert len(homes) > 4, "conversations are spread"
-
-    run(main())
+    replicas = [FakeReplica(f"r{number}", 3) for number in range(8)]
+    first, second = Routing(*replicas), Routing(*reversed(replicas))
+    homes = set()
+    for number in range(40):
+        asked = [chat(str(number), *["Yes?", "This"] * count) for count in (1, 2, 3)]
+        chosen = {routing.chosen(turn) for routing in (first, second) for turn in asked}
+        assert len(chosen) == 1
+        homes |= chosen
+    assert len(homes) > 4, "conversations are spread"
 
 
 def test_first_turns_go_home_unless_its_queue_is_much_longer() -> None:
-    async def main() -> None:
-        names = [f"r{number}" for number in range(8)]
-        one, other = (Routing(*[FakeReplica(name, 3) for name in names]) for _ in range(2))
-        homes = [await one.chosen(chat(str(number))) for number in range(20)]
-        assert len(set(homes)) > 4, "conversations are spread"
-        for number, home in enumerate(homes):
-            assert await other.chosen(chat(str(number), "Yes?", "This")) == home, "every router finds the next turn"
-            busy = Routing(*[FakeReplica(name, 9 if name == home else 3) for name in names])
-            assert await busy.chosen(chat(str(number))) != home
-
-    run(main())
+    names = [f"r{number}" for number in range(8)]
+    one, other = (Routing(*[FakeReplica(name, 3) for name in names]) for _ in range(2))
+    homes = [one.chosen(chat(str(number))) for number in range(20)]
+    assert len(set(homes)) > 4, "conversations are spread"
+    for number, home in enumerate(homes):
+        assert other.chosen(chat(str(number), "Yes?", "This")) == home, "every router finds the next turn"
+        busy = Routing(*[FakeReplica(name, 9 if name == home else 3) for name in names])
+        assert busy.chosen(chat(str(number))) != home
 
 
 def test_the_oldest_turns_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdapterAffinityRouter, "max_turns", 3)
 
-    async def main() -> None:
-        routing = Routing(*[FakeReplica(f"r{number}") for number in range(4)])
-        asked = [chat(str(number), "Yes?", "This") for number in range(6)]
-        homes = [await routing.chosen(turn) for turn in asked]
-        away = [next(name for name in ("r0", "r1") if name != home) for home in homes]
-        for number, name in enumerate(away):
-            routing.sent(chat(str(number)), name)
-        assert [await routing.chosen(turn) for turn in asked] == homes[:3] + away[3:]
-
-    run(main())
+    routing = Routing(*[FakeReplica(f"r{number}") for number in range(4)])
+    asked = [chat(str(number), "Yes?", "This") for number in range(6)]
+    homes = [routing.chosen(turn) for turn in asked]
+    away = [next(name for name in ("r0", "r1") if name != home) for home in homes]
+    for number, name in enumerate(away):
+        routing.sent(chat(str(number)), name)
+    assert [routing.chosen(turn) for turn in asked] == homes[:3] + away[3:]

@@ -12,19 +12,14 @@ DEFAULTS = default_options(target_ongoing_requests=9)
 
 def test_a_number_of_replicas_is_the_default_and_a_range_replaces_it() -> None:
     assert with_defaults({}, DEFAULTS)["num_replicas"] == 1
-    assert "autoscaling_config" not in with_defaults({"num_replicas": 2}, DEFAULTS)
+    for no_range in ({"num_replicas": 2}, {"num_replicas": 2, "autoscaling_config": None}):
+        options = with_defaults(no_range, DEFAULTS)
+        assert options["num_replicas"] == 2 and "autoscaling_config" not in options
     options = with_defaults({"autoscaling_config": {"max_replicas": 3}}, DEFAULTS)
     assert "num_replicas" not in options
     assert options["autoscaling_config"] == DEFAULTS["autoscaling_config"] | {"max_replicas": 3}
-
-
-def test_defaults_are_not_shared_with_the_options_that_are_made_of_them() -> None:
-    with_defaults({}, DEFAULTS)["ray_actor_options"]["num_gpus"] = 1
-    assert "num_gpus" not in with_defaults({}, DEFAULTS)["ray_actor_options"]
-
-
-def test_options_that_are_null_have_their_defaults() -> None:
-    assert with_defaults({"autoscaling_config": None, "num_replicas": 2}, DEFAULTS)["num_replicas"] == 2
+    options["ray_actor_options"]["num_gpus"] = 1
+    assert "num_gpus" not in with_defaults({}, DEFAULTS)["ray_actor_options"], "defaults are not shared"
 
 
 @pytest.mark.parametrize(("least", "initial", "started"), [(0, None, 1), (0, 0, 0), (2, None, None), (0, 3, 3)])

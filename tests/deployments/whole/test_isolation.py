@@ -22,7 +22,7 @@ from tests.soak import Scale
 
 EXACT = IndexSettings()
 BY_LISTS = IndexSettings(exact_rows=0, side_rows=0, num_probes=1)
-NUM_PRIVATE = 50
+NUM_PRIVATE = 20
 
 
 def searching(prompt: str) -> Iterator[Request]:
@@ -82,7 +82,7 @@ def naming(name: str, owner: str) -> Iterator[Request]:
 def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
     tmp_path: Path, index: IndexSettings, scale: Scale, caplog: pytest.LogCaptureFixture
 ) -> None:
-    num_requests = scale.pick("requests", small=100, full=1000)
+    num_requests = scale.pick("requests", small=40, full=1000)
 
     async def look(tenants: TwoTenants) -> None:
         stats = await tenants.served.retriever.index_stats.remote()
