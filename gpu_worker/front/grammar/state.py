@@ -100,7 +100,7 @@ class GrammarState:
             self._matcher.unsafe_compute_mask_ptr(self.allowed.ctypes.data, self.allowed.nbytes)
         if not is_valid or self._matcher.is_error() or not self.allowed.any():
             self.error = "it allows no further token, or it is too complex"
-            if is_valid and self._matcher.is_error():
+            if self._matcher.is_error():
                 self._when_slow()
         self._following = [] if self.error is not None else self._find_run()
         self._spent_s += time.thread_time() - began
