@@ -188,7 +188,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
         dtype=dtype,
-        window=config_setting(hf_config, "sliding_window"),
+        window=_window(hf_config),
         window_layers=_window_layers(hf_config),
         sampling_defaults=sampling_defaults(config, source),
     )
@@ -306,6 +306,16 @@ def _check_config(config: Any) -> None:
 def _num_kv_heads(config: Any) -> Any:
     name = "num_attention_heads" if config.model_type in _WITHOUT_GROUPS else "num_key_value_heads"
     return config_setting(config, name)
+
+
+def _window(config: Any) -> int | None:
+    """Return the window of the layers that have one, or None if all layers see all tokens.
+
+    A family without windows keeps any setting of its config.json, and transformers does not read it.
+    """
+    kinds = config_setting(config, "layer_types")
+    has_windows = hasattr(type(config), "sliding_window") if kinds is None else "sliding_attention" in kinds
+    return config_setting(config, "sliding_window") or None if has_windows else None  # 0 is none too
 
 
 def _window_layers(config: Any) -> frozenset[int]:

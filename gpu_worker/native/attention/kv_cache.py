@@ -86,6 +86,7 @@ class GroupPages:
 
     def __init__(self, group: LayerGroup, shape: KvShape, pool: PagePool) -> None:
         self.window, self.pool = group.window, pool
+        self.seen = group.window if shape.window_layers else shape.window  # the most tokens that its layers see
         self._page_tokens = shape.page_tokens
         self.table = torch.zeros(shape.num_rows, shape.pages_of(shape.max_len), dtype=torch.int64)
         self._entries = self.table.numpy()  # the same memory

@@ -36,7 +36,7 @@ class DeviceKvCache(KvCache):
         """Do nothing: the memory is the GPU's."""
 
     def _attention(self, segments: Sequence[Segment]) -> PagedAttention:
-        groups = [DevicePages(store, of.table, of.window) for store, of in zip(self.stores, self._groups, strict=True)]
+        groups = [DevicePages(store, of.table, of.seen) for store, of in zip(self.stores, self._groups, strict=True)]
         return paged_attention(groups, self._layers, segments, self._attend)
 
     def _wipe(self, group: int, pages: Sequence[int]) -> None:
@@ -71,7 +71,7 @@ class HostKvCache(KvCache):
         self.keys = [slots[group][index, 0] for group, index in places]
         self.values = [slots[group][index, 1] for group, index in places]
         self._group_of = [group for group, _ in places]
-        self._pages = [HostPages(of.table, shape.page_tokens, of.window) for of in self._groups]
+        self._pages = [HostPages(of.table, shape.page_tokens, of.seen) for of in self._groups]
 
     def release(self) -> None:
         self._memory.madvise(mmap.MADV_DONTNEED)

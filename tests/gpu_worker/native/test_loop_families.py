@@ -13,7 +13,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.loop import Engine
 from tests.gpu_worker.engine_driver import MakeEngine, greedy, run_together
-from tests.gpu_worker.families import EQUAL, REFUSED, eager_answer, save, whole_model
+from tests.gpu_worker.families import EQUAL, REFUSED, Settings, eager_answer, save, whole_model
 from tests.soak import Scale
 from tests.tiny import tiny_config
 
@@ -62,3 +62,24 @@ def test_unsupported_families_are_refused_at_start_by_name(
         with pytest.raises(BaseModelUnsupported, match=re.escape(reason)) as refusal:
             engine_over(folder, make_engine)
         assert name.replace("_", "") in str(refusal.value).lower().replace("_", ""), name
+
+
+@pytest.mark.parametrize(("name", "more"), [("phimoe", {}), ("qwen2_moe", {"layer_types": ["sliding_attention"] * 3})])
+def test_a_window_that_the_layers_do_not_attend_with_is_refused_at_start(
+    name: str, more: Settings, tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    """transformers masks by it, and these layers do not pass it on. The prompts of the start are shorter."""
+    settings = EQUAL[name] | {"sliding_window": 60, "use_sliding_window": True} | more
+    folder = save(tmp_path / name, name, settings)
+    with pytest.raises(BaseModelUnsupported, match=r"attends to all tokens in a layer whose config implies .* of 60"):
+        engine_over(folder, make_engine)
+    engine_over(folder, make_engine, max_model_len=60)  # no row outgrows it
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("cohere2", {"layer_types": ["full_attention"] * 3}), ("minimax_m2", {}), ("qwen2_moe", {})],
+)
+def test_a_window_that_no_layer_has_is_none(name: str, more: Settings, tmp_path: Path) -> None:
+    folder = save(tmp_path / name, name, EQUAL[name] | {"sliding_window": 60} | more)
+    assert load_base_model(tiny_config(folder)).window is None
