@@ -124,7 +124,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_quantized=bool(find_quantised(hf_config)),
         has_latents=config_setting(text_config, "kv_lora_rank") is not None,
-        window=config_setting(text_config, "sliding_window"),
+        window=config_setting(text_config, "sliding_window") or None,
         sampling_defaults=sampling_defaults(config, source),
     )
 

@@ -96,6 +96,14 @@ def test_equal_log_probabilities_pass_and_the_adapter_leaves_the_bank(
     assert sum(prompt.has_adapter for prompt in made.asked) == len(made.asked) // 2
 
 
+def test_a_window_of_0_is_none(tmp_path: Path) -> None:
+    """Qwen2-MoE's config says so where windows are off."""
+    folder = save(tmp_path, "qwen2_moe", EQUAL["qwen2_moe"] | {"num_hidden_layers": 1, "layer_types": None})
+    made = Workers(folder, lambda prompt, logits: logits, "float32")
+    made.check()
+    assert made.model.window is None and len(made.asked[-1].tokens) == 40
+
+
 def test_a_constant_that_all_logits_of_a_token_share_is_no_difference(workers: Callable[..., Workers]) -> None:
     workers(lambda prompt, logits: logits + 3).check()
 
