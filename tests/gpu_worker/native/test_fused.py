@@ -158,6 +158,13 @@ class Clipped(LlamaAttention):
         return output.clamp(-0.01, 0.01), weights
 
 
+class Limited(LlamaAttention):
+    """Clips only inputs that are larger than those of most tokens."""
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **others: Any) -> Any:
+        return super().forward(hidden_states.clamp(-100, 100), *arguments, **others)
+
+
 class Interleaved(LlamaAttention):
     """Rotates pairs of neighbours."""
 
@@ -178,7 +185,7 @@ class Rounding(LlamaAttention):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", [LlamaAttention, Scaled, Clipped, Interleaved, Rounding])
+@pytest.mark.parametrize("family", [LlamaAttention, Scaled, Clipped, Limited, Interleaved, Rounding])
 def test_an_attention_is_replaced_if_it_computes_the_same(
     family: type[LlamaAttention], dtype: torch.dtype, tiny_base: TinyBase, kernel: FusedKernel
 ) -> None:
@@ -226,9 +233,15 @@ def test_modules_with_other_formulas_are_not_replaced(kernel: FusedKernel) -> No
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).clamp(-0.1, 0.1)
 
-    model = nn.ModuleList([CentredRMSNorm(64), Mlp(nn.GELU()), Mlp(nn.ReLU()), Capped(nn.SiLU()), Mlp(nn.SiLU())])
+    class Limited(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clamp(-100, 100))
+
+    others = [CentredRMSNorm(64), Mlp(nn.GELU()), Mlp(nn.ReLU()), Capped(nn.SiLU()), Limited(nn.SiLU())]
+    model = nn.ModuleList([*others, Mlp(nn.SiLU())])
     fuse(model, kernel)
-    assert [type(module).__name__ for module in model] == ["CentredRMSNorm", "Mlp", "Mlp", "Capped", "FusedMlp"]
+    found = [type(module).__name__ for module in model]
+    assert found == ["CentredRMSNorm", "Mlp", "Mlp", "Capped", "Limited", "FusedMlp"]
 
 
 def test_layers_that_read_one_input_add_their_adapters_at_once(
