@@ -138,6 +138,36 @@ def _check_window(gguf: Path, reader: Any, config: Any) -> None:
         )
 
 
+def _check_heads(gguf: Path, reader: Any, model: Any) -> None:
+    """transformers takes some sizes from its defaults. Raises: BaseModelUnsupported if the file has others.
+
+    llama.cpp scales the attention of Gemma 3 by the size of a head, or by another number in its largest model, whose
+    heads are smaller than those of the others. The file does not say so.
+    """
+    in_file = _read_field(reader, "rope.dimension_count")
+    rotated = {2 * len(values) for name, values in model.named_buffers() if name.endswith("inv_freq")}
+    if in_file is not None and rotated - {in_file}:
+        raise BaseModelUnsupported(
+            f"{gguf} rotates {in_file} values of a head, and transformers {max(rotated)}: {_REMEDY}"
+        )
+    head_dim = getattr(model.config, "head_dim", None)
+    scalar = getattr(model.config, "query_pre_attn_scalar", head_dim)
+    if scalar != head_dim:
+        raise BaseModelUnsupported(
+            f"{gguf} has heads of {head_dim} values, and transformers scales their attention as that of {scalar}:"
+            f" {_REMEDY}"
+        )
+
+
+def _read_base(reader: Any, config: Any) -> None:
+    """Set the bases of the rotations, which transformers does not read from the files of every architecture."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if (base := _read_field(reader, "rope.freq_base")) is not None and ropes:
+        ropes.get("full_attention", ropes)["rope_theta"] = base
+    if (base := _read_field(reader, "rope.freq_base_swa")) is not None and "sliding_attention" in ropes:
+        ropes["sliding_attention"]["rope_theta"] = base
+
+
 def _read_rope(gguf: Path, reader: Any, config: Any) -> dict[str, Any]:
     """Return how the model scales its positions, which transformers does not read from the file.
 
@@ -178,6 +208,8 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         raise BaseModelUnsupported(f"{gguf} cannot be converted ({exc})") from exc
     _check_all_is_read(gguf, reader, read)
     _check_window(gguf, reader, read.config)
+    _check_heads(gguf, reader, read)
+    _read_base(reader, read.config)
     if rope := _read_rope(gguf, reader, read.config):
         read.config.rope_parameters = rope
     found = _find_integers(reader, read)

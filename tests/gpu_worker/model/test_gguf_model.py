@@ -36,6 +36,7 @@ def tiny_llama(
     without: str = "",
     width: int = 64,
     architecture: str = "llama",
+    base: float = 10000.0,
     more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
 ) -> Path:
     """Write a random Llama of one layer with a tokenizer of single bytes."""
@@ -48,7 +49,7 @@ def tiny_llama(
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(base)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     writer.add_vocab_size(len(alphabet) + 3)
     writer.add_tokenizer_model("gpt2")
@@ -128,6 +129,47 @@ def test_what_transformers_leaves_out_of_a_file_is_refused(
     """Otherwise the answers would be those of another model, without a word."""
     file = tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more)
     with pytest.raises(BaseModelUnsupported, match=re.escape(says)):
+        gguf_folder(file, tmp_path / "cache")
+
+
+def test_the_base_of_rotations_is_read_where_transformers_does_not(tmp_path: Path) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_layer_norm_eps(1e-5)
+        widths = {"attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64, "ffn_up": 128, "ffn_down": 64}
+        for name, width in ({"attn_norm": 64, "ffn_norm": 64} | widths).items():
+            writer.add_tensor(f"blk.0.{name}.bias", np.zeros(width, np.float32))
+        writer.add_tensor("output_norm.bias", np.zeros(64, np.float32))
+
+    changes = {"architecture": "starcoder2", "without": "blk.0.ffn_gate"}
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", base=1e6, more=more, **changes)
+    model = load_base_model(tiny_config(file, dtype="auto", cache_dir=tmp_path / "cache")).model
+    assert model.config.model_type == "starcoder2"
+    rope = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    np.testing.assert_allclose(rope.inv_freq.numpy(), 1e6 ** -(np.arange(8) / 8), rtol=1e-5)
+
+
+def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_dimension_count(8)
+        for name, width in {"q": 64, "k": 32, "v": 32}.items():
+            writer.add_tensor(f"blk.0.attn_{name}.bias", np.zeros(width, np.float32))
+
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture="qwen2", more=more)
+    with pytest.raises(BaseModelUnsupported, match="rotates 8 values of a head, and transformers 16"):
+        gguf_folder(file, tmp_path / "cache")
+
+
+def test_small_heads_of_gemma_3_are_refused(tmp_path: Path) -> None:
+    """transformers scales the attention by its default, and the largest model has another number than its heads."""
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_key_length(16)
+        writer.add_sliding_window(512)
+        for name, width in {"post_attention": 64, "post_ffw": 64, "attn_q": 16, "attn_k": 16}.items():
+            writer.add_tensor(f"blk.0.{name}_norm.weight", np.ones(width, np.float32))
+
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture="gemma3", more=more)
+    with pytest.raises(BaseModelUnsupported, match=r"heads of 16 values, and transformers scales .* as that of 256"):
         gguf_folder(file, tmp_path / "cache")
 
 
