@@ -139,8 +139,15 @@ def load_config(source: str) -> Any:
             f"{found[0]} is a GGUF file, which engine 'vllm' does not read here: use engine 'native', or the folder of"
             " the same model that has config.json and *.safetensors"
         )
-    settings, _ = PreTrainedConfig.get_config_dict(source)
-    family = settings.get("model_type")
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+        family = settings.get("model_type")
+    except Exception as exc:  # OSError if it is no JSON, AttributeError if it is no object
+        if not folder.is_dir():
+            raise  # the model hub may not answer now
+        raise BaseModelUnsupported(
+            f"the configuration of {source} cannot be read ({first_line(exc)}). Copy the model's files again"
+        ) from exc
     if family is not None and (not isinstance(family, str) or family not in CONFIG_MAPPING):
         raise BaseModelUnsupported(
             f"{family} is no family of transformers {transformers_version}, and this server runs no code of a"
@@ -214,7 +221,14 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: M
     is_quantised = has_integers or config.quantization != "none"
     dtype = torch.bfloat16 if is_quantised else resolve_dtype(config.dtype, config.device)
     load = partial(load_quantized, config=hf_config) if has_integers else partial(load_whole, **part)
-    model = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    try:
+        model = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    except (BaseModelUnsupported, MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as exc:  # whatever the model's code makes of a setting that it does not expect
+        raise BaseModelUnsupported(
+            f"transformers cannot build the model of {source} ({exc!r}): check the settings in its config.json"
+        ) from exc
     if config.quantization != "none":
         with keeping_tie(model):
             quantize_layers(model, _linear_names(model), BITS[config.quantization])

@@ -26,6 +26,12 @@ class OutputHead(nn.Module):
         super().__init__()
         self.whole, self._step = whole, step
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the head's bias, which some models read as they take a head."""
+        bias: Tensor | None = getattr(self.whole, "bias", None)  # a packed head adds its own
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:  # (..., K, I) -> (..., K, V)
         masks = {row: mask for row, mask in enumerate(self._step.masks()) if mask is not None}
         if not masks:

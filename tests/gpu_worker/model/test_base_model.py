@@ -120,6 +120,26 @@ def test_a_family_of_other_layers_is_refused_before_anything_is_loaded(
         load_base_model(tiny_config(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"model_type": "llama", "hid', r"configuration of .* cannot be read .* Copy the model's files again"),
+        ("[1]", r"configuration of .* cannot be read .* Copy the model's files again"),
+        ({"rope_parameters": {"rope_type": "other", "rope_theta": 1e4}}, r"cannot build the model .*'other'.* in its config.json"),
+        ({"hidden_act": "other"}, r"cannot build the model .*'other'.*: check the settings in its config.json"),
+    ],
+    ids=["cut", "a list", "rope_type", "hidden_act"],
+)
+def test_a_config_that_no_model_can_be_built_of_is_refused(
+    text: str | dict[str, object], says: str, tiny_folders: TinyFolders, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(text if isinstance(text, str) else json.dumps(json.loads(file.read_text()) | text))
+    with pytest.raises(BaseModelUnsupported, match=says):
+        load_base_model(tiny_config(folder))
+
+
 def test_code_of_a_checkpoint_is_refused_in_one_sentence_and_never_run(
     tiny_folders: TinyFolders, tmp_path: Path
 ) -> None:

@@ -83,3 +83,10 @@ def test_a_window_that_the_layers_do_not_attend_with_is_refused_at_start(
 def test_a_window_that_no_layer_has_is_none(name: str, more: Settings, tmp_path: Path) -> None:
     folder = save(tmp_path / name, name, EQUAL[name] | {"sliding_window": 60} | more)
     assert load_base_model(tiny_config(folder)).window is None
+
+
+def test_a_family_that_reads_the_bias_of_its_output_head_is_refused_with_a_reason(
+    tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    with pytest.raises(BaseModelUnsupported, match="does not support bert"):
+        engine_over(save(tmp_path, "bert", {"is_decoder": True}), make_engine)
