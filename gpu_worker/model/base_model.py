@@ -154,10 +154,26 @@ def load_config(source: str) -> Any:
             " checkpoint: use a base model that transformers loads without trust_remote_code, or one of"
             f" {', '.join(OWN_FAMILIES)}"
         )
+    _check_generation_config(folder / "generation_config.json")
     try:
         return read_config(source)
     except Exception as exc:  # its checks have no common class, and its language model may be of an unknown family
         raise BaseModelUnsupported(f"the configuration of {source} cannot be read ({first_line(exc)})") from exc
+
+
+def _check_generation_config(path: Path) -> None:
+    """transformers ignores a broken file, and with it the ends of answers that only this file names.
+
+    Raises: BaseModelUnsupported.
+    """
+    if not path.is_file():
+        return
+    try:
+        is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:  # UnicodeDecodeError is one
+        is_object = False
+    if not is_object:
+        raise BaseModelUnsupported(f"{path} is not a JSON object. Copy the model's files again")
 
 
 def load_base_model(config: NativeWorkerConfig) -> BaseModel:

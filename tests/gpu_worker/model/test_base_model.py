@@ -25,6 +25,7 @@ from gpu_worker.model.base_model import (
     sampling_defaults,
 )
 from gpu_worker.model.packed_attention import ATTENTION_NAME
+from gpu_worker.vllm.front_model import load_front_model
 from tests.tiny import FAMILIES, TinyBase, TinyFolders, byte_tokenizer, tiny_config
 
 
@@ -125,7 +126,10 @@ def test_a_family_of_other_layers_is_refused_before_anything_is_loaded(
     [
         ('{"model_type": "llama", "hid', r"configuration of .* cannot be read .* Copy the model's files again"),
         ("[1]", r"configuration of .* cannot be read .* Copy the model's files again"),
-        ({"rope_parameters": {"rope_type": "other", "rope_theta": 1e4}}, r"cannot build the model .*'other'.* in its config.json"),
+        (
+            {"rope_parameters": {"rope_type": "other", "rope_theta": 1e4}},
+            r"cannot build the model .*'other'.* in its config.json",
+        ),
         ({"hidden_act": "other"}, r"cannot build the model .*'other'.*: check the settings in its config.json"),
     ],
     ids=["cut", "a list", "rope_type", "hidden_act"],
@@ -193,6 +197,17 @@ def test_every_declared_end_ends_an_answer(tmp_path: Path, tiny_folders: TinyFol
     base.model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert load_base_model(tiny_config(tmp_path)).eos_token_ids == {257, 250}
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": [257, 2', "[257]", b"\xff"], ids=["cut", "a list", "no text"])
+def test_a_broken_generation_config_is_refused(text: str | bytes, tiny_folders: TinyFolders, tmp_path: Path) -> None:
+    """It may be the only file that names the end of an answer."""
+    folder = shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    (folder / "generation_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BaseModelUnsupported, match=r"generation_config.json is not a JSON object. Copy the model's"):
+        load_base_model(tiny_config(folder))
+    with pytest.raises(BaseModelUnsupported, match=r"generation_config.json is not a JSON object. Copy the model's"):
+        load_front_model(tiny_config(folder, engine="vllm"))
 
 
 def test_the_dtype_is_the_configured_one(tiny_folders: TinyFolders) -> None:
