@@ -62,7 +62,7 @@ class ResponseFormat(TolerantRequest):
 
 
 class TextFormat(JsonSchemaFormat):
-    """The format of a response's text: the fields of a chat's `json_schema` are in the format itself."""
+    """The format of a text in other APIs: the fields of a chat's `json_schema` are in the format itself."""
 
     type: Literal["text", "json_object", "json_schema"]
     schema_: Schema | None = Field(default=None, alias="schema")  # type: ignore[assignment]
@@ -72,11 +72,11 @@ class TextFormat(JsonSchemaFormat):
         _check_schema("schema", self.schema_ is not None, self.type)
         return self
 
-    def grammar(self) -> Grammar | None:
-        """Return the grammar of the answer, or None for any text. Raises: GrammarInvalid."""
+    def grammar(self, param: str) -> Grammar | None:
+        """Return the grammar of the answer, or None for any text. `param`: this field. Raises: GrammarInvalid."""
         if self.schema_ is not None:
-            return of_schema(self.schema_, "text.format.schema")
-        return Grammar("json_schema", ANY_OBJECT, "text.format") if self.type == "json_object" else None
+            return of_schema(self.schema_, f"{param}.schema")
+        return Grammar("json_schema", ANY_OBJECT, param) if self.type == "json_object" else None
 
 
 class StructuredOutputs(TolerantRequest):
