@@ -253,11 +253,12 @@ class Engine:
                 self.kv_cache.computed(row.kv_row, row.num_computed)
         for row, scores in chosen.prompts:
             row.add_prompt_scores(scores)
-        self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in chosen.rows if row.num_new_tokens == 0)
+        begun = [row for row in chosen.rows if row.num_new_tokens == 0 and not row.capture_first_logits]
+        self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in begun)
         made = []
         for row, choices in chosen.by_row():
             event, num_taken = take(row.guess, choices, partial(self._append_token, row))
-            self.counters.num_new_tokens += num_taken * (row.max_new_tokens > 0)
+            self.counters.num_new_tokens += num_taken * (row.max_new_tokens > 0 and not row.capture_first_logits)
             if row.guess:
                 settle(row, num_taken, self.kv_cache)
             made.append((row, event))

@@ -217,11 +217,11 @@ class RowRunner:
         """Append the tokens and send their text. Return the last delta; tokens after it are ignored."""
         counters = self._queue.counters
         for token, scored in tokens:
-            if row.num_new_tokens == 0:
+            if row.num_new_tokens == 0 and not row.capture_first_logits:  # probes are not traffic
                 counters.num_prompt_tokens += row.num_prompt_tokens
                 counters.num_cached_tokens += row.num_cached_tokens
             delta = row.append_token(token, scored)
-            counters.num_new_tokens += 1
+            counters.num_new_tokens += not row.capture_first_logits
             if delta is not None and delta.finish_reason is not None:
                 return delta
             if delta is not None and not self._queue.send(row, delta):

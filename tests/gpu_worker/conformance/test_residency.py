@@ -217,7 +217,11 @@ def test_a_probe_gives_the_effect_of_each_adapter_or_its_error(hosted: HostedEng
     misfit = AdapterWeights("e" * 64, {"nowhere": next(iter(large.modules.values()))})
     hosted.add(idle, lost, misfit)
     digests = [weights.weights_digest for weights in (large, small, idle, lost, wide, misfit)]
+    before = hosted.status().counters
     of_large, of_small, of_idle, of_lost, *errors = hosted.run(hosted.engine.probe([*digests, "0" * 64]))
+    after = hosted.status().counters
+    names = ("num_requests", "num_prompt_tokens", "num_new_tokens")
+    assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names], "no traffic"
     assert [type(error) for error in errors] == [PlanTooLarge, AdapterUnfit, AdapterLoadFailed]
     assert isinstance(of_large, float) and isinstance(of_small, float)
     assert of_large > of_small > 0
