@@ -69,6 +69,10 @@ class HttpFront:
         """Return all state that would grow if a request left anything behind."""
         return self.runner.run(self._held())
 
+    def _new_threads(self) -> set[threading.Thread]:
+        """Return the threads since the start. Those that prepare prompts, a fixed number, start with the prompts."""
+        return set(threading.enumerate()) - self.earlier
+
     async def _held(self) -> dict[str, Any]:
         await self.served.services.background.idle()
         while (holdings := await self.engine.status()).num_running + holdings.num_waiting:
@@ -80,7 +84,7 @@ class HttpFront:
             "pins": engine.residency.num_pins,
             "rows": sum(type(thing) is Row for thing in gc.get_objects()),
             "tasks": len(asyncio.all_tasks()),
-            "threads": len(set(threading.enumerate()) - self.earlier),
+            "threads": len([thread for thread in self._new_threads() if not thread.name.startswith("prepare")]),
             "in flight": self.served.services.in_flight.count,
             "bodies": self.served.services.bodies.num_bytes,
             "uploads": self.served.services.uploads.num_bytes,

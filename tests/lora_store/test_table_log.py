@@ -60,11 +60,10 @@ def test_without_a_log_the_log_is_missing(location: Location) -> None:
     assert read_log(Files(location)).damaged == {LOG: "is missing"}
 
 
-def test_an_empty_commit_counts_until_a_checkpoint_replaces_it(files: Files, location: Location) -> None:
-    log = Files(location.child(LOG))
-    check_sizes(log, "/pool")
+def test_an_empty_commit_counts_until_a_checkpoint_replaces_it(files: Files) -> None:
+    check_sizes(files, "/pool")
     files.write(commit_name(2), b"")
     with pytest.raises(StoreDamaged, match=f"/pool/{commit_name(2)} is empty"):
-        check_sizes(log, "/pool")
+        check_sizes(files, "/pool")
     files.write(checkpoint_name(2), b"whole")
-    check_sizes(log, "/pool")
+    check_sizes(files, "/pool")

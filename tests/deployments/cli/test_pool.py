@@ -70,7 +70,7 @@ def test_list_and_show_name_the_version_under_trial() -> None:
 def test_show_prints_an_adapter_and_its_versions() -> None:
     """What others wrote is printed as it is, without control codes."""
     version = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester"}
-    version["source"] = "[b]poet\x1b[2J"
+    version["source"] = "[b]p\x1b[2J"
     answer = {
         **ROW,
         "trial": None,
@@ -82,7 +82,7 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
     assert (said.code, said.asked) == (0, [("GET", "/v1/loras/local%2Fpoet?samples=3&varied=true")])
     assert "\nsample: Write a [poem]. Of [31mrain\n" in said.stdout
     live, kept = [line for line in said.stdout.splitlines() if "tester" in line]
-    assert all(part in live for part in ("d" * 12, "live", "2026-01-02 03:04:05 ", "[b]poet [2J"))
+    assert all(part in live for part in ("d" * 12, "live", "2026-01-02 03:04:05 ", "[b]p [2J"))
     assert all(part in kept for part in ("e" * 12, "kept", "2026-01-02 03:04:05 "))
     assert "[b]bard [2J" in said.stdout and "\x1b" not in said.stdout
     assert "None" not in said.stdout and "fun" in said.stdout
