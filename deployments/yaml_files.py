@@ -16,7 +16,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError) as exc:  # 2026-02-30, `!!int x`, `!!bool x`
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as exc:  # 2026-02-30, `!!bool x`
             problem = f"a value cannot be read ({exc}): correct it, or put it in quotes"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from exc
 

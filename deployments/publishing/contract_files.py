@@ -99,7 +99,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise ValueError(f"is not valid YAML: {' '.join(str(exc).split())}") from exc
     except UnicodeDecodeError as exc:
         raise ValueError("is not UTF-8") from exc
-    except (TypeError, LookupError, AttributeError) as exc:  # PyYAML's own for `!!bool x`, `!!int ""`, `!!timestamp x`
+    except (TypeError, LookupError, AttributeError, OverflowError) as exc:  # PyYAML's own, for `!!bool x` and others
         raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("must be a mapping of fields, such as `instruction: ...`")
@@ -141,6 +141,8 @@ def _schema(field: str, value: Any) -> Any:
     """Return a schema that may be JSON text. Raises: ValueError."""
     try:
         return json.loads(value) if isinstance(value, str) else value
+    except RecursionError as exc:
+        raise ValueError(f"{field}: is nested too deeply") from exc
     except ValueError as exc:
         raise ValueError(f"{field}: is not valid JSON: {exc}") from exc
 

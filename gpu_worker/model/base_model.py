@@ -242,6 +242,8 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: M
     except (BaseModelUnsupported, MemoryError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as exc:  # whatever the model's code makes of a setting that it does not expect
+        if "allocate memory" in str(exc):  # torch's RuntimeError for too little memory of the machine
+            raise
         raise BaseModelUnsupported(
             f"transformers cannot build the model of {source} ({exc!r}): check the settings in its config.json"
         ) from exc

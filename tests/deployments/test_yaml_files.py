@@ -11,7 +11,10 @@ def test_yaml_is_read_with_its_dates() -> None:
     assert load_yaml(text) == yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("value", ["2026-02-30", "!!int x", "!!bool x", "!!timestamp x", "9" * 5000, "[1, {b: 0x_}]"])
+@pytest.mark.parametrize(
+    "value",
+    ["2026-02-30", "!!int x", "!!bool x", "!!timestamp x", "9" * 5000, "1" + 200 * ":59" + ".5", "[1, {b: 0x_}]"],
+)
 def test_a_value_that_cannot_be_built_is_an_error_with_its_line(value: str) -> None:
     with pytest.raises(yaml.MarkedYAMLError, match=r"a value cannot be read .*put it in quotes") as caught:
         load_yaml(f"first: 1\nsecond: {value}\n")

@@ -75,7 +75,7 @@ def _make_schema(function: Function, is_forced: bool) -> dict[str, Any]:
         return schema  # refused when the grammar is compiled
     more: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in declared}
     schema |= {"properties": declared | more} if more else {}
-    is_open = isinstance(least, int) and least > len(declared)
+    is_open = isinstance(least, int) and least > len(declared) + len(more)
     return {"type": "object"} | schema | ({} if is_open else {"additionalProperties": False})
 
 

@@ -115,6 +115,7 @@ def test_undeclared_arguments_are_left_out_unless_the_schema_speaks_of_them() ->
         ({"required": ["a"]}, '{"a": 1}', '{"a": 1, "b": 2}'),
         ({"const": {"a": 1}}, '{"a": 1}', "{}"),
         ({"enum": [{"a": 1}, {"a": 2}]}, '{"a": 2}', '{"a": 3}'),
+        ({"required": ["a"], "minProperties": 1}, '{"a": 1}', '{"a": 1, "b": 2}'),
         ({"minProperties": 1}, '{"a": 1}', "{}"),
         ({"minProperties": 1, "properties": {"a": {}}}, '{"a": 1}', '{"b": 1}'),
         ({}, "{}", '{"a": 1}'),
