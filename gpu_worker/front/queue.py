@@ -111,7 +111,7 @@ class RequestQueue:
                 if not row.has_started:
                     row.has_started, row.queued_s = True, now - row.arrived_at
                     row.num_cached_tokens = row.num_computed
-                    self.counters.num_cached_tokens += row.num_computed * (not row.capture_first_logits)
+                    self.counters.num_cached_tokens += row.num_computed
             self.running += started
             self._residency.settle()
         return started
