@@ -29,7 +29,6 @@ _FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--renderer-process-limit=1",  # otherwise each page starts a second process, for a page that never comes
 )
 _TIMEOUT_S = 170.0
 _EXPECT_MS = 60_000  # other tests may keep all cores busy
