@@ -28,7 +28,6 @@ from gpu_worker.config import NativeSettings
 from lora_store.sample_files import SAMPLES_FILE, parse_samples
 from retriever_svc.bfloat16_linear import use_bfloat16
 from retriever_svc.encoder import Encoder, unit_rows
-from retriever_svc.encoder_files import ENGLISH_MODEL
 
 NUM_TOKENS, NUM_BATCH, NUM_ADAPTERS, NUM_HELD_OUT = 40, 32, 8, 12
 SERVER, BFLOAT16, FLOAT32 = "server", "bfloat16", "float32"
@@ -88,7 +87,7 @@ def milliseconds(encoders: Mapping[str, Encoder], texts: Texts, count: int, size
 
 def with_torch() -> Encoder:
     """Return the encoder with torch's bfloat16 products, as for models that OpenVINO cannot run."""
-    encoder = Encoder(ENGLISH_MODEL, num_threads=1, dtype="float32")
+    encoder = Encoder(num_threads=1, dtype="float32")
     assert use_bfloat16(encoder._model, encoder._compute)
     return encoder
 
@@ -111,12 +110,12 @@ def main(
     count: Annotated[int, typer.Option(help="texts of each kind, alone and next to a worker")] = 200,
     quick: Quick = False,
 ) -> None:
-    """Measure the packaged encoder."""
+    """Measure the default encoder."""
     count = 3 if quick else count
     encoders = {
-        SERVER: Encoder(ENGLISH_MODEL, num_threads=1),
+        SERVER: Encoder(num_threads=1),
         BFLOAT16: with_torch(),
-        FLOAT32: Encoder(ENGLISH_MODEL, num_threads=1, dtype="float32"),
+        FLOAT32: Encoder(num_threads=1, dtype="float32"),
     }
     texts = Texts()
     alone = milliseconds(encoders, texts, count)
