@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """Says where a value is that PyYAML cannot build."""
+    """Adds the line to errors about values that PyYAML cannot build."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -30,7 +30,7 @@ def load_yaml(text: str) -> Any:
 
 
 def require_json(value: T) -> T:
-    """Return `value`, which JSON can say. Raises: ValueError for dates, .nan and other values that it does not have."""
+    """Return `value` if JSON can represent it. Raises: ValueError for dates, .nan and other values that it cannot."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as exc:

@@ -69,7 +69,7 @@ def write_samples(samples: Sequence[Sample]) -> bytes:
 
 
 def parse_samples(data: bytes) -> tuple[Sample, ...]:
-    """Return the samples from the bytes that `write_samples` returned. What is stored is not checked again."""
+    """Read the samples that `write_samples` wrote, without checking them again."""
     rows = map(parse_json_object, data.removesuffix(b"\n").split(b"\n"))
     return tuple(Sample(row["input"], row.get("output"), row.get(_ACCEPTED) is True) for row in rows)
 

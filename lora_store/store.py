@@ -237,7 +237,7 @@ class LoraStore:
             raise AdapterRefused(live.ref.name, ["it has no samples: publish it with samples first"])
         if samples is None:
             samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
-        return self._stage_changed(live, changed_version(live, **_samples_of(samples)), tuple(samples))
+        return self._stage_changed(live, changed_version(live, **_describe_samples(samples)), tuple(samples))
 
     def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
         """Stage the weights of the live version with these changes. `read_contract`: for its base model.
@@ -262,7 +262,7 @@ class LoraStore:
         if edit.contract is not None:
             changes["contract"] = edit.contract or None
         if samples is not None:
-            changes |= _samples_of(samples)
+            changes |= _describe_samples(samples)
         staged = self._stage_changed(live, changed_version(live, **changes), samples)
         return staged if edit.visibility is None else replace(staged, keeps=frozenset())
 
@@ -346,7 +346,7 @@ class LoraStore:
         leased = () if precondition == "live" else staged
         renewed = [self.restage(item.record) for item in leased if not self._leases.is_safe(item.lease)]
         generation = self._catalogue.commit(
-            lambda snapshot: publish_events(snapshot, records, precondition, quota=quota, **_made_from(staged)),
+            lambda snapshot: publish_events(snapshot, records, precondition, quota=quota, **_make_arguments(staged)),
             commit_id,
         )
         self._require_blobs([item.record for item in leased])
@@ -355,7 +355,7 @@ class LoraStore:
 
     def check_commit(self, staged: Sequence[Staged]) -> None:
         """Raise what `commit` of these would raise in the newest state, but for quotas and blobs."""
-        publish_events(self.snapshot(), [item.record for item in staged], **_made_from(staged))
+        publish_events(self.snapshot(), [item.record for item in staged], **_make_arguments(staged))
 
     def discard(self, staged: Sequence[Staged]) -> None:
         """Give up these staged versions: release their leases and delete the blobs that nothing else uses."""
@@ -599,8 +599,8 @@ class LoraStore:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
 
 
-def _made_from(staged: Sequence[Staged]) -> dict[str, Any]:
-    """Return the arguments of `publish_events` for what each version was made from."""
+def _make_arguments(staged: Sequence[Staged]) -> dict[str, Any]:
+    """Return arguments of `publish_events`: what each version keeps, and which version it replaces."""
     return {
         "keeps": {item.ref: item.keeps for item in staged},
         "replaces": {item.ref: item.replaces for item in staged if item.replaces is not None},
@@ -622,8 +622,8 @@ def _make_label(
     return Label(name, tenant, tuple(sorted(set(tags or ()))), template, visibility)
 
 
-def _samples_of(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return the fields of a record that say which samples it has."""
+def _describe_samples(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the digest and the number of the samples, as fields of a record."""
     return {"samples_digest": hash_blob(write_samples(samples)) if samples else None, "num_samples": len(samples)}
 
 

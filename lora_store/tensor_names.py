@@ -23,7 +23,7 @@ _READABLE = re.compile(  # the second form is MLX's, the third torchtune's
 _FROM_TORCHTUNE = {"attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _PEFT_PREFIX = "base_model.model."
 _OLD_BLOCK = (".block_sparse_moe.", ".mlp.")  # what held Mixtral's router and experts in transformers 4, and now
-_OLD_ROUTER = ".layer"  # of GraniteMoE's router in transformers 4
+_OLD_ROUTER = ".layer"  # ends the name of GraniteMoE's router in transformers 4
 
 
 @dataclass(frozen=True, slots=True)

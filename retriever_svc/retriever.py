@@ -420,7 +420,7 @@ class Retriever:
         """
         record, pool = self.resolve(tenant, name), self._pools.current
         if record.samples_digest is not None and record.encoder != pool.encoder.identity:
-            reason = "the pool's encoder has not read its samples, so what it would answer is unknown"
+            reason = "the pool's encoder has not embedded its samples, so what it would answer cannot be measured"
             raise AdapterRefused(record.ref.name, [f"{reason}: run `loraretriever pool reindex` first"])
         return DrawMeasurement.of(pool, record, samples, tenant)
 

@@ -71,12 +71,14 @@ MAX_METADATA = 16
 MAX_TOKEN_IDS = 16_384  # of one prompt
 LEAST_TOP_P = 1e-6  # below the largest probability of any vocabulary, so that one id remains
 _ANY_SEED = -1  # of clients of other servers
+
+
+def _drop_nulls(value: object) -> object:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
-
-
-def _without_nulls(value: object) -> object:
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -88,7 +90,7 @@ LogitBias = Annotated[dict[IdGiven, Bias], Field(max_length=MAX_BIASED_IDS), Bef
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=MAX_METADATA),
-    BeforeValidator(_without_nulls),
+    BeforeValidator(_drop_nulls),
     BeforeValidator(at_most(MAX_METADATA)),
 ]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]

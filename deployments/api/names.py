@@ -139,10 +139,10 @@ class AppliedPolicy:
         given = request.set_fields
         names_adapters = request.merged_adapters or "lora_path" in given
         lora = request.lora if names_adapters else self._options(request.lora)
-        own = {*given, "model", "lora", "template", "variant", "share", *self._not_for(request)}
+        own = {*given, "model", "lora", "template", "variant", "share", *self._find_conflicts(request)}
         return _filled(request, self.policy, own).model_copy(update={"lora": lora})
 
-    def _not_for(self, request: GenerationRequest) -> Set[str]:
+    def _find_conflicts(self, request: GenerationRequest) -> Set[str]:
         """Return the policy's fields that would make the request itself invalid.
 
         A grammar of the request ends its answer, and so does its limit.

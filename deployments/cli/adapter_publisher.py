@@ -130,7 +130,7 @@ class AdapterPublisher:
             return [_refusal(400, describe_problem(exc))]
 
     def _post_folder(self, item: Item) -> JsonObject:
-        """Raises: OSError: a file cannot be read."""
+        """Upload the folder and return the server's answer. Raises: OSError if a file cannot be read."""
         folder = Path(item.place)
         if links := linked_files(folder):
             remedy = "could point to any file: replace it by a copy of the file"

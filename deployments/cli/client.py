@@ -56,7 +56,7 @@ def server_url(given: str) -> str:
     return url if separator else f"http://{url}"
 
 
-def local_folder(given: Path) -> Path:
+def check_local_folder(given: Path) -> Path:
     """Return a folder to write to. Raises: BadParameter for a URI, of which a path would be a folder here."""
     if re.match(r"[a-z][a-z0-9+.-]*:/", str(given)):
         raise typer.BadParameter("must be a folder on this machine, not a URI")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import DEFAULT_URL, Url, local_folder, say
+from deployments.cli.client import DEFAULT_URL, Url, check_local_folder, say
 from deployments.cli.pool_upkeep import Store
 
 commands = typer.Typer()
@@ -21,7 +21,7 @@ def compose(
         str, typer.Option(metavar="NAME=WEIGHT,…", help="the adapters with their weights in the mixture")
     ],
     target: Annotated[
-        Path, typer.Option("--out", callback=local_folder, help="folder that gets the new adapter's folder")
+        Path, typer.Option("--out", callback=check_local_folder, help="folder that gets the new adapter's folder")
     ] = Path(),
     rank: Annotated[
         int | None,

@@ -96,7 +96,7 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
         published = _format_time(row["created_at"])
-        cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], _plain(row["source"]))
+        cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], _escape(row["source"]))
         versions.add_row(*map(str, cells))
     facts = Table(Column(), Column(overflow="fold"), show_header=False)
     if "num_bytes" in answer:
@@ -104,7 +104,7 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     for key, value in answer.items():
         if value in (None, []) or key in _ONLY_JSON or (key == "id" and value == answer.get("name")):
             continue
-        facts.add_row(key, _plain(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+        facts.add_row(key, _escape(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     out.print(facts)
     out.print(versions)
     for sample in samples:
@@ -120,8 +120,8 @@ def show_bytes(number: int) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
 
 
-def _plain(text: str) -> str:
-    """Return text of others as a cell, without markup and without characters that a terminal obeys."""
+def _escape(text: str) -> str:
+    """Return somebody else's text as a cell, without markup and terminal control characters."""
     return escape("".join(char if char.isprintable() or char == "\n" else " " for char in text))
 
 

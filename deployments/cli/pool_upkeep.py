@@ -18,10 +18,10 @@ from deployments.cli.client import (
     Url,
     behind_note,
     call,
+    check_local_folder,
     counted,
     fail,
     follow,
-    local_folder,
     out,
     pages,
     print_json,
@@ -286,7 +286,7 @@ def train(
     target: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", callback=local_folder, help="folder for the new encoder; use it with `pool reindex`"
+            metavar="FOLDER", callback=check_local_folder, help="folder for the new encoder; use it with `pool reindex`"
         ),
     ],
     store: Annotated[str | None, typer.Option(help="train on the samples of the adapters in this store")] = None,

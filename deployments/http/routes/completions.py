@@ -154,7 +154,7 @@ async def _respond(
     found = events(chunks, context, form=form, keep_alive_s=services.keep_alive_s)
     first = await anext(found)  # an error before it becomes a status
     headers = _STREAM_HEADERS | started.answer.headers()
-    return StreamingResponse(_continued(first, found), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_continue(first, found), media_type="text/event-stream", headers=headers)
 
 
 async def events(
@@ -207,7 +207,7 @@ async def _next(chunks: AsyncGenerator[JsonObject | None]) -> JsonObject | None:
     return await anext(chunks)
 
 
-async def _continued(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+async def _continue(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     async with aclosing(rest):
         yield first
         async for event in rest:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # indented line would let a model that samples spend max_tokens on spaces.
 _WHITE_SPACE = " "
 _MAX_LEXER_STATES = 20_000  # for one grammar; each takes about 2 kB
-_STEP_FUEL = 75_000  # of the library's lexer for one mask: 2,500 values of an enum need 70,000
+_STEP_FUEL = 75_000  # limits the library's lexer for one mask; an enum with 2,500 values needs 70,000
 # They override a schema's `x-guidance`.
 _JSON_OPTIONS = {
     "item_separator": ",",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 BITS = 32
 LONGEST_RUN = 8  # ids that are known to follow; the search costs a mask for each
-_FREE_S, _TOKEN_S = 0.25, 0.01  # of the processor, for an answer and for each of its tokens: others wait meanwhile
+# The CPU time that the masks of an answer may take, and what each of its tokens adds. Other rows wait meanwhile.
+_FREE_S, _TOKEN_S = 0.25, 0.01
 Mask = NDArray[np.uint32]
 """A bit for each id, the lowest first."""
 

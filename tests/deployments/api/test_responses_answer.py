@@ -182,7 +182,7 @@ def test_calls_of_a_stream_and_of_a_whole_answer_agree(deltas: Sequence[Delta]) 
     assert [item["type"] for item in found["output"]][-2:] == ["function_call"] * 2
 
 
-def parts_of(response: Any) -> tuple[str, list[tuple[str, str, str]], str, list[Any]]:
+def read_parts(response: Any) -> tuple[str, list[tuple[str, str, str]], str, list[Any]]:
     """Return the text, the calls, the status and the log probabilities of a response."""
     messages = [item for item in response["output"] if item["type"] == "message"]
     calls = [item for item in response["output"] if item["type"] == "function_call"]
@@ -195,8 +195,8 @@ def test_calls_of_a_stream_are_whole_however_it_is_merged() -> None:
     for seed in range(300):
         deltas = random_calls(seed)
         *events, last = streamed(deltas, form_of())
-        found = parts_of(whole(deltas, form_of()))
-        assert found[1] and parts_of(last["response"]) == found, seed
+        found = read_parts(whole(deltas, form_of()))
+        assert found[1] and read_parts(last["response"]) == found, seed
         done = [event["arguments"] for event in events if event["type"] == "response.function_call_arguments.done"]
         assert done == [arguments for _, _, arguments in found[1]], seed
 

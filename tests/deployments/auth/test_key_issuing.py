@@ -184,7 +184,8 @@ def test_whoever_changes_the_file_leaves_it_readable_by_the_server(
     file = write(tmp_path / "keys.json", entry("a"), entry("b"))
     file.chmod(mode)
     text, server = file.read_text(), (file.stat().st_uid, file.stat().st_gid)
-    owner = [server[0] if who.startswith("its owner") else server[0] + 1, server[1] + 1]  # of the new file at first
+    # The new file belongs to the person who runs the command, until its owners are changed.
+    owner = [server[0] if who.startswith("its owner") else server[0] + 1, server[1] + 1]
 
     def give(_: int, *ids: int) -> None:
         if any(wanted not in (-1, has) and not can for wanted, has, can in zip(ids, owner, can_give, strict=True)):

@@ -103,7 +103,9 @@ STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
     ],
     ids=str,
 )
-def test_a_policy_never_makes_a_valid_request_invalid(policy: dict[str, Any], body: dict[str, Any], kept: bool) -> None:
+def test_a_policys_minimum_gives_way_to_a_requests_own_format_and_limit(
+    policy: dict[str, Any], body: dict[str, Any], kept: bool
+) -> None:
     _, job, _ = answered(policy, CHAT | body)
     assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos) == kept
 
