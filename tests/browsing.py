@@ -145,8 +145,10 @@ async def address_of(served: Served) -> AsyncIterator[str]:
 async def drop_folder(page: Page, folder: Path) -> None:
     """Drop a local folder on the page, as a file manager does."""
     session = await page.context.new_cdp_session(page)
+    await page.evaluate("() => { window.over = new Promise((seen) => document.addEventListener('dragover', seen)); }")
     for kind in ("dragEnter", "dragOver", "drop"):
         if kind == "drop":  # a browser cancels it where the page has not yet accepted what is above it
+            await page.evaluate("() => over.then(() => new Promise(requestAnimationFrame)).then(() => null)")
             await expect(page.locator("#drop.over")).to_have_count(1)
         data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
         await session.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
