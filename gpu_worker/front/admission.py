@@ -99,6 +99,10 @@ class Admission:
         num_ended = self._loader.num_ended  # loads end on other threads; later ones count for the next call
         if self._seen != self._state(num_ended):
             self._walk()
+            num_failed = 0
+            while num_failed != len(self._failed):  # their part of the window is for rows that come before them
+                num_failed = len(self._failed)
+                self._walk()
             waits_for_growth = (
                 self._is_full and self._kv_cache.num_free > 0
             )  # a growing row may soon need no spare page

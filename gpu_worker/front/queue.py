@@ -101,6 +101,7 @@ class RequestQueue:
 
     def admit(self) -> list[Row]:
         """Return the rows that run now too. Rows whose loads or plan failed get their error."""
+        num_changes = self._residency.num_changes
         started, failed = self._admission.admit()
         for row, error in failed:
             self.send(row, error)
@@ -113,6 +114,7 @@ class RequestQueue:
                     row.num_cached_tokens = row.num_computed
                     self.counters.num_cached_tokens += row.num_computed
             self.running += started
+        if started or self._residency.num_changes != num_changes:  # a row may have its adapters before it has KV
             self._residency.settle()
         return started
 

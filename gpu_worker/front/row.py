@@ -217,7 +217,7 @@ class Row:
         return False
 
     def _delta(self, text: str, reason: FinishReason | None, calls: tuple[ToolCallPiece, ...] = ()) -> Delta:
-        logprobs = self._released_logprobs() if self.pending_logprobs else ()
+        logprobs = self._released_logprobs(is_last=reason is not None) if self.pending_logprobs else ()
         if self.tool_calls is not None and not text:
             logprobs = tuple(replace(entry, is_call=True) for entry in logprobs)
         prompt = () if self.is_prompt_sent else tuple(self.prompt)
@@ -232,8 +232,11 @@ class Row:
         offset, is_end = self.detokenizer.num_chars, token in self.end_ids
         return TokenLogprob(self.token_bytes(token), scored.logprob, top, offset, is_end)
 
-    def _released_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """Return the pending log probabilities, except for tokens that a stop string removed completely."""
-        pending, self.pending_logprobs = self.pending_logprobs, []
-        end = self.detokenizer.num_released if self.detokenizer.stopped else self.detokenizer.num_chars + 1
+    def _released_logprobs(self, *, is_last: bool) -> tuple[TokenLogprob, ...]:
+        """Return the log probabilities of the tokens whose text is sent. The last delta has those of all others,
+        except for tokens that a stop string removed completely."""
+        pending, end = self.pending_logprobs, self.detokenizer.num_released
+        if is_last and not self.detokenizer.stopped:
+            end = self.detokenizer.num_chars + 1
+        self.pending_logprobs = [] if is_last else [entry for entry in pending if entry.text_offset >= end]
         return tuple(entry for entry in pending if entry.text_offset < end)

@@ -48,6 +48,8 @@ def test_tokens_held_back_for_a_stop_string_are_reported_unless_it_removes_them(
     deltas = taken(answering(stops=("##",)), "a#b##c")
     assert "".join(delta.text for delta in deltas) == "a#b"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
+    deltas = taken(answering(stops=("abX",)), "aabX")
+    assert [(delta.text, [entry.token for entry in delta.logprobs]) for delta in deltas] == [("a", [b"a"]), ("", [])]
     deltas = taken(answering(stops=("##",), max_new=2), "a#")
     assert deltas[-1].finish_reason == "length"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
 from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.front.prefetch_window import MIN_ROWS
 from gpu_worker.front.request.request import Delta
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
@@ -202,3 +204,53 @@ def test_forgotten_weights_are_dropped_however_the_last_request_ends(
     assert not engine.queue.forget([weights.weights_digest])
     end(engine, answer)
     assert engine.status() == empty
+
+
+def test_a_row_that_has_its_adapters_before_it_has_kv_disturbs_no_running_row(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    """Products over all active rows read their number, which the row that waits for KV has changed."""
+    old, running, waiting = (random_adapter(shapes, i) for i in range(3))
+    pool = by_digest(old, running, waiting)
+    engine = make_engine(pool, max_model_len=64, kv_tokens=96)
+    run_together(engine, [greedy("x", only(old))])  # its rows are before those of the others
+    jobs = [greedy("r" * 40, only(running), "running"), greedy("w" * 40, only(waiting), "waiting")]
+    first = ask(engine, jobs[0])
+    engine.step()
+    second = ask(engine, jobs[1])
+    engine.step()
+    assert second.row.is_pinned and second.row not in engine.running
+    assert engine.residency.active_rows == len(engine.residency.rows(running.weights_digest)) * 2
+    engine.residency.pack()
+    active = {digest for digest in pool if max(engine.residency.rows(digest)) < engine.residency.active_rows}
+    assert active == {running.weights_digest, waiting.weights_digest}
+    engine.run_until_idle()
+    for job, answer in zip(jobs, (first, second), strict=True):
+        assert_same(answer, alone(job, pool))
+
+
+def test_rows_that_fail_give_their_part_of_the_window_to_a_row_before_them(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    lost = [random_adapter(shapes, 10 + i, rank=1) for i in range(MIN_ROWS)]
+    good, loads = random_adapter(shapes, 1), dict[str, Future[AdapterWeights]]()
+
+    def fetch(digest: str) -> Future[AdapterWeights]:
+        return loads.setdefault(digest, Future())
+
+    engine = make_engine({}, fetch=fetch, host_cache_bytes=0)
+    base = ask(engine, replace(BASE_JOB, tenant="many"))
+    failed = [ask(engine, replace(greedy("x", only(one), one.weights_digest), tenant="many")) for one in lost]
+    job = replace(greedy("good", only(good), "good"), tenant="one")
+    answer = ask(engine, job)
+    while not base.is_finished:
+        engine.step()
+    assert loads.keys() == {one.weights_digest for one in lost}, "they fill the window, and the other tenant is next"
+    for load in loads.values():
+        load.set_exception(ConnectionError("the store is away"))
+    assert not engine.step()
+    assert all(isinstance(each.error, AdapterLoadFailed) for each in failed)
+    assert good.weights_digest in loads, "nothing else wakes the engine"
+    loads[good.weights_digest].set_result(good)
+    engine.run_until_idle()
+    assert_same(answer, alone(job, by_digest(good)))
