@@ -80,7 +80,7 @@ def single_entry(key: str) -> KeyEntry:
 
 def parse_entries(text: str) -> list[KeyEntry]:
     """Parse a keys file, a YAML or JSON list. Raises: ValueError, which quotes no part of the file."""
-    entries = _validated(_loaded(text))
+    entries = _validated(load_entries(text))
     for field in ("id", "sha256"):
         require_unique(field, [getattr(entry, field) for entry in entries])
     return entries
@@ -132,7 +132,8 @@ def _digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _loaded(text: str) -> Any:
+def load_entries(text: str) -> Any:
+    """Return what the JSON or YAML says, unchecked. Raises: ValueError."""
     with suppress(ValueError, RecursionError):
         return json.loads(text)
     try:

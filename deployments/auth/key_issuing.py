@@ -17,9 +17,11 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from deployments.auth.api_keys import KeyEntry, hash_key, new_key, parse_entries
+from deployments.auth.api_keys import KeyEntry, hash_key, load_entries, new_key, parse_entries
 from deployments.field_problems import describe_problem, did_you_mean, field_names
 from deployments.json_types import JsonMapping, JsonObject
+
+_MAX_TENANT_CHARS = 55  # of a tenant's name in the id of its key, which has 64
 
 
 def read_expiry(text: str, now: datetime) -> str | None:
@@ -55,7 +57,7 @@ def make_key(
     """Return a new key and its entry for a keys file. Raises: ValueError, naming the field."""
     key = new_key()
     entry: JsonObject = {
-        "id": id or f"{tenant}-{secrets.token_hex(4)}",
+        "id": id or f"{tenant[:_MAX_TENANT_CHARS]}-{secrets.token_hex(4)}",
         "sha256": hash_key(key),
         "tenant": tenant,
         "roles": list(roles),
@@ -172,16 +174,16 @@ def _locked(folder: Path) -> Iterator[int]:
 
 def with_entry(text: str, entry: JsonMapping) -> str:
     """Return the keys file `text` with `entry` added. Comments of a YAML list are kept. Raises: ValueError."""
-    if not text.strip():
-        return format_item(entry)
+    appended = text.rstrip("\n") + "\n" * bool(text.strip()) + format_item(entry)
+    if load_entries(text) is None:  # an empty file, or one of comments
+        return appended
     num_old = len(parse_entries(text))
-    appended = text.rstrip("\n") + "\n" + format_item(entry)
     try:
         if len(parse_entries(appended)) == num_old + 1:
             return appended
     except ValueError:  # JSON, or a YAML list on one line
         pass
-    rewritten = _dump_json([*yaml.safe_load(text), dict(entry)])
+    rewritten = _dump_json([*load_entries(text), dict(entry)])
     parse_entries(rewritten)
     return rewritten
 
@@ -194,16 +196,19 @@ def with_replaced(text: str, id: str, change: Callable[[JsonObject], list[JsonOb
     ids = [entry.id for entry in parse_entries(text)]
     if id not in ids:
         raise ValueError(f"no key has the id {id!r}{did_you_mean(id, ids)}; `loraretriever keys list` prints the ids")
-    place, lines = ids.index(id), text.splitlines(keepends=True)
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    place, lines, entries = ids.index(id), text.splitlines(keepends=True), load_entries(text)
+    made = change(entries[place])
+    rewritten = _dump_json([*entries[:place], *made, *entries[place + 1 :]])
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:  # JSON that is indented with tabs
+        return rewritten
     assert isinstance(root, yaml.SequenceNode)
     nodes = root.value
     start = nodes[place].start_mark.line
     end = nodes[place + 1].start_mark.line if place + 1 < len(nodes) else len(lines)
     while end > start + 1 and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
         end -= 1  # comments before the next entry are that one's
-    entries = yaml.safe_load(text)
-    made = change(entries[place])
     wanted = [*ids[:place], *(entry["id"] for entry in made), *ids[place + 1 :]]
     left = "".join([*lines[:start], *map(format_item, made), *lines[end:]]) if wanted else "[]\n"
     try:
@@ -211,7 +216,7 @@ def with_replaced(text: str, id: str, change: Callable[[JsonObject], list[JsonOb
             return left
     except ValueError:  # JSON, or a YAML list on one line
         pass
-    return _dump_json([*entries[:place], *made, *entries[place + 1 :]])
+    return rewritten
 
 
 def _dump_json(entries: Sequence[JsonMapping]) -> str:

@@ -33,7 +33,12 @@ from tests.deployments.key_files import entry, write
 from tests.lora_store.power_failure import Disk
 
 Dump = Callable[[Any], str]
-DUMPS: list[Dump] = [json.dumps, yaml.safe_dump, lambda data: yaml.safe_dump(data, default_flow_style=True)]
+DUMPS: list[Dump] = [
+    json.dumps,
+    lambda data: json.dumps(data, indent="\t"),
+    yaml.safe_dump,
+    lambda data: yaml.safe_dump(data, default_flow_style=True),
+]
 
 
 def made(**changes: Any) -> tuple[str, dict[str, Any]]:
@@ -52,6 +57,7 @@ def test_keys_without_an_id_get_unique_ids() -> None:
     (first, one), (second, other) = made(), made()
     assert first != second and one["id"] != other["id"]
     assert one["id"].startswith("acme-") and "limits" not in one
+    assert made(tenant="t" * 64)[1]["id"].startswith("t" * 55 + "-")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_comments_of_a_yaml_list_stay_and_a_link_stays_a_link(tmp_path: Path) ->
     assert len(parse_entries(target.read_text())) == 2
 
 
-@pytest.mark.parametrize("text", ["", "\n", "[]", "[]\n"])
+@pytest.mark.parametrize("text", ["", "\n", "[]", "[]\n", "# ours\n", "---\n# ours"])
 def test_an_empty_file_gets_the_one_entry(text: str) -> None:
     key, new = made()
     [found] = parse_entries(with_entry(text, new))

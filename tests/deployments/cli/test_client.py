@@ -145,6 +145,17 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert list_adapters().server.authorizations == [None]
 
 
+def test_the_space_around_a_key_is_left_out_and_what_no_header_carries_is_refused_without_printing_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LORARETRIEVER_KEY", " k2\n")
+    assert run_with(NO, "list").server.authorizations == ["Bearer k2"]
+    for key in ("lr-secret\nx", "lr-sécret", "lr secret"):
+        said = run_with(NO, "list", "--key", key)
+        assert (said.code, said.server.authorizations) == (1, [])
+        assert "that no header can carry" in said.err and "cret" not in said.out + said.err
+
+
 def test_after_two_dashes_the_key_is_part_of_the_prompt() -> None:
     with scripted(NO) as server:
         run("ask", "-u", server.url, "--", "--key", "k")
