@@ -269,7 +269,8 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
         elif on_conflict == "replace" and live is not None:
             names["replaced"].append(shown)
             new = replace(versions[0], trial=None, live_since=datetime.now(UTC))
-            new = replace(new, visibility=live.visibility, expires_at=live.expires_at)  # as a publish keeps them
+            expires_at = versions[0].expires_at if live.is_unlisted else None  # a listed adapter stays listed
+            new = replace(new, visibility=live.visibility, expires_at=expires_at)
             moves.append(((new,), live.ref.digest))
         else:
             refused.append(f"{shown} {problem}")

@@ -7,6 +7,8 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
+import numpy as np
+
 from lora_store.adapter import AdapterRef
 from lora_store.errors import (
     AdapterNotFound,
@@ -316,6 +318,7 @@ def rank_events(
 ) -> list[Event]:
     """Return events that replace the rankings of `tenant` that an evaluation made, or those of its outcomes.
 
+    Nothing is returned if they are the same: each event replaces all rankings of the tenant.
     `keeps`: the anchors whose earlier rankings stay. An evaluation also keeps an earlier ranking if its anchor was
     withdrawn and one of its adapters is still live: its examples cannot be measured again, and they show what the
     adapter is for.
@@ -336,7 +339,15 @@ def rank_events(
     wanted = [*rankings, *kept]
     if not wanted and any(ranking.is_outcome for ranking in earlier):
         wanted = [_naming_none(tenant, earlier[0])]
+    if len(wanted) == len(earlier) and all(map(_is_same, wanted, earlier)):
+        return []
     return [Rank(tenant, ranking, place == 0, actor, at) for place, ranking in enumerate(wanted)]
+
+
+def _is_same(one: Ranking, other: Ranking) -> bool:
+    """Return whether the rankings and their arrays are equal."""
+    is_equal = one == other and np.array_equal(one.vector, other.vector)
+    return is_equal and np.array_equal(one.own_scores, other.own_scores)
 
 
 def _naming_none(tenant: str, ranking: Ranking) -> Ranking:

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,26 @@ async def test_a_text_has_the_vector_of_length_one_that_routing_uses(here: Serve
     assert float(german @ sums) < 0.9
     load = await here.replica.record_autoscaling_stats()
     assert load["busy"] > 0 and load["waiting_s"] == 0
+
+
+async def test_the_vectors_of_one_request_are_of_one_encoder(here: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More texts than one batch has; another encoder becomes active after the first batch."""
+    encode, makers = here.replica._retriever.encode, []
+
+    def encode_and_activate(texts: Any) -> Any:
+        encoded = encode(texts)
+        makers.append(encoded[0].pool.encoder.identity)
+        if len(makers) == 1:
+            identity = here.pools.prepare_encoder("multilingual-e5-small", "none").identity
+            event = ActivateEncoder("multilingual-e5-small", identity, "me", datetime.now(UTC))
+            here.catalogue.commit(lambda _: [event])
+            here.pools.catch_up()
+        return encoded
+
+    monkeypatch.setattr(here.replica._retriever, "encode", encode_and_activate)
+    first, *others = await here.replica.vectors("local", ["the same text"] * 64)
+    assert len(set(makers)) == 2
+    assert all(float(first @ other) == pytest.approx(1, abs=1e-3) for other in others)
 
 
 async def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(here: Served) -> None:

@@ -353,6 +353,14 @@ def test_replace_keeps_who_may_use_the_adapter(pool: LoraStore, store_uri: str, 
     assert store.snapshot().public["poet"].ref.tenant == "acme"
 
 
+def test_a_listed_adapter_does_not_get_the_end_of_the_unlisted_one_that_it_replaces(
+    pool: LoraStore, store_uri: str, put: Put, new: str
+) -> None:
+    put(opened(new), "poet", ttl_s=600)
+    import_pool(StoredPool(store_uri), new, "replace")
+    assert not opened(new).snapshot().records["local", "poet"].is_unlisted
+
+
 def test_a_name_published_meanwhile_is_not_overwritten(pool: LoraStore, store_uri: str, put: Put, new: str) -> None:
     target = opened(new)
 

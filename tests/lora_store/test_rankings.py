@@ -41,10 +41,11 @@ def test_a_ranking_outlives_its_anchor_while_one_of_its_adapters_is_live(make_re
     snapshot = after(Snapshot(0, {}), *records, Rank("local", ranking(POET, BARD), True, "me", NOON))
     assert rank_events(snapshot, "local", [], "me", NOON) == []
     withdrawn = after(snapshot, Withdraw(POET, "me", NOON))
-    [kept] = rank_events(withdrawn, "local", [], "me", NOON)
-    assert isinstance(kept, Rank) and kept.ranking == ranking(POET, BARD) and kept.is_first
+    events = rank_events(withdrawn, "local", [ranking(BARD)], "me", NOON)
+    assert used(after(withdrawn, *events)) == [ranking(BARD), ranking(POET, BARD)]
     both = after(withdrawn, Withdraw(BARD, "me", NOON))
-    assert rank_events(both, "local", [], "me", NOON) == []
+    events = rank_events(both, "local", [ranking(BARD)], "me", NOON)
+    assert used(after(both, *events)) == [ranking(BARD)]
 
 
 def test_an_evaluation_keeps_the_rankings_of_anchors_that_it_left_out(make_record: MakeRecord) -> None:
@@ -63,6 +64,17 @@ def test_outcomes_and_an_evaluation_replace_their_own_rankings_only() -> None:
         events = rank_events(snapshot, "local", rankings, "me", NOON, are_outcomes=are_outcomes)
         snapshot = snapshot.after(events, snapshot.generation + 1)
     assert set(used(snapshot)) == {ranking(BARD), later}
+
+
+def test_what_changes_nothing_is_no_event() -> None:
+    """An event replaces all rankings of the tenant, in every pool of every replica."""
+    said = ranking(AdapterRef("local", f"{OUTCOME}1", ""), POET)
+    snapshot = Snapshot(0, {})
+    for rankings, are_outcomes in (([ranking(POET), ranking(BARD)], False), ([said], True)):
+        snapshot = after(snapshot, *rank_events(snapshot, "local", rankings, "me", NOON, are_outcomes=are_outcomes))
+    assert rank_events(snapshot, "local", [said], "you", NOON, are_outcomes=True) == []
+    assert len(rank_events(snapshot, "local", [replace(said, vector=-said.vector)], "me", NOON, are_outcomes=True)) == 3
+    assert len(rank_events(snapshot, "local", [ranking(POET)], "me", NOON)) == 2
 
 
 def test_the_last_outcome_can_be_withdrawn() -> None:
