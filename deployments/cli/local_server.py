@@ -365,7 +365,7 @@ def _start_ray(**options: Any) -> Any:
         return ray.init("local", **options)  # ignores RAY_ADDRESS
     except Exception as exc:
         if type(exc) is not Exception:  # Ray has no class for it
-            raise ServerFailed(causes_in(serve.status(), self.logs) or str(exc)) from exc
+            raise
         raise ServerFailed(f"Ray did not start: {exc} Try again when the machine is less busy.") from exc
 
 
