@@ -40,7 +40,6 @@ _NOT_ON_CPU = {
 }
 _UNREAD = {
     "jetmoe": "its attention has more heads of keys than config.json says",
-    "molmo2": "its class asks for settings that transformers names otherwise",
     "sarvam_mla": "its class asks for a head size that transformers changes",
 }
 # transformers does not read these, and always does what they say.
@@ -106,7 +105,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(source, (hf_config, text_config), tokenizer),
         vocab_size=text_config.vocab_size,
-        num_embeddings=language_part(model).get_input_embeddings().weight.shape[0],
+        num_embeddings=min(text_config.vocab_size, language_part(model).get_input_embeddings().weight.shape[0]),
         max_position=text_config.max_position_embeddings,
         dtype=dtype,
         num_kv_heads=heads,

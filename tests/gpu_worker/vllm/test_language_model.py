@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 from base64 import b64encode
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import MistralConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
@@ -43,6 +45,12 @@ def test_vllm_gets_the_settings_of_the_language_model_with_its_class(
     assert config.tie_word_embeddings == is_tied, "a setting of the whole"
 
 
+def read_weights(folder: str, text_config: Any) -> Iterator[tuple[str, Tensor]]:
+    model_config: Any = SimpleNamespace(model=folder, revision=None, hf_config=text_config)
+    loader: Any = get_model_loader(LoadConfig(load_format=FORMAT))
+    yield from loader.get_all_weights(model_config, nn.Module())
+
+
 @pytest.mark.parametrize(
     ("family", "architecture"),
     [
@@ -50,6 +58,7 @@ def test_vllm_gets_the_settings_of_the_language_model_with_its_class(
         ("cosmos3_omni", "Qwen3ForCausalLM"),
         ("ernie4_5_vl_moe", "Ernie4_5_MoeForCausalLM"),
         ("moss_audio", "Qwen3ForCausalLM"),
+        ("mistral3 (Mistral Large 3)", "MistralLarge3ForCausalLM"),
         ("nemotron_h_omni", "NemotronHForCausalLM"),
         ("openpangu_vl", "PanguEmbeddedForCausalLM"),
         ("qwen3_asr", "Qwen3ForCausalLM"),
@@ -59,17 +68,18 @@ def test_vllm_gets_the_tensors_of_the_language_model_under_their_names(
     family: str, architecture: str, tmp_path: Path
 ) -> None:
     folder = str(save(tmp_path, family))
-    text = find_arguments(folder, family)["hf_overrides"](None)
+    text = find_arguments(folder, family.partition(" ")[0])["hf_overrides"](None)
     assert text.architectures == [architecture]
     assert not any(name.startswith("mrope_") for name in getattr(text, "rope_parameters", None) or ())
-    model_config: Any = SimpleNamespace(model=folder, revision=None, hf_config=text)
-    loader: Any = get_model_loader(LoadConfig(load_format=FORMAT))
-    found = dict(loader.get_all_weights(model_config, nn.Module()))
+    found = dict(read_weights(folder, text))
     whole = auto_class(read_config(folder)).from_pretrained(folder)
     decoder, head = (part := language_part(whole)).get_decoder(), part.get_output_embeddings().weight
     name = "model.decoder" if family == "blip-2" else "model"
-    expected = {f"{name}.{path}": tensor for path, tensor in decoder.state_dict().items() if "_moe." not in path}
-    theirs = {path: tensor for path, tensor in found.items() if ".mlp.experts." not in path and ".gate." not in path}
+    expected = {f"{name}.{path}": tensor for path, tensor in decoder.state_dict().items()}
+    expected = {path: tensor for path, tensor in expected.items() if "_moe." not in path and ".experts." not in path}
+    theirs = {path: tensor for path, tensor in found.items() if ".mlp.experts." not in path}
+    if family == "ernie4_5_vl_moe":
+        theirs = {path: tensor for path, tensor in theirs.items() if ".gate." not in path}
     assert head.equal(theirs.pop("lm_head.weight", head))
     theirs = {path.replace("backbone.", "model."): tensor for path, tensor in theirs.items() if "moe_" not in path}
     assert theirs.keys() == expected.keys() and all(theirs[path].equal(each) for path, each in expected.items())
@@ -81,11 +91,9 @@ def test_experts_for_images_are_left_out(tmp_path: Path) -> None:
     block = language_part(whole).get_decoder().layers[1].mlp.text_moe
     text = find_arguments(folder, "ernie4_5_vl_moe")["hf_overrides"](None)
     assert (text.moe_intermediate_size, text.moe_layer_start_index, text.moe_num_experts) == (32, 1, 4)
-    model_config: Any = SimpleNamespace(model=folder, revision=None, hf_config=text)
-    loader: Any = get_model_loader(LoadConfig(load_format=FORMAT))
     found = {
         name.removeprefix("model.layers.1.mlp."): tensor
-        for name, tensor in loader.get_all_weights(model_config, nn.Module())
+        for name, tensor in read_weights(folder, text)
         if name.startswith("model.layers.1.mlp.") and "shared" not in name
     }
     expected = {
@@ -97,6 +105,42 @@ def test_experts_for_images_are_left_out(tmp_path: Path) -> None:
         expected |= {f"experts.{number}.gate_proj.weight": gate, f"experts.{number}.up_proj.weight": up}
         expected[f"experts.{number}.down_proj.weight"] = block.experts.down_proj[number]
     assert found.keys() == expected.keys() and all(found[name].equal(each) for name, each in expected.items())
+
+
+def test_experts_that_the_file_has_together_are_loaded_one_by_one(tmp_path: Path) -> None:
+    folder = str(save(tmp_path, "mistral3 (Mistral Large 3)"))
+    experts = language_part(auto_class(read_config(folder)).from_pretrained(folder)).get_decoder().layers[2].mlp.experts
+    found = dict(read_weights(folder, find_arguments(folder, "mistral3")["hf_overrides"](None)))
+    for number in range(4):
+        gate, up = experts.gate_up_proj[number].chunk(2)
+        for name, weight in {"gate_proj": gate, "up_proj": up, "down_proj": experts.down_proj[number]}.items():
+            assert found[f"model.layers.2.mlp.experts.{number}.{name}.weight"].equal(weight)
+
+
+def test_the_fused_layers_of_molmo_2_are_those_of_qwen_3(tmp_path: Path) -> None:
+    folder = str(save(tmp_path, "molmo2"))
+    decoder = language_part(auto_class(read_config(folder)).from_pretrained(folder)).get_decoder()
+    text = find_arguments(folder, "molmo2")["hf_overrides"](None)
+    found, layer = dict(read_weights(folder, text)), "model.layers.1"
+    attention, mlp = decoder.layers[1].self_attn, decoder.layers[1].mlp
+    fused = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    expected = {f"{layer}.self_attn.qkv_proj.weight": fused, f"{layer}.mlp.up_proj.weight": mlp.up_proj.weight}
+    expected |= {
+        f"{layer}.mlp.gate_proj.weight": mlp.gate_proj.weight,
+        f"{layer}.mlp.down_proj.weight": mlp.down_proj.weight,
+    }
+    expected |= {
+        "model.embed_tokens.weight": decoder.embed_tokens.weight[:300],
+        "model.norm.weight": decoder.norm.weight,
+    }
+    assert (
+        all(found[name].equal(weight) for name, weight in expected.items()) and len(decoder.embed_tokens.weight) == 308
+    )
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["text_config"]["qk_norm_type"] = "olmo"
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(BaseModelUnsupported, match="serves molmo2 only if its language model is that of Qwen 3"):
+        find_arguments(folder, "molmo2")
 
 
 def test_other_classes_of_vllm_get_the_settings_that_they_ask_for(tmp_path: Path) -> None:
