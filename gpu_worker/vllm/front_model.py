@@ -37,6 +37,8 @@ _NOT_ON_CPU = {
     "laguna": "its choice of experts",
     "longcat_flash": "its choice of experts",
     "olmo_hybrid": "its linear attention",
+    **dict.fromkeys(("deepseek_v32", "glm5_next", "glm_moe_dsa", "hy_v4"), "its choice of tokens to attend to"),
+    **dict.fromkeys(("inkling_mm_model", "qwen4_exp"), "its attention"),
 }
 _UNREAD = {
     "jetmoe": "its attention has more heads of keys than config.json says",

@@ -522,6 +522,11 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(128)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family == "molmo2":  # the hub's files have the added tokens in the other tensor
+        tensors, name = load_file(folder / "model.safetensors"), "model.transformer.wte"
+        rows = torch.cat([tensors[f"{name}.embedding"], tensors[f"{name}.new_embedding"]])
+        tensors |= {f"{name}.embedding": rows[:-8].clone(), f"{name}.new_embedding": rows[-8:].clone()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family == "qianfan_ocr":  # the hub's files have these names and numbers, which transformers does not write back
         tensors = load_file(folder / "model.safetensors")
         tensors = {name.replace("model.encoder.layers", "model.layers"): each for name, each in tensors.items()}
