@@ -158,7 +158,7 @@ class Param2MoEConfig(BailingMoeConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         width = self.moe_intermediate_size * kwargs.get("num_shared_experts", self.n_shared_experts)
-        if (found := kwargs.pop("moe_shared_expert_intermediate_size", width)) != width:
+        if (found := kwargs.pop("moe_shared_expert_intermediate_size", None) or width) != width:
             raise ValueError(f"moe_shared_expert_intermediate_size must be {width}, got {found}")
         super().__post_init__(**kwargs)
         _require(self, {"n_group": 1, "topk_group": 1})

@@ -58,12 +58,9 @@ def find_arguments(source: str, model_type: str) -> dict[str, Any]:
         return {"hf_overrides": {"first_k_dense_replace": _count_dense(config)}}
     if model_type == "param2moe":  # its class takes no other base of the rotary embedding than 10,000
         return {"hf_overrides": {"architectures": ["BailingMoeV2ForCausalLM"]}}
-    if model_type in _AS_LLAMA:
-        name = "LlamaForCausalLM"
-    elif model_type in _MULTIMODAL or text_config.model_type == "mistral4":
-        name = _CLASSES.get(text_config.model_type)
-    else:
+    if model_type not in _AS_LLAMA | _MULTIMODAL and text_config.model_type != "mistral4":
         return {}
+    name = "LlamaForCausalLM" if model_type in _AS_LLAMA else _CLASSES.get(text_config.model_type)
     if name is None or find_quantised(config):
         what = "quantised weights" if name else f"a language model of {text_config.model_type}"
         raise BaseModelUnsupported(f"the vLLM engine does not support {model_type} with {what}")
