@@ -26,6 +26,7 @@ _REASONS = {
         *("interns1_pro", "interns2_mobius", "k2_horizon"),
         *("longcat_flash_ngram", "molmo", "nemotron_nas", "plamo3", "unlimited_ocr"),
     ),
+    "it reads the format of Mistral's own tools only": ("mistral_large_3",),
     "its class needs sound for every token": ("voxtral_realtime",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.glm5next", "vllm.models.hy_v4"),
