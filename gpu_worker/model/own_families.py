@@ -19,6 +19,19 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from gpu_worker.model.authors_layers import (
+    InternS1ProTextConfig,
+    InternS1ProTextModel,
+    InternS2MobiusForConditionalGeneration,
+    K2HorizonConfig,
+    K2HorizonForCausalLM,
+    MolmoForCausalLM,
+    MolmoTextConfig,
+    NemotronNASConfig,
+    NemotronNASForCausalLM,
+    PLaMo3Config,
+    PLaMo3ForCausalLM,
+)
 from gpu_worker.model.authors_names import (
     BailingMoeConfig,
     BailingMoeForCausalLM,
@@ -30,6 +43,7 @@ from gpu_worker.model.authors_names import (
     SolarForCausalLM,
     TeleChat2Config,
     TeleChat2ForCausalLM,
+    require,
 )
 
 
@@ -184,6 +198,38 @@ class UltravoxConfig(ChatConfig):
         super().__post_init__(**kwargs)
 
 
+class InternS1ProConfig(ChatConfig):
+    model_type = "interns1_pro"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": InternS1ProTextConfig,
+        "vision_config": PreTrainedConfig,
+    }
+
+
+class InternS1ProModel(PreTrainedModel):  # type: ignore[misc]
+    """The language model of Intern-S1-Pro, under the name that it has in the whole, and its output head."""
+
+    config_class = InternS1ProConfig
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        text = config.get_text_config()
+        self.model = nn.Module()
+        self.model.language_model = InternS1ProTextModel(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.get_decoder().embed_tokens
+
+    def get_decoder(self) -> Any:
+        return self.model.language_model
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        found = self.get_decoder()(input_ids=input_ids, **kwargs)
+        return CausalLMOutputWithPast(logits=self.lm_head(found.last_hidden_state))
+
+
 class DeepSeekOCRConfig(ChatConfig):
     """DeepSeek-OCR and its second version have DeepSeek V2 without latent attention."""
 
@@ -284,6 +330,7 @@ KeyeConfig = _beside_encoder("Keye", "KeyeConfig", transformers.Qwen3Config)
 KeyeVL15Config = _beside_encoder("KeyeVL1_5", "KeyeVL15Config", transformers.Qwen3Config)
 DotsOCRConfig = _beside_encoder("dots_ocr", "DotsOCRConfig", transformers.Qwen2Config)  # vLLM asks for this name
 Phi4MMConfig = _beside_encoder("phi4mm", "Phi4MMConfig", transformers.Phi3Config)
+MolmoConfig = _beside_encoder("molmo", "MolmoConfig", MolmoTextConfig)
 IsaacConfig = _beside_encoder("isaac", "IsaacConfig", transformers.Qwen3Config)
 _SIGLIP = {"vision_config": transformers.SiglipVisionConfig, "query_num": 64, "drop_vision_last_layer": True}
 MiniCPMVConfig = _beside_encoder(
@@ -311,6 +358,15 @@ class InternS2PreviewConfig(transformers.Qwen3_5MoeConfig):  # type: ignore[misc
         super().__post_init__(**kwargs)
 
 
+class InternS2MobiusConfig(InternS2PreviewConfig):
+    model_type = "interns2_mobius"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.text_config.num_blocks = getattr(self.text_config, "num_blocks", 4)  # as in the authors' class
+        require(self.text_config, {"layer_scale": False})
+
+
 _TEXT: dict[Any, Any] = {
     InternLM2Config: InternLM2ForCausalLM,
     BailingMoeConfig: BailingMoeForCausalLM,
@@ -321,6 +377,9 @@ _TEXT: dict[Any, Any] = {
     MiniCPMConfig: transformers.GraniteForCausalLM,
     PanguEmbeddedConfig: transformers.LlamaForCausalLM,
     TeleFLMConfig: transformers.GraniteForCausalLM,
+    NemotronNASConfig: NemotronNASForCausalLM,
+    PLaMo3Config: PLaMo3ForCausalLM,
+    K2HorizonConfig: K2HorizonForCausalLM,
 }
 _CHATS = (
     *(InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig),
@@ -331,8 +390,11 @@ _MULTIMODAL: dict[Any, Any] = {
     **dict.fromkeys((KeyeConfig, KeyeVL15Config, IsaacConfig), transformers.Qwen3ForCausalLM),
     **dict.fromkeys((MiniCPMVConfig, MiniCPMOConfig), MiniCPMVModel),
     DeepSeekOCRConfig: DeepSeekOCRModel,
+    MolmoConfig: MolmoForCausalLM,
+    InternS1ProConfig: InternS1ProModel,
     ChatGLMConfig: ChatGLMForConditionalGeneration,
     InternS2PreviewConfig: transformers.Qwen3_5MoeForConditionalGeneration,
+    InternS2MobiusConfig: InternS2MobiusForConditionalGeneration,
     DotsOCRConfig: transformers.Qwen2ForCausalLM,
     Phi4MMConfig: transformers.Phi3ForCausalLM,
 }

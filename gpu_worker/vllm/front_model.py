@@ -37,6 +37,7 @@ _NOT_ON_CPU = {
     "laguna": "its choice of experts",
     "longcat_flash": "its choice of experts",
     "olmo_hybrid": "its linear attention",
+    "unlimited_ocr": "its window of generated tokens",
 }
 _UNREAD = {
     "axk1": "its class asks for settings that transformers names otherwise",

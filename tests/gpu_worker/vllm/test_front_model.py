@@ -88,6 +88,7 @@ def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place
         ("laguna", {}, "laguna needs a GPU with the vLLM engine: vLLM has no CPU code for its choice of experts"),
         ("nemotron_h", {}, "nemotron_h needs a GPU .*: vLLM has no CPU code for experts without a gate"),
         ("deepseek_v3", {}, "deepseek_v3 needs scoring_func 'sigmoid' in config.json .* got None"),
+        ("unlimited_ocr", {}, "unlimited_ocr needs a GPU with the vLLM engine: vLLM has no CPU code for its window"),
         ("olmo_hybrid", {}, "olmo_hybrid needs a GPU with the vLLM engine"),
         ("axk1", {}, "vLLM 0.32 cannot load axk1: its class asks for settings that transformers names otherwise"),
         ("ernie4_5_vl_moe", {}, "vLLM 0.32 cannot load ernie4_5_vl_moe: its class asks for settings"),

@@ -1,0 +1,580 @@
+"""Classes of transformers with layers of authors' own classes that differ in more than their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3DecoderLayer, Gemma3MLP, Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
+
+from gpu_worker.model.authors_names import AuthorsNames, all_heads, fuse, require
+
+
+class _Block(dict[str, Any]):
+    """Settings of a layer, which vLLM reads as attributes. Those that are null count as absent."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__({name: value for name, value in settings.items() if value is not None})
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return _Block(self[name]) if isinstance(self[name], dict) else self[name]
+
+
+@strict
+class NemotronNASConfig(transformers.LlamaConfig):  # type: ignore[misc]
+    """Llama Nemotron Super and Ultra are Llama, some of whose layers lack their attention or their MLP."""
+
+    model_type = "nemotron-nas"
+    block_configs: Any = ()
+    intermediate_size: int | None = None
+    _known: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("no_op", "n_heads_in_group"),
+        "ffn": ("no_op", "ffn_mult", "intermediate_size", "hidden_act", "gated"),
+    }
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.block_configs = [_Block(block) for block in self.block_configs]
+        if len(self.block_configs) != self.num_hidden_layers:
+            raise ValueError(
+                f"block_configs must have num_hidden_layers {self.num_hidden_layers} items,"
+                f" got {len(self.block_configs)}"
+            )
+        for number, block in enumerate(self.block_configs):
+            self._check(f"block_configs[{number}]", block)
+        attentions = [number for number, block in enumerate(self.block_configs) if not block.attention.no_op]
+        if attentions[:1] != [0]:
+            raise ValueError("block_configs[0].attention.no_op must be False, got True")
+        self.num_key_value_heads = max(map(self.num_keys_in, attentions))
+        self.intermediate_size = max(map(self.width_in, range(self.num_hidden_layers)))
+        super().__post_init__(**kwargs)
+        needed = {"position_embedding_type": "rope", "bias": False, "logit_scale": 1.0}
+        require(self, {**needed, "qkv_bias": self.attention_bias, "hidden_act": "silu"})
+
+    def _check(self, path: str, block: _Block) -> None:
+        for part, known in self._known.items():
+            if part not in block:
+                raise ValueError(f"{path} must have {part}")
+            for name, value in block[part].items():
+                if name not in known and value:
+                    raise ValueError(f"{path}.{part}.{name} must be absent, got {value!r}")
+        needed = {"hidden_act": "silu", "gated": True}
+        for name, value in needed.items():
+            if (found := block.ffn.get(name)) not in (None, value):
+                raise ValueError(f"{path}.ffn.{name} must be {value!r}, got {found!r}")
+
+    def num_keys_in(self, layer: int) -> int:
+        """Return how many heads of keys the layer has."""
+        return int(self.num_attention_heads // self.block_configs[layer].attention.n_heads_in_group)
+
+    def width_in(self, layer: int) -> int:
+        """Return how many hidden values the layer's MLP has, 0 without one. A factor gives a multiple of 256."""
+        mlp = self.block_configs[layer].ffn
+        if mlp.no_op:
+            return 0
+        if "ffn_mult" not in mlp:
+            return int(mlp.intermediate_size)
+        return -(-int(2 * mlp.ffn_mult * self.hidden_size / 3) // 256) * 256
+
+
+class _Nothing(nn.Module):
+    """Stands for an attention or an MLP that a layer lacks: adds nothing to what the layer has read."""
+
+    def forward(self, x: Tensor | None = None, *, hidden_states: Tensor | None = None, **_: Any) -> Any:
+        return torch.zeros_like(x) if x is not None else (torch.zeros_like(hidden_states), None)
+
+
+class NemotronNASForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
+    names: ClassVar[dict[str, dict[str, str]]] = {}
+
+    def change(self, module: Any) -> None:
+        if not isinstance(module, LlamaDecoderLayer):
+            return
+        number, own = module.self_attn.layer_idx, copy(self.config)
+        if self.config.block_configs[number].attention.no_op:
+            module.input_layernorm, module.self_attn = nn.Identity(), _Nothing()
+        else:
+            own.num_key_value_heads = self.config.num_keys_in(number)
+            module.self_attn = LlamaAttention(own, number)
+            module.self_attn.config = self.config  # which names the function that computes attention
+        own.intermediate_size = self.config.width_in(number)
+        if own.intermediate_size == 0:
+            module.post_attention_layernorm, module.mlp = nn.Identity(), _Nothing()
+        else:
+            module.mlp = LlamaMLP(own)
+
+
+class _Through(nn.Module):
+    """Layers one after the other that the model holds elsewhere. Without any it changes nothing."""
+
+    def __init__(self, *layers: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._layers:
+            x = layer()(x)
+        return x
+
+
+class MolmoTextConfig(transformers.LlamaConfig):  # type: ignore[misc]
+    """Molmo's language model is Llama with fused layers, perhaps with norms behind its layers and of queries and keys.
+
+    Its settings are those of the authors' class, as are the defaults of what a file leaves out.
+    """
+
+    model_type = "molmo_text"
+    embedding_size: int | None = 50304
+    vocab_size: int = 50304
+    layer_norm_eps: float = 1e-5
+    layer_norm_type: str = "rms"
+    qkv_bias: bool = False
+    norm_after: bool = False
+    attention_layer_norm: bool = False
+    weight_tying: bool = False
+    clip_qkv: float | None = None
+    use_position_ids: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.vocab_size = self.embedding_size = self.embedding_size or self.vocab_size
+        self.rms_norm_eps, self.tie_word_embeddings = self.layer_norm_eps, False
+        needed = {"layer_norm_type": "rms", "weight_tying": False, "clip_qkv": None, "use_position_ids": True}
+        require(self, {**needed, "hidden_act": "silu", "head_dim": self.hidden_size // self.num_attention_heads})
+
+
+class MolmoForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    names: ClassVar[dict[str, dict[str, str]]] = {
+        "MolmoForCausalLM": {"lm_head": "model.transformer.ff_out"},
+        "LlamaModel": {"embed_tokens": "transformer.wte", "layers": "transformer.blocks", "norm": "transformer.ln_f"},
+    }
+    _num_marks: ClassVar[int] = 128  # tokens for images, behind those of text
+
+    def change(self, module: Any) -> None:
+        config = self.config
+        if isinstance(module, LlamaModel):
+            module.embed_tokens = nn.Embedding(config.vocab_size + self._num_marks, config.hidden_size)
+        elif isinstance(module, LlamaDecoderLayer):
+            self._change_attention(module)
+            self._change_mlp(module)
+            before, after = module.self_attn, module.mlp
+            norms = [lambda: module.attn_norm], [lambda: module.ff_norm]
+            module.attn_norm, module.ff_norm = module.input_layernorm, module.post_attention_layernorm
+            before.o_proj = _Through(lambda: module.attn_out, *(norms[0] if config.norm_after else ()))
+            after.down_proj = _Through(lambda: module.ff_out, *(norms[1] if config.norm_after else ()))
+            module.input_layernorm = _Through(*(() if config.norm_after else norms[0]))
+            module.post_attention_layernorm = _Through(*(() if config.norm_after else norms[1]))
+
+    def _change_attention(self, layer: Any) -> None:
+        config, attention = self.config, layer.self_attn
+        for name, size in all_heads(attention).items():
+            attention.add_module(name, nn.Linear(config.hidden_size, size, bias=config.qkv_bias))
+        fuse(attention, "att_proj", all_heads(attention), layer)
+        layer.attn_out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if config.attention_layer_norm:
+            layer.q_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            layer.k_norm = LlamaRMSNorm(config.num_key_value_heads * attention.head_dim, config.rms_norm_eps)
+            queries, keys = attention.q_proj, attention.k_proj
+            attention.q_proj = _Through(lambda: queries, lambda: layer.q_norm)
+            attention.k_proj = _Through(lambda: keys, lambda: layer.k_norm)
+
+    def _change_mlp(self, layer: Any) -> None:
+        size, width = self.config.hidden_size, self.config.intermediate_size // 2
+        for name in ("up_proj", "gate_proj"):
+            layer.mlp.add_module(name, nn.Linear(size, width, bias=False))
+        fuse(layer.mlp, "ff_proj", {"up_proj": width, "gate_proj": width}, layer)
+        layer.ff_out = nn.Linear(width, size, bias=False)
+
+
+@strict
+class PLaMo3Config(transformers.Gemma3TextConfig):  # type: ignore[misc]
+    """PLaMo 3 is Gemma 3 with fused layers and other scales.
+
+    Its settings are those of the authors' class, as are the defaults of what a file leaves out.
+    """
+
+    model_type = "plamo3"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 13312
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 2048
+    eos_token_id: int | list[int] | None = 2
+    bos_token_id: int | None = 1
+    pad_token_id: int | None = None
+    window_size: int = 128
+    sliding_window: Any = None
+    sliding_window_pattern: int = 8
+    interleaved_sliding_window: list[int | None] | None = None
+    rope_local_theta: float | int = 10_000
+    rope_scaling_factor: float | int = 1
+    initial_context_length: int | None = None
+    scale_embedding: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        theta = kwargs.pop("rope_theta", None) or kwargs.pop("rope_global_theta", None) or 150_000
+        windows = self.interleaved_sliding_window
+        if windows is None and isinstance(self.sliding_window, list):
+            windows = self.sliding_window
+        if windows is None:
+            size = self.sliding_window or self.window_size
+            pattern = range(1, self.num_hidden_layers + 1)
+            windows = [size if number % self.sliding_window_pattern else None for number in pattern]
+        sizes = {size for size in windows if size is not None}
+        if len(sizes) > 1 or len(windows) != self.num_hidden_layers:
+            raise ValueError(f"the windows of the {self.num_hidden_layers} layers must be one size, got {windows}")
+        self.interleaved_sliding_window = windows
+        self.sliding_window = max(sizes, default=None)
+        self.layer_types = ["full_attention" if size is None else "sliding_attention" for size in windows]
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+        if self.rope_scaling_factor != 1:
+            rope = {**rope, "rope_type": "yarn", "factor": float(self.rope_scaling_factor), "truncate": False}
+            rope |= {"beta_fast": 32.0, "beta_slow": 1.0}
+            rope["original_max_position_embeddings"] = self.initial_context_length
+        local = {"rope_type": "default", "rope_theta": self.rope_local_theta}
+        if not (self.rope_parameters or {}).keys() & {"full_attention", "sliding_attention"}:
+            self.rope_parameters = {"full_attention": rope, "sliding_attention": local}
+        self.hidden_activation, self.query_pre_attn_scalar = "silu", self.head_dim
+        super().__post_init__(**kwargs)
+        require(self, {"scale_embedding": False, "attention_bias": False, "use_bidirectional_attention": False})
+
+
+class _OffsetNorm(Gemma3RMSNorm):  # type: ignore[misc]
+    """A norm whose weights are those of the file plus this offset."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__(size, eps)
+        self._offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self._norm(x.float()) * (self._offset + self.weight.float())
+        return found.type_as(x)
+
+
+class _Layers(nn.Module):
+    """Layers within one more module."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def __getitem__(self, places: slice) -> nn.Module:
+        return self.layers[places]
+
+
+class PLaMo3ForCausalLM(AuthorsNames, transformers.Gemma3ForCausalLM):  # type: ignore[misc]
+    names: ClassVar[dict[str, dict[str, str]]] = {
+        "Gemma3DecoderLayer": {
+            "self_attn": "mixer",
+            "input_layernorm": "pre_mixer_norm",
+            "post_attention_layernorm": "post_mixer_norm",
+            "pre_feedforward_layernorm": "pre_mlp_norm",
+            "post_feedforward_layernorm": "post_mlp_norm",
+        },
+    }
+
+    def change(self, module: Any) -> None:
+        config = self.config
+        if isinstance(module, transformers.Gemma3TextModel):
+            module.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # which scales nothing
+            module.layers = _Layers(module.layers)
+        elif isinstance(module, Gemma3DecoderLayer):
+            module.post_attention_layernorm = _OffsetNorm(config.hidden_size, config.rms_norm_eps, 5**-1.0)
+            module.post_feedforward_layernorm = _OffsetNorm(config.hidden_size, config.rms_norm_eps, 5**-1.5)
+        elif isinstance(module, Gemma3Attention):
+            fuse(module, "qkv_proj", all_heads(module))
+        elif isinstance(module, Gemma3MLP):
+            fuse(module, "gate_up_proj", dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size))
+
+
+class _OwnAttention(LlamaAttention):  # type: ignore[misc]
+    """Attention in which authors' classes change what comes before and behind the products of queries and keys.
+
+    Dims: B rows, H heads, T tokens, D values of a head.
+    """
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """Return the queries, keys or values (B, T, H, D) of hidden values x (B, T, I)."""
+        found: Tensor = self.get_submodule(f"{name}_proj")(x)
+        return found.view(*x.shape[:-1], -1, self.head_dim)
+
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys (B, H, T, D) rotated by their positions."""
+        found: tuple[Tensor, Tensor] = apply_rotary_pos_emb(queries, keys, cos, sin)
+        return found
+
+    def gate(self, found: Tensor, x: Tensor) -> Tensor:
+        """Return what attention found (B, T, H * D) as the next layer reads it. `x`: what attention has read."""
+        return found
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        queries, keys, values = (self.project(name, hidden_states).transpose(1, 2) for name in "qkv")
+        queries, keys = self.rotate(queries, keys, *position_embeddings)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        found, weights = attend(self, queries, keys, values, attention_mask, scaling=self.scaling, **options)
+        found = found.reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(self.gate(found, hidden_states)), weights
+
+
+class K2HorizonConfig(transformers.LlamaConfig):  # type: ignore[misc]
+    """K2 Horizon without experts is Llama with norms of groups, and perhaps with norms or gates in its attention.
+
+    Its settings are those of the authors' class, as are the defaults of what a file leaves out.
+    """
+
+    model_type = "k2_horizon"
+    head_dim: int | None = 128
+    num_experts: int = 128
+    mova_num_experts: int = 0
+    query_key_norm: bool = True
+    layernorm_num_groups: int = 1
+    rope_head_dim: int | None = None
+    attention_gate_func: str | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.sliding_window = None
+        super().__post_init__(**kwargs)
+        needed = {"num_experts": 0, "mova_num_experts": 0, "use_sliding_window": False, "hidden_act": "silu"}
+        # vLLM reorders the values of heads that are rotated in part, so adapters would change others.
+        require(self, {**needed, "mlp_bias": False, "rope_head_dim": self.rope_head_dim and self.head_dim})
+        if self.attention_gate_func not in (None, *_GATES):
+            raise ValueError(f"attention_gate_func must be one of {', '.join(_GATES)}, got {self.attention_gate_func}")
+        self.mlp_only_layers = [*range(self.num_hidden_layers)]  # without these vLLM's MLP takes no adapters
+
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "softplus": partial(nn.functional.softplus, beta=math.log(2)),
+}
+
+
+class _GroupedNorm(nn.Module):
+    """A norm of each of several groups of values."""
+
+    def __init__(self, size: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._num_groups, self._eps = num_groups, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.float().unflatten(-1, (self._num_groups, -1))
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self._eps)
+        return (groups.flatten(-2) * self.weight.float()).type_as(x)
+
+
+class _K2HorizonAttention(_OwnAttention):
+    def __init__(self, config: K2HorizonConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.query_key_norm:
+            for name, num in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+                self.add_module(f"{name}_norm", _GroupedNorm(num * self.head_dim, num, config.rms_norm_eps))
+        if config.attention_gate_func is not None:
+            width = config.num_attention_heads * self.head_dim
+            self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        found = super().project(name, x)
+        if name == "v" or not self.config.query_key_norm:
+            return found
+        return self.get_submodule(f"{name}_norm")(found.flatten(-2)).view_as(found)  # type: ignore[no-any-return]
+
+    def gate(self, found: Tensor, x: Tensor) -> Tensor:
+        name = self.config.attention_gate_func
+        return found if name is None else found * _GATES[name](self.gate_proj(x))
+
+
+class K2HorizonForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
+    names: ClassVar[dict[str, dict[str, str]]] = {}
+
+    def change(self, module: Any) -> None:
+        config = self.config
+        norm = partial(_GroupedNorm, config.hidden_size, config.layernorm_num_groups, config.rms_norm_eps)
+        if isinstance(module, LlamaModel):
+            module.norm = norm()
+        elif isinstance(module, LlamaDecoderLayer):
+            module.input_layernorm, module.post_attention_layernorm = norm(), norm()
+            module.self_attn = _K2HorizonAttention(config, module.self_attn.layer_idx)
+
+
+class InternS1ProTextConfig(transformers.Qwen3MoeConfig):  # type: ignore[misc]
+    """Intern-S1-Pro's language model is Qwen 3 MoE with mixed waves for positions, and experts chosen by groups."""
+
+    model_type = "interns1_pro_text"
+    head_dim: int | None = None
+    norm_topk_prob: bool = True
+    router_n_groups: int = -1
+    default_theta = 5_000_000.0
+    _waves: ClassVar[set[str]] = {"fope_init_factor", "fope_sep_head", "num_inv_freq"}
+    # vLLM adds the others.
+    ignore_keys_at_rope_validation: ClassVar[set[str]] = {*_waves, "use_fope", "num_key_value_heads"}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.mlp_bias = False  # of the class for attention
+        super().__post_init__(**kwargs)
+        needed = {"attention_bias": False, "tie_word_embeddings": False, "use_sliding_window": False}
+        require(self, {**needed, "hidden_act": "silu"})
+
+
+class _Waves(nn.Module):
+    """Mixes the waves of positions for each head of keys. Those of more than all positions are left out."""
+
+    def __init__(self, config: InternS1ProTextConfig) -> None:
+        super().__init__()
+        self._config = config
+        rope = {name: config.rope_parameters.get(name) for name in ("rope_type", "fope_sep_head")}
+        if rope != {"rope_type": "default", "fope_sep_head": True}:
+            raise ValueError(f"rope_scaling must have rope_type 'default' and fope_sep_head True, got {rope}")
+        size = len(self._frequencies())
+        mixed = [torch.eye(size) + torch.randn(config.num_key_value_heads, size, size) / size for _ in range(2)]
+        self.sin_coef, self.cos_coef = nn.Buffer(mixed[0]), nn.Buffer(mixed[1])
+
+    def _frequencies(self) -> Tensor:
+        settings, size = self._config.rope_parameters, self._config.head_dim
+        with torch.device("cpu"):
+            found = settings["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float) / size)
+        if (num := settings.get("num_inv_freq")) is not None:
+            return found[:num]
+        return found[found > 2 * math.pi / self._config.max_position_embeddings]
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (B, H, T, D) for the positions (B, T)."""
+        angles = position_ids[..., None].float() * self._frequencies().to(x.device)
+        found = []
+        for waves, mixed in ((angles.cos(), self.cos_coef), (angles.sin(), self.sin_coef)):
+            half = torch.einsum("btw, hwd -> bhtd", waves, mixed.float())
+            half = nn.functional.pad(half, (0, self._config.head_dim // 2 - half.shape[-1]), value=1.0)
+            found.append(torch.cat((half, half), dim=-1).to(x.dtype))
+        return found[0], found[1]
+
+
+class _WavesAttention(_OwnAttention):
+    def __init__(self, config: InternS1ProTextConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        found = super().project(name, x)
+        return found if name == "v" else self.get_submodule(f"{name}_norm")(found)
+
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for x in (queries, keys):
+            first, second = x.chunk(2, dim=-1)
+            num = x.shape[1] // cos.shape[1]  # heads of queries for one of keys
+            turned = torch.cat((-second, first), dim=-1)
+            found.append(x * cos.repeat_interleave(num, 1) + turned * sin.repeat_interleave(num, 1))
+        return found[0], found[1]
+
+
+class _GroupedRouter(Qwen3MoeTopKRouter):  # type: ignore[misc]
+    """Chooses as many experts in each group."""
+
+    def __init__(self, config: InternS1ProTextConfig) -> None:
+        super().__init__(config)
+        self._num_groups = config.router_n_groups
+        nn.init.normal_(self.weight, std=config.initializer_range)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        groups = logits.softmax(-1, dtype=torch.float).unflatten(-1, (self._num_groups, -1))
+        weights, chosen = groups.topk(self.top_k // self._num_groups, dim=-1)
+        offsets = torch.arange(0, self.num_experts, groups.shape[-1], device=logits.device)
+        weights = weights.flatten(-2)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights.to(logits.dtype), (chosen + offsets[:, None]).flatten(-2)
+
+
+class InternS1ProTextModel(transformers.Qwen3MoeModel):  # type: ignore[misc]
+    def __init__(self, config: InternS1ProTextConfig) -> None:
+        super().__init__(config)
+        self.rotary_emb = _Waves(config)
+        for number, layer in enumerate(self.layers):
+            layer.self_attn = _WavesAttention(config, number)
+            if config.router_n_groups > 0 and isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
+                layer.mlp.gate = _GroupedRouter(config)
+
+
+class _Bank(Qwen3_5MoeSparseMoeBlock):  # type: ignore[misc]
+    """Experts and their router, without the shared expert."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        del self.shared_expert, self.shared_expert_gate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        _, weights, chosen = self.gate(hidden_states)
+        found: Tensor = self.experts(hidden_states, chosen, weights)
+        return found
+
+
+class _BesideBank(nn.Module):
+    """The shared expert of a layer, whose other experts are in a bank."""
+
+    def __init__(self, whole: Any, bank: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.shared_expert, self.shared_expert_gate = whole.shared_expert, whole.shared_expert_gate
+        self._bank = bank
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.flatten(0, 1)
+        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        found: Tensor = self._bank()(x) + shared
+        return found.view_as(hidden_states)
+
+
+class InternS2MobiusForConditionalGeneration(transformers.Qwen3_5MoeForConditionalGeneration):  # type: ignore[misc]
+    """Qwen 3.5 MoE, whose layers take their experts from a few banks, in turn."""
+
+    def post_init(self) -> None:
+        text = self.model.language_model
+        num = text.config.num_blocks
+        text.meta_mlp = nn.ModuleList(_Bank(text.config) for _ in range(num))
+        for number, layer in enumerate(text.layers):
+            layer.mlp = _BesideBank(layer.mlp, partial(text.meta_mlp.__getitem__, number % num))
+        super().post_init()
+
+
+register_checkpoint_conversion_mapping("interns1_pro", get_checkpoint_conversion_mapping("qwen3_moe") or [])
+_MARKS = [f"transformer.wte.{name}" for name in ("embedding", "new_embedding")]
+register_checkpoint_conversion_mapping(
+    "molmo", [WeightConverter(_MARKS, "transformer.wte.weight", operations=[Concatenate(dim=0)])]
+)
