@@ -102,7 +102,7 @@ class NemotronNASConfig(transformers.LlamaConfig):  # type: ignore[misc]
 class _Nothing(nn.Module):
     """Stands for an attention or an MLP that a layer lacks: adds nothing to what the layer has read."""
 
-    def forward(self, x: Tensor | None = None, *, hidden_states: Tensor | None = None, **_: Any) -> Any:
+    def forward(self, x: Any = None, *, hidden_states: Any = None, **_: Any) -> Any:
         return torch.zeros_like(x) if x is not None else (torch.zeros_like(hidden_states), None)
 
 
@@ -235,6 +235,7 @@ class PLaMo3Config(transformers.Gemma3TextConfig):  # type: ignore[misc]
     rope_scaling_factor: float | int = 1
     initial_context_length: int | None = None
     scale_embedding: bool = False
+    rope_parameters: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         theta = kwargs.pop("rope_theta", None) or kwargs.pop("rope_global_theta", None) or 150_000
@@ -393,9 +394,10 @@ class _GroupedNorm(nn.Module):
         self._num_groups, self._eps = num_groups, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.float().unflatten(-1, (self._num_groups, -1))
+        groups = x.float().reshape(*x.shape[:-1], self._num_groups, -1)
         groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self._eps)
-        return (groups.flatten(-2) * self.weight.float()).type_as(x)
+        found: Tensor = groups.flatten(-2) * self.weight.float()
+        return found.type_as(x)
 
 
 class _K2HorizonAttention(_OwnAttention):
@@ -436,7 +438,7 @@ class InternS1ProTextConfig(transformers.Qwen3MoeConfig):  # type: ignore[misc]
     """Intern-S1-Pro's language model is Qwen 3 MoE with mixed waves for positions, and experts chosen by groups."""
 
     model_type = "interns1_pro_text"
-    head_dim: int | None = None
+    head_dim: Any = None
     norm_topk_prob: bool = True
     router_n_groups: int = -1
     default_theta = 5_000_000.0
@@ -468,7 +470,7 @@ class _Waves(nn.Module):
     def _frequencies(self) -> Tensor:
         settings, size = self._config.rope_parameters, self._config.head_dim
         with torch.device("cpu"):
-            found = settings["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float) / size)
+            found: Tensor = settings["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float) / size)
         if (num := settings.get("num_inv_freq")) is not None:
             return found[:num]
         return found[found > 2 * math.pi / self._config.max_position_embeddings]
@@ -514,7 +516,7 @@ class _GroupedRouter(Qwen3MoeTopKRouter):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        groups = logits.softmax(-1, dtype=torch.float).unflatten(-1, (self._num_groups, -1))
+        groups = logits.softmax(-1, dtype=torch.float).view(len(logits), self._num_groups, -1)
         weights, chosen = groups.topk(self.top_k // self._num_groups, dim=-1)
         offsets = torch.arange(0, self.num_experts, groups.shape[-1], device=logits.device)
         weights = weights.flatten(-2)
