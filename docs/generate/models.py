@@ -22,9 +22,10 @@ _NOT_STARTED = "vLLM did not start"
 _VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
 _REASONS = {
     "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
-        *("bailing_moe_linear", "bailing_moe_v3", "interns1_pro", "interns2_mobius", "k2_horizon"),
-        *("longcat_flash_ngram", "molmo", "nemotron_nas", "plamo3", "unlimited_ocr"),
+        *("bailing_moe_linear", "bailing_moe_v3"),
     ),
+    "its class needs vLLM's second model runner, which this engine does not use": ("longcat_flash_ngram",),
+    "vLLM has no CPU code for its window of generated tokens": ("unlimited_ocr",),
     "its class needs its encoder of sounds, which this server leaves out": ("moss_audio",),
     "its class needs a processor that only its checkpoint's own code has": ("openpangu_vl",),
     "its class takes no other base of the rotary embedding than 10,000": ("param2moe",),

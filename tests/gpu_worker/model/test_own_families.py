@@ -257,3 +257,14 @@ def test_layers_that_share_a_bank_of_experts_compute_as_if_each_had_its_own(tmp_
     tokens = torch.tensor([[1, 2, 3, 250]])
     with torch.no_grad():
         assert model.eval()(tokens).logits.allclose(qwen.eval()(tokens).logits, atol=1e-6)
+
+
+def test_a_tokenizer_that_needs_the_code_of_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder, ran = save(tmp_path / "model", "plamo3"), tmp_path / "ran"
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenization_own.py").write_text(f"open({str(ran)!r}, 'w')")
+    names = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    with pytest.raises(BaseModelUnsupported, match="tokenizer cannot be loaded .*contains custom code") as found:
+        load_front_model(tiny_config(folder, engine="vllm"))
+    assert "\n" not in str(found.value) and not ran.exists()
