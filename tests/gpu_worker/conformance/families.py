@@ -160,6 +160,12 @@ _BLOCKS: list[dict[str, Any]] = [
     {"attention": _GROUP_OF_2, "ffn": _NO_MLP},
 ]
 TEXT["nemotron-nas"] = {**_OWN_CODE, "block_configs": _BLOCKS, "intermediate_size": None, "num_key_value_heads": None}
+_OTHER_BLOCKS = [*_BLOCKS, {"attention": _GROUP_OF_4, "ffn": {"ffn_mult": 0.5, "no_op": False}}]
+TEXT["nemotron-nas (with other groups)"] = {
+    **TEXT["nemotron-nas"],
+    "block_configs": _OTHER_BLOCKS,
+    "num_hidden_layers": 4,
+}
 TEXT["plamo3"] = {**_OWN_CODE, **_HEADS, "window_size": 24, "sliding_window_pattern": 2, "rope_theta": 1_000_000}
 TEXT["k2_horizon"] = {**_OWN_CODE, **_HEADS, "num_experts": 0, "layernorm_num_groups": 4, "query_key_norm": False}
 _GATED = {"query_key_norm": True, "attention_gate_func": "softplus"}

@@ -265,6 +265,6 @@ def test_a_tokenizer_that_needs_the_code_of_its_checkpoint_is_refused(tmp_path: 
     (folder / "tokenization_own.py").write_text(f"open({str(ran)!r}, 'w')")
     names = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    with pytest.raises(BaseModelUnsupported, match="tokenizer cannot be loaded .*contains custom code") as found:
+    with pytest.raises(BaseModelUnsupported, match=r"tokenizer cannot be loaded .*contains custom code") as found:
         load_front_model(tiny_config(folder, engine="vllm"))
     assert "\n" not in str(found.value) and not ran.exists()
