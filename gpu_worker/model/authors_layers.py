@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3DecoderLayer, Gemma3MLP, Gemma3RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3DecoderLayer, Gemma3MLP
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -124,6 +124,21 @@ class NemotronNASForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # ty
             module.post_attention_layernorm, module.mlp = nn.Identity(), _Nothing()
         else:
             module.mlp = LlamaMLP(own)
+
+
+class _Norm(nn.Module):
+    """A norm of each of several groups of values. Its weights are those of the file plus the offset."""
+
+    def __init__(self, size: int, eps: float, *, num_groups: int = 1, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._eps, self._num_groups, self._offset = eps, num_groups, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.float().reshape(*x.shape[:-1], self._num_groups, -1)
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self._eps)
+        found: Tensor = groups.flatten(-2) * (self._offset + self.weight.float())
+        return found.type_as(x)
 
 
 class _Through(nn.Module):
@@ -265,18 +280,6 @@ class PLaMo3Config(transformers.Gemma3TextConfig):  # type: ignore[misc]
         require(self, {"scale_embedding": False, "attention_bias": False, "use_bidirectional_attention": False})
 
 
-class _OffsetNorm(Gemma3RMSNorm):  # type: ignore[misc]
-    """A norm whose weights are those of the file plus this offset."""
-
-    def __init__(self, size: int, eps: float, offset: float) -> None:
-        super().__init__(size, eps)
-        self._offset = offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self._norm(x.float()) * (self._offset + self.weight.float())
-        return found.type_as(x)
-
-
 class _Layers(nn.Module):
     """Layers within one more module."""
 
@@ -305,8 +308,8 @@ class PLaMo3ForCausalLM(AuthorsNames, transformers.Gemma3ForCausalLM):  # type: 
             module.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # which scales nothing
             module.layers = _Layers(module.layers)
         elif isinstance(module, Gemma3DecoderLayer):
-            module.post_attention_layernorm = _OffsetNorm(config.hidden_size, config.rms_norm_eps, 5**-1.0)
-            module.post_feedforward_layernorm = _OffsetNorm(config.hidden_size, config.rms_norm_eps, 5**-1.5)
+            module.post_attention_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, offset=5**-1.0)
+            module.post_feedforward_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, offset=5**-1.5)
         elif isinstance(module, Gemma3Attention):
             fuse(module, "qkv_proj", all_heads(module))
         elif isinstance(module, Gemma3MLP):
@@ -385,27 +388,12 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class _GroupedNorm(nn.Module):
-    """A norm of each of several groups of values."""
-
-    def __init__(self, size: int, num_groups: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self._num_groups, self._eps = num_groups, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = x.float().reshape(*x.shape[:-1], self._num_groups, -1)
-        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self._eps)
-        found: Tensor = groups.flatten(-2) * self.weight.float()
-        return found.type_as(x)
-
-
 class _K2HorizonAttention(_OwnAttention):
     def __init__(self, config: K2HorizonConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.query_key_norm:
             for name, num in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-                self.add_module(f"{name}_norm", _GroupedNorm(num * self.head_dim, num, config.rms_norm_eps))
+                self.add_module(f"{name}_norm", _Norm(num * self.head_dim, config.rms_norm_eps, num_groups=num))
         if config.attention_gate_func is not None:
             width = config.num_attention_heads * self.head_dim
             self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -426,7 +414,7 @@ class K2HorizonForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type
 
     def change(self, module: Any) -> None:
         config = self.config
-        norm = partial(_GroupedNorm, config.hidden_size, config.layernorm_num_groups, config.rms_norm_eps)
+        norm = partial(_Norm, config.hidden_size, config.rms_norm_eps, num_groups=config.layernorm_num_groups)
         if isinstance(module, LlamaModel):
             module.norm = norm()
         elif isinstance(module, LlamaDecoderLayer):
