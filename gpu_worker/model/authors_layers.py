@@ -77,6 +77,7 @@ class NemotronNASConfig(transformers.LlamaConfig):  # type: ignore[misc]
         for part, known in self._known.items():
             if part not in block:
                 raise ValueError(f"{path} must have {part}")
+            block[part] = {"no_op": False, **block[part]}  # as in the authors' class
             for name, value in block[part].items():
                 if name not in known and value:
                     raise ValueError(f"{path}.{part}.{name} must be absent, got {value!r}")

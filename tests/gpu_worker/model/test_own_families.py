@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Phi3Config, PreTrainedConfig, Qwen3_5MoeForConditionalGeneration
 
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.authors_layers import PLaMo3Config
 from gpu_worker.model.authors_names import SolarConfig, TeleChat2Config
 from gpu_worker.model.base_model import load_config
 from gpu_worker.model.checkpoint import auto_class, check_checkpoint
@@ -268,3 +269,27 @@ def test_a_tokenizer_that_needs_the_code_of_its_checkpoint_is_refused(tmp_path: 
     with pytest.raises(BaseModelUnsupported, match=r"tokenizer cannot be loaded .*contains custom code") as found:
         load_front_model(tiny_config(folder, engine="vllm"))
     assert "\n" not in str(found.value) and not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window_size": 24, "sliding_window_pattern": 2},
+        {"sliding_window": 24, "sliding_window_pattern": 2},
+        {"sliding_window": [24, None, 24, None]},
+        {"interleaved_sliding_window": [24, None, 24, None], "sliding_window": 24},
+    ],
+)
+def test_plamo_3_has_the_same_windows_however_its_file_names_them(settings: dict[str, object]) -> None:
+    config = PLaMo3Config(num_hidden_layers=4, rope_theta=1e6, **settings)
+    assert (config.interleaved_sliding_window, config.sliding_window) == ([24, None, 24, None], 24)
+    assert config.layer_types == ["sliding_attention", "full_attention"] * 2
+    thetas = {kind: rope["rope_theta"] for kind, rope in config.rope_parameters.items()}
+    assert thetas == {"sliding_attention": 10_000, "full_attention": 1e6}
+
+
+def test_plamo_3_stretches_the_positions_of_full_attention_only() -> None:
+    config = PLaMo3Config(rope_scaling_factor=4, initial_context_length=1024)
+    rope = config.rope_parameters["full_attention"]
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 1024)
+    assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"
