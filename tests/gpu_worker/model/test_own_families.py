@@ -29,7 +29,16 @@ from tests.gpu_worker.model.slow_families import slow_logits
 from tests.tiny import tiny_config
 
 OWN = [family for family in FAMILIES if family.partition(" ")[0] in OWN_FAMILIES]
-SLOW = ("nemotron-nas", "molmo", "molmo (with OLMo)", "plamo3", "k2_horizon", "k2_horizon (with gates)", "interns1_pro")
+SLOW = (
+    "nemotron-nas",
+    "nemotron-nas (with other groups)",
+    "molmo",
+    "molmo (with OLMo)",
+    "plamo3",
+    "k2_horizon",
+    "k2_horizon (with gates)",
+    "interns1_pro",
+)
 _USUAL = {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj"}
 _SHARED = {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.shared_experts.down_proj"}
 _CHATGLM = {f"transformer.encoder.layers.{name}" for name in ("0.self_attention.dense", "2.mlp.dense_4h_to_h")}
@@ -37,6 +46,7 @@ _ATTENTION: dict[str, object] = {"n_heads_in_group": 2, "no_op": False}
 NO_ATTENTION = {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0, "no_op": False}}
 LINEAR = {**NO_ATTENTION, "attention": {**_ATTENTION, "replace_with_linear": True}}
 GELU = {"attention": _ATTENTION, "ffn": {"ffn_mult": 1.0, "no_op": False, "hidden_act": "gelu"}}
+_NEMOTRON = {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"}
 _MOLMO = {f"model.transformer.blocks.{name}" for name in ("0.att_proj", "0.attn_out", "2.ff_proj", "2.ff_out")}
 MODULES = {
     "internlm2": {"model.layers.0.attention.wqkv", "model.layers.2.feed_forward.w2"},
@@ -46,7 +56,8 @@ MODULES = {
     "telechat": {"transformer.h.0.self_attention.key_value", "transformer.h.2.mlp.down_proj"},
     "deepseek_vl_v2 (OCR)": _SHARED,
     "deepseek_vl_v2 (OCR 2)": _SHARED,
-    "nemotron-nas": {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"},
+    "nemotron-nas": _NEMOTRON,
+    "nemotron-nas (with other groups)": _NEMOTRON,
     "plamo3": {"model.layers.layers.0.mixer.qkv_proj", "model.layers.layers.2.mlp.gate_up_proj"},
     "molmo": _MOLMO,
     "molmo (with OLMo)": _MOLMO,
