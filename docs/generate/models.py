@@ -25,6 +25,7 @@ _REASONS = {
         *("bailing_moe_linear", "bailing_moe_v3"),
     ),
     "its class needs vLLM's second model runner, which this engine does not use": ("longcat_flash_ngram",),
+    "its class asks for an attribute that it lacks": ("interns1_pro",),
     "vLLM has no CPU code for its window of generated tokens": ("unlimited_ocr",),
     "its class needs its encoder of sounds, which this server leaves out": ("moss_audio",),
     "its class needs a processor that only its checkpoint's own code has": ("openpangu_vl",),

@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3DecoderLayer, Gemma3MLP
@@ -26,7 +26,6 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 
 from gpu_worker.model.authors_names import AuthorsNames, all_heads, fuse, require
 
@@ -67,7 +66,10 @@ class NemotronNASConfig(transformers.LlamaConfig):  # type: ignore[misc]
         attentions = [number for number, block in enumerate(self.block_configs) if not block.attention.no_op]
         if attentions[:1] != [0]:
             raise ValueError("block_configs[0].attention.no_op must be False, got True")
-        self.num_key_value_heads = max(map(self.num_keys_in, attentions))
+        groups = {self.block_configs[number].attention.n_heads_in_group for number in attentions}
+        if len(groups) > 1:
+            raise ValueError(f"n_heads_in_group must be the same in all layers, got {sorted(groups)}")
+        self.num_key_value_heads = self.num_attention_heads // groups.pop()
         self.intermediate_size = max(map(self.width_in, range(self.num_hidden_layers)))
         super().__post_init__(**kwargs)
         needed = {"position_embedding_type": "rope", "bias": False, "logit_scale": 1.0}
@@ -85,10 +87,6 @@ class NemotronNASConfig(transformers.LlamaConfig):  # type: ignore[misc]
         for name, value in needed.items():
             if (found := block.ffn.get(name)) not in (None, value):
                 raise ValueError(f"{path}.ffn.{name} must be {value!r}, got {found!r}")
-
-    def num_keys_in(self, layer: int) -> int:
-        """Return how many heads of keys the layer has."""
-        return int(self.num_attention_heads // self.block_configs[layer].attention.n_heads_in_group)
 
     def width_in(self, layer: int) -> int:
         """Return how many hidden values the layer's MLP has, 0 without one. A factor gives a multiple of 256."""
@@ -116,10 +114,6 @@ class NemotronNASForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # ty
         number, own = module.self_attn.layer_idx, copy(self.config)
         if self.config.block_configs[number].attention.no_op:
             module.input_layernorm, module.self_attn = nn.Identity(), _Nothing()
-        else:
-            own.num_key_value_heads = self.config.num_keys_in(number)
-            module.self_attn = LlamaAttention(own, number)
-            module.self_attn.config = self.config  # which names the function that computes attention
         own.intermediate_size = self.config.width_in(number)
         if own.intermediate_size == 0:
             module.post_attention_layernorm, module.mlp = nn.Identity(), _Nothing()
@@ -317,44 +311,6 @@ class PLaMo3ForCausalLM(AuthorsNames, transformers.Gemma3ForCausalLM):  # type: 
             fuse(module, "gate_up_proj", dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size))
 
 
-class _OwnAttention(LlamaAttention):  # type: ignore[misc]
-    """Attention in which authors' classes change what comes before and behind the products of queries and keys.
-
-    Dims: B rows, H heads, T tokens, D values of a head.
-    """
-
-    def project(self, name: str, x: Tensor) -> Tensor:
-        """Return the queries, keys or values (B, T, H, D) of hidden values x (B, T, I)."""
-        found: Tensor = self.get_submodule(f"{name}_proj")(x)
-        return found.view(*x.shape[:-1], -1, self.head_dim)
-
-    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys (B, H, T, D) rotated by their positions."""
-        found: tuple[Tensor, Tensor] = apply_rotary_pos_emb(queries, keys, cos, sin)
-        return found
-
-    def gate(self, found: Tensor, x: Tensor) -> Tensor:
-        """Return what attention found (B, T, H * D) as the next layer reads it. `x`: what attention has read."""
-        return found
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        cache: Any = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        queries, keys, values = (self.project(name, hidden_states).transpose(1, 2) for name in "qkv")
-        queries, keys = self.rotate(queries, keys, *position_embeddings)
-        if cache is not None:
-            keys, values = cache.update(keys, values, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        found, weights = attend(self, queries, keys, values, attention_mask, scaling=self.scaling, **options)
-        found = found.reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(self.gate(found, hidden_states)), weights
-
-
 class K2HorizonConfig(transformers.LlamaConfig):  # type: ignore[misc]
     """K2 Horizon without experts is Llama with norms of groups, and perhaps with norms or gates in its attention.
 
@@ -389,7 +345,7 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class _K2HorizonAttention(_OwnAttention):
+class _K2HorizonAttention(LlamaAttention):  # type: ignore[misc]
     def __init__(self, config: K2HorizonConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.query_key_norm:
@@ -399,15 +355,28 @@ class _K2HorizonAttention(_OwnAttention):
             width = config.num_attention_heads * self.head_dim
             self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
 
-    def project(self, name: str, x: Tensor) -> Tensor:
-        found = super().project(name, x)
-        if name == "v" or not self.config.query_key_norm:
-            return found
-        return self.get_submodule(f"{name}_norm")(found.flatten(-2)).view_as(found)  # type: ignore[no-any-return]
-
-    def gate(self, found: Tensor, x: Tensor) -> Tensor:
-        name = self.config.attention_gate_func
-        return found if name is None else found * _GATES[name](self.gate_proj(x))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        queries, keys, values = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.config.query_key_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries, keys, values = (each.view(shape).transpose(1, 2) for each in (queries, keys, values))
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        found, weights = attend(self, queries, keys, values, attention_mask, scaling=self.scaling, **options)
+        found = found.reshape(*hidden_states.shape[:-1], -1)
+        if (gate := self.config.attention_gate_func) is not None:
+            found = found * _GATES[gate](self.gate_proj(hidden_states))
+        return self.o_proj(found), weights
 
 
 class K2HorizonForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
@@ -421,107 +390,6 @@ class K2HorizonForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type
         elif isinstance(module, LlamaDecoderLayer):
             module.input_layernorm, module.post_attention_layernorm = norm(), norm()
             module.self_attn = _K2HorizonAttention(config, module.self_attn.layer_idx)
-
-
-class InternS1ProTextConfig(transformers.Qwen3MoeConfig):  # type: ignore[misc]
-    """Intern-S1-Pro's language model is Qwen 3 MoE with mixed waves for positions, and experts chosen by groups."""
-
-    model_type = "interns1_pro_text"
-    head_dim: Any = None
-    norm_topk_prob: bool = True
-    router_n_groups: int = -1
-    default_theta = 5_000_000.0
-    _waves: ClassVar[set[str]] = {"fope_init_factor", "fope_sep_head", "num_inv_freq"}
-    # vLLM adds the others.
-    ignore_keys_at_rope_validation: ClassVar[set[str]] = {*_waves, "use_fope", "num_key_value_heads"}
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.mlp_bias = False  # of the class for attention
-        super().__post_init__(**kwargs)
-        needed = {"attention_bias": False, "tie_word_embeddings": False, "use_sliding_window": False}
-        require(self, {**needed, "hidden_act": "silu"})
-
-
-class _Waves(nn.Module):
-    """Mixes the waves of positions for each head of keys. Those of more than all positions are left out."""
-
-    def __init__(self, config: InternS1ProTextConfig) -> None:
-        super().__init__()
-        self._config = config
-        rope = {name: config.rope_parameters.get(name) for name in ("rope_type", "fope_sep_head")}
-        if rope != {"rope_type": "default", "fope_sep_head": True}:
-            raise ValueError(f"rope_scaling must have rope_type 'default' and fope_sep_head True, got {rope}")
-        size = len(self._frequencies())
-        mixed = [torch.eye(size) + torch.randn(config.num_key_value_heads, size, size) / size for _ in range(2)]
-        self.sin_coef, self.cos_coef = nn.Buffer(mixed[0]), nn.Buffer(mixed[1])
-
-    def _frequencies(self) -> Tensor:
-        settings, size = self._config.rope_parameters, self._config.head_dim
-        with torch.device("cpu"):
-            found: Tensor = settings["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float) / size)
-        if (num := settings.get("num_inv_freq")) is not None:
-            return found[:num]
-        return found[found > 2 * math.pi / self._config.max_position_embeddings]
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (B, H, T, D) for the positions (B, T)."""
-        angles = position_ids[..., None].float() * self._frequencies().to(x.device)
-        found = []
-        for waves, mixed in ((angles.cos(), self.cos_coef), (angles.sin(), self.sin_coef)):
-            half = torch.einsum("btw, hwd -> bhtd", waves, mixed.float())
-            half = nn.functional.pad(half, (0, self._config.head_dim // 2 - half.shape[-1]), value=1.0)
-            found.append(torch.cat((half, half), dim=-1).to(x.dtype))
-        return found[0], found[1]
-
-
-class _WavesAttention(_OwnAttention):
-    def __init__(self, config: InternS1ProTextConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
-
-    def project(self, name: str, x: Tensor) -> Tensor:
-        found = super().project(name, x)
-        return found if name == "v" else self.get_submodule(f"{name}_norm")(found)
-
-    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        found = []
-        for x in (queries, keys):
-            first, second = x.chunk(2, dim=-1)
-            num = x.shape[1] // cos.shape[1]  # heads of queries for one of keys
-            turned = torch.cat((-second, first), dim=-1)
-            found.append(x * cos.repeat_interleave(num, 1) + turned * sin.repeat_interleave(num, 1))
-        return found[0], found[1]
-
-
-class _GroupedRouter(Qwen3MoeTopKRouter):  # type: ignore[misc]
-    """Chooses as many experts in each group."""
-
-    def __init__(self, config: InternS1ProTextConfig) -> None:
-        super().__init__(config)
-        self._num_groups = config.router_n_groups
-        nn.init.normal_(self.weight, std=config.initializer_range)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        groups = logits.softmax(-1, dtype=torch.float).view(len(logits), self._num_groups, -1)
-        weights, chosen = groups.topk(self.top_k // self._num_groups, dim=-1)
-        offsets = torch.arange(0, self.num_experts, groups.shape[-1], device=logits.device)
-        weights = weights.flatten(-2)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights.to(logits.dtype), (chosen + offsets[:, None]).flatten(-2)
-
-
-class InternS1ProTextModel(transformers.Qwen3MoeModel):  # type: ignore[misc]
-    def __init__(self, config: InternS1ProTextConfig) -> None:
-        super().__init__(config)
-        self.rotary_emb = _Waves(config)
-        for number, layer in enumerate(self.layers):
-            layer.self_attn = _WavesAttention(config, number)
-            if config.router_n_groups > 0 and isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
-                layer.mlp.gate = _GroupedRouter(config)
 
 
 class _Bank(Qwen3_5MoeSparseMoeBlock):  # type: ignore[misc]
@@ -564,7 +432,6 @@ class InternS2MobiusForConditionalGeneration(transformers.Qwen3_5MoeForCondition
         super().post_init()
 
 
-register_checkpoint_conversion_mapping("interns1_pro", get_checkpoint_conversion_mapping("qwen3_moe") or [])
 _MARKS = [f"transformer.wte.{name}" for name in ("embedding", "new_embedding")]
 register_checkpoint_conversion_mapping(
     "molmo", [WeightConverter(_MARKS, "transformer.wte.weight", operations=[Concatenate(dim=0)])]

@@ -20,8 +20,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from gpu_worker.model.authors_layers import (
-    InternS1ProTextConfig,
-    InternS1ProTextModel,
     InternS2MobiusForConditionalGeneration,
     K2HorizonConfig,
     K2HorizonForCausalLM,
@@ -198,38 +196,6 @@ class UltravoxConfig(ChatConfig):
         super().__post_init__(**kwargs)
 
 
-class InternS1ProConfig(ChatConfig):
-    model_type = "interns1_pro"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "text_config": InternS1ProTextConfig,
-        "vision_config": PreTrainedConfig,
-    }
-
-
-class InternS1ProModel(PreTrainedModel):  # type: ignore[misc]
-    """The language model of Intern-S1-Pro, under the name that it has in the whole, and its output head."""
-
-    config_class = InternS1ProConfig
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        text = config.get_text_config()
-        self.model = nn.Module()
-        self.model.language_model = InternS1ProTextModel(text)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> Any:
-        return self.get_decoder().embed_tokens
-
-    def get_decoder(self) -> Any:
-        return self.model.language_model
-
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        found = self.get_decoder()(input_ids=input_ids, **kwargs)
-        return CausalLMOutputWithPast(logits=self.lm_head(found.last_hidden_state))
-
-
 class DeepSeekOCRConfig(ChatConfig):
     """DeepSeek-OCR and its second version have DeepSeek V2 without latent attention."""
 
@@ -391,7 +357,6 @@ _MULTIMODAL: dict[Any, Any] = {
     **dict.fromkeys((MiniCPMVConfig, MiniCPMOConfig), MiniCPMVModel),
     DeepSeekOCRConfig: DeepSeekOCRModel,
     MolmoConfig: MolmoForCausalLM,
-    InternS1ProConfig: InternS1ProModel,
     ChatGLMConfig: ChatGLMForConditionalGeneration,
     InternS2PreviewConfig: transformers.Qwen3_5MoeForConditionalGeneration,
     InternS2MobiusConfig: InternS2MobiusForConditionalGeneration,

@@ -36,8 +36,6 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
         end_with(int(os.environ[FRONT_PID]))
         if self.vllm_config.load_config.load_format == FORMAT:
             register_loader()
-        if self.model_config.hf_config.model_type == "interns1_pro":
-            complete_interns1_pro()
         runner = self.model_runner
         if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:
             raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")
@@ -94,14 +92,6 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             "resident": sorted(layers.residency.resident),
             "has_kernel": layers.has_kernel,
         }
-
-
-def complete_interns1_pro() -> None:
-    """Let vLLM's class of Intern-S1-Pro be made: it asks for an attribute that it lacks, to prepare images."""
-    from vllm.model_executor.models.interns1_pro import InternS1ProForConditionalGeneration
-
-    if not hasattr(InternS1ProForConditionalGeneration, "model_config"):
-        InternS1ProForConditionalGeneration.model_config = None
 
 
 def complete_routers(model: nn.Module) -> None:

@@ -151,7 +151,7 @@ TEXT |= {
     },
     "TeleFLM": {**_OWN_CODE, "use_mup": True, "input_mult": 1.0, "output_mult": 2.0, "mup_scale_factor": 4},
 }
-_GROUP_OF_2, _GROUP_OF_4 = ({"n_heads_in_group": size, "no_op": False} for size in (2, 4))
+_GROUP_OF_2 = {"n_heads_in_group": 2, "no_op": False}
 _NO_ATTENTION: dict[str, Any] = {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}
 _NO_MLP = {"ffn_mult": None, "no_op": True}
 _BLOCKS: list[dict[str, Any]] = [
@@ -160,12 +160,6 @@ _BLOCKS: list[dict[str, Any]] = [
     {"attention": _GROUP_OF_2, "ffn": _NO_MLP},
 ]
 TEXT["nemotron-nas"] = {**_OWN_CODE, "block_configs": _BLOCKS, "intermediate_size": None, "num_key_value_heads": None}
-_OTHER_BLOCKS = [*_BLOCKS, {"attention": _GROUP_OF_4, "ffn": {"ffn_mult": 0.5, "no_op": False}}]
-TEXT["nemotron-nas (with other groups)"] = {
-    **TEXT["nemotron-nas"],
-    "block_configs": _OTHER_BLOCKS,
-    "num_hidden_layers": 4,
-}
 TEXT["plamo3"] = {**_OWN_CODE, **_HEADS, "window_size": 24, "sliding_window_pattern": 2, "rope_theta": 1_000_000}
 TEXT["k2_horizon"] = {**_OWN_CODE, **_HEADS, "num_experts": 0, "layernorm_num_groups": 4, "query_key_norm": False}
 _GATED = {"query_key_norm": True, "attention_gate_func": "softplus"}
@@ -342,13 +336,6 @@ _MOLMO = {**_TEXT, **_OWN_CODE, "intermediate_size": 192, "embedding_size": 304,
 MULTIMODAL["molmo"] = ({}, _MOLMO)
 _OLMO = {"qkv_bias": False, "norm_after": True, "attention_layer_norm": True}
 MULTIMODAL["molmo (with OLMo)"] = ({}, {**_MOLMO, **_OLMO})
-_WAVES = {"rope_type": "default", "fope_init_factor": 0.5, "fope_sep_head": True, "num_inv_freq": None}
-_INTERN_S1 = {**_EXPERTS, **_HEADS, "num_experts": 8, "router_n_groups": 2, "mlp_only_layers": [1]}
-_INTERN_S1 |= {"decoder_sparse_step": 1, "rope_scaling": _WAVES, "norm_topk_prob": True}
-_INTERN_EYES = {"depth": 1, "num_heads": 2, "out_hidden_size": 128, "spatial_merge_size": 2, "in_channels": 3}
-_INTERN_EYES |= {"hidden_size": 32, "intermediate_size": 32, "patch_size": 4, "temporal_patch_size": 2}
-_INTERN_EYES |= {"num_position_embeddings": 16, "hidden_act": "gelu_pytorch_tanh"}
-MULTIMODAL["interns1_pro"] = (_INTERN_S1, {"vision_config": _INTERN_EYES, **_OWN_CODE})
 _EVA = {**_EYES, "num_heads": 2, "num_positions": 5, "in_channels": 3, "dropout_prob": 0.0, "scaling_factor": 8.0}
 _GLM4V = {"vision_config": _EVA, "architectures": ["GLM4VForCausalLM"]}
 TEXT["chatglm (with images)"] = {**TEXT["chatglm"], **_GLM4V}
@@ -384,7 +371,6 @@ ARCHITECTURES = {
     "TeleFLM": "TeleFLMForCausalLM",
     "NVLM_D": "NVLM_D",
     "molmo": "MolmoForCausalLM",
-    "interns1_pro": "InternS1ProForConditionalGeneration",
     "k2_horizon": "K2HorizonForCausalLM",
     "nemotron-nas": "DeciLMForCausalLM",
     "plamo3": "Plamo3ForCausalLM",

@@ -51,7 +51,6 @@ def slow_logits(folder: Path, tokens: Sequence[int]) -> Tensor:
         "molmo": _molmo,
         "plamo3": _plamo3,
         "k2_horizon": _k2_horizon,
-        "interns1_pro": _interns1_pro,
     }[settings["model_type"]]
     return find(weights, settings, torch.tensor(list(tokens)))
 
@@ -180,39 +179,3 @@ def _k2_horizon(weights: Weights, settings: Settings, tokens: Tensor) -> Tensor:
         x = x + attention.apply("o_proj", found)
         x = x + _gated(layer.under("mlp"), norm(layer, "post_attention_layernorm", x, num))
     return weights.apply("lm_head", norm(weights, "model.norm", x, num))
-
-
-def _interns1_pro(weights: Weights, settings: Settings, tokens: Tensor) -> Tensor:
-    text, model = settings["text_config"], weights.under("model.language_model")
-    x, size, eps = model["embed_tokens.weight"][tokens], text["head_dim"], text["rms_norm_eps"]
-    cos, sin = _waves(len(x), size, text["rope_parameters"]["rope_theta"])
-    found = []
-    for waves, name in ((cos, "cos_coef"), (sin, "sin_coef")):
-        mixed = model[f"rotary_emb.{name}"]
-        heads = [waves[:, : mixed.shape[1]] @ of_head for of_head in mixed]
-        padding = torch.ones(len(x), size // 2 - mixed.shape[2], dtype=torch.float64)
-        found.append(torch.stack([torch.cat((head, padding), -1) for head in heads], 1))
-    many = [each.repeat_interleave(text["num_attention_heads"] // each.shape[1], 1) for each in found]
-    for number in range(text["num_hidden_layers"]):
-        layer = model.under(f"layers.{number}")
-        attention = layer.under("self_attn")
-        q, k, v = _qkv(attention, layer.norm("input_layernorm", x, eps), size)
-        q, k = attention.norm("q_norm", q, eps), attention.norm("k_norm", k, eps)
-        x = x + attention.apply("o_proj", _attend(_rotate(q, *many), _rotate(k, *found), v))
-        y, mlp = layer.norm("post_attention_layernorm", x, eps), layer.under("mlp")
-        x = x + (_gated(mlp, y) if number in text["mlp_only_layers"] else _mixed(mlp, text, y))
-    return weights.apply("lm_head", model.norm("norm", x, eps))
-
-
-def _mixed(weights: Weights, settings: Settings, x: Tensor) -> Tensor:
-    """Return what the experts (T, I) find for each token of x, as many in each group."""
-    found = torch.zeros_like(x)
-    groups = settings["router_n_groups"]
-    for token, scores in enumerate(weights.apply("gate", x).softmax(-1)):
-        size, num = len(scores) // groups, settings["num_experts_per_tok"] // groups
-        chosen = [start + int(each) for start in range(0, len(scores), size) for each in
-                  scores[start : start + size].topk(num).indices]  # fmt: skip
-        total = sum(float(scores[each]) for each in chosen)
-        for each in chosen:
-            found[token] += scores[each] / total * _gated(weights.under(f"experts.{each}"), x[token])
-    return found

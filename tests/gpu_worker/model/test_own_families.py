@@ -31,13 +31,11 @@ from tests.tiny import tiny_config
 OWN = [family for family in FAMILIES if family.partition(" ")[0] in OWN_FAMILIES]
 SLOW = (
     "nemotron-nas",
-    "nemotron-nas (with other groups)",
     "molmo",
     "molmo (with OLMo)",
     "plamo3",
     "k2_horizon",
     "k2_horizon (with gates)",
-    "interns1_pro",
 )
 _USUAL = {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj"}
 _SHARED = {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.shared_experts.down_proj"}
@@ -45,8 +43,8 @@ _CHATGLM = {f"transformer.encoder.layers.{name}" for name in ("0.self_attention.
 _ATTENTION: dict[str, object] = {"n_heads_in_group": 2, "no_op": False}
 NO_ATTENTION = {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0, "no_op": False}}
 LINEAR = {**NO_ATTENTION, "attention": {**_ATTENTION, "replace_with_linear": True}}
+OTHER_GROUPS = [{**NO_ATTENTION, "attention": {**_ATTENTION, "n_heads_in_group": size}} for size in (1, 2, 4)]
 GELU = {"attention": _ATTENTION, "ffn": {"ffn_mult": 1.0, "no_op": False, "hidden_act": "gelu"}}
-_NEMOTRON = {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"}
 _MOLMO = {f"model.transformer.blocks.{name}" for name in ("0.att_proj", "0.attn_out", "2.ff_proj", "2.ff_out")}
 MODULES = {
     "internlm2": {"model.layers.0.attention.wqkv", "model.layers.2.feed_forward.w2"},
@@ -56,12 +54,10 @@ MODULES = {
     "telechat": {"transformer.h.0.self_attention.key_value", "transformer.h.2.mlp.down_proj"},
     "deepseek_vl_v2 (OCR)": _SHARED,
     "deepseek_vl_v2 (OCR 2)": _SHARED,
-    "nemotron-nas": _NEMOTRON,
-    "nemotron-nas (with other groups)": _NEMOTRON,
+    "nemotron-nas": {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"},
     "plamo3": {"model.layers.layers.0.mixer.qkv_proj", "model.layers.layers.2.mlp.gate_up_proj"},
     "molmo": _MOLMO,
     "molmo (with OLMo)": _MOLMO,
-    "interns1_pro": {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.experts.down_proj"},
     "interns2_mobius": {"model.layers.2.mlp.shared_expert.down_proj", "model.meta_mlp.1.experts.down_proj"},
     "intern_s2_preview": {"model.layers.1.self_attn.o_proj", "model.layers.2.mlp.shared_expert.down_proj"},
 }
@@ -106,6 +102,7 @@ def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp
             {"block_configs": [NO_ATTENTION] * 3},
             r"block_configs\[0\].attention.no_op must be False",
         ),
+        ("nemotron-nas", "", {"block_configs": OTHER_GROUPS}, "n_heads_in_group must be the same in all layers"),
         ("nemotron-nas", "", {"block_configs": [LINEAR] * 3}, "attention.replace_with_linear must be absent, got True"),
         ("nemotron-nas", "", {"block_configs": [GELU] * 3}, "ffn.hidden_act must be 'silu', got 'gelu'"),
         ("nemotron-nas", "", {"position_embedding_type": "rope_llama4"}, "position_embedding_type must be 'rope'"),
@@ -122,8 +119,6 @@ def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp
             {"attention_gate_func": "tanh"},
             "attention_gate_func must be one of silu, softplus, got tanh",
         ),
-        ("interns1_pro", "text_config", {"rope_parameters": {"rope_theta": 1.0}}, "fope_sep_head True, got"),
-        ("interns1_pro", "text_config", {"attention_bias": True}, "attention_bias must be False, got True"),
         ("interns2_mobius", "text_config", {"layer_scale": True}, "layer_scale must be False, got True"),
         ("solar", "", {"logit_scale": 0.5}, "logit_scale must be 1.0, got 0.5"),
     ],
