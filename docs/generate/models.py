@@ -23,11 +23,13 @@ _NOT_STARTED = "vLLM did not start"
 _VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
 _REASONS = {
     "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
-        *("interns1_pro", "interns2_mobius", "k2_horizon"),
-        *("longcat_flash_ngram", "molmo", "nemotron_nas", "plamo3", "unlimited_ocr"),
+        *("bailing_moe_linear", "bailing_moe_v3"),
     ),
     "it reads the format of Mistral's own tools only": ("mistral_large_3",),
     "its class needs sound for every token": ("voxtral_realtime",),
+    "its class needs vLLM's second model runner, which this engine does not use": ("longcat_flash_ngram",),
+    "its class asks for an attribute that it lacks": ("interns1_pro",),
+    "vLLM has no CPU code for its window of generated tokens": ("unlimited_ocr",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.glm5next", "vllm.models.hy_v4"),
         *("vllm.models.inkling", "vllm.models.qwen4_exp"),

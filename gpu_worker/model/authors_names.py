@@ -62,26 +62,29 @@ class _Columns(nn.Module):
         return found[..., self._columns]
 
 
-def _fuse(attention: Any, name: str, heads: dict[str, int]) -> None:
-    """Give the attention one layer `name` for several. `heads`: how many each of them has in every group of outputs."""
-    parts = [attention.get_submodule(part) for part in heads]
+def fuse(module: Any, name: str, sizes: dict[str, int], holder: nn.Module | None = None) -> None:
+    """Give the holder, by default the module, one layer `name` for several of the module.
+
+    `sizes`: how many outputs each of them has in every group of outputs.
+    """
+    holder = holder or module
+    parts = [module.get_submodule(part) for part in sizes]
     width = sum(part.out_features for part in parts)
     fused = nn.Linear(parts[0].in_features, width, bias=parts[0].bias is not None, dtype=parts[0].weight.dtype)
-    attention.add_module(name, fused)
-    start, group = 0, sum(heads.values()) * attention.head_dim
-    for part, count in heads.items():
-        size = count * attention.head_dim
+    holder.add_module(name, fused)
+    start, group = 0, sum(sizes.values())
+    for part, size in sizes.items():
         columns = [first + place for first in range(start, width, group) for place in range(size)]
-        attention.add_module(part, _Columns(lambda: attention.get_submodule(name), columns))
+        module.add_module(part, _Columns(lambda: holder.get_submodule(name), columns))
         start += size
 
 
-def _all_heads(config: Any) -> dict[str, int]:
-    num_keys = config.num_key_value_heads
-    return {"q_proj": config.num_attention_heads, "k_proj": num_keys, "v_proj": num_keys}
+def all_heads(attention: Any) -> dict[str, int]:
+    """Return how many outputs the attention has for queries, keys and values."""
+    return {name: attention.get_submodule(name).out_features for name in ("q_proj", "k_proj", "v_proj")}
 
 
-def _require(config: Any, needed: dict[str, Any], **absent: Any) -> None:
+def require(config: Any, needed: dict[str, Any], **absent: Any) -> None:
     """Raise ValueError unless the settings have these values. `absent`: those of settings that the file lacks."""
     for name, value in needed.items():
         if (found := getattr(config, name, absent.get(name, value))) != value:
@@ -95,7 +98,7 @@ class InternLM2Config(transformers.LlamaConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _require(self, {"bias": False})
+        require(self, {"bias": False})
 
 
 class InternLM2ForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
@@ -115,7 +118,8 @@ class InternLM2ForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type
 
     def change(self, module: Any) -> None:
         if isinstance(module, LlamaAttention):
-            _fuse(module, "wqkv", {"q_proj": module.num_key_value_groups, "k_proj": 1, "v_proj": 1})
+            sizes = {"q_proj": module.num_key_value_groups * module.head_dim, "k_proj": module.head_dim}
+            fuse(module, "wqkv", {**sizes, "v_proj": module.head_dim})
 
 
 class BailingMoeConfig(transformers.SarvamMoEConfig):  # type: ignore[misc]
@@ -129,10 +133,10 @@ class BailingMoeConfig(transformers.SarvamMoEConfig):  # type: ignore[misc]
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         needed = {"score_function": "sigmoid", "moe_router_enable_expert_bias": True, "use_rmsnorm": True}
-        _require(self, needed, **dict.fromkeys(needed))
+        require(self, needed, **dict.fromkeys(needed))
         rotary_dim = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
         needed = {"moe_shared_expert_intermediate_size": self.moe_intermediate_size, "rotary_dim": rotary_dim}
-        _require(self, {**needed, "use_bias": False, "norm_head": False})
+        require(self, {**needed, "use_bias": False, "norm_head": False})
 
 
 class BailingMoeForCausalLM(AuthorsNames, transformers.Glm4MoeForCausalLM):  # type: ignore[misc]
@@ -145,7 +149,7 @@ class BailingMoeForCausalLM(AuthorsNames, transformers.Glm4MoeForCausalLM):  # t
 
     def change(self, module: Any) -> None:
         if isinstance(module, Glm4MoeAttention):
-            _fuse(module, "query_key_value", _all_heads(self.config))
+            fuse(module, "query_key_value", all_heads(module))
 
 
 class Param2MoEConfig(BailingMoeConfig):
@@ -161,7 +165,7 @@ class Param2MoEConfig(BailingMoeConfig):
         if (found := kwargs.pop("moe_shared_expert_intermediate_size", None) or width) != width:
             raise ValueError(f"moe_shared_expert_intermediate_size must be {width}, got {found}")
         super().__post_init__(**kwargs)
-        _require(self, {"n_group": 1, "topk_group": 1})
+        require(self, {"n_group": 1, "topk_group": 1})
 
 
 class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
@@ -188,12 +192,12 @@ class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
         kwargs["rope_theta"] = 10_000.0 * kwargs.get("rope_ratio", 1.0)
         super().__post_init__(**kwargs)
         needed: dict[str, Any] = {"original_rope": True, "multi_query_attention": True, "tie_word_embeddings": False}
-        _require(self, needed, **dict.fromkeys(needed))
+        require(self, needed, **dict.fromkeys(needed))
         needed = dict.fromkeys(("add_bias_linear", "apply_residual_connection_post_layernorm"), False)
         needed |= {"rmsnorm": True, "post_layer_norm": True, "pre_seq_len": None, "quantization_bit": 0}
-        _require(self, {**needed, "kv_channels": self.hidden_size // self.num_attention_heads})
+        require(self, {**needed, "kv_channels": self.hidden_size // self.num_attention_heads})
         if hasattr(self, "vision_config"):  # vLLM has another class for GLM-4V, which the published files do not name
-            _require(self, {"architectures": ["GLM4VForCausalLM"]})
+            require(self, {"architectures": ["GLM4VForCausalLM"]})
 
     def get_text_config(self, *_: Any, **__: Any) -> Any:
         if not hasattr(self, "vision_config"):
@@ -218,7 +222,7 @@ class ChatGLMForConditionalGeneration(AuthorsNames, transformers.GlmForCausalLM)
 
     def change(self, module: Any) -> None:
         if isinstance(module, GlmAttention):
-            _fuse(module, "query_key_value", _all_heads(self.config))
+            fuse(module, "query_key_value", all_heads(module))
 
 
 class TeleChat2Config(transformers.LlamaConfig):  # type: ignore[misc]
@@ -243,7 +247,7 @@ class TeleChat2Config(transformers.LlamaConfig):  # type: ignore[misc]
             (length for length in lengths if length), default=self.max_position_embeddings
         )
         needed = dict.fromkeys(("embed_layernorm", "apply_residual_connection_post_layernorm", "logn"), False)
-        _require(self, {**needed, "num_key_value_heads": self.num_attention_heads})
+        require(self, {**needed, "num_key_value_heads": self.num_attention_heads})
 
 
 class TeleChat2ForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
@@ -258,7 +262,7 @@ class TeleChat2ForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type
 
     def change(self, module: Any) -> None:
         if isinstance(module, LlamaAttention):
-            _fuse(module, "key_value", {"k_proj": 1, "v_proj": 1})
+            fuse(module, "key_value", {"k_proj": module.head_dim, "v_proj": module.head_dim})
             module.o_proj = nn.Linear(module.o_proj.in_features, module.o_proj.out_features)
         elif isinstance(module, LlamaMLP):
             module.down_proj = nn.Linear(module.down_proj.in_features, module.down_proj.out_features)
@@ -274,7 +278,7 @@ class SolarConfig(transformers.LlamaConfig):  # type: ignore[misc]
         super().__post_init__(**kwargs)
         window = getattr(self, "sliding_window", None) or self.max_position_embeddings
         self.max_position_embeddings = min(self.max_position_embeddings, window)
-        _require(self, {"logit_scale": 1.0})
+        require(self, {"logit_scale": 1.0})
 
 
 class SolarForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]

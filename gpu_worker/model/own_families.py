@@ -19,6 +19,17 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from gpu_worker.model.authors_layers import (
+    InternS2MobiusForConditionalGeneration,
+    K2HorizonConfig,
+    K2HorizonForCausalLM,
+    MolmoForCausalLM,
+    MolmoTextConfig,
+    NemotronNASConfig,
+    NemotronNASForCausalLM,
+    PLaMo3Config,
+    PLaMo3ForCausalLM,
+)
 from gpu_worker.model.authors_names import (
     BailingMoeConfig,
     BailingMoeForCausalLM,
@@ -31,6 +42,7 @@ from gpu_worker.model.authors_names import (
     SolarForCausalLM,
     TeleChat2Config,
     TeleChat2ForCausalLM,
+    require,
 )
 
 
@@ -295,6 +307,7 @@ KeyeConfig = _beside_encoder("Keye", "KeyeConfig", transformers.Qwen3Config)
 KeyeVL15Config = _beside_encoder("KeyeVL1_5", "KeyeVL15Config", transformers.Qwen3Config)
 DotsOCRConfig = _beside_encoder("dots_ocr", "DotsOCRConfig", transformers.Qwen2Config)  # vLLM asks for this name
 Phi4MMConfig = _beside_encoder("phi4mm", "Phi4MMConfig", transformers.Phi3Config)
+MolmoConfig = _beside_encoder("molmo", "MolmoConfig", MolmoTextConfig)
 IsaacConfig = _beside_encoder("isaac", "IsaacConfig", transformers.Qwen3Config)
 _SIGLIP = {"vision_config": transformers.SiglipVisionConfig, "query_num": 64, "drop_vision_last_layer": True}
 MiniCPMVConfig = _beside_encoder(
@@ -330,6 +343,15 @@ class InternS2PreviewConfig(transformers.Qwen3_5MoeConfig):  # type: ignore[misc
         super().__post_init__(**kwargs)
 
 
+class InternS2MobiusConfig(InternS2PreviewConfig):
+    model_type = "interns2_mobius"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.text_config.num_blocks = getattr(self.text_config, "num_blocks", 4)  # as in the authors' class
+        require(self.text_config, {"layer_scale": False})
+
+
 _TEXT: dict[Any, Any] = {
     InternLM2Config: InternLM2ForCausalLM,
     BailingMoeConfig: BailingMoeForCausalLM,
@@ -341,6 +363,9 @@ _TEXT: dict[Any, Any] = {
     MiniCPMConfig: transformers.GraniteForCausalLM,
     PanguEmbeddedConfig: transformers.LlamaForCausalLM,
     TeleFLMConfig: transformers.GraniteForCausalLM,
+    NemotronNASConfig: NemotronNASForCausalLM,
+    PLaMo3Config: PLaMo3ForCausalLM,
+    K2HorizonConfig: K2HorizonForCausalLM,
 }
 _CHATS = (
     *(InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig),
@@ -351,8 +376,10 @@ _MULTIMODAL: dict[Any, Any] = {
     **dict.fromkeys((KeyeConfig, KeyeVL15Config, IsaacConfig), transformers.Qwen3ForCausalLM),
     **dict.fromkeys((MiniCPMVConfig, MiniCPMOConfig), MiniCPMVModel),
     DeepSeekOCRConfig: DeepSeekOCRModel,
+    MolmoConfig: MolmoForCausalLM,
     ChatGLMConfig: ChatGLMForConditionalGeneration,
     InternS2PreviewConfig: transformers.Qwen3_5MoeForConditionalGeneration,
+    InternS2MobiusConfig: InternS2MobiusForConditionalGeneration,
     DotsOCRConfig: transformers.Qwen2ForCausalLM,
     OpenPanguVLConfig: transformers.LlamaForCausalLM,
     Phi4MMConfig: transformers.Phi3ForCausalLM,

@@ -39,6 +39,7 @@ _NOT_ON_CPU = {
     "olmo_hybrid": "its linear attention",
     **dict.fromkeys(("deepseek_v32", "glm5_next", "glm_moe_dsa", "hy_v4"), "its choice of tokens to attend to"),
     **dict.fromkeys(("inkling_mm_model", "qwen4_exp"), "its attention"),
+    "unlimited_ocr": "its window of generated tokens",
 }
 _UNREAD = {
     "jetmoe": "its attention has more heads of keys than config.json says",

@@ -159,6 +159,19 @@ TEXT |= {
     },
     "TeleFLM": {**_OWN_CODE, "use_mup": True, "input_mult": 1.0, "output_mult": 2.0, "mup_scale_factor": 4},
 }
+_GROUP_OF_2 = {"n_heads_in_group": 2, "no_op": False}
+_NO_ATTENTION: dict[str, Any] = {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}
+_NO_MLP = {"ffn_mult": None, "no_op": True}
+_BLOCKS: list[dict[str, Any]] = [
+    {"attention": _GROUP_OF_2, "ffn": {"ffn_mult": 1.0, "no_op": False}},
+    {"attention": _NO_ATTENTION, "ffn": {"intermediate_size": 96, "no_op": False}},
+    {"attention": _GROUP_OF_2, "ffn": _NO_MLP},
+]
+TEXT["nemotron-nas"] = {**_OWN_CODE, "block_configs": _BLOCKS, "intermediate_size": None, "num_key_value_heads": None}
+TEXT["plamo3"] = {**_OWN_CODE, **_HEADS, "window_size": 24, "sliding_window_pattern": 2, "rope_theta": 1_000_000}
+TEXT["k2_horizon"] = {**_OWN_CODE, **_HEADS, "num_experts": 0, "layernorm_num_groups": 4, "query_key_norm": False}
+_GATED = {"query_key_norm": True, "attention_gate_func": "softplus"}
+TEXT["k2_horizon (with gates)"] = {**TEXT["k2_horizon"], **_GATED}
 # Variants of a family. The text in parentheses says what is other than in the family.
 TEXT |= {
     "apertus (in bfloat16)": {},
@@ -332,11 +345,16 @@ _WITHOUT_LATENTS |= {"architectures": ["DeepseekV2ForCausalLM"], "use_mla": Fals
 _DEEPSEEK_EYES = {"tile_tag": "2D", "projector_config": {"n_embed": 32}, "vision_config": {"image_size": 8}}
 _DEEPSEEK = (_WITHOUT_LATENTS, {**_DEEPSEEK_EYES, **_OWN_CODE})
 MULTIMODAL |= {f"deepseek_vl_v2 ({name})": _DEEPSEEK for name in ("OCR", "OCR 2")}
+_MOLMO = {**_TEXT, **_OWN_CODE, "intermediate_size": 192, "embedding_size": 304, "qkv_bias": True}
+MULTIMODAL["molmo"] = ({}, _MOLMO)
+_OLMO = {"qkv_bias": False, "norm_after": True, "attention_layer_norm": True}
+MULTIMODAL["molmo (with OLMo)"] = ({}, {**_MOLMO, **_OLMO})
 _EVA = {**_EYES, "num_heads": 2, "num_positions": 5, "in_channels": 3, "dropout_prob": 0.0, "scaling_factor": 8.0}
 _GLM4V = {"vision_config": _EVA, "architectures": ["GLM4VForCausalLM"]}
 TEXT["chatglm (with images)"] = {**TEXT["chatglm"], **_GLM4V}
 MULTIMODAL["intern_s2_preview"] = (TEXT["qwen3_5_moe_text"], _OWN_CODE)
 MULTIMODAL["qwen3_asr (realtime)"] = MULTIMODAL["qwen3_asr"]
+MULTIMODAL["interns2_mobius"] = ({**TEXT["qwen3_5_moe_text"], "num_blocks": 2}, _OWN_CODE)
 MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
@@ -344,6 +362,7 @@ ARCHITECTURES = {
     "chatglm": "ChatGLMModel",
     "chatglm (with images)": "GLM4VForCausalLM",
     "intern_s2_preview": "InternS2PreviewForConditionalGeneration",
+    "interns2_mobius": "InternS2MobiusForConditionalGeneration",
     "bailing_moe": "BailingMoeV2ForCausalLM",
     "cosmos3_omni": "Cosmos3ForConditionalGeneration",
     "moss_audio": "MossAudioModel",
@@ -370,6 +389,10 @@ ARCHITECTURES = {
     "phi4mm": "Phi4MMForCausalLM",
     "TeleFLM": "TeleFLMForCausalLM",
     "NVLM_D": "NVLM_D",
+    "molmo": "MolmoForCausalLM",
+    "k2_horizon": "K2HorizonForCausalLM",
+    "nemotron-nas": "DeciLMForCausalLM",
+    "plamo3": "Plamo3ForCausalLM",
     "exaone": "ExaoneForCausalLM",
     "gemma3_text (as Rnj-1)": "Rnj1ForCausalLM",
     "mistral (as Pixtral in Mistral's format)": "PixtralForConditionalGeneration",
@@ -386,7 +409,7 @@ INPUTS_FIRST = ("qwen3_vl_moe",)
 # vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
 IN_BFLOAT16 = (
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7"),
-    "intern_s2_preview",
+    *("intern_s2_preview", "interns2_mobius"),
     "apertus (in bfloat16)",
 )
 # vLLM makes the processor of these at its start, also without images and sounds.
@@ -494,6 +517,14 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         _change(folder / "tokenizer_config.json", {"extra_special_tokens": {"image_token": "<image>"}})
         marks = ("view_seperator",) if family.endswith("2)") else ("view_seperator", "image_newline")
         tensors = load_file(folder / "model.safetensors") | {f"model.{mark}": torch.ones(32) for mark in marks}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if name == "molmo":  # the hub's files have two embeddings
+        tensors = load_file(folder / "model.safetensors")
+        rows = model.get_output_embeddings().weight.shape[0]
+        whole = model.get_input_embeddings().weight
+        tensors = {name: each for name, each in tensors.items() if ".wte." not in name}
+        tensors["model.transformer.wte.embedding"] = whole[:rows].detach().clone()
+        tensors["model.transformer.wte.new_embedding"] = whole[rows:].detach().clone()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family in PROCESSORS:
         _change(folder / "preprocessor_config.json", PROCESSORS[family])

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, Phi3Config, PreTrainedConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Phi3Config, PreTrainedConfig, Qwen3_5MoeForConditionalGeneration
 
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.authors_layers import PLaMo3Config
 from gpu_worker.model.authors_names import Param2MoEConfig, SolarConfig, TeleChat2Config
 from gpu_worker.model.base_model import load_config
 from gpu_worker.model.checkpoint import auto_class, check_checkpoint
@@ -22,14 +23,29 @@ from gpu_worker.model.own_families import (
     PanguEmbeddedConfig,
     TeleFLMConfig,
 )
-from gpu_worker.vllm.front_model import load_front_model
+from gpu_worker.vllm.front_model import language_part, load_front_model
 from tests.gpu_worker.conformance.families import FAMILIES, IN_BFLOAT16, MULTIMODAL, save
+from tests.gpu_worker.model.slow_families import slow_logits
 from tests.tiny import tiny_config
 
 OWN = [family for family in FAMILIES if family.partition(" ")[0] in OWN_FAMILIES]
+SLOW = (
+    "nemotron-nas",
+    "molmo",
+    "molmo (with OLMo)",
+    "plamo3",
+    "k2_horizon",
+    "k2_horizon (with gates)",
+)
 _USUAL = {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj"}
 _SHARED = {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.shared_experts.down_proj"}
 _CHATGLM = {f"transformer.encoder.layers.{name}" for name in ("0.self_attention.dense", "2.mlp.dense_4h_to_h")}
+_ATTENTION: dict[str, object] = {"n_heads_in_group": 2, "no_op": False}
+NO_ATTENTION = {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0, "no_op": False}}
+LINEAR = {**NO_ATTENTION, "attention": {**_ATTENTION, "replace_with_linear": True}}
+OTHER_GROUPS = [{**NO_ATTENTION, "attention": {**_ATTENTION, "n_heads_in_group": size}} for size in (1, 2, 4)]
+GELU = {"attention": _ATTENTION, "ffn": {"ffn_mult": 1.0, "no_op": False, "hidden_act": "gelu"}}
+_MOLMO = {f"model.transformer.blocks.{name}" for name in ("0.att_proj", "0.attn_out", "2.ff_proj", "2.ff_out")}
 MODULES = {
     "internlm2": {"model.layers.0.attention.wqkv", "model.layers.2.feed_forward.w2"},
     "bailing_moe": {"model.layers.0.attention.query_key_value", "model.layers.2.mlp.shared_experts.down_proj"},
@@ -39,6 +55,11 @@ MODULES = {
     "telechat": {"transformer.h.0.self_attention.key_value", "transformer.h.2.mlp.down_proj"},
     "deepseek_vl_v2 (OCR)": _SHARED,
     "deepseek_vl_v2 (OCR 2)": _SHARED,
+    "nemotron-nas": {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"},
+    "plamo3": {"model.layers.layers.0.mixer.qkv_proj", "model.layers.layers.2.mlp.gate_up_proj"},
+    "molmo": _MOLMO,
+    "molmo (with OLMo)": _MOLMO,
+    "interns2_mobius": {"model.layers.2.mlp.shared_expert.down_proj", "model.meta_mlp.1.experts.down_proj"},
     "intern_s2_preview": {"model.layers.1.self_attn.o_proj", "model.layers.2.mlp.shared_expert.down_proj"},
 }
 
@@ -77,6 +98,32 @@ def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp
         ("chatglm (with images)", "", {"architectures": ["ChatGLMModel"]}, "architectures must be"),
         ("telechat", "", {"embed_layernorm": True}, "embed_layernorm must be False, got True"),
         ("telechat", "", {"num_key_value_heads": 2}, "num_key_value_heads must be 4, got 2"),
+        ("nemotron-nas", "", {"block_configs": []}, "block_configs must have num_hidden_layers 3 items, got 0"),
+        ("nemotron-nas", "", {"block_configs": [{}] * 3}, r"block_configs\[0\] must have attention"),
+        (
+            "nemotron-nas",
+            "",
+            {"block_configs": [NO_ATTENTION] * 3},
+            r"block_configs\[0\].attention.no_op must be False",
+        ),
+        ("nemotron-nas", "", {"block_configs": OTHER_GROUPS}, "n_heads_in_group must be the same in all layers"),
+        ("nemotron-nas", "", {"block_configs": [LINEAR] * 3}, "attention.replace_with_linear must be absent, got True"),
+        ("nemotron-nas", "", {"block_configs": [GELU] * 3}, "ffn.hidden_act must be 'silu', got 'gelu'"),
+        ("nemotron-nas", "", {"position_embedding_type": "rope_llama4"}, "position_embedding_type must be 'rope'"),
+        ("molmo", "", {"weight_tying": True}, "weight_tying must be False, got True"),
+        ("molmo", "", {"layer_norm_type": "default"}, "layer_norm_type must be 'rms', got 'default'"),
+        ("plamo3", "", {"scale_embedding": True}, "scale_embedding must be False, got True"),
+        ("plamo3", "", {"interleaved_sliding_window": [24, 8, None]}, "windows of the 3 layers must be one size"),
+        ("k2_horizon", "", {"num_experts": 8}, "num_experts must be 0, got 8"),
+        ("k2_horizon", "", {"mova_num_experts": 8}, "mova_num_experts must be 0, got 8"),
+        ("k2_horizon", "", {"rope_head_dim": 16}, "rope_head_dim must be 32, got 16"),
+        (
+            "k2_horizon",
+            "",
+            {"attention_gate_func": "tanh"},
+            "attention_gate_func must be one of silu, softplus, got tanh",
+        ),
+        ("interns2_mobius", "text_config", {"layer_scale": True}, "layer_scale must be False, got True"),
         ("solar", "", {"logit_scale": 0.5}, "logit_scale must be 1.0, got 0.5"),
     ],
 )
@@ -197,3 +244,69 @@ def test_minicpm_scales_as_its_paper_says() -> None:
     config = MiniCPMConfig(**settings, scale_emb=12, scale_depth=1.4, dim_model_base=256)
     assert (config.embedding_multiplier, config.logits_scaling, config.attention_multiplier) == (12, 9, 0.125)
     assert config.residual_multiplier == pytest.approx(1.4 / 40**0.5)
+
+
+@pytest.mark.parametrize("family", SLOW)
+def test_a_class_computes_what_the_authors_names_and_formulas_say(family: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, family)
+    tensors = load_file(folder / "model.safetensors")
+    torch.manual_seed(1)
+    for name, tensor in tensors.items():  # norms are ones or zeros at first
+        if tensor.ndim == 1:
+            tensors[name] = tensor + torch.randn(tensor.shape) / 10
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = auto_class(config := load_config(str(folder))).from_pretrained(
+        folder, config=config, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    tokens = torch.randint(0, 256, (40,)).tolist()  # more than a window
+    found = language_part(whole)(input_ids=torch.tensor([tokens])).logits[0]
+    assert (found - slow_logits(folder, tokens)).abs().max() < 1e-4
+
+
+def test_layers_that_share_a_bank_of_experts_compute_as_if_each_had_its_own(tmp_path: Path) -> None:
+    model = auto_class(config := load_config(str(save(tmp_path, "interns2_mobius")))).from_config(config)
+    qwen = Qwen3_5MoeForConditionalGeneration(config)
+    tensors = model.state_dict()
+    for name in [name for name in qwen.state_dict() if ".mlp.gate." in name or ".mlp.experts." in name]:
+        number = int(name.split(".layers.")[1].split(".")[0])
+        bank = f"model.language_model.meta_mlp.{number % 2}"
+        tensors[name] = tensors[f"{bank}.{name.split('.mlp.')[1]}"]
+    qwen.load_state_dict({name: each for name, each in tensors.items() if ".meta_mlp." not in name})
+    tokens = torch.tensor([[1, 2, 3, 250]])
+    with torch.no_grad():
+        assert model.eval()(tokens).logits.allclose(qwen.eval()(tokens).logits, atol=1e-6)
+
+
+def test_a_tokenizer_that_needs_the_code_of_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder, ran = save(tmp_path / "model", "plamo3"), tmp_path / "ran"
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenization_own.py").write_text(f"open({str(ran)!r}, 'w')")
+    names = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    with pytest.raises(BaseModelUnsupported, match=r"tokenizer cannot be loaded .*contains custom code") as found:
+        load_front_model(tiny_config(folder, engine="vllm"))
+    assert "\n" not in str(found.value) and not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window_size": 24, "sliding_window_pattern": 2},
+        {"sliding_window": 24, "sliding_window_pattern": 2},
+        {"sliding_window": [24, None, 24, None]},
+        {"interleaved_sliding_window": [24, None, 24, None], "sliding_window": 24},
+    ],
+)
+def test_plamo_3_has_the_same_windows_however_its_file_names_them(settings: dict[str, object]) -> None:
+    config = PLaMo3Config(num_hidden_layers=4, rope_theta=1e6, **settings)
+    assert (config.interleaved_sliding_window, config.sliding_window) == ([24, None, 24, None], 24)
+    assert config.layer_types == ["sliding_attention", "full_attention"] * 2
+    thetas = {kind: rope["rope_theta"] for kind, rope in config.rope_parameters.items()}
+    assert thetas == {"sliding_attention": 10_000, "full_attention": 1e6}
+
+
+def test_plamo_3_stretches_the_positions_of_full_attention_only() -> None:
+    config = PLaMo3Config(rope_scaling_factor=4, initial_context_length=1024)
+    rope = config.rope_parameters["full_attention"]
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 1024)
+    assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"

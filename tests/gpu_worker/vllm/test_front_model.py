@@ -91,6 +91,7 @@ def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place
         ("deepseek_v3", {}, "deepseek_v3 needs scoring_func 'sigmoid' in config.json .* got None"),
         ("deepseek_v32", {}, "vLLM has no CPU code for its choice of tokens to attend to"),
         ("inkling_mm_model", {}, "inkling_mm_model needs a GPU .*: vLLM has no CPU code for its attention"),
+        ("unlimited_ocr", {}, "unlimited_ocr needs a GPU with the vLLM engine: vLLM has no CPU code for its window"),
         ("olmo_hybrid", {}, "olmo_hybrid needs a GPU with the vLLM engine"),
         ("jetmoe", {}, "cannot load jetmoe: its attention has more heads of keys than config.json says"),
         ("voxtral_realtime", {}, "cannot load voxtral_realtime: its class needs sound for every token"),
