@@ -51,7 +51,7 @@ class AppConfig(ModelSettings):
     """Several base models in one application. Each item takes the settings from `base_model` to `worker_scaling`,
     `sampling_defaults` and `worker`, which are then unset at the top level. Each has workers of its own; all share the
     pool. `auto` answers on the base model of the adapter that it finds, and on the first one where none fits."""
-    store_uri: str = "loraretriever-pool"
+    store_uri: str = Field(default="loraretriever-pool", validate_default=True)
     """Where the pool is kept: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`. Set it before the first publish;
     a server with another value has another pool."""
     cache_dir: Path = DEFAULT_CACHE_DIR
