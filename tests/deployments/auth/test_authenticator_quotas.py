@@ -99,7 +99,8 @@ def test_limits_are_divided_by_the_replicas_that_run_now() -> None:
         limiter.count_request(asks)
         refused(limiter, asks, Work())
         limiter.divide_by(1)
-        limiter.running(asks, Work(2)).__enter__()
+        with limiter.running(asks, Work(2)):
+            refused(limiter, asks, Work())
         assert limiter.rate_headers(asks)["x-ratelimit-remaining-tokens"] == "500"  # as the other one's part was used
         assert limiter.rate_headers(asks)["x-ratelimit-remaining-requests"] == "6"
         meter.saw("one", 0, 240, 10)
