@@ -149,7 +149,7 @@ def import_(
 
 
 @commands.command()
-def verify(store: Store = None, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+def verify(store: Store = None, as_json: JsonOutcome = False, url: Url = DEFAULT_URL) -> None:
     """Compare stored blobs with their digests.
 
     On a server those of the adapters that the key sees: its tenant's and the public ones. With --store: all, also while
