@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ class ByteBudget:
         self._has_tenants = has_tenants
         self._held: Counter[str] = Counter()
         self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
+        self._waiting: dict[object, tuple[str, int]] = {}  # by ticket, in order of arrival: tenant and bytes
 
     @property
     def num_waiting(self) -> int:
@@ -35,12 +35,10 @@ class ByteBudget:
     def take(self, tenant: str, num_bytes: int) -> bool:
         """Take the bytes for this tenant. Return False, and take nothing, if they are not free for it."""
         with self._changed:
-            free = self.max_bytes - self.num_bytes - num_bytes
-            own = self._held[tenant] + num_bytes
-            if free < 0 or (self._has_tenants and num_bytes > 0 and own > max(free, self._always_bytes)):
+            if self._free_after(num_bytes) < 0 or self._is_above_share(tenant, num_bytes):
                 return False
             self.num_bytes += num_bytes
-            self._held[tenant] = own
+            self._held[tenant] += num_bytes
             return True
 
     def give(self, tenant: str, num_bytes: int) -> None:
@@ -54,25 +52,39 @@ class ByteBudget:
 
     @contextmanager
     def taken(self, tenant: str, num_bytes: int, wait_s: float) -> Iterator[None]:
-        """Wait for the bytes, at most the whole budget, and hold them until the block ends.
+        """Wait for the bytes, at most those that one tenant may hold, and hold them until the block ends.
 
-        Threads get their bytes in the order of their arrival, so a large request is not overtaken by small ones.
+        Threads get their bytes in the order of their arrival, so a large request is not overtaken by small ones. One
+        whose tenant holds its share is passed over by those of other tenants.
         Raises: UploadMemoryFull if they do not become free within `wait_s`.
         """
-        num_bytes, ticket = min(num_bytes, self.max_bytes), object()
+        most = max(self._always_bytes, self.max_bytes // 2) if self._has_tenants else self.max_bytes
+        num_bytes, ticket = min(num_bytes, most), object()
 
         def take_in_turn() -> bool:
-            return self._waiting[0] is ticket and self.take(tenant, num_bytes)
+            for other, wanted in self._waiting.items():
+                if other is ticket:
+                    break
+                if not self._is_above_share(*wanted):
+                    return False
+            return self.take(tenant, num_bytes)
 
         with self._changed:
-            self._waiting.append(ticket)
+            self._waiting[ticket] = tenant, num_bytes
             try:
                 if not self._changed.wait_for(take_in_turn, wait_s):
                     raise UploadMemoryFull(self.max_bytes)
             finally:
-                self._waiting.remove(ticket)
+                del self._waiting[ticket]
                 self._changed.notify_all()
         try:
             yield
         finally:
             self.give(tenant, num_bytes)
+
+    def _free_after(self, num_bytes: int) -> int:
+        return self.max_bytes - self.num_bytes - num_bytes
+
+    def _is_above_share(self, tenant: str, num_bytes: int) -> bool:
+        own = self._held[tenant] + num_bytes
+        return self._has_tenants and num_bytes > 0 and own > max(self._free_after(num_bytes), self._always_bytes)

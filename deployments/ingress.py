@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ServeStatus
 
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.completions import TextRequest, parse
 from deployments.api.pool_responses import Ready
-from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight
+from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight, Limiter
 from deployments.auth.key_file import load_keys
 from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
@@ -46,6 +49,10 @@ from deployments.publishing.learning import Learning
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
+
+logger = logging.getLogger(__name__)
+REPLICAS_COUNTED_EVERY_S = 15.0  # by each replica; Serve's controller answers from memory
+NOT_ANSWERING = ("STARTING", "STOPPING")  # states of replicas, in Serve's words
 
 
 class Ingress:
@@ -84,7 +91,10 @@ class Ingress:
         )
         self.services = _build_services(config, *clients, grace_s, keep_alive_s, kinds, max_body_total_bytes)
         expire = withdraw_expired(self.services.publisher.expire)
-        self._expiring = asyncio.get_event_loop().create_task(expire)
+        loop = asyncio.get_event_loop()
+        self._repeating = [loop.create_task(expire)]
+        if config.ingress_scaling.max_replicas > 1:
+            self._repeating.append(loop.create_task(follow_replicas(self.services.authenticator)))
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         app = build_api(self.services)
@@ -114,8 +124,9 @@ class Ingress:
             self.services.preload.cancel()
             self.services.background.cancel()
             self.services.usage_log.close()
-            if not self._expiring.get_loop().is_closed():
-                self._expiring.cancel()
+            for task in self._repeating:
+                if not task.get_loop().is_closed():
+                    task.cancel()
 
     async def finish_requests(self, within_s: float) -> bool:
         """Accept no more connections at the own address, and wait until requests are answered, or for `within_s`."""
@@ -160,6 +171,23 @@ class Ingress:
         return await self.services.readiness.details()
 
 
+async def follow_replicas(
+    limiter: Limiter,
+    status: Callable[[], ServeStatus] = serve.status,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """Divide the limits of keys by the replicas of this deployment that run, until cancelled, also after an error."""
+    while True:
+        await sleep(REPLICAS_COUNTED_EVERY_S)
+        try:
+            own = serve.get_replica_context()
+            found = (await asyncio.to_thread(status)).applications[own.app_name].deployments[own.deployment]
+            states = found.replica_states.items()  # those that update or recover answer too
+            limiter.divide_by(max(1, sum(number for state, number in states if state not in NOT_ANSWERING)))
+        except Exception as exc:
+            logger.warning("limits of keys are divided by the replicas that ran before, retrying: %r", exc)
+
+
 def _serve_workers(config: AppConfig, handles: Mapping[str, DeploymentHandle], silence_s: float) -> Workers:
     """Return the workers of every base model. Those that may be scaled to zero hold requests until one runs."""
     served: dict[str, BaseWorkers] = {}
@@ -190,7 +218,7 @@ def _build_services(
     reclaimer = Reclaimer(store, workers, background, longest_request_s=longest_request_s)
     publisher = Publisher(store, retriever, workers, background=background, reclaimer=reclaimer, metrics=changes)
     keys = load_keys(config.api_key, config.keys_file)
-    authenticator = Authenticator(keys, config.ingress_scaling.max_replicas)
+    authenticator = Authenticator(keys, config.ingress_scaling.min_replicas)  # `follow_replicas` corrects it
     planner = Planner(models, config.retrieval, retriever)
     approves = has_keys or config.public_requires_approval
     preload = Preload(config.preload, publisher, bases=models.bases, approves=approves)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,6 +26,7 @@ from deployments.observability.logs import join_serve_logs
 from deployments.publishing.contract_files import read_contract
 from deployments.publishing.source_folders import is_copied, open_folder
 from deployments.weights import ObjectCache
+from gpu_worker.front.fair_threads import FairThreads
 from lora_store import (
     AdapterRecord,
     AdapterRefused,
@@ -43,7 +44,7 @@ from lora_store.usage import UsageQuery
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_NUM_STAGERS = 8
+_NUM_STAGERS = 16  # with keys one tenant uses at most a half
 _OBJECT_CACHE_BYTES = 256 << 20  # weights in Ray's object store
 _NO_VECTOR = np.empty(0, np.float32)
 
@@ -81,8 +82,12 @@ class StoreDeployment:
         self._store.check_writes(os.environ)
         # Separate threads: a batch from a slow source, or a contract whose check takes seconds, must not block the
         # workers' fetches.
-        self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
-        self._staging = ByteBudget(config.max_upload_total_bytes)
+        self._stagers = FairThreads(
+            "stage", num_threads=_NUM_STAGERS, max_calls=sys.maxsize, full="", leaves_room=config.has_keys
+        )
+        self._staging = ByteBudget(
+            config.max_upload_total_bytes, always_bytes=config.max_upload_bytes, has_tenants=config.has_keys
+        )
         self._report_turn = asyncio.Lock()  # any key may ask; a report holds a day of events in memory, and a thread
         self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
 
@@ -96,8 +101,8 @@ class StoreDeployment:
         """
         if upload.adapter_name in self._config.served_models.accepted_names:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._stagers, self._stage, upload, shapes_by_model)
+        work = partial(self._stage, upload, shapes_by_model)
+        return await asyncio.wrap_future(self._stagers.submit(upload.tenant, work))
 
     def _stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         config = self._config
@@ -135,8 +140,10 @@ class StoreDeployment:
         """Stage the weights of the live version with these changes, as `LoraStore.edit` does. Same errors."""
         model = self._config.served_models.made_for(live.base_model)
         read = partial(read_contract, context=model.max_model_len)
-        threads = self._stagers if edit.contract else None
-        return await asyncio.get_running_loop().run_in_executor(threads, self._store.edit, live, edit, read)
+        work = partial(self._store.edit, live, edit, read)
+        if not edit.contract:
+            return await asyncio.to_thread(work)
+        return await asyncio.wrap_future(self._stagers.submit(live.ref.tenant, work))
 
     async def put_part(self, upload: str, number: int, data: Buffer) -> None:
         """Store one part of an uploaded file until `delete_parts`. Raises: StoreUnavailable."""

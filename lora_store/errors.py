@@ -109,7 +109,7 @@ class BlobCorrupted(LoraStoreError):
 
     kind = Kind.BROKEN
     code = "store_damaged"
-    remedy = "Publish the adapter again. `loraretriever pool verify` lists all such files."
+    remedy = "Publish the adapter again. `loraretriever pool verify --store STORE` lists all such files."
     text = "blob {self.digest} is corrupted: its bytes hash to {self.found}; publish the adapter again"
 
     digest: str

@@ -8,6 +8,7 @@ clients may choose them. Processes write, merge, read and delete without coordin
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from lora_store.files import Files, StoredFile
 from lora_store.location import Location
 
+logger = logging.getLogger(__name__)
 Dimension = Literal["day", "tenant", "key", "adapter", "version", "base"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 ADAPTER = pa.struct([("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64())])
@@ -150,12 +152,22 @@ class UsageFiles:
             self._files.delete(tables)
 
     def _read(self, name: str, columns: Collection[str] | None = None) -> pa.Table | None:
-        """Return the file, or None if it is gone. `columns` have the types of SCHEMA, whoever wrote the file."""
+        """Return the file, or None if it is gone. `columns` have the types of SCHEMA, whoever wrote the file.
+
+        A damaged file is left where it is: it has no events for a report, and is not there for a merge.
+        """
         content = self._files.read(name)
-        if content is None or columns is None:
-            return None if content is None else pq.read_table(pa.BufferReader(content))
-        table = pq.read_table(pa.BufferReader(content), columns=[*columns]).select([*columns])
-        return table.cast(_choose_columns(columns), safe=False)
+        if content is None:
+            return None
+        try:
+            read = [*_READ] if columns is None else [*columns]
+            table = pq.read_table(pa.BufferReader(content), columns=None if columns is None else read)
+            typed = table.select(read).cast(_choose_columns(read), safe=False)
+            return table if columns is None else typed
+        except (pa.ArrowException, OSError, KeyError) as exc:
+            cause = str(exc).partition("\n")[0]
+            logger.warning("the usage file %s is damaged; reports leave it out: %s", name, cause)
+            return None if columns is None else _choose_columns(columns).empty_table()
 
     def _write(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

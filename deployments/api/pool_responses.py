@@ -272,13 +272,15 @@ class UsageReport(TypedDict):
     object: Literal["usage"]
     start: str
     end: str
+    kept_days: int  # `usage_days`: requests before that, or all of them with 0, are not recorded
     data: list[UsageRow]
 
 
-def usage_report(query: UsageQuery, rows: list[JsonObject]) -> UsageReport:
+def usage_report(query: UsageQuery, rows: list[JsonObject], kept_days: int) -> UsageReport:
     """Return the rows as the API writes them."""
     data = [cast(UsageRow, row | {"last_at": row["last_at"].isoformat(timespec="seconds")}) for row in rows]
-    return {"object": "usage", "start": query.start.isoformat(), "end": query.end.isoformat(), "data": data}
+    start, end = query.start.isoformat(), query.end.isoformat()
+    return {"object": "usage", "start": start, "end": end, "kept_days": kept_days, "data": data}
 
 
 def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:

@@ -90,18 +90,25 @@ class TokenBucket:
     def take(self, amount: float) -> float:
         """Take `amount` and return 0, or take nothing and return the seconds until it is available.
 
-        `amount` must not exceed `per_minute`: larger amounts are never available.
+        A full bucket gives more than it holds: its level becomes negative, so the rate holds over the time after.
         """
         self._refill()
-        if self._level >= amount:
+        needed = min(amount, self.per_minute)
+        if self._level >= needed:
             self._level -= amount
             return 0.0
-        return (amount - self._level) * 60 / self.per_minute
+        return (needed - self._level) * 60 / self.per_minute
 
     def settle(self, taken: float, used: float) -> None:
         """Replace an estimate that was `taken` by the amount really `used`."""
         self._refill()
         self._level = min(self.per_minute, self._level + taken - used)
+
+    def resize(self, per_minute: float) -> None:
+        """Change the rate. A bucket that was full is full, and the time until it is full stays the same."""
+        self._refill()
+        self._level *= per_minute / self.per_minute
+        self.per_minute = per_minute
 
     @property
     def level(self) -> float:
@@ -159,7 +166,6 @@ class _Account:
     limits: KeyLimits
     requests: TokenBucket | None
     tokens: TokenBucket | None
-    max_running: float
     num_running: int = 0
 
     @property
@@ -171,11 +177,14 @@ class _Account:
     def adopt(self, other: _Account) -> None:
         """Take over the limits and rates of `other`, but keep the count of running rows."""
         self.limits, self.requests, self.tokens = other.limits, other.requests, other.tokens
-        self.max_running = other.max_running
 
 
 class Limiter:
-    """Enforces the limits of all keys on one event loop. Changed limits apply at once and start with full buckets."""
+    """Enforces this replica's part of the limits of all keys, on one event loop.
+
+    Changed limits apply at once and start with full buckets. A request within the key's own limit is never above the
+    part for good: it waits until this replica's part of the rate is full, or until no other row of the key runs here.
+    """
 
     def __init__(
         self, num_replicas: int, *, clock: Callable[[], float] = time.monotonic, sweep_above: int = _SWEEP_ABOVE
@@ -183,6 +192,20 @@ class Limiter:
         self._num_replicas, self._clock = num_replicas, clock
         self._accounts: dict[str, _Account] = {}
         self._sweep_above = self._next_sweep = sweep_above
+
+    def divide_by(self, num_replicas: int) -> None:
+        """Give out this part of all limits from now on: that many replicas share them."""
+        if num_replicas == self._num_replicas:
+            return
+        self._num_replicas = num_replicas
+        for account in self._accounts.values():
+            limits = account.limits
+            for bucket, per_minute in (
+                (account.requests, limits.requests_per_minute),
+                (account.tokens, limits.tokens_per_minute),
+            ):
+                if bucket is not None and per_minute is not None:
+                    bucket.resize(self._part(per_minute))
 
     def count_request(self, caller: Caller) -> None:
         """Count one request. Raises: RateLimited: the key is above its request rate."""
@@ -197,7 +220,7 @@ class Limiter:
         Raises: RateLimited; RequestInvalid: the request by itself exceeds the key's limits.
         """
         account, usage = self._account(caller), TokenUsage()
-        _require_rows(caller, account, work)
+        self._require_rows(caller, account, work)
         bucket = account.tokens  # the key's limits may change before it is settled
         if bucket is not None:
             _reserve(caller, bucket, work.reserved, work.tokens_field)
@@ -220,9 +243,10 @@ class Limiter:
             "tokens": (account.tokens, caller.limits.tokens_per_minute),
         }
         for kind, (bucket, per_minute) in rates.items():
-            if bucket is not None:
+            if bucket is not None and per_minute is not None:
                 headers[f"x-ratelimit-limit-{kind}"] = str(per_minute)
-                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(bucket.level * self._num_replicas)))
+                left = min(per_minute, int(bucket.level * self._num_replicas))
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, left))
                 headers[f"x-ratelimit-reset-{kind}"] = _duration(bucket.seconds_until_full)
         return headers
 
@@ -243,13 +267,26 @@ class Limiter:
 
     def _open(self, limits: KeyLimits) -> _Account:
         def bucket(per_minute: int | None) -> TokenBucket | None:
-            if per_minute is None:
-                return None
-            return TokenBucket(max(1.0, per_minute / self._num_replicas), clock=self._clock)
+            return None if per_minute is None else TokenBucket(self._part(per_minute), clock=self._clock)
 
-        at_once = limits.concurrent_requests
-        max_running = math.inf if at_once is None else math.ceil(at_once / self._num_replicas)
-        return _Account(limits, bucket(limits.requests_per_minute), bucket(limits.tokens_per_minute), max_running)
+        return _Account(limits, bucket(limits.requests_per_minute), bucket(limits.tokens_per_minute))
+
+    def _part(self, per_minute: int) -> float:
+        return max(1.0, per_minute / self._num_replicas)
+
+    def _require_rows(self, caller: Caller, account: _Account, work: Work) -> None:
+        at_once = caller.limits.concurrent_requests
+        if at_once is None:
+            return
+        if work.num_rows > at_once:
+            raise RequestInvalid(
+                f"{work.rows_field}: the request has {work.num_rows} rows (prompts × n); the key allows"
+                f" {at_once} at once: send fewer prompts or a smaller n",
+                work.rows_field,
+            )
+        part = math.ceil(at_once / self._num_replicas)
+        if account.num_running and account.num_running + work.num_rows > part:
+            raise RateLimited(f"{at_once} concurrent rows (prompts × n)", _BUSY_RETRY_S)
 
     def _sweep(self) -> None:
         """Forget idle accounts each time their number has doubled. Amortised cost: O(1) per new account."""
@@ -266,26 +303,16 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.3g}s"
 
 
-def _require_rows(caller: Caller, account: _Account, work: Work) -> None:
-    if work.num_rows > account.max_running:
-        raise RequestInvalid(
-            f"{work.rows_field}: the request has {work.num_rows} rows (prompts × n); the key allows"
-            f" {account.max_running:.0f} at once: send fewer prompts or a smaller n",
-            work.rows_field,
-        )
-    if account.num_running + work.num_rows > account.max_running:
-        raise RateLimited(f"{caller.limits.concurrent_requests} concurrent rows (prompts × n)", _BUSY_RETRY_S)
-
-
 def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -> None:
-    if num_tokens > bucket.per_minute:
+    per_minute = caller.limits.tokens_per_minute
+    if per_minute is not None and num_tokens > per_minute:
         raise RequestInvalid(
             f"{field}: the request may use {num_tokens} tokens (prompts, answers, and text that the encoder reads);"
-            f" the key allows {int(bucket.per_minute)} per minute: send less text, or lower max_tokens",
+            f" the key allows {per_minute} per minute: send less text, or lower max_tokens",
             field,
         )
     if (wait_s := bucket.take(num_tokens)) > 0:
-        raise RateLimited(f"{caller.limits.tokens_per_minute} tokens per minute", wait_s)
+        raise RateLimited(f"{per_minute} tokens per minute", wait_s)
 
 
 class InFlight:

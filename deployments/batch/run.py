@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -10,8 +11,10 @@ from deployments.batch.input import BatchInput, scan
 from deployments.batch.output import BatchOutput, Manifest
 from deployments.batch.rows import ANSWER, ANSWER_OF_SEVERAL, check_columns
 from deployments.config.app import AppConfig
+from deployments.config.model_settings import ModelSettings
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
+from gpu_worker.front.request.model_files import read_chat_template
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
 from retriever_svc import BaseCounts
 
@@ -123,16 +126,25 @@ def _deciding(settings: BatchSettings) -> JsonObject:
         name: value for name, value in config["retrieval"].items() if name not in _OTHERS_OF_RETRIEVAL
     }
     deciding["worker"] = _pick_worker_settings(config["worker"])
+    deciding["chat_template"] = _chat_template(settings.config)
     if config["models"]:  # a manifest may lack a setting, so that of a run with fewer of them must differ in this one
         deciding["base_model"] = [model["base_model"] for model in config["models"]]
     for number, model in enumerate(config["models"]):
         deciding[f"models.{number}"] = {
             **{name: model[name] for name in _OF_MODEL},
             "worker": _pick_worker_settings(model["worker"]),
+            "chat_template": _chat_template(settings.config.models[number]),
         }
     deciding["owner_names"] = settings.config.owner_names
     deciding["defaults"] = dict(settings.defaults)
     return deciding | {"tenant": settings.tenant, "part_rows": settings.part_rows}
+
+
+def _chat_template(model: ModelSettings) -> str | None:
+    """Return the digest of the template's text, which may be edited in its file."""
+    if model.chat_template is None:
+        return None
+    return f"sha256:{hashlib.sha256(read_chat_template(model.chat_template).encode()).hexdigest()}"
 
 
 def _pick_worker_settings(worker: JsonObject) -> JsonObject:

@@ -17,6 +17,7 @@ from deployments.cli.client import (
     JsonOutcome,
     Url,
     call,
+    counted,
     describe_problem,
     err,
     fail,
@@ -90,15 +91,20 @@ def list_keys(
 ) -> None:
     """List the keys of a file by their ids. The keys themselves are not in it.
 
-    --used needs a key with the role admin. Requests that only read the pool do not count as use.
+    --used needs a key with the role admin. Requests that only read the pool do not count as use, and a use before
+    the days that the server keeps is not known.
     """
     from deployments.auth.api_keys import parse_entries  # imports pydantic
 
     with _file_errors(file):
         entries = parse_entries(file.read_text(encoding="utf-8"))
     rows = [entry.model_dump(mode="json", exclude_none=True, exclude={"sha256"}) for entry in entries]
+    unused = ""
     if used:
         report = call(url, "GET", "/v1/usage", params={"by": "key", "start": _FIRST_DAY})
+        if (kept_days := report.get("kept_days")) == 0:
+            fail("--used: the server records no usage; set usage_days to the number of days to keep it")
+        unused = "not recorded" if kept_days is None else f"not in {counted(kept_days, 'day')}"
         last = {row["key"]: row["last_at"] for row in report["data"]}
         rows = [row | {"last_used_at": last.get(row["id"])} for row in rows]
     if as_json:
@@ -107,7 +113,7 @@ def list_keys(
     table = Table("id", "tenant", "roles", "limits", "expires", *(["last used"] if used else []))
     for row in rows:
         limits = ", ".join(f"{name} {value}" for name, value in row.get("limits", {}).items())
-        times = [row.get("expires_at", "never"), *([row["last_used_at"] or "never"] if used else [])]
+        times = [row.get("expires_at", "never"), *([row["last_used_at"] or unused] if used else [])]
         table.add_row(row["id"], row["tenant"], ", ".join(row["roles"]), limits, *times)
     out.print(table)
 

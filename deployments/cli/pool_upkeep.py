@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.progress import MofNCompleteColumn
 from rich.table import Column, Table
 
 from deployments.cli.client import (
@@ -25,6 +26,7 @@ from deployments.cli.client import (
     out,
     pages,
     print_json,
+    progress,
     report,
     say,
     show_error,
@@ -147,9 +149,13 @@ def import_(
 
 
 @commands.command()
-def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Compare every stored blob with its digest."""
-    result = follow(url, "/v1/pool/verify", {}, "verifying")
+def verify(store: Store = None, as_json: JsonOutcome = False, url: Url = DEFAULT_URL) -> None:
+    """Compare stored blobs with their digests.
+
+    On a server those of the adapters that the key sees: its tenant's and the public ones. With --store: all, also while
+    servers run.
+    """
+    result = follow(url, "/v1/pool/verify", {}, "verifying") if store is None else _verify_store(store)
     if as_json:
         print_json(result)
     else:
@@ -158,6 +164,27 @@ def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         say(f"{counted(result['num_blobs'], 'blob')}, {len(result['problems'])} bad")
     if result["problems"]:
         raise typer.Exit(1)
+
+
+def _verify_store(uri: str) -> JsonObject:
+    """Return what a server answers, for the blobs of all tenants. On an error, print it and exit."""
+    from lora_store import LoraStore, LoraStoreError  # pyarrow takes a second to import
+    from lora_store.pool_files import StoredPool
+
+    problems: list[JsonObject] = []
+    done = 0
+    try:
+        StoredPool(uri)  # refuses a place without a pool, where a store would begin one
+        opened = LoraStore(uri, accepts_base=())
+        wanted = opened.to_verify()
+        with progress("verifying", MofNCompleteColumn(), total=len(wanted)) as update:
+            for done, found in enumerate(opened.verify(wanted), start=1):
+                update(completed=done)
+                if found.problem is not None:
+                    problems.append({"digest": found.digest, "adapter": str(found.ref), "problem": found.problem})
+    except (LoraStoreError, ValueError, OSError) as exc:
+        fail(str(exc))
+    return {"num_blobs": done, "problems": problems}
 
 
 @commands.command()

@@ -34,13 +34,13 @@ from lora_store.location import DEFAULT_CACHE_DIR, Location
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
 OTHER_FILES_BYTES = 16 << 20  # files of one adapter besides its weights
 EVERY_TENANT = "*"  # in source_prefixes
-# Retriever and Ingress accept many requests: these wait in queues of the replica, which are fair to tenants.
+# Replicas accept many requests: these wait in queues of the replica, which are fair to tenants.
 _SERVE_DEFAULTS = {
     "ingress_scaling": default_options(
         target_ongoing_requests=500, max_ongoing_requests=10_000, max_queued_requests=-1
     ),
     "retriever_scaling": default_options(target_ongoing_requests=64, max_ongoing_requests=10_000),
-    "store_scaling": default_options(target_ongoing_requests=32),
+    "store_scaling": default_options(target_ongoing_requests=32, max_ongoing_requests=10_000),
 }
 
 
@@ -51,7 +51,7 @@ class AppConfig(ModelSettings):
     """Several base models in one application. Each item takes the settings from `base_model` to `worker_scaling`,
     `sampling_defaults` and `worker`, which are then unset at the top level. Each has workers of its own; all share the
     pool. `auto` answers on the base model of the adapter that it finds, and on the first one where none fits."""
-    store_uri: str = "loraretriever-pool"
+    store_uri: str = Field(default="loraretriever-pool", validate_default=True)
     """Where the pool is kept: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`. Set it before the first publish;
     a server with another value has another pool."""
     cache_dir: Path = DEFAULT_CACHE_DIR

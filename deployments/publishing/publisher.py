@@ -322,7 +322,7 @@ class Publisher:
     async def _stage_all(
         self, uploads: Sequence[PublishItem], shapes_by_model: Mapping[str, Shapes]
     ) -> list[Staged | BaseException]:
-        slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
+        slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the others of one request wait here
 
         async def stage(upload: PublishItem) -> Staged:
             async with slots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,11 +34,17 @@ class FairThreads:
     of the tenant that has most makes room, as in FairQueue. A call whose future is cancelled leaves the queue.
     """
 
-    def __init__(self, name: str, *, num_threads: int, max_calls: int, full: str, niceness: int = 0) -> None:
-        """`full`: the message for a call without room. `niceness`: nice value of these threads only."""
+    def __init__(
+        self, name: str, *, num_threads: int, max_calls: int, full: str, niceness: int = 0, leaves_room: bool = False
+    ) -> None:
+        """`full`: the message for a call without room. `niceness`: nice value of these threads only.
+
+        `leaves_room`: a tenant may hold at most as many threads as remain free, and one; for calls that take minutes.
+        """
         self._max_calls, self._full = max_calls, full
         self._queue = FairQueue[_Call]()
-        self._num_running = 0
+        self._num_threads, self._leaves_room = num_threads, leaves_room
+        self._running: Counter[str] = Counter()
         self._is_closed = False
         self._lock = threading.Lock()
         # Linux: the nice value applies to the calling thread only.
@@ -73,7 +80,7 @@ class FairThreads:
 
     def _make_room(self, tenant: str) -> _Call | None:
         """Remove and return the call that makes room for this tenant, None if there is room. Raises: EngineFull."""
-        max_waiting = self._max_calls - self._num_running
+        max_waiting = self._max_calls - self._running.total()
         if len(self._queue) < max_waiting:
             return None
         displaced = self._queue.row_to_displace(tenant, max_waiting)
@@ -84,15 +91,23 @@ class FairThreads:
 
     def _run_next(self) -> None:
         with self._lock:
-            call = next(self._queue.turns(), None)
-            if call is None:  # the call that this turn was for has left
+            call = next((call for call in self._queue.turns() if self._may_start(call.tenant)), None)
+            if call is None:  # the call that this turn was for has left, or waits until its tenant holds fewer threads
                 return
             self._queue.dequeue(call)
-            self._num_running += 1
+            self._running[call.tenant] += 1
         settle = _outcome(call)
         with self._lock:
-            self._num_running -= 1
+            self._running[call.tenant] -= 1
+            if not self._running[call.tenant]:
+                del self._running[call.tenant]
+            if self._leaves_room and len(self._queue) and not self._is_closed:
+                self._executor.submit(self._run_next)  # for a call that was passed over
         settle()
+
+    def _may_start(self, tenant: str) -> bool:
+        free = self._num_threads - self._running.total()
+        return not self._leaves_room or self._running[tenant] < free
 
     def _drop(self, call: _Call) -> None:
         with self._lock:

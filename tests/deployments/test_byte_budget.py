@@ -105,6 +105,26 @@ def test_a_large_stage_is_not_overtaken_by_small_ones() -> None:
     assert order == ["large", "small"]
 
 
+def test_a_tenant_that_holds_its_share_does_not_hold_up_another() -> None:
+    budget, got = ByteBudget(100, always_bytes=50, has_tenants=True), []
+
+    def second() -> None:
+        with budget.taken("a", 50, WAIT_S):
+            got.append(budget.num_bytes)
+
+    with budget.taken("a", 50, WAIT_S):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        wait_until_waiting(budget, 1)
+        with budget.taken("b", 10, 0.0):
+            assert budget.num_bytes == 60
+        with budget.taken("b", 500, 0.0):  # counted as the most that one tenant may hold
+            assert budget.num_bytes == 100
+        assert budget.num_waiting == 1
+    waiting.join(WAIT_S)
+    assert got == [50]
+
+
 def test_a_stage_above_the_budget_runs_alone() -> None:
     budget = ByteBudget(100)
     with budget.taken("a", 1000, WAIT_S):

@@ -3,14 +3,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve
 from ray.exceptions import ActorDiedError
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 
 from deployments.api.completions import ChatCompletionRequest
-from deployments.auth.authenticator import LOCAL_CALLER
+from deployments.auth.authenticator import LOCAL_CALLER, Limiter
 from deployments.errors import ModelNotFound, RequestInvalid
+from deployments.ingress import follow_replicas
 from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import PromptTooLong, SamplingInvalid
 from gpu_worker.front.request.prompts import Message
@@ -68,6 +72,45 @@ def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() ->
     _, served = generate({"messages": [*turns, {"role": "user", "content": "Rhyme."}, turns[1]]})
     requests = [request for ([request],) in served.retriever.called("route")]
     assert [request.text for request in requests] == ["Hi", "Rhyme."]
+
+
+async def test_limits_of_keys_follow_the_replicas_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error leaves the last number in force, and so does a status without this deployment."""
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="app", deployment="Ingress"))
+
+    def states(**numbers: int) -> ServeStatus:
+        ingress = DeploymentStatusOverview("HEALTHY", "UNSPECIFIED", numbers, "")  # type: ignore[arg-type]
+        return ServeStatus(
+            applications={"app": ApplicationStatusOverview("RUNNING", "", 0.0, {"Ingress": ingress})}  # type: ignore[arg-type]
+        )
+
+    read = [
+        states(RUNNING=2, STARTING=18),
+        ConnectionError("the controller is away"),
+        ServeStatus(),
+        states(RUNNING=1, UPDATING=1, RECOVERING=1, STOPPING=1),
+        states(STARTING=1),
+    ]
+    numbers: list[int] = []
+
+    class Divided(Limiter):
+        def divide_by(self, num_replicas: int) -> None:
+            numbers.append(num_replicas)
+
+    def status() -> ServeStatus:
+        match read.pop(0):
+            case ServeStatus() as found:
+                return found
+            case error:
+                raise error
+
+    async def sleep(seconds: float) -> None:
+        if not read:
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await follow_replicas(Divided(1), status, sleep)
+    assert numbers == [2, 3, 1]
 
 
 async def test_user_config_changes_the_defaults_of_requests_while_the_server_runs() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import deployments.publishing.source_folders
 import deployments.store
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.calls.catalogue_clients import Buffer
@@ -297,6 +298,37 @@ async def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Store
     await store.add_embeddings({poet.ref: Embedding("new", UNIT, UNIT)})
     await store.activate_encoder("model", "new", "tester")
     assert await store.active_encoder() == "new"
+
+
+async def test_a_tenants_slow_sources_leave_room_for_the_uploads_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys.yaml").write_text("[]")
+    released, begun = threading.Event(), threading.Semaphore(0)
+
+    def slow_hub(*_: object, **__: object) -> Path:
+        begun.release()
+        released.wait(60)
+        raise SourceMissing("x")
+
+    monkeypatch.setattr(deployments.publishing.source_folders, "copy_over_http", slow_hub)
+    stores = Stores(tmp_path, keys_file=tmp_path / "keys.yaml", source_prefixes={"a": ("hf://a",)})
+    slow = [
+        asyncio.create_task(
+            stores.deployment.stage(PublishItem(name="x", tenant="a", source="hf://a/x"), {BASE: SHAPES})
+        )
+        for _ in range(64)
+    ]
+    for _ in range(8):
+        assert await asyncio.to_thread(begun.acquire, timeout=60)
+    with pytest.raises(AdapterRefused):
+        async with asyncio.timeout(60):
+            await stores.deployment.stage(
+                PublishItem(name="x", tenant="b", files={"adapter_config.json": b"{}"}), {BASE: SHAPES}
+            )
+    assert not any(call.done() for call in slow)
+    released.set()
+    assert all(isinstance(error, SourceMissing) for error in await asyncio.gather(*slow, return_exceptions=True))
 
 
 async def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,23 @@ def test_files_that_an_operator_rewrote_with_other_types_are_read_and_merged(
     assert len([*stored.entries()]) == 1
 
 
+def test_a_damaged_file_is_left_out_of_reports_and_merges_and_named(
+    files: UsageFiles, stored: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        files.put(name * 32, lines(event()), NOON, KEPT)
+    damaged = ["day=2026-11-29/cut.parquet", "day=2026-11-29/other.parquet"]
+    whole = stored.read(stored.entries()[0].name)
+    assert whole is not None
+    stored.write(damaged[0], bytes(whole)[:-9])
+    rewrite(stored, damaged[1], pa.table({"x": [1]}))
+    for _ in range(2):
+        assert counts(files, "tenant") == {("acme",): [2, 0, 10, 4, 6]}
+        assert all(name in caplog.text for name in damaged)
+        files.put("c" * 32, b"", NOON + timedelta(1), KEPT)
+        assert damaged[0] in [file.name for file in stored.entries()]
+
+
 @pytest.mark.parametrize("by", [("tenant",), ("tenant", "adapter")], ids=str)
 @pytest.mark.parametrize("is_deleted", [False, True])
 def test_a_day_merged_or_deleted_while_it_is_read_is_read_as_it_is_then(

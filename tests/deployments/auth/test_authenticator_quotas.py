@@ -65,12 +65,51 @@ def test_a_request_counts_as_many_times_as_it_has_rows() -> None:
 
 def test_more_rows_than_the_keys_limit_are_refused_by_field() -> None:
     limiter, asks = Limiter(2), caller(concurrent_requests=8)
-    for work in (Work(5), Work(5, rows_field="n")):
+    for work in (Work(9), Work(9, rows_field="n")):
         with pytest.raises(RequestInvalid) as caught, limiter.running(asks, work):
             pass
         assert caught.value.param == work.rows_field
-        assert str(caught.value).startswith(f"{work.rows_field}: the request has 5 rows (prompts × n)")
-        assert "the key allows 4 at once" in str(caught.value)
+        assert str(caught.value).startswith(f"{work.rows_field}: the request has 9 rows (prompts × n)")
+        assert "the key allows 8 at once" in str(caught.value)
+
+
+def test_a_request_within_the_keys_limit_passes_on_one_of_many_replicas() -> None:
+    """It waits for this replica's part of the rate afterwards, and for its own rows."""
+    clock = Clock()
+    limiter, asks = Limiter(20, clock=clock), caller(tokens_per_minute=60_000, concurrent_requests=16)
+    with limiter.running(asks, Work(16, num_tokens=4096)) as meter:
+        refused(limiter, asks, Work())
+        meter.saw("one", 0, 4000, 96)
+    error = refused(limiter, asks, Work(num_tokens=1))
+    assert error.retry_after_s == pytest.approx((4096 - 3000 + 1) / 50)
+    clock.at += 60
+    refused(limiter, asks, Work(num_tokens=60_000))
+    clock.at += 22
+    with limiter.running(asks, Work(num_tokens=60_000)):
+        pass
+    with pytest.raises(RequestInvalid, match="the key allows 60000 per minute"):
+        limiter.charge(asks, 60_001, "files")
+
+
+def test_limits_are_divided_by_the_replicas_that_run_now() -> None:
+    clock = Clock()
+    limiter = Limiter(2, clock=clock)
+    asks = caller(requests_per_minute=8, tokens_per_minute=1000, concurrent_requests=4)
+    with limiter.running(asks, Work(2, num_tokens=250)) as meter:
+        limiter.count_request(asks)
+        refused(limiter, asks, Work())
+        limiter.divide_by(1)
+        with limiter.running(asks, Work(2)):
+            refused(limiter, asks, Work())
+        assert limiter.rate_headers(asks)["x-ratelimit-remaining-tokens"] == "500"  # as the other one's part was used
+        assert limiter.rate_headers(asks)["x-ratelimit-remaining-requests"] == "6"
+        meter.saw("one", 0, 240, 10)
+    limiter.divide_by(4)
+    assert limiter.rate_headers(asks)["x-ratelimit-remaining-requests"] == "6"
+    clock.at += 60
+    for _ in range(2):
+        limiter.count_request(asks)
+    assert limited(lambda: limiter.count_request(asks)).retry_after_s == pytest.approx(30)
 
 
 def test_encoder_tokens_are_charged_whatever_the_outcome() -> None:

@@ -48,6 +48,27 @@ def test_a_run_counts_the_adapters_of_other_bases_apart_and_keeps_its_bases(tmp_
         begin(replace(settings, config=AppConfig(store_uri=config.store_uri)))
 
 
+@pytest.mark.parametrize("are_several", [False, True])
+def test_a_run_is_not_continued_with_the_text_of_another_chat_template(are_several: bool, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["one", "two"]}), tmp_path / "in.parquet")
+    template = tmp_path / "a.jinja"
+    template.write_text("{{ messages[0].content }}")
+
+    def settings(file: Path | None) -> BatchSettings:
+        own: dict[str, Any] = {"base_model": "org/a", "chat_template": file}
+        config = AppConfig(store_uri=str(tmp_path / "store"), **({"models": [own]} if are_several else own))
+        return BatchSettings(config, str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+
+    Catalogue(Location(settings(None).config.store_uri).child("catalogue")).commit(lambda _: [Publish(adapter("poet"))])
+    begin(settings(template))
+    begin(settings(template))
+    with pytest.raises(BatchRefused, match=r"chat_template.*None"):
+        begin(settings(None))
+    template.write_text("Answer in French: {{ messages[0].content }}")
+    with pytest.raises(BatchRefused, match=r"chat_template.*sha256:"):
+        begin(settings(template))
+
+
 @pytest.mark.parametrize(("shares", "problem"), [((0.5, 0.5), None), ((1, 0.5), "add up to 1.5"), ((2, 0), None)])
 def test_base_models_that_do_not_fit_on_one_gpu_are_refused(shares: Sequence[float], problem: str | None) -> None:
     models: list[dict[str, Any]] = [

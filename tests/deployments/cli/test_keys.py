@@ -79,12 +79,15 @@ def test_a_key_is_rotated_expired_and_listed_with_its_end_and_its_last_use(file:
     assert keys.find(made["key"]) == Caller("acme", frozenset({"infer"}), made["entry"]["id"])
     result = run("keys", "expire", made["entry"]["id"], "2028-01-01", "--file", file)
     assert words(result.stdout) == f"{made['entry']['id']} expires: 2028-01-01T00:00:00Z"
-    report = {"data": [{"key": "ci", "last_at": "2026-11-29T12:00:00+00:00"}]}
+    report = {"kept_days": 30, "data": [{"key": "ci", "last_at": "2026-11-29T12:00:00+00:00"}]}
     listed = run_with(report, "keys", "list", "--file", file, "--used", "--json")
     assert listed.asked == [("GET", "/v1/usage?by=key&start=2000-01-01")]
     first, second = listed.json["data"]
     assert (first["id"], first["last_used_at"]) == ("ci", "2026-11-29T12:00:00+00:00")
     assert (second["expires_at"], second["last_used_at"]) == ("2028-01-01T00:00:00Z", None)
+    assert "not in 30 days" in words(run_with(report, "keys", "list", "--file", file, "--used").out)
+    without = run_with({"kept_days": 0, "data": []}, "keys", "list", "--file", file, "--used")
+    assert without.code == 1 and "the server records no usage" in without.err and without.out == ""
     shown = words(run("keys", "list", "--file", file).stdout)
     assert "2028-01-01T00:00:00Z" in shown and "last used" not in shown
 

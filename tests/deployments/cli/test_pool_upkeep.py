@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lora_store import Catalogue, Location, Publish
+from lora_store.pool_files import StoredPool
 from retriever_svc import Encoder
 from tests.deployments.sample_stores import store_of
 from tests.deployments.scripted import Outcome, lines, refusal, run, run_with, words
@@ -28,6 +29,25 @@ def test_verify_prints_the_number_of_intact_blobs_and_names_bad_ones() -> None:
     problem = {"adapter": "local/poet@dddddddddddd", "digest": "f" * 64, "problem": "is missing"}
     bad = job({"num_blobs": 1, "problems": [problem]}, "verify")
     assert bad.code == 1 and "local/poet@dddddddddddd: is missing" in bad.err
+
+
+def test_verify_of_a_store_reads_the_blobs_of_all_tenants(tmp_path: Path) -> None:
+    uri = store_of(tmp_path, {"poet": ["a verse"], "coder": ["a loop"]})  # poet is another tenant's, and private
+    whole = run("pool", "verify", "--store", uri)
+    assert (whole.exit_code, words(whole.stdout)) == (0, "5 blobs, 0 bad")
+    [digest] = [
+        item.weights_digest for key, item in StoredPool(uri).state().snapshot.records.items() if key[1] == "poet"
+    ]
+    [file] = (tmp_path / "pool" / "blobs").rglob(digest)
+    file.chmod(0o600)
+    file.write_bytes(b"damaged")
+    bad = run("pool", "verify", "--store", uri, "--json")
+    assert bad.exit_code == 1
+    [problem] = json.loads(bad.stdout)["problems"]
+    assert problem["digest"] == digest and problem["adapter"].startswith("other/poet@")
+    nowhere = run("pool", "verify", "--store", tmp_path / "nowhere")
+    assert nowhere.exit_code == 1 and "there is no pool" in words(nowhere.stderr)
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize(("options", "seconds"), [((), 86_400), (("--retention", "0"), 0)])

@@ -93,6 +93,16 @@ def test_relative_folders_are_resolved_where_the_application_is_built() -> None:
     assert config.preload == (Path.cwd() / "adapters", Path("/abs"))
 
 
+def test_default_pools_of_two_folders_have_usage_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        configs.append(AppConfig(cache_dir=tmp_path))
+    assert [config.store_uri for config in configs] == [str(tmp_path / name / "loraretriever-pool") for name in "ab"]
+    assert configs[0].usage_folder != configs[1].usage_folder
+
+
 @pytest.mark.parametrize(
     "uri", ["s3://bucket/pool", "s3://bucket/pool?endpoint_override=127.0.0.1:9000&scheme=http&region=x", "gs://b/pool"]
 )

@@ -323,7 +323,8 @@ def test_reports_of_one_tenant_take_one_place_of_the_store(tmp_path: Path) -> No
 def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:
     async def send(client: httpx.AsyncClient, _: Served) -> None:
         await client.post("/v1/chat/completions", json=CHAT)
-        assert (await client.get("/v1/usage")).json()["data"] == []
+        report = (await client.get("/v1/usage")).json()
+        assert (report["data"], report["kept_days"]) == ([], 0)
 
     ask(send, cache_dir=tmp_path, usage_days=0)
     assert list(tmp_path.rglob("*.jsonl")) == []

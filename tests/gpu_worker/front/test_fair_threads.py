@@ -67,6 +67,32 @@ def test_tenants_take_turns_whatever_the_number_of_their_calls(hold: Callable[..
     assert held.started == ["m0", "f0", "m1", "f1", "m2", "m3", "m4"]
 
 
+def test_a_tenant_may_have_to_leave_threads_free_for_others() -> None:
+    """Of four threads one tenant holds two. What it has to wait with starts as soon as it may."""
+    threads = FairThreads("test", num_threads=4, max_calls=100, full="no room", leaves_room=True)
+    released, begun, most, lock = threading.Event(), threading.Semaphore(0), 0, threading.Lock()
+    running = 0
+
+    def hold() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        begun.release()
+        assert released.wait(PATIENCE_S)
+        with lock:
+            running -= 1
+
+    many = [threads.submit("many", hold) for _ in range(8)]
+    assert begun.acquire(timeout=PATIENCE_S) and begun.acquire(timeout=PATIENCE_S)
+    assert threads.submit("few", lambda: "at once").result(PATIENCE_S) == "at once"
+    released.set()
+    for call in many:
+        call.result(PATIENCE_S)
+    assert most == 2
+    threads.close()
+
+
 def test_a_lone_tenant_may_use_every_place(hold: Callable[..., Held]) -> None:
     held = hold(max_calls=5)  # one of them runs
     waiting = [held.submit("a", str(number)) for number in range(4)]
