@@ -17,6 +17,10 @@ from tests.deployments.looking import folder_of, last_turn, look
 pytestmark = pytest.mark.browser
 MAX_TABS = 120
 FOCUSED = "(wanted) => document.activeElement.matches(wanted)"
+AWAIT_CLICK = """(wanted) => {
+  const found = document.querySelector(wanted);
+  window.clicked = new Promise((seen) => found.addEventListener('click', (event) => seen(event.isTrusted)));
+}"""
 
 
 async def reach(page: Page, selector: str) -> None:
@@ -81,9 +85,11 @@ async def test_every_task_is_done_with_the_keyboard_alone(browsing: Browsing, tm
 
         await enter(page, "publish")
         await reach(page, "#folder")
-        async with page.expect_file_chooser() as opened:
-            await page.keyboard.press("Enter")
-        await (await opened.value).set_files(folder)
+        page.on("filechooser", lambda _: None)  # so that the browser opens no window of its own
+        await page.evaluate(AWAIT_CLICK, "#folder")
+        await page.keyboard.press("Enter")
+        assert await page.evaluate("() => clicked")
+        await page.set_input_files("#folder", folder)
         await expect(page.locator("#previews > li")).to_have_count(1)
         await press(page, "#publish-button")
         await expect(page.locator("#previews .good .state")).to_contain_text("live at generation")
