@@ -78,7 +78,8 @@ def test_the_file_of_the_page_is_one_that_serve_and_the_application_take() -> No
     scalings = (settings.ingress_scaling, settings.retriever_scaling, settings.store_scaling, settings.worker_scaling)
     assert {(scaling.min_replicas, scaling.root["max_replicas_per_node"]) for scaling in scalings} == {(2, 1)}
     [ingress] = application.deployments
-    assert settings.retrieval.changed(ingress.user_config).k == 5
+    retrieval, sampling = settings.retrieval.changed(ingress.user_config)
+    assert (retrieval.k, sampling) == (5, {"temperature": 0})
 
 
 def test_the_page_names_the_variables_that_serve_sets() -> None:
