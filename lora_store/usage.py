@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lora_store.files import Files, StoredFile
+from lora_store.files import Files, StoredFile, open_for_arrow
 from lora_store.location import Location
 
 Dimension = Literal["day", "tenant", "key", "adapter", "version", "base"]
@@ -153,8 +153,8 @@ class UsageFiles:
         """Return the file, or None if it is gone. `columns` have the types of SCHEMA, whoever wrote the file."""
         content = self._files.read(name)
         if content is None or columns is None:
-            return None if content is None else pq.read_table(pa.BufferReader(content))
-        table = pq.read_table(pa.BufferReader(content), columns=[*columns]).select([*columns])
+            return None if content is None else pq.read_table(open_for_arrow(content))
+        table = pq.read_table(open_for_arrow(content), columns=[*columns]).select([*columns])
         return table.cast(_choose_columns(columns), safe=False)
 
     def _write(self, name: str, table: pa.Table) -> None:
