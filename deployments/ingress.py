@@ -108,8 +108,9 @@ class Ingress:
 
         Raises: ValueError if it has anything else.
         """
-        defaults = self.services.config.retrieval.changed(user_config)
-        self.services.planner.defaults = self.services.stats.defaults = defaults
+        services = self.services
+        services.planner.defaults, sampling = services.config.retrieval.changed(user_config)
+        services.stats.defaults, services.completions.sampling_defaults = services.planner.defaults, sampling
 
     def check_health(self) -> None:
         """Raises: RuntimeError if the replica should listen itself, and does not; then Serve replaces it."""

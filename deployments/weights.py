@@ -126,10 +126,10 @@ class RetryPolicy:
 
 
 class LoadObserver(Protocol):
-    """Receives where weights came from and how long it took, or that they could not be loaded."""
+    """Receives where weights came from and how long it took, or how long it took to fail."""
 
-    def loaded(self, level: str, seconds: float) -> None: ...
-    def load_failed(self) -> None: ...
+    def loaded(self, weights_digest: str, level: str, seconds: float) -> None: ...
+    def load_failed(self, weights_digest: str, seconds: float) -> None: ...
 
 
 class WeightsFetcher:
@@ -166,10 +166,10 @@ class WeightsFetcher:
             level, weights = await self._load(digest)
         except AdapterLoadFailed:
             if self._observer is not None:
-                self._observer.load_failed()
+                self._observer.load_failed(digest, self._clock() - began)
             raise
         if self._observer is not None:
-            self._observer.loaded(level, self._clock() - began)
+            self._observer.loaded(digest, level, self._clock() - began)
         return weights
 
     async def _load(self, digest: str) -> tuple[str, AdapterWeights]:

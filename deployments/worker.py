@@ -94,7 +94,7 @@ class WorkerDeployment:
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and other errors of this job.
         """
         deltas = self._engine.stream(job, HEARTBEAT_INTERVAL_S)
-        trace = JobTrace(job)
+        trace = JobTrace(job, self._metrics.loads)
         last: Delta | None = None
         try:
             with self._usage.row(job.tenant) as usage:

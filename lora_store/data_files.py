@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
 from lora_store.events import SCHEMA, knows_all_events
-from lora_store.files import Files
+from lora_store.files import Files, open_for_arrow
 
 DATA_SUFFIX = ".zstd.parquet"
 
@@ -39,9 +39,9 @@ def rows_in(content: bytes) -> tuple[pa.Table, bool]:
 
     Columns that an earlier release did not write are null. Raises: ArrowException, OSError for a damaged file.
     """
-    rows = pq.read_table(pa.BufferReader(content), schema=SCHEMA, page_checksum_verification=True)
+    rows = pq.read_table(open_for_arrow(content), schema=SCHEMA, page_checksum_verification=True)
     names = [name for name in _column_names(content) if name not in SCHEMA.names]
-    unknown = pq.read_table(pa.BufferReader(content), columns=names).columns if names else []
+    unknown = pq.read_table(open_for_arrow(content), columns=names).columns if names else []
     has_unknown = any(column.null_count < len(column) for column in unknown)
     return rows, has_unknown or not knows_all_events(rows)
 
@@ -71,7 +71,7 @@ def all_columns_in(contents: Iterable[bytes], schema: pa.Schema) -> pa.Table:
     unknown = [field for field in schema if field.name not in SCHEMA.names]
     full = pa.schema([*SCHEMA, *unknown])
     read = partial(pq.read_table, schema=full, page_checksum_verification=True)
-    return pa.concat_tables([full.empty_table(), *(read(pa.BufferReader(content)) for content in contents)])
+    return pa.concat_tables([full.empty_table(), *(read(open_for_arrow(content)) for content in contents)])
 
 
 def make_commit(added: Sequence[AddAction], removed: Collection[str] = (), others: Sequence[object] = ()) -> bytes:

@@ -32,6 +32,16 @@ _BACKTRACE = re.compile(r"\s+0: <unknown>.*", re.DOTALL)
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")  # the words of the operating system
 
 
+def open_for_arrow(content: bytes) -> pa.BufferReader:
+    """Return a file of these bytes for Arrow, which copies them.
+
+    Arrow's threads may hold a file until the process ends. With Python's own bytes they would abort the process then.
+    """
+    sink = pa.BufferOutputStream()
+    sink.write(content)
+    return pa.BufferReader(sink.getvalue())
+
+
 @dataclass(frozen=True, slots=True)
 class StoredFile:
     """One object. `name` is its path below the location that was listed."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_store.errors import StoreDamaged
-from lora_store.files import Files, short_cause
+from lora_store.files import Files, open_for_arrow, short_cause
 
 LOG = "_delta_log"
 LAST_CHECKPOINT = f"{LOG}/_last_checkpoint"
@@ -136,7 +136,7 @@ def _commit_actions(log: TableLog, name: str, data: bytes) -> Sequence[Action]:
 
 
 def _checkpoint_actions(_: str, data: bytes) -> Sequence[Action]:
-    rows: list[Action] = pq.read_table(pa.BufferReader(data)).to_pylist()
+    rows: list[Action] = pq.read_table(open_for_arrow(data)).to_pylist()
     for row in rows:
         if row.get("metaData"):  # maps are read as lists of pairs
             table = row["metaData"]

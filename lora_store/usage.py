@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lora_store.files import Files, StoredFile
+from lora_store.files import Files, StoredFile, open_for_arrow
 from lora_store.location import Location
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class UsageFiles:
             return None
         try:
             read = [*_READ] if columns is None else [*columns]
-            table = pq.read_table(pa.BufferReader(content), columns=None if columns is None else read)
+            table = pq.read_table(open_for_arrow(content), columns=None if columns is None else read)
             typed = table.select(read).cast(_choose_columns(read), safe=False)
             return table if columns is None else typed
         except (pa.ArrowException, OSError, KeyError) as exc:

@@ -37,6 +37,11 @@ class Promtool:
     def check_rules(self, rules: dict[str, Any]) -> None:
         self._run(["check", "rules", "--lint=all", "--lint-fatal", self._write("rules.yaml", rules)])
 
+    def check_scrape(self, rules: Sequence[dict[str, Any]]) -> None:
+        """Fail if Prometheus does not take these `metric_relabel_configs`."""
+        config = {"scrape_configs": [{"job_name": "ray", "metric_relabel_configs": list(rules)}]}
+        self._run(["check", "config", "--syntax-only", self._write("prometheus.yaml", config)])
+
     def test_rules(self, rules: dict[str, Any], tests: Sequence[dict[str, Any]]) -> None:
         """Fail if an alert fires wrongly, or does not fire when it should."""
         files = [self._write("rules.yaml", rules)]
@@ -105,6 +110,24 @@ def dashboard_queries() -> Iterator[tuple[str, str]]:
             expr = target["expr"].replace("$__rate_interval", f"{_MINUTES}m").replace("$application", ".*")
             assert "$" not in expr
             yield panel["title"], expr
+
+
+def scrape_rules() -> list[dict[str, Any]]:
+    """Return what the PodMonitor does with scraped series, as a configuration of Prometheus names it."""
+    [endpoint] = yaml.safe_load((MONITORING / "pod-monitor.yaml").read_text())["spec"]["podMetricsEndpoints"]
+    names = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
+    return [{names.get(name, name): value for name, value in rule.items()} for rule in endpoint["metricRelabelings"]]
+
+
+def relabelled(labels: dict[str, str], rules: Sequence[dict[str, Any]]) -> dict[str, str] | None:
+    """Return the labels of a series after these rules, its name among them; None if they drop it."""
+    for rule in rules:
+        if re.fullmatch(rule["regex"], ";".join(labels.get(name, "") for name in rule["source_labels"])):
+            if rule.get("action") == "drop":
+                return None
+            assert rule["replacement"] == ""
+            labels = {name: value for name, value in labels.items() if name != rule["target_label"]}
+    return labels
 
 
 def series_in(text: str, keep: re.Pattern[str]) -> Scrape:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import yaml
+
 from deployments.observability.request_metrics import ChangeMetrics, RequestMetrics
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.worker_metrics import WorkerMetrics
 from tests.deployments.metric_fakes import FakeMetrics
-from tests.prometheus import MONITORING, Promtool, dashboard_queries, rules
+from tests.docs.pages import blocks_of
+from tests.prometheus import MONITORING, Promtool, dashboard_queries, relabelled, rules, scrape_rules
 
-PAGE = MONITORING.parents[1] / "docs" / "reference" / "metrics.md"
+DOCS = MONITORING.parents[1] / "docs"
+PAGE = DOCS / "reference" / "metrics.md"
 _OURS = re.compile(r"ray_(loraretriever_\w+)")
 _SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
 _UNITS = re.compile(
@@ -62,6 +66,18 @@ def test_the_reference_lists_every_metric() -> None:
 
 def test_the_rules_are_sound(promtool: Promtool) -> None:
     promtool.check_rules(rules())
+
+
+def test_the_rules_of_a_scrape_drop_no_metric_in_use_and_keep_processes_apart(promtool: Promtool) -> None:
+    found = scrape_rules()
+    promtool.check_scrape(found)
+    [block] = [block for block in blocks_of(DOCS / "how-to" / "monitor.md") if block.language == "yaml"]
+    assert yaml.safe_load(block.text) == {"metric_relabel_configs": found}
+    for name in {name for expr in expressions() for name in re.findall(r"ray_\w+", expr)}:
+        of_process = {"__name__": name, "WorkerId": "1f", "SessionName": "s", "replica": "r"}
+        kept = {"__name__": name, "replica": "r"} if _OURS.match(name) else of_process
+        assert relabelled(of_process, found) == kept
+    assert relabelled({"__name__": "ray_grpc_server_req_new_total"}, found) is None
 
 
 # What makes each alert fire for the application `a` after 30 minutes: series, their values minute by minute.

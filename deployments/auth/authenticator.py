@@ -299,8 +299,10 @@ def _duration(seconds: float) -> str:
     """Return a time as OpenAI writes it: `20ms`, `7.5s` or `1m12s`."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.3g}s"
+    if seconds < 59.95:
+        return f"{seconds:.3g}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest}s"
 
 
 def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -> None:

@@ -97,20 +97,23 @@ class RetrievalSettings(Settings):
     1280, five for each of 256 long prompts. Above it the answer is 503. Raise it for bursts; prompts then wait
     longer."""
 
-    def changed(self, user_config: JsonMapping) -> RetrievalSettings:
-        """Return these settings with those of `user_config: {retrieval: ...}`, which requests could set too.
+    def changed(self, user_config: JsonMapping) -> tuple[RetrievalSettings, dict[str, float]]:
+        """Return these settings with those of `user_config: {retrieval: ...}`, and its `sampling_defaults`.
 
-        Raises: ValueError for any other setting, and for a value that is not allowed.
+        Requests could set all of them too. Raises: ValueError for any other setting, and for a value that is not
+        allowed.
         """
         given = user_config.get("retrieval") or {}
         allowed = RetrievalSettings.model_fields.keys() & LoraOptions.model_fields.keys()
-        others = [*(user_config.keys() - {"retrieval"}), *(f"retrieval.{name}" for name in given.keys() - allowed)]
+        others = [*(user_config.keys() - {"retrieval", "sampling_defaults"})]
+        others += [f"retrieval.{name}" for name in given.keys() - allowed]
         if others:
             raise ValueError(
                 f"user_config: {', '.join(sorted(others))} cannot change while the server runs; set it in args. "
-                f"user_config takes retrieval with {', '.join(sorted(allowed))}"
+                f"user_config takes sampling_defaults, and retrieval with {', '.join(sorted(allowed))}"
             )
-        return RetrievalSettings.model_validate(self.model_dump() | given)
+        sampling = SamplingDefaults.model_validate(user_config.get("sampling_defaults") or {})
+        return RetrievalSettings.model_validate(self.model_dump() | given), sampling.given
 
     @model_validator(mode="after")
     def _options_of_the_strategy(self) -> Self:

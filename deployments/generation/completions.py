@@ -77,7 +77,7 @@ def derive_seed(seed: int, choice: int) -> int:
 class StartedCompletion:
     """A planned request, with the fields that it got from the policy of a model name.
 
-    `sampling_defaults`: those of the base model that answers, and of the contract that applies.
+    `sampling_defaults`: those of the base model that answers, of the server, and of the contract that applies.
     Closing `held` releases its reservations against the limits of its key.
     """
 
@@ -108,6 +108,7 @@ class CompletionService:
         self._models, self._authenticator, self._planner, self._is_strict = models, authenticator, planner, is_strict
         self._workers, self._grace_s, self._shadows = workers, grace_s, shadows
         self._notes, self._usage_log = notes, usage_log
+        self.sampling_defaults: Mapping[str, float] = {}  # before those of the base model; may be replaced at any time
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
@@ -141,7 +142,12 @@ class CompletionService:
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
                 templates = [self._models.named(planned.plan.base_model).template for planned in plans]
                 answer = _answer_to(request, questions, plans, caller, context)
-                jobs = make_jobs(context.request_id, caller.tenant, sampling, questions, plans, templates, request.n)
+                jobs = [
+                    replace(job, sampling=job.sampling.with_defaults(self.sampling_defaults))
+                    for job in make_jobs(
+                        context.request_id, caller.tenant, sampling, questions, plans, templates, request.n
+                    )
+                ]
                 rows = [
                     RowStream(
                         workers=self._workers,
@@ -159,7 +165,7 @@ class CompletionService:
                     self._shadows.start(jobs[:: request.n], plans, deadline)
                 contract, base_model = plans[0].contract, plans[0].plan.base_model
                 own = {} if contract is None else contract.defaults
-                defaults = self._models.named(base_model).sampling_defaults | own
+                defaults = {**self._models.named(base_model).sampling_defaults, **self.sampling_defaults, **own}
                 return StartedCompletion(request, defaults, answer, rows, stack.pop_all())
 
     def _note_ignored(self, request: TolerantRequest, context: RequestContext) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 from opentelemetry import context
 from opentelemetry.util.types import AttributeValue
@@ -21,6 +21,7 @@ from gpu_worker.front.request.request import Delta, Job
 logger = logging.getLogger(__name__)
 _MAX_TENANTS = 4096  # tenants come and go with the keys file
 _DIGEST_CHARS = 12
+_MAX_LOADS = 1_024  # remembered ones: a job asks for those of its own adapters when it ends
 # Name, labels and meaning of the metric of each engine counter. `loaded` counts fetches, by source.
 COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
     "num_requests": ("loraretriever_engine_requests_total", {}, "Requests submitted to the engine"),
@@ -96,11 +97,24 @@ def count_tokens(usage: Usage, delta: Delta, last: Delta | None) -> None:
     usage.num_new_tokens += delta.num_new_tokens - (0 if last is None else last.num_new_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The last load of some weights, in nanoseconds since the epoch. `source`: `disk` or `store`; "" if it failed."""
+
+    source: str
+    began_ns: int
+    ended_ns: int
+
+
 class WorkerMetrics:
-    """Reports an engine's status and counters. `bank_rank_rows`: the size of the bank."""
+    """Reports an engine's status and counters. `bank_rank_rows`: the size of the bank.
+
+    `loads`: the last loads by weights digest, for traces.
+    """
 
     def __init__(self, bank_rank_rows: int, factory: MetricFactory = SERVE) -> None:
         self._bank_rank_rows = bank_rank_rows
+        self.loads: OrderedDict[str, Load] = OrderedDict()
         self._last = Counters()
         texts = {metric[0]: metric[2] for metric in COUNTER_METRICS.values() if metric is not None}
         self._counters = {name: factory.Counter(name, text, _LABELS.get(name, ())) for name, text in texts.items()}
@@ -142,14 +156,23 @@ class WorkerMetrics:
         """Record the queueing time of a request that left the engine's queue."""
         self._queue_s.observe(seconds)
 
-    def loaded(self, level: str, seconds: float) -> None:
+    def loaded(self, weights_digest: str, level: str, seconds: float) -> None:
         """Record a load of weights from `disk` or from the `store`."""
         self._load_s.observe(seconds, {"level": level})
         self._hits.inc(1, {"level": level})
+        self._remember(weights_digest, level, seconds)
 
-    def load_failed(self) -> None:
-        """Count a failed load."""
+    def load_failed(self, weights_digest: str, seconds: float) -> None:
+        """Record a failed load."""
         self._failed_loads.inc()
+        self._remember(weights_digest, "", seconds)
+
+    def _remember(self, weights_digest: str, source: str, seconds: float) -> None:
+        now_ns = time.time_ns()
+        self.loads.pop(weights_digest, None)
+        self.loads[weights_digest] = Load(source, now_ns - int(seconds * 1e9), now_ns)
+        if len(self.loads) > _MAX_LOADS:
+            self.loads.popitem(last=False)
 
     def report_step_age(self, seconds: float) -> None:
         """Report the duration of the engine's step or command in progress; 0 when idle."""
@@ -191,8 +214,10 @@ class JobTrace:
     Attributes have OpenTelemetry's names for generative models where it has one.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, loads: Mapping[str, Load]) -> None:
+        """`loads`: of the weights of all jobs, which may share one."""
         self._job, self._context, self._began_ns = job, context.get_current(), time.time_ns()
+        self._loads = loads
         self._began, self._first_ns = time.monotonic(), 0
 
     def answered(self) -> None:
@@ -204,6 +229,13 @@ class JobTrace:
         now_ns = time.time_ns()
         started_ns = now_ns if last is None else min(self._began_ns + int(last.queued_s * 1e9), now_ns)
         self._span("worker.queue", self._began_ns, started_ns, {})
+        for row in self._job.plan.adapters:
+            load = self._loads.get(row.weights_digest)
+            if load is not None and load.ended_ns > self._began_ns and load.began_ns < started_ns:
+                how = {"loraretriever.source": load.source} if load.source else {"error.type": "AdapterLoadFailed"}
+                began_ns, ended_ns = max(load.began_ns, self._began_ns), min(load.ended_ns, started_ns)
+                of_one: dict[str, AttributeValue] = {"loraretriever.adapters": [row.ref.digest[:_DIGEST_CHARS]], **how}
+                self._span("worker.load", began_ns, ended_ns, of_one)
         if last is not None:
             first_ns = min(max(self._first_ns, started_ns), now_ns)
             read: dict[str, AttributeValue] = {

@@ -10,10 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import click
@@ -40,7 +43,9 @@ VARIABLES = dict(line.removeprefix("export ").split("=", 1) for line in LINES if
 COMMANDS = [shlex.split(line) for line in LINES if not line.startswith("export ")]
 YAML, DEPLOYMENTS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 HEADS_VARIABLES = ("RAY_REDIS_ADDRESS", "RAY_external_storage_namespace")
-HEAD, NODE = "127.0.0.2", "127.0.0.3"
+HEAD, NODE, OTHER_NODE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+NUM_CLIENTS = 4
 PASSWORD = "password-of-redis"
 END_S = 120
 
@@ -73,7 +78,8 @@ def test_the_file_of_the_page_is_one_that_serve_and_the_application_take() -> No
     scalings = (settings.ingress_scaling, settings.retriever_scaling, settings.store_scaling, settings.worker_scaling)
     assert {(scaling.min_replicas, scaling.root["max_replicas_per_node"]) for scaling in scalings} == {(2, 1)}
     [ingress] = application.deployments
-    assert settings.retrieval.changed(ingress.user_config).k == 5
+    retrieval, sampling = settings.retrieval.changed(ingress.user_config)
+    assert (retrieval.k, sampling) == (5, {"temperature": 0})
 
 
 def test_the_page_names_the_variables_that_serve_sets() -> None:
@@ -134,6 +140,28 @@ class Site:
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4, answer.text
 
+    def other_node(self) -> list[str]:
+        """Return the command that starts Ray on one more machine."""
+        return [part.replace(NODE, OTHER_NODE) for part in self.node]
+
+    def ask_until(self, is_over: Event) -> Iterator[str]:
+        """Stream answers until then, and yield how each ended: "" if it is whole.
+
+        A connection that breaks before the answer is made again, as a load balancer does.
+        """
+        body = {"model": "tiny", "prompt": "The sea", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        while not is_over.is_set():
+            text, has_begun = "", False
+            try:
+                with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=START_S) as answer:
+                    has_begun = True
+                    text = answer.read().decode()
+            except httpx.TransportError as exc:
+                text = f"{exc!r} after {text!r}"
+                if not has_begun:
+                    continue
+            yield "" if text.endswith("data: [DONE]\n\n") else text[-500:]
+
     def application_status(self) -> str:
         """Return what `serve status` says, empty where it fails."""
         run = subprocess.run(self.status, capture_output=True, text=True, timeout=END_S, check=False)
@@ -162,6 +190,30 @@ def test_the_pages_commands_start_an_application_on_two_nodes(site: Site) -> Non
             site.start_application()
             site.check_answer()
             assert site.application_status() == "RUNNING"
+
+
+def test_a_machine_that_is_told_to_stop_gives_its_replicas_away_and_loses_no_answer(site: Site, scale: Scale) -> None:
+    is_over = Event()
+    with ThreadPoolExecutor(NUM_CLIENTS) as clients, ExitStack() as nodes:
+        nodes.enter_context(running(site.head))
+        eventually(lambda: answers(site.status), within_s=START_S)
+        drained = nodes.enter_context(running(site.node, **{DRAIN_VARIABLE: VARIABLES[DRAIN_VARIABLE]}))
+        site.start_application()
+        other = nodes.enter_context(running(site.other_node()))
+        nodes.callback(is_over.set)
+        asking = [clients.submit(lambda: list(site.ask_until(is_over))) for _ in range(NUM_CLIENTS)]
+        kinds = set(replicas(drained).values())
+        assert len(kinds) == 4 and not replicas(other)
+        time.sleep(5)
+        drained.terminate()
+        drained.wait(START_S)
+        eventually(lambda: set(replicas(other).values()) == kinds)
+        eventually(site.is_ready_on_both, within_s=START_S)
+        time.sleep(5)
+        is_over.set()
+        ends = [end for each in asking for end in each.result(START_S)]
+        scale.record("answers while a machine was drained", len(ends))
+        assert [end for end in ends if end] == [] and len(ends) > NUM_CLIENTS
 
 
 def test_replicas_outlive_the_head_and_a_new_head_with_redis_finds_them(site: Site, tmp_path: Path) -> None:
@@ -229,7 +281,7 @@ def connects(port: int) -> bool:
 @contextmanager
 def running(command: list[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command as a service. At the end ask it to stop, as systemd does, and kill what is left of its group."""
-    environment = os.environ | variables | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"}
+    environment = os.environ | {DRAIN_VARIABLE: "5"} | variables
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         yield process

@@ -19,8 +19,8 @@ from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import PromptTooLong, SamplingInvalid
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
-from tests.deployments.adapter_records import POOL
-from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.adapter_records import BASE, POOL
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.fake_worker import DELTAS, NOTHING_CACHED, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -125,6 +125,25 @@ async def test_user_config_changes_the_defaults_of_requests_while_the_server_run
         assert (request.top_k, request.strategy, request.abstain) == (k, strategy, abstain)
         stats = (await served.ingress.services.stats.read("local"))["defaults"]
         assert (stats["k"], stats["strategy"]) == (k, strategy)
+
+
+async def test_user_config_changes_what_requests_leave_unset_for_sampling() -> None:
+    served = serve_plainly(sampling_defaults={"top_k": 5})
+    asked = CHAT | {"top_p": 0.5}
+    for user_config, expected in (({"sampling_defaults": {"temperature": 0, "top_p": 0.9}}, 0), ({}, None)):
+        served.ingress.reconfigure(user_config)
+        await served.ingress.generate(asked)
+        sampling = served.worker.called("stream")[-1][0].sampling
+        assert sampling.top_p == 0.5
+        assert ("temperature" in sampling.unset) == (expected is None) and "top_k" in sampling.unset
+        assert expected is None or sampling.temperature == expected
+        # The worker applies those of args, which change nothing that is set by then.
+        assert sampling.with_defaults({"temperature": 0.7, "top_k": 5}).temperature == (0.7 if expected is None else 0)
+        async with http_of(served) as client:
+            card = (await client.get(f"/v1/models/{BASE}")).json()
+        assert card["sampling_defaults"] == {"top_k": 5, **user_config.get("sampling_defaults", {})}
+    with pytest.raises(ValueError, match="less than or equal to 2"):
+        served.ingress.reconfigure({"sampling_defaults": {"temperature": 3}})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from deployments.calls.worker_client import Usage
 from deployments.errors import ReplicaStuck
+from deployments.observability import worker_metrics
 from deployments.observability.metrics import SERVE
 from deployments.observability.worker_metrics import shadow_tenant
 from deployments.scaling.residency import ResidencyReport
@@ -180,6 +184,22 @@ async def test_missing_weights_fail_only_their_request(serving: Serving) -> None
     failed, text = await asyncio.gather(serving.text(missing), serving.text(serving.job(0)), return_exceptions=True)
     assert isinstance(failed, AdapterLoadFailed) and "withdrawn" in str(failed)
     assert text and text == await serving.text(serving.job(0))
+
+
+async def test_only_requests_that_wait_for_weights_have_a_span_of_their_load(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(worker_metrics, "tracer", provider.get_tracer("test"))
+    missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
+    for job, expected in ((serving.job(0), "store"), (serving.job(0), None), (missing, "AdapterLoadFailed")):
+        exporter.clear()
+        with suppress(AdapterLoadFailed):
+            await serving.text(job)
+        found = [dict(span.attributes or {}) for span in exporter.get_finished_spans() if span.name == "worker.load"]
+        shown = [each.get("loraretriever.source", each.get("error.type")) for each in found]
+        assert shown == ([] if expected is None else [expected])
 
 
 def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Serve) -> None:

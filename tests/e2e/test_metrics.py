@@ -11,10 +11,11 @@ from typing import Any
 
 import httpx
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.auth.private_files import sessions_folder
 from tests.e2e.live import APP, Live, completion, eventually, eventually_equal
-from tests.prometheus import Promtool, Scrape, dashboard_queries, series_in
+from tests.prometheus import Promtool, Scrape, dashboard_queries, relabelled, scrape_rules, series_in
 from tests.served_engine import ENGINE
 
 _KEPT = re.compile(r"ray_(loraretriever|serve_deployment_replica)_")
@@ -94,6 +95,16 @@ def test_every_query_of_the_dashboard_has_an_answer(live: Live, promtool: Promto
     eventually_equal(
         lambda: promtool.unanswered(queries(), first, look_back()), ""
     )  # replicas report at different times
+
+
+def test_the_rules_of_a_scrape_make_series_fewer_and_never_equal(live: Live) -> None:
+    eventually(lambda: "ray_loraretriever_bank_rows" in scraped())
+    samples = [sample for family in text_string_to_metric_families(scraped()) for sample in family.samples]
+    found = [relabelled({"__name__": sample.name, **sample.labels}, scrape_rules()) for sample in samples]
+    kept = [frozenset(labels.items()) for labels in found if labels is not None]
+    assert len(set(kept)) == len(kept) < 0.8 * len(samples)
+    ours = [dict(labels) for labels in kept if dict(labels)["__name__"].startswith("ray_loraretriever_")]
+    assert ours and not any({"WorkerId", "SessionName"} & labels.keys() for labels in ours)
 
 
 def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:

@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import stat
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from moto.s3.models import s3_backends
 
 from lora_store import Location, LoraStore, StoreFull, StoreUnavailable
 from lora_store.disk_cache import DiskCache
-from lora_store.files import Files, create_file, store_errors
+from lora_store.files import Files, create_file, open_for_arrow, store_errors
 from tests.lora_store.builders import BASE, MakeFolder, embedding
 from tests.s3 import S3Endpoint
 
@@ -38,6 +39,14 @@ def test_an_object_is_read_as_it_was_written(files: Files) -> None:
     assert files.contains("a/b") and not files.contains("a/c")
     assert {entry.name: entry.num_bytes for entry in files.entries()} == {"a/b": 3, "empty": 0}
     assert all(abs((entry.written_at - before).total_seconds()) < 600 for entry in files.entries())
+
+
+def test_arrow_reads_a_copy_and_holds_no_bytes_of_python() -> None:
+    """Its threads would otherwise abort one in ten commands that end soon after they read a table."""
+    content = os.urandom(100)
+    before = sys.getrefcount(content)
+    opened = open_for_arrow(content)
+    assert sys.getrefcount(content) == before and opened.read() == content
 
 
 @pytest.mark.parametrize("sizes", [[0], [1], [4], [4, 1], [4, 4]], ids=str)

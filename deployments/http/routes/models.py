@@ -44,7 +44,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
 
     If `has_more`, go on `after` `last_id`.
     """
-    cards = _Cards(services.config.served_models, caller)
+    cards = _Cards(services.config.served_models, services.completions.sampling_defaults, caller)
     own, is_inside = cards.own(query, await services.retriever.names(caller.tenant, is_short=True), caller.tenant)
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
@@ -62,7 +62,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
 async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
     served = services.config.served_models
-    cards = _Cards(served, caller)
+    cards = _Cards(served, services.completions.sampling_defaults, caller)
     base_model, name = served.split(model)
     if not name or name == AUTO:
         return cards.special(model)
@@ -78,10 +78,13 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
 
 
 class _Cards:
-    """The cards of the models. Each has the template and the defaults for sampling of its base model."""
+    """The cards of the models. Each has the template of its base model, and the defaults for sampling.
 
-    def __init__(self, models: ServedModels, caller: Caller) -> None:
-        self._models, self._caller = models, caller
+    `sampling_defaults`: the server's, before those of the base models.
+    """
+
+    def __init__(self, models: ServedModels, sampling_defaults: Mapping[str, float], caller: Caller) -> None:
+        self._models, self._sampling_defaults, self._caller = models, sampling_defaults, caller
 
     def own(self, query: ModelQuery, named: Sequence[NamedPolicy], tenant: str) -> tuple[list[ModelCard], bool]:
         """Return the cards before those of adapters that belong to the page, and whether `after` is one of them.
@@ -111,7 +114,7 @@ class _Cards:
         is_served = any(found == model.name for model in self._models)  # not while models are added or removed
         model = self._models.named(found if is_served else self._models.split(target)[0])
         card = self._card(name, created, named.ref.tenant, root, model, template)
-        card["sampling_defaults"] = {**model.sampling_defaults, **given}
+        card["sampling_defaults"] |= given
         return card
 
     def special(self, name: str) -> ModelCard:
@@ -145,7 +148,7 @@ class _Cards:
             "root": root,
             "parent": model.name,
             "template": template or model.template_in_use,
-            "sampling_defaults": model.sampling_defaults,
+            "sampling_defaults": {**model.sampling_defaults, **self._sampling_defaults},
         }
 
 

@@ -102,7 +102,7 @@ class SamplingParams:
     def with_defaults(self, defaults: Mapping[str, float]) -> SamplingParams:
         """Return the parameters with the server's values, by name, for those that the client left unset."""
         own = {name: value for name, value in defaults.items() if name in self.unset}
-        return replace(self, **own) if own else self  # type: ignore[arg-type]
+        return replace(self, **own, unset=self.unset - own.keys()) if own else self  # type: ignore[arg-type]
 
     @property
     def adjusts_logits(self) -> bool:

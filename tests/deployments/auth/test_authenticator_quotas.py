@@ -285,3 +285,13 @@ def test_headers_say_what_is_left_of_a_rate_and_when_all_of_it_is_back() -> None
     headers = limiter.rate_headers(asks)
     assert (headers["x-ratelimit-remaining-tokens"], headers["x-ratelimit-reset-tokens"]) == ("0", "2m16s")
     assert limiter.rate_headers(caller("b", concurrent_requests=1)) == limiter.rate_headers(LOCAL_CALLER) == {}
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "text"), [(99, "990ms"), (5994, "59.9s"), (5996, "1m0s"), (11_970, "2m0s"), (12_060, "2m1s")]
+)
+def test_a_reset_time_never_has_60_seconds_beside_its_minutes(num_tokens: int, text: str) -> None:
+    limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=6000)  # 100 a second
+    with limiter.running(asks, Work(num_tokens=1)) as usage:
+        usage.saw("a", 0, num_tokens, 0)
+    assert limiter.rate_headers(asks)["x-ratelimit-reset-tokens"] == text

@@ -19,6 +19,8 @@ from deployments.retriever_factory import live_pool
 from gpu_worker.config import PACKAGED_MODEL, NativeSettings
 from gpu_worker.errors import BaseModelUnsupported
 from lora_store import LoraStore
+from lora_store.pool_copy import ArchiveTarget, export_pool, import_pool
+from lora_store.pool_files import ArchivedPool, StoredPool
 from retriever_svc import embed_groups
 from tests.deployments.batching import BASE, TOPICS, TOPICS_OF, VERBS, Place, prompts
 
@@ -50,6 +52,19 @@ def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRet
     ]
     assert [answer.adapters[0]["name"] for answer in found[:2]] == ["the-sea", "old-trains"]
     assert not ray.is_initialized()
+
+
+def test_a_pool_that_was_exported_and_imported_gives_the_same_answers(
+    offline: LoraRetriever, pool: AppConfig, tmp_path: Path
+) -> None:
+    with ArchiveTarget(tmp_path / "pool.tar") as archive:
+        export_pool(StoredPool(pool.store_uri), archive)
+    import_pool(ArchivedPool(tmp_path / "pool.tar"), str(tmp_path / "restored"))
+    texts = [f"{verb} {topic}, please." for verb in VERBS for topic in TOPICS]
+    expected = offline.generate(texts, as_is=True, **SHORT)
+    with LoraRetriever(pool.model_copy(update={"store_uri": str(tmp_path / "restored")})) as restored:
+        assert restored.generate(texts, as_is=True, **SHORT) == expected
+    assert len({answer.text for answer in expected}) > 5 and all(answer.adapters for answer in expected[:2])
 
 
 def test_prompts_of_several_base_models_are_answered_as_by_each_alone(two_bases: AppConfig) -> None:

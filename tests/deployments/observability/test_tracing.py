@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from deployments.observability import worker_metrics
 from deployments.observability.tracing import otlp, tracer
-from deployments.observability.worker_metrics import JobTrace
+from deployments.observability.worker_metrics import JobTrace, Load
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
@@ -51,7 +51,7 @@ def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
 
 
 def test_a_job_that_never_ran_has_only_the_waiting_span_and_a_chat_is_named_as_one(spans: InMemorySpanExporter) -> None:
-    JobTrace(Job("r1", (Message("user", "secret"),), POETIC)).end(None)
+    JobTrace(Job("r1", (Message("user", "secret"),), POETIC), {}).end(None)
     assert set(by_name(spans)) == {"worker.queue"}
     assert "chat" in (by_name(spans)["worker.queue"].attributes or {}).values()
 
@@ -72,7 +72,7 @@ def test_a_job_has_a_span_for_each_part_of_its_time(
     ticks = count(1_000, 10)
     monkeypatch.setattr(worker_metrics, "time", SimpleNamespace(time_ns=lambda: next(ticks), monotonic=lambda: 0.0))
     with tracer.start_as_current_span("call") as call:
-        traced = JobTrace(Job("r1", "secret", POETIC))
+        traced = JobTrace(Job("r1", "secret", POETIC), {})
     traced.answered()
     traced.answered()
     traced.end(Delta("", 5, 7, "stop", queued_s=1e-9, num_cached_tokens=3))
@@ -92,6 +92,33 @@ def test_a_job_has_a_span_for_each_part_of_its_time(
     assert prefill.attributes["gen_ai.usage.cache_read.input_tokens"] == 3
     assert decode.attributes["gen_ai.usage.output_tokens"] == 7
     assert decode.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+
+
+@pytest.mark.parametrize(
+    ("load", "shown"),
+    [
+        (Load("store", 1_005, 1_008), (1_005, 1_008)),
+        (Load("disk", 900, 1_008), (1_000, 1_008)),  # begun for an earlier job, which waits for it too
+        (Load("", 1_005, 1_500), (1_005, 1_010)),
+        (Load("store", 900, 1_000), None),
+        (Load("store", 1_010, 1_011), None),  # for a later one, after these weights had left
+    ],
+)
+def test_a_load_that_a_job_waits_for_is_a_span_within_its_queue(
+    load: Load, shown: tuple[int, int] | None, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = count(1_000, 10)
+    monkeypatch.setattr(worker_metrics, "time", SimpleNamespace(time_ns=lambda: next(ticks), monotonic=lambda: 0.0))
+    traced = JobTrace(Job("r1", "secret", POETIC), {"weights": load, "others": Load("store", 1_001, 1_009)})
+    traced.end(Delta("", 5, 7, "stop", queued_s=1e-8))
+    found = by_name(spans)
+    assert ("worker.load" in found) == (shown is not None)
+    if shown is not None:
+        span = found["worker.load"]
+        assert (span.start_time, span.end_time) == shown
+        assert span.attributes is not None and span.attributes["loraretriever.adapters"] == ("0123456789ab",)
+        assert span.attributes.get("loraretriever.source", "") == load.source
+        assert ("error.type" in span.attributes) == (load.source == "")
 
 
 def test_encoding_and_search_are_spans(spans: InMemorySpanExporter, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from deployments.calls.worker_client import Usage
+from deployments.observability import worker_metrics
 from deployments.observability.worker_metrics import COUNTER_METRICS, TenantUsage, WorkerMetrics, count_tokens
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta
@@ -79,13 +80,27 @@ def test_counters_increase_by_the_engines_work_since_the_last_report() -> None:
 def test_a_fetch_counts_under_its_source() -> None:
     kinds = FakeMetrics()
     metrics = WorkerMetrics(16, kinds)
-    metrics.loaded("disk", 0.1)
-    metrics.loaded("store", 0.7)
-    metrics.loaded("store", 0.9)
-    metrics.load_failed()
+    metrics.loaded("a", "disk", 0.1)
+    metrics.loaded("b", "store", 0.7)
+    metrics.loaded("a", "store", 0.9)
+    metrics.load_failed("c", 60.0)
     assert kinds["adapter_hits_total"].counts == {("disk",): 1, ("store",): 2}
     assert kinds["cold_load_seconds"].seen == {("disk",): [0.1], ("store",): [0.7, 0.9]}
     assert kinds["cold_load_failures_total"].counts == {(): 1}
+    assert [(digest, load.source) for digest, load in metrics.loads.items()] == [
+        ("b", "store"),
+        ("a", "store"),
+        ("c", ""),
+    ]
+    assert metrics.loads["c"].ended_ns - metrics.loads["c"].began_ns == 60 * 10**9
+
+
+def test_only_the_last_loads_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_metrics, "_MAX_LOADS", 2)
+    metrics = WorkerMetrics(16, FakeMetrics())
+    for digest in "abac":
+        metrics.loaded(digest, "store", 0.1)
+    assert list(metrics.loads) == ["a", "c"]
 
 
 def test_tokens_count_as_they_arrive_and_a_row_runs_until_its_end() -> None:

@@ -76,8 +76,11 @@ def test_auto_finds_by_the_users_text_and_asks_by_the_contract(tmp_path: Path) -
         assert job.sampling.temperature == 1.0
         job, lora = await ask(tenants, lora=CHAT["lora"] | {"contract": False})
         assert (job.prompt, job.sampling.grammar, "contract" in lora) == ((Message("user", TEXT),), None, False)
+        tenants.served.ingress.reconfigure({"sampling_defaults": {"temperature": 0.75, "top_p": 0.5}})
+        job, _ = await ask(tenants)
+        assert (job.sampling.temperature, job.sampling.top_p) == (0.25, 0.5), "the contract's before the server's"
         response = await tenants.ask(OWNER, "POST", "/v1/responses", json={"model": "mood", "input": TEXT})
-        assert response.json()["temperature"] == 0.25
+        assert (response.json()["temperature"], response.json()["top_p"]) == (0.25, 0.5)
         completion = {"model": "mood", "prompt": TEXT, "echo": True}
         answer = await tenants.ask(OWNER, "POST", "/v1/completions", json=completion)
         read = f"Judge the mood of: {TEXT}"
