@@ -14,6 +14,7 @@ _EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
 _VLLM_OUTCOMES = {"equal": _EQUAL, "not compared": "vLLM's class was built with adapters, not compared"}
 _WITHOUT_EXPERTS = {
+    "ernie4_5_vl_moe": "without adapters on experts",
     "gpt_oss": "without adapters on experts, which have biases",
     **dict.fromkeys(("llama4", "llama4_text"), "without adapters on experts, whose inputs the router scales"),
 }
@@ -21,22 +22,12 @@ _NOT_STARTED = "vLLM did not start"
 # Of `tests.gpu_worker.conformance.run_families`, the second one with `--files`.
 _VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
 _REASONS = {
-    "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
-        *("bailing_moe_linear", "bailing_moe_v3"),
-    ),
     "its class needs vLLM's second model runner, which this engine does not use": ("longcat_flash_ngram",),
     "its class asks for an attribute that it lacks": ("interns1_pro",),
     "vLLM has no CPU code for its window of generated tokens": ("unlimited_ocr",),
-    "its class needs its encoder of sounds, which this server leaves out": ("moss_audio",),
-    "its class needs a processor that only its checkpoint's own code has": ("openpangu_vl",),
-    "its class takes no other base of the rotary embedding than 10,000": ("param2moe",),
-    "it reads the format of Mistral's own tools only": ("mistral_large_3", "pixtral", "voxtral_realtime"),
-    "its class asks for settings that transformers names otherwise": (
-        *("molmo2", "nano_nemotron_vl", "qwen3_asr_realtime"),
-    ),
-    "its class reads weights from the folders of Diffusers' format, which transformers does not": ("cosmos3",),
+    "its class needs sound for every token": ("voxtral_realtime",),
     "it is code for GPUs only": (
-        *("vllm.models.deepseek_v32", "vllm.models.deepseek_v4", "vllm.models.glm5next", "vllm.models.hy_v4"),
+        *("vllm.models.deepseek_v32", "vllm.models.glm5next", "vllm.models.hy_v4"),
         *("vllm.models.inkling", "vllm.models.qwen4_exp"),
     ),
     "an encoder-decoder architecture": ("whisper",),

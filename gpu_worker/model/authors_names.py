@@ -152,6 +152,22 @@ class BailingMoeForCausalLM(AuthorsNames, transformers.Glm4MoeForCausalLM):  # t
             fuse(module, "query_key_value", all_heads(module))
 
 
+class Param2MoEConfig(BailingMoeConfig):
+    """Param2 is Ling 2.0 without groups of experts. Its files say how wide all shared experts are together."""
+
+    model_type = "param2moe"
+    score_function: str = "sigmoid"  # these three as in the authors' class
+    moe_router_enable_expert_bias: bool = True
+    use_rmsnorm: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        width = self.moe_intermediate_size * kwargs.get("num_shared_experts", self.n_shared_experts)
+        if (found := kwargs.pop("moe_shared_expert_intermediate_size", None) or width) != width:
+            raise ValueError(f"moe_shared_expert_intermediate_size must be {width}, got {found}")
+        super().__post_init__(**kwargs)
+        require(self, {"n_group": 1, "topk_group": 1})
+
+
 class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
     """ChatGLM 2 to GLM-4 and GLM-4V are GLM with one layer for queries, keys and values."""
 
@@ -286,4 +302,5 @@ class SolarForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
 
 _BIAS = WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias")
 _EXPERTS = get_checkpoint_conversion_mapping("qwen2_moe") or []
-register_checkpoint_conversion_mapping("bailing_moe", [*_EXPERTS, _BIAS])
+for _family in ("bailing_moe", "param2moe"):
+    register_checkpoint_conversion_mapping(_family, [*_EXPERTS, _BIAS])

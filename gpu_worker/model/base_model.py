@@ -30,6 +30,7 @@ from gpu_worker.model.checkpoint import load_whole, read_config
 from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
+from gpu_worker.model.mistral_format import converted_mistral, find_params
 from gpu_worker.model.own_families import OWN_FAMILIES
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder, wants_integers
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
@@ -83,10 +84,12 @@ class BaseModel:
 def model_source(config: WorkerConfig) -> str:
     """Return the argument for transformers: the configured id or folder, or the cache folder of a converted model.
 
-    Raises: BaseModelUnsupported if the packaged model or a GGUF file cannot be converted.
+    Raises: BaseModelUnsupported if the packaged model, a GGUF file or Mistral's own format cannot be converted.
     """
     if config.base_model == PACKAGED_MODEL:
         return str(packaged_folder(config.cache_dir, keeps_integers=wants_integers(config)))
+    if (params := find_params(config.base_model)) is not None:
+        return str(converted_mistral(params, config.cache_dir))
     gguf = find_gguf(config.base_model) if isinstance(config, NativeWorkerConfig) else None
     return config.base_model if gguf is None else str(gguf_folder(gguf, config.cache_dir))
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import io
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -73,20 +73,28 @@ def find_gguf(source: str) -> Path | None:
 def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
     """Return the folder with the converted model. The first call for a file converts it, which takes about a minute.
 
-    Another `CONVERTER` converts it again, into a folder of its own.
-
     Raises: BaseModelUnsupported, which names the types of tensors that are not supported, or what else prevents it.
     """
-    found = gguf.resolve().stat()
-    facts = (gguf.resolve(), found.st_size, found.st_mtime_ns, CONVERTER)
+    return converted_folder("gguf", [gguf], cache_dir, convert_gguf)
+
+
+def converted_folder(kind: str, files: Sequence[Path], cache_dir: Path, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the folder of the cache into which `convert` has written the model, once for each state of these files.
+
+    `convert` gets the first one and a folder. Another `CONVERTER` converts them again, into a folder of its own.
+    """
+    facts: list[object] = [CONVERTER]
+    for file in files:
+        found = file.resolve().stat()
+        facts += [file.resolve(), found.st_size, found.st_mtime_ns]
     key = hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
-    folder = cache_dir / f"gguf-{gguf.stem}-{key}"
+    folder = cache_dir / f"{kind}-{files[0].stem}-{key}"
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".{folder.name}.lock"):
         if not folder.exists():
-            logger.info("converting %s into %s, once; this takes about a minute", gguf, folder)
+            logger.info("converting %s into %s, once; this takes about a minute", files[0], folder)
             with build_folder(folder) as target:
-                convert_gguf(gguf, target)
+                convert(files[0], target)
     return folder
 
 

@@ -37,6 +37,7 @@ from gpu_worker.model.authors_names import (
     ChatGLMForConditionalGeneration,
     InternLM2Config,
     InternLM2ForCausalLM,
+    Param2MoEConfig,
     SolarConfig,
     SolarForCausalLM,
     TeleChat2Config,
@@ -105,7 +106,7 @@ class ChatConfig(PreTrainedConfig):  # type: ignore[misc]
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.text_config = self.text_config or kwargs.pop("llm_config", None)
+        self.text_config = self.text_config or kwargs.pop("llm_config", None) or kwargs.pop("language_config", None)
         super().__post_init__(**kwargs)
 
 
@@ -177,6 +178,15 @@ class BagelConfig(ChatConfig):
             text["head_dim"] = qwen.hidden_size // qwen.num_attention_heads
         self.text_config = text
         super().__post_init__(**kwargs)
+
+
+class MossAudioConfig(ChatConfig):
+    model_type = "moss_audio"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
+        "audio_config": PreTrainedConfig,
+    }
+    audio_config: Any = None
 
 
 class UltravoxConfig(ChatConfig):
@@ -292,6 +302,7 @@ class MiniCPMVModel(ChatModel):
     base_model_prefix = "llm"
 
 
+OpenPanguVLConfig = _beside_encoder("openpangu_vl", "OpenPanguVLConfig", PanguEmbeddedConfig)
 KeyeConfig = _beside_encoder("Keye", "KeyeConfig", transformers.Qwen3Config)
 KeyeVL15Config = _beside_encoder("KeyeVL1_5", "KeyeVL15Config", transformers.Qwen3Config)
 DotsOCRConfig = _beside_encoder("dots_ocr", "DotsOCRConfig", transformers.Qwen2Config)  # vLLM asks for this name
@@ -309,6 +320,14 @@ MiniCPMOConfig = _beside_encoder(
 # The adapters of Phi-4-multimodal's authors, for images and sounds, are left out.
 register_checkpoint_conversion_mapping("phi4mm", [WeightRenaming(r"\.base_layer\.", ".")])
 register_checkpoint_conversion_mapping("deepseek_vl_v2", get_checkpoint_conversion_mapping("deepseek_v2") or [])
+register_checkpoint_conversion_mapping(
+    "moss_audio",
+    [
+        WeightRenaming(r"^language_model\.(?=embed_tokens|layers|norm)", "language_model.model."),
+        WeightRenaming(r"^lm_head\.", "language_model.lm_head."),
+    ],
+)
+register_checkpoint_conversion_mapping("openpangu_vl", [WeightRenaming(r"^model\.language_model\.", "model.")])
 register_checkpoint_conversion_mapping("isaac", [WeightRenaming(r"^model\.text_model\.", "model.")])
 
 
@@ -336,6 +355,7 @@ class InternS2MobiusConfig(InternS2PreviewConfig):
 _TEXT: dict[Any, Any] = {
     InternLM2Config: InternLM2ForCausalLM,
     BailingMoeConfig: BailingMoeForCausalLM,
+    Param2MoEConfig: BailingMoeForCausalLM,
     ChatGLMConfig: ChatGLMForConditionalGeneration,
     TeleChat2Config: TeleChat2ForCausalLM,
     SolarConfig: SolarForCausalLM,
@@ -349,7 +369,7 @@ _TEXT: dict[Any, Any] = {
 }
 _CHATS = (
     *(InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig),
-    *(OpenCUAConfig, LlamaNemotronVLConfig, BagelConfig, UltravoxConfig),
+    *(OpenCUAConfig, LlamaNemotronVLConfig, BagelConfig, UltravoxConfig, MossAudioConfig),
 )
 _MULTIMODAL: dict[Any, Any] = {
     **dict.fromkeys(_CHATS, ChatModel),
@@ -361,6 +381,7 @@ _MULTIMODAL: dict[Any, Any] = {
     InternS2PreviewConfig: transformers.Qwen3_5MoeForConditionalGeneration,
     InternS2MobiusConfig: InternS2MobiusForConditionalGeneration,
     DotsOCRConfig: transformers.Qwen2ForCausalLM,
+    OpenPanguVLConfig: transformers.LlamaForCausalLM,
     Phi4MMConfig: transformers.Phi3ForCausalLM,
 }
 OWN_FAMILIES = tuple(config.model_type for config in _TEXT | _MULTIMODAL)

@@ -38,14 +38,12 @@ _NOT_ON_CPU = {
     "longcat_flash": "its choice of experts",
     "olmo_hybrid": "its linear attention",
     "unlimited_ocr": "its window of generated tokens",
+    **dict.fromkeys(("deepseek_v32", "glm5_next", "glm_moe_dsa", "hy_v4"), "its choice of tokens to attend to"),
+    **dict.fromkeys(("inkling_mm_model", "qwen4_exp"), "its attention"),
 }
 _UNREAD = {
-    "axk1": "its class asks for settings that transformers names otherwise",
-    "ernie4_5_vl_moe": "its class asks for settings that transformers names otherwise",
     "jetmoe": "its attention has more heads of keys than config.json says",
-    "molmo2": "its class asks for settings that transformers names otherwise",
-    "nemotron_h_omni": "its class asks for settings that transformers names otherwise",
-    "qwen3_asr": "its class asks for settings that transformers names otherwise",
+    "voxtral_realtime": "its class needs sound for every token",
     "sarvam_mla": "its class asks for a head size that transformers changes",
 }
 # transformers does not read these, and always does what they say.
@@ -96,9 +94,6 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     tokenizer = load_tokenizer(config, source)
     dtype = resolve_dtype(config.dtype, config.device)
     model = _model_without_weights(hf_config, dtype)
-    images = inspect.signature(type(model).forward).parameters.get("pixel_values")
-    if images is not None and images.default is inspect.Parameter.empty:
-        raise BaseModelUnsupported(f"{hf_config.model_type} takes no prompt without an image")
     if config.device == "cpu" and any(not getattr(module, "has_gate", True) for module in model.modules()):
         raise BaseModelUnsupported(
             f"{hf_config.model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for experts without a gate"
@@ -114,7 +109,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(source, (hf_config, text_config), tokenizer),
         vocab_size=text_config.vocab_size,
-        num_embeddings=language_part(model).get_input_embeddings().weight.shape[0],
+        num_embeddings=min(text_config.vocab_size, language_part(model).get_input_embeddings().weight.shape[0]),
         max_position=text_config.max_position_embeddings,
         dtype=dtype,
         num_kv_heads=heads,
@@ -141,7 +136,7 @@ def _read_text_config(source: str, hf_config: Any) -> Any:
 def _check_config(hf_config: Any, text_config: Any) -> None:
     """Raise BaseModelUnsupported for a model that this engine cannot describe to prompts and adapters."""
     problems = []
-    if config_setting(hf_config, "is_encoder_decoder"):
+    if config_setting(hf_config, "is_encoder_decoder") or config_setting(text_config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     else:
         found = {name: config_setting(text_config, name) for name in _NEEDED}
@@ -168,12 +163,15 @@ def _head_dim(text_config: Any) -> int:
 
 
 def language_part(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of the model that computes text: the model itself, unless it holds several that generate.
+    """Return the part of the model that computes text: the model itself, unless it needs images or holds several.
 
     Raises: BaseModelUnsupported if no part computes text.
     """
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or part.config.model_type in _FAILS_WITHOUT_IMAGES:
+            continue
+        images = inspect.signature(type(part).forward).parameters.get("pixel_values")
+        if images is not None and images.default is inspect.Parameter.empty:
             continue
         if part.get_output_embeddings() is not None:
             return part

@@ -7,12 +7,13 @@ model reads them. So vLLM gets the settings of the language model, and its weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import DeepseekV3Config, Ernie4_5_MoeConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,10 +27,21 @@ from gpu_worker.model.base_model import config_setting
 from gpu_worker.model.checkpoint import find_quantised, read_config
 
 FORMAT = "loraretriever"  # of `vllm_config.load_config`
-_MULTIMODAL = {"voxtral"}
+_ERNIE_VL, _MOLMO2 = "ernie4_5_vl_moe", "molmo2"
+_MULTIMODAL = {
+    *("blip-2", "cosmos3_omni", "moss_audio", "nemotron_h_omni", "openpangu_vl", "qwen3_asr", "voxtral"),
+    *(_ERNIE_VL, _MOLMO2),
+}
+_CLASSES = {
+    **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "PanguEmbedded": "PanguEmbeddedForCausalLM",
+    **dict.fromkeys(("molmo2_text", "qwen3_vl_text"), "Qwen3ForCausalLM"),
+    "mistral4": "MistralLarge3ForCausalLM",
+    "ernie4_5_vl_moe_text": "Ernie4_5_MoeForCausalLM",  # without the experts for images
+}
 _AS_LLAMA = {"exaone"}  # the same but for the names of their tensors
-# The language model's name in the whole model. Its head may stand beside it.
-_PART = re.compile(r"(?:model\.)?language_model\.|(?=lm_head\.)")
+# The language model's name in the whole model. Its parts may stand beside it.
+_PART = re.compile(r"(?:model\.)?language_model\.|(?=(?:lm_head|model\.(?:embed_tokens|layers|norm))\.)")
 
 
 def find_arguments(source: str, model_type: str) -> dict[str, Any]:
@@ -42,23 +54,97 @@ def find_arguments(source: str, model_type: str) -> dict[str, Any]:
     kinds = config_setting(text_config, "layer_types") or ()
     if config.architectures == ["Rnj1ForCausalLM"] and "chunked_attention" not in kinds:
         return {"hf_overrides": {"architectures": ["Gemma3ForCausalLM"]}}  # the same without such layers
-    if model_type in _AS_LLAMA:
-        name = "LlamaForCausalLM"
-    elif model_type in _MULTIMODAL:
-        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]
-    else:
+    if model_type == "axk1":  # its class asks for the number of dense layers, which come first
+        return {"hf_overrides": {"first_k_dense_replace": _count_dense(config)}}
+    if model_type == "param2moe":  # its class takes no other base of the rotary embedding than 10,000
+        return {"hf_overrides": {"architectures": ["BailingMoeV2ForCausalLM"]}}
+    if model_type not in _AS_LLAMA | _MULTIMODAL and text_config.model_type != "mistral4":
         return {}
-    if find_quantised(config):
-        raise BaseModelUnsupported(f"the vLLM engine does not support {model_type} with quantised weights")
-    text_config.update({"architectures": [name]})
-    if config_setting(config, "tie_word_embeddings"):  # the whole's counts
-        text_config.update({"tie_word_embeddings": True})
+    name = "LlamaForCausalLM" if model_type in _AS_LLAMA else _CLASSES.get(text_config.model_type)
+    if name is None or find_quantised(config):
+        what = "quantised weights" if name else f"a language model of {text_config.model_type}"
+        raise BaseModelUnsupported(f"the vLLM engine does not support {model_type} with {what}")
+    if rope := config_setting(text_config, "rope_parameters"):  # a token of text has one position
+        text_config.rope_parameters = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
+    if model_type == _ERNIE_VL:
+        text_config = _ernie_of_text(text_config)
+    elif text_config.model_type == "mistral4":
+        text_config = _mistral_large(text_config)
+    elif model_type == _MOLMO2:
+        _check_molmo2(text_config)
+    is_tied = any(config_setting(each, "tie_word_embeddings") for each in (config, text_config))  # the whole's counts
+    text_config.update({"architectures": [name], "whole_family": model_type, "tie_word_embeddings": bool(is_tied)})
     register_loader()
     return {"hf_overrides": partial(_replaced, text_config), "load_format": FORMAT, "language_model_only": False}
 
 
 def _replaced(config: Any, _: Any) -> Any:
     return config
+
+
+def _mistral_large(config: Any) -> DeepseekV3Config:
+    """Return the settings of Mistral Large 3 as DeepSeek V3 has them."""
+    settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    rope = {name: value for name, value in config.rope_parameters.items() if name != "partial_rotary_factor"}
+    start, beta = rope["original_max_position_embeddings"], rope.pop("llama_4_scaling_beta")
+    settings |= {
+        "llama_4_scaling": {"original_max_position_embeddings": start, "beta": beta},
+        "rope_parameters": rope,
+        "scoring_func": "softmax",
+    }
+    return DeepseekV3Config(**settings)
+
+
+def _ernie_of_text(config: Any) -> Ernie4_5_MoeConfig:
+    """Return the settings of ERNIE 4.5 without experts for images."""
+    settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    settings |= {
+        "moe_intermediate_size": config.moe_intermediate_size[0],
+        "moe_layer_start_index": _count_dense(config),
+    }
+    return Ernie4_5_MoeConfig(**settings)
+
+
+def _count_dense(config: Any) -> int:
+    """Return how many layers without experts come first. Raises: BaseModelUnsupported if others come later."""
+    kinds: list[str] = config.mlp_layer_types
+    if kinds != sorted(kinds):
+        raise BaseModelUnsupported(f"the vLLM engine serves {config.model_type} only if its dense layers come first")
+    return kinds.count("dense")
+
+
+def _check_molmo2(config: Any) -> None:
+    """Raise BaseModelUnsupported unless the language model computes as Qwen 3."""
+    is_qwen3 = config.qk_norm_type == "qwen3" and not config.norm_after
+    num_scaled = len(config.rope_scaling_layers)
+    if not is_qwen3 or (config.rope_parameters["rope_type"] != "default" and num_scaled < config.num_hidden_layers):
+        raise BaseModelUnsupported("the vLLM engine serves molmo2 only if its language model is that of Qwen 3")
+
+
+def _read_by_vllm(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor of the language model as vLLM's class reads it, none if it is for images."""
+    layer, _, leaf = name.removesuffix(".weight").rpartition(".")
+    if config.whole_family == _ERNIE_VL:  # experts for images come after those for text
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        if leaf != "weight_1" and (expert is None or int(expert[1]) < config.moe_num_experts):
+            yield name, tensor.mT if leaf == "gate" else tensor[:1] if leaf == "e_score_correction_bias" else tensor
+    elif leaf == "ff_proj":
+        for part, weight in zip(("up_proj", "gate_proj"), tensor.chunk(2), strict=True):
+            yield f"{layer}.{part}.weight", weight
+    elif layer.endswith(".experts"):
+        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+        for number, expert_weight in enumerate(tensor):
+            for part, weight in zip(parts, expert_weight.chunk(len(parts)), strict=True):
+                yield f"{layer}.{number}.{part}.weight", weight
+    elif leaf != "new_embedding":  # of tokens that only images have
+        yield name.replace(".att_proj.", ".qkv_proj.").replace("wte.embedding", "embed_tokens.weight"), tensor
+
+
+def _find_renaming(family: str) -> Callable[[str], str]:
+    """Return what gives a tensor of the files the name that it has in transformers."""
+    mapping = get_checkpoint_conversion_mapping(family) or ()
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    return lambda name: reduce(lambda found, renaming: str(renaming.rename_source_key(found)[0]), renamings, name)
 
 
 def name_in_part(name: str) -> str | None:
@@ -77,15 +163,14 @@ class LanguageModelLoader(DefaultModelLoader):  # type: ignore[misc]
         super().__init__(replace(load_config, load_format="hf"))
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        family = model_config.hf_config.model_type
-        mapping = get_checkpoint_conversion_mapping(family) or ()
-        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        config = model_config.hf_config
+        rename, rename_text = map(_find_renaming, (config.whole_family, "Molmo2TextModel"))
         for whole_name, tensor in super().get_all_weights(model_config, model):
-            name = whole_name if family in _AS_LLAMA else name_in_part(whole_name)
+            name: str | None = rename(whole_name)
+            if config.whole_family not in _AS_LLAMA:
+                name = name_in_part(rename(whole_name))
             if name is not None:
-                for renaming in renamings:
-                    name, _ = renaming.rename_source_key(name)
-                yield name, tensor
+                yield from _read_by_vllm(rename_text(name) if config.whole_family == _MOLMO2 else name, tensor, config)
 
     def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, quantized: bool = False) -> None:
         super().track_weights_loading(model, loaded_weights, quantized=True)  # which leaves no layer out

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from gpu_worker.model.checkpoint import auto_class
 from gpu_worker.model.own_families import OWN_FAMILIES
@@ -149,6 +152,11 @@ TEXT |= {
         "rotary_dim": 16,
         "use_qk_norm": True,
     },
+    "param2moe": {
+        **{name: value for name, value in TEXT["sarvam_moe"].items() if name not in ("score_function", "use_rmsnorm")},
+        **_OWN_CODE,
+        **{"n_shared_experts": 2, "moe_shared_expert_intermediate_size": 64, "rope_theta": 600_000.0},
+    },
     "TeleFLM": {**_OWN_CODE, "use_mup": True, "input_mult": 1.0, "output_mult": 2.0, "mup_scale_factor": 4},
 }
 _GROUP_OF_2 = {"n_heads_in_group": 2, "no_op": False}
@@ -175,6 +183,7 @@ TEXT |= {
         "time_step_min": 1e-9,
         "layers_block_type": ["mamba", "attention", "moe"],
     },
+    "mistral (as Pixtral in Mistral's format)": {**_HEADS, "sliding_window": None},
     "gemma3_text (as Rnj-1)": {**_HEADS, "layer_types": ["full_attention"] * 3},
     "gemma4_text (with experts)": {
         **TEXT["gemma4_text"],
@@ -197,6 +206,19 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "mistral3": (_HEADS, {}),
     "llama4": (TEXT["llama4_text"], {}),
     "qwen2_vl": (_SECTIONS, {}),
+    "cosmos3_omni": ({**_HEADS, **_SECTIONS}, {}),
+    "mistral3 (Mistral Large 3)": (
+        {
+            **{
+                name: value
+                for name, value in TEXT["deepseek_v3"].items()
+                if name not in ("topk_method", "scoring_func")
+            },
+            "rope_parameters": {**_YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1},
+            "model_type": "mistral4",
+        },
+        {},
+    ),
     "qwen3_vl_moe": ({**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}, {}),
     "qwen3_5_moe": (TEXT["qwen3_5_moe_text"], {}),
     "gemma4": (TEXT["gemma4_text"], {"vision_config": {"model_type": "gemma4_vision", **_GEMMA4_VISION}}),
@@ -315,6 +337,9 @@ MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL["dots_ocr"] = ({}, {**_TEXT, "vision_config": _DOTS_EYES, **_OWN_CODE})
 MULTIMODAL["phi4mm"] = ({}, {**_TEXT, **_PHI4_ENCODERS, **_OWN_CODE})
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
+_PANGU_ROPE = {"rope_scaling": {"type": "default", "mrope_section": [4, 6, 6], "mrope_interleaved": True}}
+MULTIMODAL["openpangu_vl"] = ({}, {**_TEXT, **_PANGU_ROPE, "bias": True, "rope_theta": 64_000_000.0, **_OWN_CODE})
+MULTIMODAL["moss_audio"] = ({**_HEADS, "model_type": "qwen3"}, {"audio_config": {"d_model": 32}, **_OWN_CODE})
 MULTIMODAL["opencua"] = ({}, {**_OWN_CODE, "vision_config": {"out_hidden_size": 128}})
 _RADIO = {"vit_hidden_size": 32, "projector_hidden_size": 32, "vision_config": {"image_size": 8, "patch_size": 4}}
 MULTIMODAL["Llama_Nemotron_Nano_VL"] = ({}, {**_CHAT, **_RADIO})
@@ -341,6 +366,7 @@ _GLM4V = {"vision_config": _EVA, "architectures": ["GLM4VForCausalLM"]}
 TEXT["chatglm (with images)"] = {**TEXT["chatglm"], **_GLM4V}
 MULTIMODAL["intern_s2_preview"] = (TEXT["qwen3_5_moe_text"], _OWN_CODE)
 MULTIMODAL["interns2_mobius"] = ({**TEXT["qwen3_5_moe_text"], "num_blocks": 2}, _OWN_CODE)
+MULTIMODAL["qwen3_asr (realtime)"] = MULTIMODAL["qwen3_asr"]
 MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
@@ -350,6 +376,12 @@ ARCHITECTURES = {
     "intern_s2_preview": "InternS2PreviewForConditionalGeneration",
     "interns2_mobius": "InternS2MobiusForConditionalGeneration",
     "bailing_moe": "BailingMoeV2ForCausalLM",
+    "cosmos3_omni": "Cosmos3ForConditionalGeneration",
+    "mistral3 (Mistral Large 3)": "MistralLarge3ForCausalLM",
+    "moss_audio": "MossAudioModel",
+    "param2moe": "Param2MoEForCausalLM",
+    "openpangu_vl": "OpenPanguVLForConditionalGeneration",
+    "qwen3_asr (realtime)": "Qwen3ASRRealtimeGeneration",
     "opencua": "OpenCUAForConditionalGeneration",
     "Llama_Nemotron_Nano_VL": "Llama_Nemotron_Nano_VL",
     "bagel": "BagelForConditionalGeneration",
@@ -376,6 +408,7 @@ ARCHITECTURES = {
     "plamo3": "Plamo3ForCausalLM",
     "exaone": "ExaoneForCausalLM",
     "gemma3_text (as Rnj-1)": "Rnj1ForCausalLM",
+    "mistral (as Pixtral in Mistral's format)": "PixtralForConditionalGeneration",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
     "phimoe": "PhiMoEForCausalLM",
@@ -383,6 +416,7 @@ ARCHITECTURES = {
     "sarvam_moe": "SarvamMoEForCausalLM",
 }
 TEXT_NAMES = {"bagel": "llm_config", "Llama_Nemotron_Nano_VL": "llm_config", "deepseek_vl_v2": "language_config"}
+TEXT_NAMES["moss_audio"] = "language_config"
 # Their checkpoints on the model hub have experts with inputs first, which transformers writes otherwise for tiny ones.
 INPUTS_FIRST = ("qwen3_vl_moe",)
 # vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
@@ -402,6 +436,21 @@ PROCESSORS = {
     "qwen3_omni_moe": {**_OMNI, "processor_class": "Qwen3OmniMoeProcessor"},
 }
 _OMNI_TOKENS = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
+
+_MISTRAL_NAMES = {
+    "tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+}  # fmt: skip
+_MISTRAL_SETTINGS = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps", "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
+}  # fmt: skip
+
+NUM_SPECIAL = 4  # tokens of the tekken.json that the tests write
+MISTRAL = "mistral"  # name of the folder with Mistral's own format, beside the files of transformers
 
 FAMILIES = [*TEXT, *MULTIMODAL]
 assert {*OWN_FAMILIES} <= {family.partition(" ")[0] for family in FAMILIES}, "each of them is compared"
@@ -459,7 +508,8 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     torch.manual_seed(0)
     model = model or auto_class(config := config_of(family)).from_config(config)
     with torch.no_grad():
-        language_part(model).get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
+        head = language_part(model).get_output_embeddings().weight
+        head[: NUM_SPECIAL if "Mistral's format" in family else 0] = head[256:] = 0  # no special token is ever chosen
         for name, bias in (*model.named_parameters(), *model.named_buffers()):
             if name.endswith(("correction_bias", "expert_bias")):  # zeros at first, which would choose as none
                 bias.uniform_(-0.1, 0.1)
@@ -503,16 +553,58 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(128)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family == "molmo2":  # the hub's files have the added tokens in the other tensor
+        tensors, name = load_file(folder / "model.safetensors"), "model.transformer.wte"
+        rows = torch.cat([tensors[f"{name}.embedding"], tensors[f"{name}.new_embedding"]])
+        tensors |= {f"{name}.embedding": rows[:-8].clone(), f"{name}.new_embedding": rows[-8:].clone()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family == "qianfan_ocr":  # the hub's files have these names and numbers, which transformers does not write back
         tensors = load_file(folder / "model.safetensors")
         tensors = {name.replace("model.encoder.layers", "model.layers"): each for name, each in tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         _change(folder / "config.json", {"vision_config": {"image_size": 8, "patch_size": 4}})
+    if "Mistral's format" in family:
+        write_mistral(model, folder / MISTRAL)
+        read_tekken(folder / MISTRAL / "tekken.json").save_pretrained(folder)
     if family in INPUTS_FIRST:
         tensors = load_file(folder / "model.safetensors")
         tensors |= {name: each.mT.contiguous() for name, each in tensors.items() if ".experts." in name}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def read_tekken(file: Path) -> Any:
+    """Return transformers' tokenizer of the file, with the mark of the start that Mistral's own tools write."""
+    tokenizer = convert_tekken_tokenizer(str(file))
+    start = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    return tokenizer
+
+
+def write_mistral(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model of Mistral, and a vision tower, in the format of Mistral's own tools."""
+    folder.mkdir()
+    config, tensors = model.config, {"vision_encoder.ln_pre.weight": torch.ones(8)}
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads is not None:  # the halves of a head side by side
+            tensor = tensor.view(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        for theirs, ours in _MISTRAL_NAMES.items():
+            name = name.replace(f"{ours}.", f"{theirs}.")
+        tensors[name.removeprefix("model.")] = tensor.contiguous()
+    save_file(tensors, folder / "consolidated.safetensors")
+    params = {key: getattr(config, name) for key, name in _MISTRAL_SETTINGS.items()}
+    params |= {"rope_theta": config.rope_parameters["rope_theta"], "vision_encoder": {"hidden_size": 8}}
+    (folder / "params.json").write_text(json.dumps(params))
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    assert len(special) == NUM_SPECIAL
+    settings = {"pattern": r"\S+|\s+", "default_vocab_size": 260, "default_num_special_tokens": NUM_SPECIAL}
+    tekken = {
+        "config": settings,
+        "vocab": [{"rank": each, "token_bytes": b64encode(bytes([each])).decode()} for each in range(256)],
+        "special_tokens": [{"rank": rank, "token_str": text} for rank, text in enumerate(special)],
+    }
+    (folder / "tekken.json").write_text(json.dumps(tekken))
 
 
 def _change(file: Path, settings: Settings) -> None:

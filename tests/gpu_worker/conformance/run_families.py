@@ -34,6 +34,7 @@ from tests.gpu_worker.conformance.families import (
     ARCHITECTURES,
     FAMILIES,
     IN_BFLOAT16,
+    MISTRAL,
     assert_equal,
     config_of,
     save,
@@ -60,6 +61,8 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
             torch.manual_seed(0)
             save(folder / "model", "gemma3_text", gemma3_with_wide_heads())
             write_folders(form, folder / "model", folder)
+    if (folder / MISTRAL).exists():
+        served = folder / MISTRAL
     bound = form.bound if form is not None else BFLOAT16_BOUND if family in IN_BFLOAT16 else None
     dtype = "float32" if bound is None else "bfloat16"
     settings = {"max_model_len": 96, "dtype": dtype}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, Phi3Config, PreTrainedConfig, Qwen3_5MoeFor
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.authors_layers import PLaMo3Config
-from gpu_worker.model.authors_names import SolarConfig, TeleChat2Config
+from gpu_worker.model.authors_names import Param2MoEConfig, SolarConfig, TeleChat2Config
 from gpu_worker.model.base_model import load_config
 from gpu_worker.model.checkpoint import auto_class, check_checkpoint
 from gpu_worker.model.own_families import (
@@ -49,6 +49,7 @@ _MOLMO = {f"model.transformer.blocks.{name}" for name in ("0.att_proj", "0.attn_
 MODULES = {
     "internlm2": {"model.layers.0.attention.wqkv", "model.layers.2.feed_forward.w2"},
     "bailing_moe": {"model.layers.0.attention.query_key_value", "model.layers.2.mlp.shared_experts.down_proj"},
+    "param2moe": {"model.layers.0.attention.query_key_value", "model.layers.2.mlp.shared_experts.down_proj"},
     "chatglm": _CHATGLM,
     "chatglm (with images)": _CHATGLM,
     "telechat": {"transformer.h.0.self_attention.key_value", "transformer.h.2.mlp.down_proj"},
@@ -88,6 +89,9 @@ def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp
         ("bailing_moe", "", {"score_function": None}, "score_function must be 'sigmoid', got None"),
         ("bailing_moe", "", {"moe_shared_expert_intermediate_size": 64}, "moe_shared_expert_intermediate_size must be"),
         ("bailing_moe", "", {"rotary_dim": 32}, "rotary_dim must be 16, got 32"),
+        ("param2moe", "", {"n_group": 2}, "n_group must be 1, got 2"),
+        ("param2moe", "", {"score_function": "softmax"}, "score_function must be 'sigmoid', got 'softmax'"),
+        ("param2moe", "", {"moe_shared_expert_intermediate_size": 32}, "intermediate_size must be 64, got 32"),
         ("internlm2", "", {"bias": True}, "bias must be False, got True"),
         ("chatglm", "", {"original_rope": False}, "original_rope must be True, got False"),
         ("chatglm", "", {"kv_channels": 64}, "kv_channels must be 32, got 64"),
@@ -132,6 +136,13 @@ def test_what_vllm_computes_otherwise_is_refused_by_name(
     (folder / "config.json").write_text(json.dumps(written))
     with pytest.raises(BaseModelUnsupported, match=refusal):
         load_front_model(tiny_config(folder, engine="vllm"))
+
+
+def test_param2_names_its_experts_as_its_authors_do() -> None:
+    names = {"num_experts": 8, "num_shared_experts": 2, "moe_intermediate_size": 64}
+    config = Param2MoEConfig(**names, moe_shared_expert_intermediate_size=128, rope_theta=600_000.0, head_dim=32)
+    assert (config.n_routed_experts, config.n_shared_experts, config.rope_parameters["rope_theta"]) == (8, 2, 600_000)
+    assert not hasattr(config, "moe_shared_expert_intermediate_size"), "vLLM would take it as the width of one expert"
 
 
 def test_positions_end_where_the_authors_code_computes_others() -> None:
