@@ -25,6 +25,7 @@ _REASONS = {
     "its class needs vLLM's second model runner, which this engine does not use": ("longcat_flash_ngram",),
     "its class asks for an attribute that it lacks": ("interns1_pro",),
     "vLLM has no CPU code for its window of generated tokens": ("unlimited_ocr",),
+    "it reads the format of Mistral's own tools only": ("mistral_large_3",),
     "its class needs sound for every token": ("voxtral_realtime",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.glm5next", "vllm.models.hy_v4"),

@@ -13,7 +13,7 @@ from functools import cache, partial, reduce
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, Ernie4_5_MoeConfig
+from transformers import Ernie4_5_MoeConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -36,7 +36,6 @@ _CLASSES = {
     **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "PanguEmbedded": "PanguEmbeddedForCausalLM",
     **dict.fromkeys(("molmo2_text", "qwen3_vl_text"), "Qwen3ForCausalLM"),
-    "mistral4": "MistralLarge3ForCausalLM",
     "ernie4_5_vl_moe_text": "Ernie4_5_MoeForCausalLM",  # without the experts for images
 }
 _AS_LLAMA = {"exaone"}  # the same but for the names of their tensors
@@ -58,7 +57,7 @@ def find_arguments(source: str, model_type: str) -> dict[str, Any]:
         return {"hf_overrides": {"first_k_dense_replace": _count_dense(config)}}
     if model_type == "param2moe":  # its class takes no other base of the rotary embedding than 10,000
         return {"hf_overrides": {"architectures": ["BailingMoeV2ForCausalLM"]}}
-    if model_type not in _AS_LLAMA | _MULTIMODAL and text_config.model_type != "mistral4":
+    if model_type not in _AS_LLAMA | _MULTIMODAL:
         return {}
     name = "LlamaForCausalLM" if model_type in _AS_LLAMA else _CLASSES.get(text_config.model_type)
     if name is None or find_quantised(config):
@@ -68,8 +67,6 @@ def find_arguments(source: str, model_type: str) -> dict[str, Any]:
         text_config.rope_parameters = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
     if model_type == _ERNIE_VL:
         text_config = _ernie_of_text(text_config)
-    elif text_config.model_type == "mistral4":
-        text_config = _mistral_large(text_config)
     elif model_type == _MOLMO2:
         _check_molmo2(text_config)
     is_tied = any(config_setting(each, "tie_word_embeddings") for each in (config, text_config))  # the whole's counts
@@ -80,19 +77,6 @@ def find_arguments(source: str, model_type: str) -> dict[str, Any]:
 
 def _replaced(config: Any, _: Any) -> Any:
     return config
-
-
-def _mistral_large(config: Any) -> DeepseekV3Config:
-    """Return the settings of Mistral Large 3 as DeepSeek V3 has them."""
-    settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-    rope = {name: value for name, value in config.rope_parameters.items() if name != "partial_rotary_factor"}
-    start, beta = rope["original_max_position_embeddings"], rope.pop("llama_4_scaling_beta")
-    settings |= {
-        "llama_4_scaling": {"original_max_position_embeddings": start, "beta": beta},
-        "rope_parameters": rope,
-        "scoring_func": "softmax",
-    }
-    return DeepseekV3Config(**settings)
 
 
 def _ernie_of_text(config: Any) -> Ernie4_5_MoeConfig:
@@ -131,11 +115,6 @@ def _read_by_vllm(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str,
     elif leaf == "ff_proj":
         for part, weight in zip(("up_proj", "gate_proj"), tensor.chunk(2), strict=True):
             yield f"{layer}.{part}.weight", weight
-    elif layer.endswith(".experts"):
-        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-        for number, expert_weight in enumerate(tensor):
-            for part, weight in zip(parts, expert_weight.chunk(len(parts)), strict=True):
-                yield f"{layer}.{number}.{part}.weight", weight
     elif leaf != "new_embedding":  # of tokens that only images have
         yield name.replace(".att_proj.", ".qkv_proj.").replace("wte.embedding", "embed_tokens.weight"), tensor
 

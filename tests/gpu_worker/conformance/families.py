@@ -207,18 +207,6 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "llama4": (TEXT["llama4_text"], {}),
     "qwen2_vl": (_SECTIONS, {}),
     "cosmos3_omni": ({**_HEADS, **_SECTIONS}, {}),
-    "mistral3 (Mistral Large 3)": (
-        {
-            **{
-                name: value
-                for name, value in TEXT["deepseek_v3"].items()
-                if name not in ("topk_method", "scoring_func")
-            },
-            "rope_parameters": {**_YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1},
-            "model_type": "mistral4",
-        },
-        {},
-    ),
     "qwen3_vl_moe": ({**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}, {}),
     "qwen3_5_moe": (TEXT["qwen3_5_moe_text"], {}),
     "gemma4": (TEXT["gemma4_text"], {"vision_config": {"model_type": "gemma4_vision", **_GEMMA4_VISION}}),
@@ -377,7 +365,6 @@ ARCHITECTURES = {
     "interns2_mobius": "InternS2MobiusForConditionalGeneration",
     "bailing_moe": "BailingMoeV2ForCausalLM",
     "cosmos3_omni": "Cosmos3ForConditionalGeneration",
-    "mistral3 (Mistral Large 3)": "MistralLarge3ForCausalLM",
     "moss_audio": "MossAudioModel",
     "param2moe": "Param2MoEForCausalLM",
     "openpangu_vl": "OpenPanguVLForConditionalGeneration",
