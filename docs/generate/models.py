@@ -22,14 +22,11 @@ _NOT_STARTED = "vLLM did not start"
 # Of `tests.gpu_worker.conformance.run_families`, the second one with `--files`.
 _VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
 _REASONS = {
-    "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
-        *("bailing_moe_linear", "bailing_moe_v3"),
-    ),
-    "it reads the format of Mistral's own tools only": ("mistral_large_3",),
-    "its class needs sound for every token": ("voxtral_realtime",),
     "its class needs vLLM's second model runner, which this engine does not use": ("longcat_flash_ngram",),
     "its class asks for an attribute that it lacks": ("interns1_pro",),
     "vLLM has no CPU code for its window of generated tokens": ("unlimited_ocr",),
+    "it reads the format of Mistral's own tools only": ("mistral_large_3",),
+    "its class needs sound for every token": ("voxtral_realtime",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.glm5next", "vllm.models.hy_v4"),
         *("vllm.models.inkling", "vllm.models.qwen4_exp"),
