@@ -79,4 +79,4 @@ async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServic
         raise RequestInvalid(
             f"by: the report has more than {MAX_ROWS} rows; ask for fewer days, or group by less", "by"
         )
-    return usage_report(wanted, rows)
+    return usage_report(wanted, rows, services.config.usage_days)
