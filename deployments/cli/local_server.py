@@ -193,11 +193,14 @@ class Server:
             starting.result()
         report("loading the base model")
         app = application(self.settings, None if self._uses_proxy else (self._host, self._port))
+        self._deploy(app)
+        return self.url
+
+    def _deploy(self, app: serve.Application) -> None:
         try:
             self._app = serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as exc:
-            raise ServerFailed(causes_in(serve.status(), sessions) or str(exc)) from exc
-        return self.url
+            raise ServerFailed(causes_in(serve.status(), self.logs) or str(exc)) from exc
 
     def wait_ready(self, *, timeout_s: float) -> JsonObject:
         """Wait for a 200 from `/ready` and return its body. Raises: ServerFailed after `timeout_s`."""
@@ -323,8 +326,8 @@ def _flush() -> None:
             stream.flush()
 
 
-def causes_in(status: ServeStatus, sessions: Path) -> str:
-    """Return why the application's deployments failed, a line for each. `sessions`: the folder of Ray's logs."""
+def causes_in(status: ServeStatus, logs: Path) -> str:
+    """Return why the application's deployments failed, a line for each, and the folder of their logs."""
     app = status.applications.get(APP_NAME)
     deployments = {} if app is None else app.deployments
     causes = [
@@ -332,7 +335,7 @@ def causes_in(status: ServeStatus, sessions: Path) -> str:
         for name, deployment in deployments.items()
         if deployment.status in _FAILED and deployment.message.strip()
     ]
-    return "\n".join([*causes, f"the logs are below {sessions}/session_latest/logs/serve"]) if causes else ""
+    return "\n".join([*causes, f"the logs are in {logs}"]) if causes else ""
 
 
 def _leave(number: int, _: FrameType | None) -> None:

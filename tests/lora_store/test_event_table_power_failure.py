@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
@@ -9,6 +10,7 @@ from uuid import uuid4
 import pytest
 
 from lora_store import Catalogue, Location, LoraStore, Publish
+from lora_store.files import flush_to_disk
 from tests.lora_store.builders import BASE, LATER, MakeFolder, MakeRecord
 from tests.lora_store.power_failure import Disk
 from tests.lora_store.publishing import publish
@@ -38,6 +40,19 @@ def test_an_acknowledged_publish_is_on_the_disk(
     gone = store.withdraw("local", ["poet"], "me")
     left = LoraStore(surviving(), accepts_base=[BASE])
     assert (left.snapshot().generation, list(left.snapshot().records)) == (gone.generation, [("local", "coder")])
+
+
+def test_a_publish_into_a_pool_of_an_earlier_release_is_on_the_disk(
+    folder_uri: str, disk: Disk, surviving: Callable[[], str], make_folder: MakeFolder
+) -> None:
+    shutil.copytree(Path(__file__).with_name("pools") / "0.1.0", folder_uri, dirs_exist_ok=True)
+    for path in [*Path(folder_uri).rglob("*"), Path(folder_uri)]:
+        flush_to_disk(path)
+    store = LoraStore(folder_uri, accepts_base=[BASE])
+    done = publish(store, make_folder("fresh", 7), "fresh")
+    left = LoraStore(surviving(), accepts_base=[BASE])
+    assert left.snapshot().generation == done.generation
+    assert left.snapshot().records == store.snapshot().records
 
 
 def test_a_blob_that_another_publish_wrote_is_on_the_disk(

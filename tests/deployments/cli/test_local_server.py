@@ -91,7 +91,9 @@ def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
     assert (tmp_path / "pool").stat().st_mode & 0o077 == 0, "no other user may read the pool"
 
 
-def test_a_pool_that_cannot_be_opened_is_named_before_ray_starts(tmp_path: Path) -> None:
+def test_a_pool_that_cannot_be_opened_is_named_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = tmp_path / "pool"
     LoraStore(str(pool), accepts_base=[]).snapshot()
     [commit] = (pool / "catalogue" / "_delta_log").glob("*0.json")
@@ -104,6 +106,11 @@ def test_a_pool_that_cannot_be_opened_is_named_before_ray_starts(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(ServerFailed, match=f"the pool {tmp_path / 'file' / 'pool'} cannot be opened: "):
         Server(config_of(store_uri=str(tmp_path / "file" / "pool")), port=1).prepare(lambda _: None)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "anyone")
+    away = f"s3://b/p?endpoint_override=127.0.0.1:{free_port('127.0.0.1')}&scheme=http&region=us-east-1"
+    with pytest.raises(ServerFailed, match=r"the pool s3://b/p.* cannot be opened: "):
+        Server(config_of(store_uri=away), port=1).prepare(lambda _: None)
     assert not ray.is_initialized()
 
 
@@ -127,11 +134,25 @@ def test_a_failed_start_says_which_deployment_failed_and_why(tmp_path: Path) -> 
         Worker=(DeploymentStatus.DEPLOY_FAILED, "The deployment failed. Error:\n  File x\nValueError: no such model\n"),
         Retriever=(DeploymentStatus.UPDATING, "still starting"),
     )
-    first, last = causes_in(failed, tmp_path).splitlines()
-    assert first == "the deployment Worker cannot start: ValueError: no such model"
-    assert str(tmp_path) in last
+    said = f"the deployment Worker cannot start: ValueError: no such model\nthe logs are in {tmp_path}"
+    assert causes_in(failed, tmp_path) == said
     assert causes_in(status_of(Store=(DeploymentStatus.UPDATING, "")), tmp_path) == ""
     assert causes_in(ServeStatus(), tmp_path) == ""
+
+
+def test_an_application_that_cannot_be_deployed_ends_the_start_with_the_causes(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = status_of(Worker=(DeploymentStatus.DEPLOY_FAILED, "ValueError: no such model"))
+    for status, says in (
+        (failed, "^the deployment Worker cannot start: ValueError: no"),
+        (ServeStatus(), "^Serve fails"),
+    ):
+
+        def run(*args: object, **options: object) -> None:
+            raise RuntimeError("Serve fails")
+
+        monkeypatch.setattr(local_server, "serve", SimpleNamespace(run=run, status=lambda status=status: status))
+        with pytest.raises(ServerFailed, match=says):
+            Server(config_of(), port=1)._deploy(SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_ray_starts_without_processes_that_nobody_needs_and_others_have_them_again() -> None:

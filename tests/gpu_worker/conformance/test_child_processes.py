@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging.handlers
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
-from gpu_worker.errors import EngineStopped, WarmUpFailed
+from gpu_worker.errors import BaseModelUnsupported, EngineStopped, WarmUpFailed
 from gpu_worker.front.request.request import SamplingParams
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import HostedEngine, job
@@ -124,3 +126,17 @@ def test_the_error_that_ends_a_process_at_start_is_named(tiny_folders: TinyFolde
     """vLLM's attention has no heads of 8 values on the CPU, and only its worker knows."""
     with pytest.raises(WarmUpFailed, match=r"^vLLM did not start: \w+: .*head_dim=8"):
         HostedEngine(ENGINES["vllm"], tiny_config(tiny_folders["llama"], engine="vllm"))
+
+
+def test_a_checkpoint_without_a_layer_is_refused_before_a_process_starts(
+    tiny_folders: TinyFolders, tmp_path: Path
+) -> None:
+    folder = tmp_path / "part"
+    shutil.copytree(tiny_folders["llama"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    before = len(psutil.Process().children(recursive=True))
+    with pytest.raises(BaseModelUnsupported, match="lacks weights: 9 of the model's"):
+        HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm"))
+    assert len(psutil.Process().children(recursive=True)) == before
