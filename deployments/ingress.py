@@ -130,8 +130,14 @@ class Ingress:
                     task.cancel()
 
     async def finish_requests(self, within_s: float) -> bool:
-        """Accept no more connections at the own address, and wait until requests are answered, or for `within_s`."""
-        return self._listener is None or await self._listener.stopped(within_s)
+        """Accept no more connections at the own address, and wait until requests are answered, or for `within_s`.
+
+        Meanwhile apply the outcomes that wait.
+        """
+        applying = asyncio.create_task(self.services.learning.finish(within_s))
+        is_answered = self._listener is None or await self._listener.stopped(within_s)
+        await applying
+        return is_answered
 
     async def generate(
         self, request: TextRequest | JsonMapping, caller: Caller = LOCAL_CALLER

@@ -8,10 +8,22 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
+_MERGED = "tag:yaml.org,2002:merge"  # of `<<`
 
 
 class _Loader(yaml.SafeLoader):
-    """Adds the line to errors about values that PyYAML cannot build."""
+    """Refuses a name that is given twice, and adds the line to errors about values that PyYAML cannot build."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if isinstance(key, yaml.ScalarNode) and name in lines and key.tag != _MERGED:
+                problem = f"{key.value!r} is given in line {lines[name]} already: remove one of the two"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

@@ -42,14 +42,14 @@ class Location:
         allowed = {"file": frozenset[str](), "s3": _S3_PARAMETERS, "gs": frozenset[str]()}
         scheme = self._parts.scheme
         if scheme not in allowed:
-            raise ValueError(f"a store must be a folder, s3://… or gs://…, got {self.uri!r}")
+            raise ValueError(f"a store must be a folder, s3://… or gs://…, got {scheme}://…")
         if unknown := sorted(self._parameters.keys() - allowed[scheme]):
             known = ", ".join(sorted(allowed[scheme])) or "none"
             raise ValueError(f"unknown parameter {unknown[0]!r} of a {scheme}:// store; allowed: {known}")
         if self._parameters.get("scheme", "https") not in _PORTS:
             raise ValueError(f"scheme must be http or https, got {self._parameters['scheme']!r}")
         if any(mark in self._parameters.get("endpoint_override", "") for mark in "/@?#\\"):
-            raise ValueError(f"endpoint_override must be host:port, got {self._parameters['endpoint_override']!r}")
+            raise ValueError("endpoint_override must be host:port, without credentials")
         if scheme != "file" and ("@" in self._parts.netloc or not self._parts.netloc):
             raise ValueError(
                 f"a {scheme}:// store must name its bucket and no credentials: set those in the environment"

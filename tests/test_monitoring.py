@@ -217,3 +217,22 @@ def test_recorded_histograms_answer_like_those_that_they_copy(promtool: Promtool
     ]
     held: list[Any] = [{"series": name, "values": f"{value}x3"} for name, value in series.items()]
     promtool.test_rules(rules(), [{"interval": "1m", "input_series": held, "promql_expr_test": checks}])
+
+
+def test_rates_of_recorded_histograms_stay_right_when_a_replica_ends(promtool: Promtool) -> None:
+    ended, stays = "100000+60x10 _x30", "100000+60x40"
+    recorded = {
+        rule["record"]: rule["expr"] for group in rules()["groups"] for rule in group["rules"] if "record" in rule
+    }
+    held: list[Any] = [
+        {"series": f'{name}{{application="a",replica="{replica}",le="+Inf"}}', "values": values}
+        for name in {found for expr in recorded.values() for found in re.findall(r"ray_\w+", expr)}
+        for replica, values in (("r", ended), ("s", stays))
+    ]
+    assert len(held) == 12
+    checks: list[Any] = [
+        {"expr": f"sum(rate({name}[5m]))", "eval_time": at, "exp_samples": [{"labels": "{}", "value": value}]}
+        for name in recorded
+        for at, value in (("9m", 2), ("17m", 1))
+    ]
+    promtool.test_rules(rules(), [{"interval": "1m", "input_series": held, "promql_expr_test": checks}])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
 from deployments.auth.authenticator import ROLES
 from deployments.config.app import AppConfig
+from tests.docs.pages import ROOT, blocks_of
 
-ROOT = Path(__file__).parent.parent
+PORTS = ROOT / "docs" / "explanation" / "security-model.md"
 PAGE = (ROOT / "SECURITY.md").read_text()
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -25,8 +25,20 @@ def test_it_supports_the_current_version_and_is_linked_with_sections_that_exist(
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"now {version.rpartition('.')[0]}." in PAGE
     assert "(SECURITY.md)" in (ROOT / "README.md").read_text()
-    assert "## Ports\n" in (ROOT / "docs" / "explanation" / "security-model.md").read_text()
+    assert "## Ports\n" in PORTS.read_text()
     assert "## Who may reach what\n" in (ROOT / "k8s" / "README.md").read_text()
+
+
+def test_the_firewall_drops_every_port_of_rays_from_addresses_of_both_kinds() -> None:
+    rules = [line.partition(" input ")[2] for block in blocks_of(PORTS) for line in block.text.splitlines()]
+    [own, nodes, drop] = [rule for rule in rules if rule.endswith((" accept", " drop"))]
+    assert own == "iif lo accept" and re.fullmatch(r"ip saddr \{ [\d., ]+ \} accept", nodes)
+    matched = re.fullmatch(r"tcp dport \{ (.*) \} ct state new drop", drop)
+    assert matched, "a match of addresses is of one kind only: ip for IPv4, ip6 for IPv6"
+    ranges = [[int(port) for port in part.split("-")] for part in matched[1].split(", ")]
+    for port in (6379, 8265, 9464, 10_001, 52_365, 65_535):  # of Ray, and --metrics-port
+        assert any(part[0] <= port <= part[-1] for part in ranges), port
+    assert not any(part[0] <= 8000 <= part[-1] for part in ranges)
 
 
 def test_the_actions_of_workflows_are_named_by_commit() -> None:

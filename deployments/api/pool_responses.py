@@ -267,20 +267,31 @@ class UsageRow(TypedDict):
 
 
 class UsageReport(TypedDict):
-    """The usage from `start` to `end`. A request that several adapters answered is in the row of each."""
+    """The usage from `start` to `end`. A request that several adapters answered is in the row of each.
+
+    `tenant`: the only one that the rows are about, null for all. `usage_days`: how many days events are kept; 0 records
+    none.
+    """
 
     object: Literal["usage"]
     start: str
     end: str
-    kept_days: int  # `usage_days`: requests before that, or all of them with 0, are not recorded
+    tenant: str | None
+    usage_days: int
     data: list[UsageRow]
 
 
-def usage_report(query: UsageQuery, rows: list[JsonObject], kept_days: int) -> UsageReport:
+def usage_report(query: UsageQuery, rows: list[JsonObject], usage_days: int) -> UsageReport:
     """Return the rows as the API writes them."""
     data = [cast(UsageRow, row | {"last_at": row["last_at"].isoformat(timespec="seconds")}) for row in rows]
-    start, end = query.start.isoformat(), query.end.isoformat()
-    return {"object": "usage", "start": start, "end": end, "kept_days": kept_days, "data": data}
+    return {
+        "object": "usage",
+        "start": query.start.isoformat(),
+        "end": query.end.isoformat(),
+        "tenant": query.tenant,
+        "usage_days": usage_days,
+        "data": data,
+    }
 
 
 def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:

@@ -135,12 +135,21 @@ def _digest_of(key: str) -> bytes:
 def load_entries(text: str) -> Any:
     """Return what the JSON or YAML says, unchecked. Raises: ValueError."""
     with suppress(ValueError, RecursionError):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_refuse_repeated)
     try:
         return load_yaml(text)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
-        raise ValueError("it is not valid YAML" + ("" if mark is None else f": see line {mark.line + 1}")) from exc
+        raise ValueError(
+            "it is not valid YAML or has a name twice" + ("" if mark is None else f": see line {mark.line + 1}")
+        ) from exc
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these fields. Raises: ValueError: a name is there twice, and JSON would keep the last."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError
+    return dict(pairs)
 
 
 def _validated(data: object) -> list[KeyEntry]:

@@ -127,6 +127,7 @@ class Commands(TyperGroup):
         for command in self.commands.values():
             for param in command.params:
                 _show_plain_type(param)
+                _refuse_infinite(param)
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         if not args and not ctx.resilient_parsing:
@@ -180,6 +181,19 @@ def _show_plain_type(param: Any) -> None:
         annotation = param.type_descriptor.annotation
         inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
         param.metavar = _TYPES.get(inner)
+
+
+def _refuse_infinite(param: Any) -> None:
+    """Let an option or argument that is a number refuse nan and inf."""
+    if param.type_descriptor.annotation is float and param.callback is None:
+        param.callback = _require_finite
+
+
+def _require_finite(context: Any, param: Any, value: float | None) -> float | None:
+    """Refuse nan and inf, which JSON cannot carry. Raises: BadParameter."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number", ctx=context, param=param)
+    return value
 
 
 def name_options(message: str) -> str:

@@ -17,7 +17,6 @@ from deployments.cli.client import (
     JsonOutcome,
     Url,
     call,
-    counted,
     describe_problem,
     err,
     fail,
@@ -91,29 +90,30 @@ def list_keys(
 ) -> None:
     """List the keys of a file by their ids. The keys themselves are not in it.
 
-    --used needs a key with the role admin. Requests that only read the pool do not count as use, and a use before
-    the days that the server keeps is not known.
+    --used needs a key with the role admin and a server that records usage. It knows the uses of the last `usage_days`
+    days only. Requests that only read the pool do not count as use.
     """
     from deployments.auth.api_keys import parse_entries  # imports pydantic
 
     with _file_errors(file):
         entries = parse_entries(file.read_text(encoding="utf-8"))
     rows = [entry.model_dump(mode="json", exclude_none=True, exclude={"sha256"}) for entry in entries]
-    unused = ""
+    more: JsonObject = {}
     if used:
-        report = call(url, "GET", "/v1/usage", params={"by": "key", "start": _FIRST_DAY})
-        if (kept_days := report.get("kept_days")) == 0:
-            fail("--used: the server records no usage; set usage_days to the number of days to keep it")
-        unused = "not recorded" if kept_days is None else f"not in {counted(kept_days, 'day')}"
+        report = _read_usage(url, {row["tenant"] for row in rows})
         last = {row["key"]: row["last_at"] for row in report["data"]}
         rows = [row | {"last_used_at": last.get(row["id"])} for row in rows]
+        more = {"usage_days": report["usage_days"]}
     if as_json:
-        print_json({"data": rows})
+        print_json({"data": rows} | more)
         return
     table = Table("id", "tenant", "roles", "limits", "expires", *(["last used"] if used else []))
     for row in rows:
         limits = ", ".join(f"{name} {value}" for name, value in row.get("limits", {}).items())
-        times = [row.get("expires_at", "never"), *([row["last_used_at"] or unused] if used else [])]
+        times = [
+            row.get("expires_at", "never"),
+            *([row["last_used_at"] or f"not in {more['usage_days']} days"] if used else []),
+        ]
         table.add_row(row["id"], row["tenant"], ", ".join(row["roles"]), limits, *times)
     out.print(table)
 
@@ -165,6 +165,16 @@ def revoke(id: KeyId, file: KeysFile, as_json: JsonOutcome = False) -> None:
     with _file_errors(file):
         remove_entry(file, id)
     report({"id": id, "revoked": True}, f"{id} is revoked in {file}", as_json=as_json)
+
+
+def _read_usage(url: str, tenants: set[str]) -> JsonObject:
+    """Return the server's report by key. Exit if it cannot know whether the keys of all these tenants were used."""
+    report: JsonObject = call(url, "GET", "/v1/usage", params={"by": "key", "start": _FIRST_DAY})
+    if report["usage_days"] == 0:
+        fail("--used: the server records no usage, because its usage_days is 0; read the key ids in its log instead")
+    if report["tenant"] is not None and tenants - {report["tenant"]}:
+        fail(f"--used: this key sees the usage of tenant {report['tenant']} only; use a key with the role admin")
+    return report
 
 
 def _show_key(key: str, entry: JsonObject, done: str, *, as_json: bool) -> None:

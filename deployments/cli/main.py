@@ -73,6 +73,7 @@ Abstain = Annotated[
     typer.Option(help="how readily the base model answers instead of adapters; default: the server's"),
 ]
 NumAdapters = Annotated[int | None, typer.Option("--k", "-k", help="number of adapters; default: the server's")]
+MAX_PORT = 65_535
 _CHAT = "/v1/chat/completions"
 
 
@@ -86,12 +87,14 @@ def options(key: Key = None, version: Version = False) -> None:
 def serve(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", help="port to listen on; 0 uses a free port")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=0, max=MAX_PORT, help="port to listen on; 0 uses a free port")
+    ] = 8000,
     preload: Annotated[
         list[Path] | None, typer.Option(help="adapter folders to publish during the start; repeatable")
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="port of the Prometheus metrics; default: a free port")
+        int | None, typer.Option(min=0, max=MAX_PORT, help="port of the Prometheus metrics; default: a free port")
     ] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", "-m", help="model hub id or folder; overrides the settings")
@@ -112,6 +115,9 @@ def serve(
         "preload": preload,
         "worker": None if device is None else {"device": device},
     }
+    empty = [name for name, text in (("host", host), ("store", store), ("base-model", base_model)) if text == ""]
+    if empty:  # of a variable that is not set: an empty host means all addresses
+        fail(f"--{empty[0]}: is empty; give a value, or leave the option out")
     changes = {name: value for name, value in given.items() if value}
     settings = _settings_of_server(config, changes)
     if print_config:

@@ -145,7 +145,7 @@ def _say(file: Path, rows: list[JsonObject], others: list[str], num_left: int, *
 def _read(file: Path) -> list[tuple[str | None, Item]]:
     """Return the adapters of the file with their owners. On an error, print it and exit."""
     try:
-        described = PoolFile.model_validate(load_yaml(file.read_text()))
+        described = PoolFile.model_validate(load_yaml(file.read_text(encoding="utf-8")))
     except ValidationError as exc:
         fail("\n".join(_problems(file, exc)))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, SecretStr, field_validator, model_validator
 
 from deployments.config.model_settings import ModelSettings, make_default
 from deployments.config.parts import AdmissionSettings as AdmissionSettings
 from deployments.config.parts import RetrievalSettings as RetrievalSettings
 from deployments.config.parts import SamplingDefaults as SamplingDefaults
+from deployments.config.parts import expand_home
 from deployments.config.served_model import ServedModel, ServedModels, find_accepted_names
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
@@ -202,11 +204,25 @@ class AppConfig(ModelSettings):
                 )
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _no_number_is_a_truth_value(cls, settings: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Refuse `true` for a number, which pydantic takes for 1."""
+        config = handler(settings)
+        if found := next(_find_truth_values(settings, config), None):
+            raise ValueError(f"{found}: must be a number, got true or false")
+        return config
+
     @field_validator("store_uri")
     @classmethod
     def _absolute(cls, uri: str) -> str:
         """Resolve a relative path here, because replicas run in other folders."""
-        return Location(uri if "://" in uri else str(Path(uri).expanduser().resolve())).uri
+        if not uri.strip():
+            raise ValueError("is empty; name a folder, s3://… or gs://…")
+        location = Location(uri if "://" in uri else str(expand_home(Path(uri)).resolve()))
+        if location.is_local and re.search("%[0-9A-Fa-f]{2}", location.filesystem_path):
+            raise ValueError("a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it")
+        return location.uri
 
     @field_validator("source_prefixes")
     @classmethod
@@ -267,18 +283,18 @@ class AppConfig(ModelSettings):
     @field_validator("cache_dir")
     @classmethod
     def _with_home(cls, path: Path) -> Path:
-        return path.expanduser()
+        return expand_home(path)
 
     @field_validator("keys_file")
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
         """Keep symbolic links: Kubernetes swaps a secret by changing the link."""
-        return None if path is None else path.expanduser().absolute()
+        return None if path is None else expand_home(path).absolute()
 
     @field_validator("preload")
     @classmethod
     def _absolute_paths(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(path.expanduser().resolve() for path in paths)
+        return tuple(expand_home(path).resolve() for path in paths)
 
     @cached_property
     def has_keys(self) -> bool:
@@ -395,6 +411,19 @@ class AppConfig(ModelSettings):
             cache_dir=self.cache_dir,
             device_share=num_gpus if 0 < num_gpus < 1 else 1.0,  # Ray places as many such workers on one GPU as fit
         )
+
+
+def _find_truth_values(given: object, used: object, path: str = "") -> Iterator[str]:
+    """Yield the settings that are a truth value in `given` and a number in `used`."""
+    if isinstance(given, bool) and isinstance(used, int | float) and not isinstance(used, bool):
+        yield path
+    if isinstance(given, dict):
+        for name, value in given.items():
+            part = used.get(name) if isinstance(used, dict) else getattr(used, str(name), None)
+            yield from _find_truth_values(value, part, f"{path}.{name}" if path else str(name))
+    if isinstance(given, list) and isinstance(used, tuple | list) and len(given) == len(used):
+        for number, (value, part) in enumerate(zip(given, used, strict=True)):
+            yield from _find_truth_values(value, part, f"{path}.{number}")
 
 
 def _scaled_by(policy: str, given: ServeOptions) -> JsonObject:

@@ -64,13 +64,16 @@ def dump_config(config: Settings) -> str:
 
 
 def _with_masked_variables(value: Any, name: str = "") -> Any:
-    """Mask the values of every mapping `env_vars`, such as that of a deployment's `runtime_env`, also in lists."""
+    """Mask the values of every mapping `env_vars`, such as that of a deployment's `runtime_env`, also in lists.
+
+    Where `env_vars` is no mapping, all of it is masked.
+    """
+    if name == "env_vars" and value is not None:
+        return dict.fromkeys(value, _MASK) if isinstance(value, dict) else _MASK
     if isinstance(value, list):
         return [_with_masked_variables(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if name == "env_vars":
-        return dict.fromkeys(value, _MASK)
     return {key: _with_masked_variables(item, key) for key, item in value.items()}
 
 
@@ -91,6 +94,8 @@ def _read_yaml(path: Path) -> JsonObject:
         _refuse_empty_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
     except FileNotFoundError as exc:
         raise SettingsInvalid(f"{path}: no such file") from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsInvalid(f"{path}: is not text in UTF-8; save it as UTF-8") from exc
     except yaml.MarkedYAMLError as exc:
         raise SettingsInvalid(f"{path}:{_describe_yaml_problem(exc, text)}") from exc
     except yaml.YAMLError as exc:
@@ -98,7 +103,7 @@ def _read_yaml(path: Path) -> JsonObject:
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        kind = "a list" if isinstance(settings, list) else f"{settings!r}"
+        kind = "a list" if isinstance(settings, list) else "a single value"
         raise SettingsInvalid(f"{path}: must contain `name: value` lines, got {kind}")
     return settings
 

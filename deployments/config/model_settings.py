@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from deployments.config.parts import SamplingDefaults, Settings
+from deployments.config.parts import SamplingDefaults, Settings, expand_home
 from deployments.json_types import JsonMapping
 from deployments.scaling.settings import ServeOptions, default_options, with_defaults
 from gpu_worker.config import PACKAGED_MODEL, NativeSettings, ToolParser, VllmSettings
@@ -117,7 +117,7 @@ class ModelSettings(Settings):
     def _absolute_template(cls, path: Path | None) -> Path | None:
         if path is None:
             return None
-        path = path.expanduser().absolute()
+        path = expand_home(path).absolute()
         try:
             read_chat_template(path)
         except OSError as exc:

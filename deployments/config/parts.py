@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,16 @@ from retriever_svc.weightings import Weighting
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def expand_home(path: Path) -> Path:
+    """Return the path with the home folder for `~` and `~user`. Raises: ValueError: there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError as exc:
+        raise ValueError(
+            f"{path}: this machine has no home folder for {path.parts[0]!r}; write the whole path"
+        ) from exc
 
 
 class AdmissionSettings(Settings):

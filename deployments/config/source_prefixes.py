@@ -94,9 +94,10 @@ class SourcePrefix:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a prefix. Raises: ValueError, naming `text`."""
+        """Parse a prefix. Raises: ValueError, naming `text` without what may be a secret."""
         try:
             uri = SourceUri.parse(text.partition("?")[0])
             return cls(uri, None if uri.scheme in OVER_HTTP else Location(text))
         except ValueError as exc:
-            raise ValueError(f"source prefix {text!r} {exc}") from exc
+            shown = re.sub("(?<=//)[^/]*@", "…@", re.sub(r"\?.*", "?…", text, flags=re.DOTALL))
+            raise ValueError(f"source prefix {shown!r} {exc}") from exc

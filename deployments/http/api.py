@@ -54,7 +54,7 @@ def build_api(services: Services) -> Api:
         redoc_url=None,
         telemetry=_TELEMETRY,
         middleware=list_middleware(services),
-        lifespan=partial(send_usage, services.usage_log),
+        lifespan=partial(finish_at_end, services),
     )
     app.state.services = services
     install_error_handlers(app)
@@ -64,8 +64,18 @@ def build_api(services: Services) -> Api:
 
 
 @asynccontextmanager
+async def finish_at_end(services: Services, app: FastAPI) -> AsyncIterator[None]:
+    """Send usage to the pool while the replica runs, and apply outcomes when it stops. Serve calls this."""
+    async with send_usage(services.usage_log, app):
+        try:
+            yield
+        finally:
+            await services.learning.finish(_LAST_SEND_S)
+
+
+@asynccontextmanager
 async def send_usage(usage_log: UsageLog, _: FastAPI) -> AsyncIterator[None]:
-    """Send usage to the pool while the replica runs, and once more when it stops. Serve calls this."""
+    """Send usage to the pool while the replica runs, and once more when it stops."""
     sending = asyncio.create_task(usage_log.keep_sending())
     try:
         yield

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 
 from deployments.api.responses import Published
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
@@ -110,18 +111,32 @@ class Learning:
         try:
             while tenant in self._waiting:
                 await self._sleep(QUIET_S)
-                async with self._turns:
-                    began_s = self._clock()
-                    try:
-                        await self._apply(tenant, self._waiting.pop(tenant))
-                    except Exception:
-                        logger.exception(
-                            "the next outcome of tenant %s applies those that could not be applied", tenant
-                        )
-                    took_s = self._clock() - began_s
+                took_s = await self._apply_in_turn(tenant)
                 await self._sleep(REST_FACTOR * took_s)
         finally:
             self._applying.discard(tenant)
+
+    async def finish(self, within_s: float) -> None:
+        """Apply the outcomes that wait, without their pauses and for at most `within_s`, because the replica ends."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._waiting:
+                    await self._apply_in_turn(next(iter(self._waiting)))
+                for _ in range(MAX_AT_ONCE):  # what is applied now ends first
+                    await self._turns.acquire()
+                for _ in range(MAX_AT_ONCE):
+                    self._turns.release()
+
+    async def _apply_in_turn(self, tenant: str) -> float:
+        """Apply the outcomes of a tenant if any still wait, and return how many seconds it took."""
+        async with self._turns:
+            began_s = self._clock()
+            try:
+                if tenant in self._waiting:
+                    await self._apply(tenant, self._waiting.pop(tenant))
+            except Exception:
+                logger.exception("the next outcome of tenant %s applies those that could not be applied", tenant)
+            return self._clock() - began_s
 
     async def _apply(self, tenant: str, actor: str) -> None:
         outcomes = await self._store.feedback(tenant, "outcome")

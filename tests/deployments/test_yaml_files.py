@@ -21,6 +21,11 @@ def test_a_value_that_cannot_be_built_is_an_error_with_its_line(value: str) -> N
     assert caught.value.problem_mark is not None and caught.value.problem_mark.line == 1
 
 
+def test_mappings_that_are_merged_may_share_names() -> None:
+    text = "x: {y: &a {b: 1, c: 2}}\nd: &e {<<: *a, b: 3}\nf: {<<: [*a, *e], c: 4}\n1: a\n'1': b\n"
+    assert load_yaml(text) == yaml.safe_load(text)
+
+
 def test_deep_nesting_is_an_error_of_the_text() -> None:
     with pytest.raises(yaml.YAMLError, match="it nests too deep"):
         load_yaml("[" * 3000)

@@ -94,6 +94,7 @@ def test_helm_and_kustomize_render_the_same_application(
         ("settings.max_request_s=soon", "max_request_s"),
         ("gpu.nodeSelector.a=b", "nodeSelector"),
         ("replicas=2", "replicas"),
+        ("settings.store_uri=pool", "must be an absolute path"),
     ],
 )
 def test_a_value_that_the_server_does_not_know_is_refused(value: str, problem: str, helm: str) -> None:
@@ -127,6 +128,17 @@ def test_values_change_images_pods_claims_and_redis(helm: str, tmp_path: Path) -
     assert manifests.cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis.internal:6379"
     assert not manifests.of_kind("StatefulSet")
     assert manifests.config.retrieval.k == 5 and manifests.config.retrieval.encoder_threads == 1
+
+
+def test_a_folder_that_is_written_as_a_uri_is_on_the_claim_too(helm: str, tmp_path: Path) -> None:
+    as_path = template(helm, tmp_path, values={"settings": {"store_uri": "/data/pool"}})
+    as_uri = template(helm, tmp_path, values={"settings": {"store_uri": "file:///data/pool"}})
+    [pod] = as_uri.workers
+    mount, volume = pod.volume_at("/data/pool")
+    assert mount["mountPath"] == "/data/pool" and volume["persistentVolumeClaim"]["claimName"] == "loraretriever-pool"
+    assert "envFrom" not in pod.container and "serviceAccountName" not in pod.spec
+    assert as_path.named("PersistentVolumeClaim", "loraretriever-pool")
+    assert len(as_uri.documents) == len(as_path.documents)
 
 
 def test_a_role_is_an_annotation_of_the_service_account(helm: str, tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from gpu_worker.front.request.model_files import TEMPLATE_FILE
 from tests.k8s import general, network, placement, schemas, serving
 from tests.k8s.general import README
 from tests.k8s.manifests import Document, Manifests
@@ -193,9 +196,17 @@ def test_the_job_that_fetches_a_model_fits_the_claim_and_the_image(fetching: Man
     assert volume["persistentVolumeClaim"]["claimName"] == "loraretriever-models"
 
 
+NEEDED = (
+    "config.json",
+    "model-00001-of-00002.safetensors",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer.model",
+    TEMPLATE_FILE,
+)
 HUB = """
 def snapshot_download(*arguments, **options):
-    print(arguments, sorted(options.items()))
+    print((arguments, options))
 """
 
 
@@ -209,8 +220,12 @@ def test_the_job_fetches_no_revision_that_can_move(revision: str, fetching: Mani
 def test_the_job_fetches_the_commit_it_names(fetching: Manifests, tmp_path: Path) -> None:
     run = _fetch(fetching, "0b" * 20, tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "('revision', '" + "0b" * 20 + "')" in run.stdout
-    assert run.stdout.startswith("('Qwen/Qwen3-8B',)") and "('local_dir', '/models/Qwen3-8B')" in run.stdout
+    arguments, options = ast.literal_eval(run.stdout)
+    patterns = options.pop("allow_patterns")
+    assert arguments == ("Qwen/Qwen3-8B",)
+    assert options == {"revision": "0b" * 20, "local_dir": "/models/Qwen3-8B"}
+    unmatched = [name for name in (*NEEDED, "model.bin") if not any(fnmatch(name, pattern) for pattern in patterns)]
+    assert unmatched == ["model.bin"], "a model without its chat template answers with another template"
 
 
 def _fetch(manifests: Manifests, revision: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -83,6 +83,8 @@ GOOD = entry("secret")
         ("- id: one\n  expires_at: 2026-02-30", "see line 2"),
         ("- id: !!int secret", "see line 1"),
         ("[" * 100_000, "not valid YAML"),
+        ('[{"id": "ci", "roles": ["infer"], "roles": ["admin"]}]', "has a name twice: see line 1"),
+        ("- id: ci\n  expires_at: 2020-01-01\n  expires_at: null\n", "has a name twice: see line 3"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place_and_without_secrets(text: str, says: str) -> None:

@@ -70,6 +70,32 @@ def test_keys_are_listed_without_their_hashes_until_they_are_revoked(file: Path)
     assert nowhere.exit_code == 1 and words(nowhere.stderr).endswith("none.yaml: no such file")
 
 
+def usage_of(*used: str, tenant: str | None = None, usage_days: int = 400) -> dict[str, object]:
+    """Return the server's report on these keys."""
+    rows = [{"key": key, "last_at": "2026-11-29T12:00:00+00:00"} for key in used]
+    return {"tenant": tenant, "usage_days": usage_days, "data": rows}
+
+
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [
+        (usage_of("ci", usage_days=0), "records no usage"),
+        (usage_of("ci", tenant="globex"), "this key sees the usage of tenant globex only"),
+    ],
+)
+def test_no_key_is_called_unused_by_who_cannot_know(report: dict[str, object], says: str, file: Path) -> None:
+    new("--id", "ci", "--file", file)
+    new("--id", "web", "--file", file)
+    listed = run_with(report, "keys", "list", "--file", file, "--used", "--json")
+    assert listed.code == 1 and says in listed.err, listed
+
+
+def test_a_key_sees_when_those_of_its_own_tenant_were_used(file: Path) -> None:
+    new("--id", "ci", "--file", file)
+    listed = run_with(usage_of("ci", tenant="acme"), "keys", "list", "--file", file, "--used", "--json")
+    assert [row["last_used_at"] for row in listed.json["data"]] == ["2026-11-29T12:00:00+00:00"]
+
+
 def test_a_key_is_rotated_expired_and_listed_with_its_end_and_its_last_use(file: Path) -> None:
     old = new("--id", "ci", "--file", file, "--expires", "2127-01-31").stdout.strip()
     made = json.loads(run("keys", "rotate", "ci", "--file", file, "--overlap", "0h", "--json").stdout)
@@ -79,15 +105,14 @@ def test_a_key_is_rotated_expired_and_listed_with_its_end_and_its_last_use(file:
     assert keys.find(made["key"]) == Caller("acme", frozenset({"infer"}), made["entry"]["id"])
     result = run("keys", "expire", made["entry"]["id"], "2028-01-01", "--file", file)
     assert words(result.stdout) == f"{made['entry']['id']} expires: 2028-01-01T00:00:00Z"
-    report = {"kept_days": 30, "data": [{"key": "ci", "last_at": "2026-11-29T12:00:00+00:00"}]}
+    report = usage_of("ci")
     listed = run_with(report, "keys", "list", "--file", file, "--used", "--json")
     assert listed.asked == [("GET", "/v1/usage?by=key&start=2000-01-01")]
     first, second = listed.json["data"]
     assert (first["id"], first["last_used_at"]) == ("ci", "2026-11-29T12:00:00+00:00")
     assert (second["expires_at"], second["last_used_at"]) == ("2028-01-01T00:00:00Z", None)
-    assert "not in 30 days" in words(run_with(report, "keys", "list", "--file", file, "--used").out)
-    without = run_with({"kept_days": 0, "data": []}, "keys", "list", "--file", file, "--used")
-    assert without.code == 1 and "the server records no usage" in without.err and without.out == ""
+    assert listed.json["usage_days"] == 400
+    assert "not in 400 days" in words(run_with(report, "keys", "list", "--file", file, "--used").out)
     shown = words(run("keys", "list", "--file", file).stdout)
     assert "2028-01-01T00:00:00Z" in shown and "last used" not in shown
 

@@ -8,6 +8,7 @@ import re
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,41 @@ def test_an_old_or_foreign_name_is_answered_with_the_one_to_type() -> None:
         for typed in re.findall(r"`loraretriever ([a-z]+)(?: ([a-z]+)\b)?", hint):
             command = COMMAND.commands[typed[0]]
             assert not getattr(command, "commands", None) or typed[1] in command.commands, hint
+
+
+def commands_of(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every command below this one with its path."""
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands_of(each, *path, name)
+    if not getattr(command, "commands", None):
+        yield path, command
+
+
+def test_no_option_takes_a_number_that_json_does_not_have() -> None:
+    found = [(path, p) for path, each in commands_of(COMMAND) for p in each.params]
+    numbers = [(path, param) for path, param in found if param.type_descriptor.annotation is float]
+    assert len(numbers) >= 7
+    for path, param in numbers:
+        before = ["x"] if path == ("trial", "start") else []
+        for value in ("nan", "inf"):
+            given = [value] if param.param_type_name == "argument" else [f"{param.opts[0]}={value}"]
+            result = run(*path, *before, *given)
+            assert result.exit_code == 2 and "Invalid value" in words(result.stderr), (path, result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--host", ""), "--host: is empty; give a value, or leave the option out"),
+        (("--store", ""), "--store: is empty"),
+        (("--base-model", ""), "--base-model: is empty"),
+        (("--port", "70000"), "Invalid value for '--port'"),
+        (("--metrics-port", "-1"), "Invalid value for '--metrics-port'"),
+    ],
+)
+def test_an_option_of_an_unset_variable_or_a_wrong_port_starts_no_server(option: tuple[str, str], says: str) -> None:
+    result = run("serve", "--print-config", *option)
+    assert result.exit_code in (1, 2) and says in words(result.stderr) and result.stdout == ""
 
 
 def test_help_shows_types_and_arguments_in_one_spelling() -> None:
@@ -117,6 +153,9 @@ def test_serve_prints_the_settings_in_use_without_secrets(tmp_path: Path) -> Non
     assert run("serve", "--template", "jinja", "--print-config").exit_code == 1
     variables = {"env_vars": {"AWS_SECRET_ACCESS_KEY": "correct-horse"}}
     scaling = {"ray_actor_options": {"runtime_env": variables}}
+    as_list = {"ray_actor_options": {"runtime_env": {"env_vars": ["AWS_SECRET_ACCESS_KEY=correct-horse"]}}}
+    file.write_text(json.dumps({"store_scaling": as_list}))
+    assert "correct-horse" not in run("serve", "--config", file, "--print-config").output
     for settings in ({"store_scaling": scaling}, {"models": [{"worker_scaling": scaling}]}):
         file.write_text(json.dumps(settings))
         result = run("serve", "--config", file, "--print-config")

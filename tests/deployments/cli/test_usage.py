@@ -4,7 +4,8 @@ from tests.deployments.scripted import run_with
 
 ROW = {"tenant": "acme", "adapter": None, "requests": 1200, "errors": 1, "prompt_tokens": 5, "cached_tokens": 2}
 ROW |= {"completion_tokens": 3, "mean_s": 0.5, "p95_s": None, "last_at": "2026-11-29T12:00:00+00:00"}
-REPORT = {"object": "usage", "start": "2026-11-01", "end": "2026-11-30", "data": [ROW]}
+REPORT = {"object": "usage", "start": "2026-11-01", "end": "2026-11-30", "tenant": None, "usage_days": 400}
+REPORT |= {"data": [ROW]}
 
 
 def test_the_report_is_asked_for_and_shown_by_group() -> None:

@@ -80,10 +80,86 @@ def message_for(folder: Path, text: str) -> str:
         ("worker: {host_cache_bytes: 8GB}", "worker.host_cache_bytes: must be a number of bytes: 8GB is 8000000000"),
         ("disk_cache_bytes: 1.5 GiB", "disk_cache_bytes: must be a number of bytes: 1.5 GiB is 1610612736"),
         ("- a\n- b", "must contain `name: value` lines, got a list"),
+        ("SECRET", "must contain `name: value` lines, got a single value"),
+        ("max_concurrent_requests: true", "max_concurrent_requests: must be a number, got true or false"),
+        ("worker: {max_batch_size: yes}", "worker.max_batch_size: must be a number, got true or false"),
+        (
+            "models: [{worker: {max_batch_size: yes}}]",
+            "models.0.worker.max_batch_size: must be a number, got true or false",
+        ),
+        ("store_uri: ''", "store_uri: is empty; name a folder, s3://… or gs://…"),
+        (
+            "store_uri: ~nobody-here/x",
+            "store_uri: ~nobody-here/x: this machine has no home folder for '~nobody-here'; write the whole path",
+        ),
+        (
+            "cache_dir: ~nobody-here/x",
+            "cache_dir: ~nobody-here/x: this machine has no home folder for '~nobody-here'; write the whole path",
+        ),
+        (
+            "keys_file: ~nobody-here/x",
+            "keys_file: ~nobody-here/x: this machine has no home folder for '~nobody-here'; write the whole path",
+        ),
+        (
+            "preload: [~nobody-here/x]",
+            "preload: ~nobody-here/x: this machine has no home folder for '~nobody-here'; write the whole path",
+        ),
+        (
+            "chat_template: ~nobody-here/x",
+            "chat_template: ~nobody-here/x: this machine has no home folder for '~nobody-here'; write the whole path",
+        ),
+        ("store_uri: http://a:SECRET@x", "store_uri: a store must be a folder, s3://… or gs://…, got http://…"),
+        (
+            "store_uri: s3://b/x?endpoint_override=a:SECRET@x",
+            "store_uri: endpoint_override must be host:port, without credentials",
+        ),
+        (
+            "store_uri: /pools/a%20b",
+            "store_uri: a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it",
+        ),
+        (
+            "store_uri: file:///pools/a%2520b",
+            "store_uri: a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it",
+        ),
+        (
+            "source_prefixes: ['s3://AKIA:SECRET@bucket/x']",
+            "source_prefixes: source prefix 's3://…@bucket/x' must name a bucket, or with file:// an absolute path,"
+            " without credentials",
+        ),
+        (
+            "source_prefixes: ['s3://b/x?secret_key=SECRET']",
+            "source_prefixes: source prefix 's3://b/x?…' unknown parameter 'secret_key' of a s3:// store; allowed:"
+            " endpoint_override, region, scheme",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_file_setting_and_remedy(tmp_path: Path, text: str, line: str) -> None:
     assert message_for(tmp_path, text) == f"settings.yaml: {line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "api_key: a-key-of-mine\nusage_days: 3\napi_key: ~\n",
+            "settings.yaml:3:1: 'api_key' is given in line 1 already",
+        ),
+        (
+            "worker: {device: cpu}\nworker:\n  num_threads: 1\n",
+            "settings.yaml:2:1: 'worker' is given in line 1 already",
+        ),
+        ("worker: {device: cpu, device: cuda}\n", "settings.yaml:1:23: 'device' is given in line 1 already"),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, text: str, line: str) -> None:
+    assert message_for(tmp_path, text) == f"{line}: remove one of the two"
+
+
+def test_a_file_in_another_encoding_is_refused_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_bytes("usage_days: 3 # Tage für Müller".encode("latin-1"))
+    with pytest.raises(SettingsInvalid, match=r"settings\.yaml: is not text in UTF-8; save it as UTF-8$"):
+        load_config(file)
 
 
 def test_every_mistake_has_one_line_without_classes_or_websites(tmp_path: Path) -> None:

@@ -276,6 +276,8 @@ def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(
         assert rows(await report("admin", by="tenant")) == {"acme": 2, "globex": 1}
         assert rows(await report("admin", by="tenant", tenant="globex")) == {"globex": 1}
         assert (await report("acme-key", by="tenant", tenant="globex")).status_code == 403
+        told = [(await report(key)).json() for key in ("acme-key", "admin")]
+        assert [(each["tenant"], each["usage_days"]) for each in told] == [("acme", 400), (None, 400)]
         [row] = (await report("admin", by=["key", "day"], tenant="acme")).json()["data"]
         assert row["key"] == "id-acme-key" and row["last_at"][:10] == row["day"]
         assert (await report("admin", start="2026-01-02", end="2026-01-01")).status_code == 400
@@ -324,7 +326,7 @@ def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:
     async def send(client: httpx.AsyncClient, _: Served) -> None:
         await client.post("/v1/chat/completions", json=CHAT)
         report = (await client.get("/v1/usage")).json()
-        assert (report["data"], report["kept_days"]) == ([], 0)
+        assert (report["data"], report["usage_days"]) == ([], 0)
 
     ask(send, cache_dir=tmp_path, usage_days=0)
     assert list(tmp_path.rglob("*.jsonl")) == []

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from deployments.http.api import finish_at_end
 from deployments.publishing.learning import QUIET_S, REST_FACTOR, Learning, counted
 from lora_store import Feedback, StoreUnavailable, VersionConflict
 from retriever_svc.learning import Effect, Learnt
@@ -159,6 +162,28 @@ def test_applying_rests_in_proportion_to_its_time() -> None:
 def test_a_tenant_that_rests_or_takes_long_keeps_no_other_waiting() -> None:
     assert applied_for("one", "two", "three", took_s=5.0, num_applied=3)[0] == ["one", "two", "three"]
     assert applied_for("stuck", "two", "three", num_applied=2)[0] == ["two", "three"]
+
+
+def test_outcomes_that_wait_when_the_replica_ends_are_applied_at_once() -> None:
+    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {(tenant, "asked", asked.id): asked for tenant in ("one", "stuck", "two")}
+
+    async def never(seconds: float) -> None:
+        await asyncio.Event().wait()
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        services, options = served.services, {"applies": True, "sleep": never}
+        learning = Learning(store, BrokenForOne(), services.publisher, services.background, **options)
+        for tenant in ("one", "two"):
+            await learning.judge(tenant, ("id", None, 1.0), "key")
+        async with finish_at_end(replace(services, learning=learning), FastAPI()):
+            assert store.ranked == []
+        assert [tenant for tenant, _ in store.ranked] == ["one", "two"]
+        await learning.judge("stuck", ("id", None, 1.0), "key")
+        await learning.finish(0.05)  # does not wait for ever
+        services.background.cancel()
+
+    ask(run, store=store)
 
 
 async def no_pause(seconds: float) -> None:

@@ -18,6 +18,17 @@
 {{- range prepend (.Values.settings.models | default list) .Values.settings }}{{ with .worker }}{{ .device }} {{ .engine }} {{ end }}{{ end -}}
 {{- end -}}
 
+{{- /* The folder of a pool that is kept on a claim; empty for a pool in a bucket. */ -}}
+{{- define "pool-folder" -}}
+{{- $uri := .Values.settings.store_uri -}}
+{{- $folder := trimPrefix "file://" $uri -}}
+{{- if hasPrefix "/" $folder -}}
+{{ $folder }}
+{{- else if not (regexMatch "^(s3|gs)://" $uri) -}}
+{{ fail (printf "settings.store_uri: %q must be an absolute path, s3://… or gs://…" $uri) }}
+{{- end -}}
+{{- end -}}
+
 {{- /* A file of kustomize's, as it is. */ -}}
 {{- define "file" -}}
 ---
