@@ -131,7 +131,10 @@ class Preferences:
                 sums[said.record.ref] += said.score
                 if said.score > 0 and _has_tags(said.record, tags):
                     praised.setdefault(said.record.ref, Match(said.record, cosine))
-        found = {match.record.ref: match for match in matches}
+        best_first = sorted(matches, key=lambda match: -match.score)  # a better adapter may be found itself, too
+        found: dict[AdapterRef, Match] = {}
+        for match in best_first:
+            found.setdefault(match.record.ref, match)
         for ref, match in praised.items():
             is_nearer = ref not in found or match.score > found[ref].score
             if sums[ref] > 0 and is_nearer and self._belongs_to(base_model, match.record):
