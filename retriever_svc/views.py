@@ -56,7 +56,7 @@ def choose_views(
 
 def _choose_view(answers: Sequence[Route | NoAdapterMatched | StaleIndex]) -> int:
     fitting = {
-        place: max(candidate.score - candidate.threshold for candidate in answer.candidates)
+        place: max(item.score - item.threshold for item in answer.candidates if item.outcome >= 0)
         for place, answer in enumerate(answers)
         if place > 0 and isinstance(answer, Route) and not answer.abstained
     }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lora_store.plan import Plan
@@ -49,10 +51,11 @@ def test_each_view_is_a_request_like_its_own() -> None:
     assert {(view.tenant, view.abstain, view.tags) for view in views[1:4]} == {("acme", "strict", ("x",))}
 
 
-def answer(*margins: float) -> Route:
-    """Return a Route whose candidates are above their thresholds by these margins."""
+def answer(*margins: float, outcomes: Sequence[float] = ()) -> Route:
+    """Return a Route whose candidates are above their thresholds by these margins, and have these outcomes."""
     ref = record_of("a", EAST).ref
-    candidates = tuple(Candidate(ref, 0.5 + margin, 0.5, 0.5) for margin in margins)
+    given = zip(margins, outcomes or [0.0] * len(margins), strict=True)
+    candidates = tuple(Candidate(ref, 0.5 + margin, 0.5, 0.5, outcome) for margin, outcome in given)
     return Route(Plan("base", generation=1), candidates, 1, abstained=max(margins, default=-1) < 0)
 
 
@@ -63,6 +66,7 @@ def test_the_view_nearest_to_its_best_adapter_decides() -> None:
         ([whole, answer(-0.2), answer()], 0),
         ([whole, answer(0.1, -0.3), answer(0.05, 0.2), answer(-0.1)], 2),
         ([answer(-0.4), refused, answer(0.01)], 2),
+        ([whole, answer(0.3), answer(0.4, 0.01, outcomes=(-1.0, 0.0))], 1),  # the nearest one there may not answer
         ([refused, refused], 0),
     ]
     answers, places = list[Route | NoAdapterMatched](), list[range]()
