@@ -343,7 +343,11 @@ class RetrieverDeployment:
         return await asyncio.to_thread(self._retriever.accept, live, texts, self._samples)
 
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
-        """Return the choices that these outcomes lead to for the tenant, and what they do. Raises: StoreUnavailable."""
+        """Return the choices that these outcomes lead to for the tenant, and what they do.
+
+        Raises: StoreUnavailable, EncoderUnusable.
+        """
+        await self._refresh()  # an outcome applies to the version that is live
         return await asyncio.to_thread(self._retriever.learn, tenant, outcomes, self._samples)
 
     async def index_stats(self) -> IndexStats:
