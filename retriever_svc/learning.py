@@ -328,8 +328,9 @@ class _Check:
         if not len(queries):
             return []
         preferences, num = pool.preferences(self.tenant), _NUM_COMPARED
-        nearest = pool.nearest(queries, num, self.tenant)
-        found = [preferences.applied(query, matches, num, ()) for query, matches in zip(queries, nearest, strict=True)]
+        wanted = [num + num_blamed for num_blamed in preferences.count_blamed(queries)]
+        rows = zip(queries, pool.nearest(queries, max(wanted), self.tenant), wanted, strict=True)
+        found = [preferences.applied(query, matches[:room], num, ()) for query, matches, room in rows]
         judged = pool.judged(found, self.abstain, queries, near)
         if self.min_score is None:
             return judged

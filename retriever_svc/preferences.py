@@ -89,15 +89,20 @@ class Preferences:
         """Whether they change no search result."""
         return not self.better and not self.regions and not self.outcomes
 
+    def count_blamed(self, queries: Vectors) -> list[int]:
+        """Return how many adapters the outcomes near each of `queries` (N, D) speak against."""
+        return [_count_blamed(self._near(query)) for query in queries]
+
     def applied(
         self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str], base_model: str = ""
     ) -> list[Match]:
         """Return the matches with beaten adapters replaced by better ones, and with those of withdrawn anchors added.
 
         A better adapter gets the score and the embedding of the one it replaces, since it answers that one's prompts.
-        `base_model`: add only adapters of this served base model.
-        The result has at most `top_k` matches, sorted by score, and contains no weights twice. `query` (D,) has length
-        1.
+        `base_model`: add only adapters of this served base model. `matches`: the best `top_k`, and as many more as
+        `count_blamed` says, whose places the next ones take.
+        The result has at most `top_k` matches that may answer, and those that outcomes exclude before the last of them.
+        It is sorted by score and contains no weights twice. `query` (D,) has length 1.
         """
         if self.is_empty:
             return list(matches)
@@ -106,27 +111,36 @@ class Preferences:
             scores = (self.vectors @ query).tolist()
             added = zip(self.regions, scores, strict=True)
             found += [Match(r, score) for r, score in added if _has_tags(r, tags) and self._belongs_to(base_model, r)]
-        if self.outcomes:
-            found = self._with_outcomes(query, found, tags, base_model)
+        near = self._near(query)
+        if near:
+            found = self._with_outcomes(near, found, tags, base_model)
         found.sort(key=lambda match: -match.score)
         distinct: dict[str, Match] = {}
         for match in found:
             distinct.setdefault(match.record.weights_digest, match)
-        return list(distinct.values())[:top_k]
+        kept = list[Match]()
+        for match in list(distinct.values())[: top_k + _count_blamed(near)]:
+            if sum(earlier.outcome >= 0 for earlier in kept) == top_k:
+                break
+            kept.append(match)
+        return kept
 
-    def _with_outcomes(
-        self, query: Vectors, matches: Sequence[Match], tags: Sequence[str], base_model: str
-    ) -> list[Match]:
-        """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
+    def _near(self, query: Vectors) -> list[tuple[float, Outcome]]:
+        """Return the outcomes near the query (D,), each with the cosine of its prompt, the nearest first."""
+        if not self.outcomes:
+            return []
         is_near = centred(self.judged, self.centre) @ centred(query, self.centre) >= NEAR_OUTCOME
         cosines = (self.judged @ query).tolist()  # what other scores are compared with
-        near = list(compress(zip(cosines, self.outcomes, strict=True), is_near))
-        if not near:
-            return list(matches)
+        return sorted(compress(zip(cosines, self.outcomes, strict=True), is_near), key=lambda item: -item[0])
+
+    def _with_outcomes(
+        self, near: Sequence[tuple[float, Outcome]], matches: Sequence[Match], tags: Sequence[str], base_model: str
+    ) -> list[Match]:
+        """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
         against = sum(said.score for _, said in near if said.record is None)
         sums: defaultdict[AdapterRef, float] = defaultdict(lambda: -against)
         praised: dict[AdapterRef, Match] = {}
-        for cosine, said in sorted(near, key=lambda item: -item[0]):
+        for cosine, said in near:
             if said.record is not None:
                 sums[said.record.ref] += said.score
                 if said.score > 0 and _has_tags(said.record, tags):
@@ -150,6 +164,15 @@ class Preferences:
 
     def _belongs_to(self, base_model: str, record: AdapterRecord) -> bool:
         return not base_model or self.bases.find(record.base_model) == base_model
+
+
+def _count_blamed(near: Sequence[tuple[float, Outcome]]) -> int:
+    """Return how many adapters these outcomes speak against in sum."""
+    sums: defaultdict[AdapterRef, float] = defaultdict(float)
+    for _, said in near:
+        if said.record is not None:
+            sums[said.record.ref] += said.score
+    return sum(score < 0 for score in sums.values())
 
 
 def _outcomes(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind) -> Iterator[Outcome]:

@@ -260,11 +260,18 @@ class Retriever:
             preferences = replace(preferences, outcomes=())
         num, tags, base_model = request.num_considered, request.tags, group.base_model
         windows = () if trusted_only else group.windows
+        wanted = [num + num_blamed for num_blamed in preferences.count_blamed(group.vectors)]
         nearest = pool.nearest(
-            group.vectors, num, request.tenant, tags, trusted_only=trusted_only, base_model=base_model, windows=windows
+            group.vectors,
+            max(wanted),
+            request.tenant,
+            tags,
+            trusted_only=trusted_only,
+            base_model=base_model,
+            windows=windows,
         )
-        rows = zip(group.vectors, nearest, strict=True)
-        found = [preferences.applied(vector, matches, num, tags, base_model) for vector, matches in rows]
+        rows = zip(group.vectors, nearest, wanted, strict=True)
+        found = [preferences.applied(vector, matches[:room], num, tags, base_model) for vector, matches, room in rows]
         return pool.judged(found, group.abstain, group.vectors, group.near)
 
     def _base_to_search_again(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:

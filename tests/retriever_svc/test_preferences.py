@@ -126,6 +126,17 @@ def test_a_better_adapter_keeps_its_place_beside_an_outcome(praised: AdapterReco
         assert (best.ref.name, best.score) == ("far", pytest.approx(1))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_an_adapter_that_outcomes_exclude_takes_no_place_of_those_that_fit(top_k: int) -> None:
+    excluded, fitting = outcome_of(BAD, -1.0, EAST), ["near", "far", "other"]
+    retriever = retriever_of(BAD, NEAR, FAR, OTHER, ranking=excluded)
+    route = route_one(retriever, top_k=top_k)
+    assert names(route) == fitting[:top_k]
+    assert [(c.ref.name, c.outcome) for c in route.candidates] == [("bad", -1), *[(name, 0) for name in names(route)]]
+    far = route_one(retriever, "north", top_k=top_k)
+    assert [candidate.ref.name for candidate in far.candidates] == ["other", "far", "near"][:top_k]
+
+
 @pytest.mark.parametrize(("has_centre", "reached"), [(True, [True, False]), (False, [True, True])])
 def test_an_outcome_reaches_prompts_that_are_near_from_the_centre(has_centre: bool, reached: list[bool]) -> None:
     """All texts of a plain encoder are near each other: the prompts of different tasks have a cosine of 0.9 here."""
