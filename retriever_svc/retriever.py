@@ -25,7 +25,7 @@ from retriever_svc.competence import Region, find_regions
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, make_encoding
-from retriever_svc.encoder import MAX_CHARS, Vectors
+from retriever_svc.encoder import Vectors
 from retriever_svc.errors import NoAdapterMatched, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Refused, Resampled, accept, learn
@@ -49,7 +49,7 @@ from retriever_svc.reindex import ReindexStep, reindex
 from retriever_svc.route import Candidate, PinnedAdapter, Reason, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.served_bases import BaseCounts
-from retriever_svc.views import choose_views, with_views
+from retriever_svc.views import choose_views, read_ends, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
 # Searched for each adapter after the best: of ten, two or more are of a base model with a fifth of the adapters, in 95
@@ -479,7 +479,7 @@ class Retriever:
                 yield replace(step, num_total=total)
                 continue
             for start in range(0, len(prompts), _ASKED_TOGETHER):
-                texts = [prompt.text[:MAX_CHARS] for prompt in prompts[start : start + _ASKED_TOGETHER]]
+                texts = [read_ends(prompt.text) for prompt in prompts[start : start + _ASKED_TOGETHER]]
                 batch = [RouteRequest(text, tenant) for text in texts]
                 routes += [answer for answer in self.route(batch) if isinstance(answer, Route)]
                 yield DoctorStep(step.num_done + len(routes), total)

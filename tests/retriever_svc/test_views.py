@@ -6,9 +6,9 @@ import numpy as np
 
 from lora_store.plan import Plan
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
-from retriever_svc.encoder import tokens_read
+from retriever_svc.encoder import MAX_CHARS, tokens_read
 from retriever_svc.route import Candidate
-from retriever_svc.views import LONG_CHARS, choose_views, split_views, tokens_routed, with_views
+from retriever_svc.views import LONG_CHARS, choose_views, read_ends, split_views, tokens_routed, with_views
 from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, SOUTHWEST, retriever_of, route_one
 
@@ -35,6 +35,15 @@ def test_a_long_prompt_has_its_first_and_last_paragraphs_as_views() -> None:
     long = "a" * (LONG_CHARS - 32) + "\n\n" + "b" * 30
     assert len(long) == LONG_CHARS and len(split_views(long)) == 3
     assert split_views(long[:-1]) == [long[:-1]]
+
+
+def test_the_ends_of_a_text_beyond_what_is_read_have_their_views() -> None:
+    for text in (QUESTION, "x" * MAX_CHARS):
+        assert read_ends(text) == text
+    long = "\n\n".join([QUESTION, *[f"{number}. {MIDDLE}" for number in range(1000)], PASSAGE.strip()])
+    assert len(long) > 2 * MAX_CHARS and len(read_ends(long)) == MAX_CHARS
+    assert split_views(read_ends(long))[1:] == split_views(long)[1:]
+    assert tokens_routed(long) == tokens_routed(read_ends(long))
 
 
 def test_each_view_counts_with_the_tokens_that_are_read_of_it() -> None:

@@ -68,7 +68,7 @@ def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
         {"messages": turns("Rhyme."), "lora": {"adapters": [{"name": "poet"}]}},
         {"model": "poet", "messages": turns("Rhyme.", "Rain, pain.", "shorter please")},
         {"model": "poet", "messages": turns("Generate a concise title for this chat.")},
-        {"model": "poet", "messages": turns(" " * MAX_CHARS + "Rhyme.")},
+        {"model": "poet", "messages": turns(" " * MAX_CHARS + "Rhyme." + " " * MAX_CHARS)},
     ],
     ids=["the base model", "a version", "options", "a later turn", "housekeeping", "space as far as it is read"],
 )
