@@ -129,7 +129,7 @@ class RetrieverDeployment:
         with open_span("retriever.encode"):
             read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
         with open_span("retriever.search"):
-            found = await _on(self._searches, self._retriever.route_encoded, views, read)
+            found = await _on(self._searches, self._retriever.route_encoded, views, read, places)
         chosen = choose_views(found, places)
         answers, encoded = [found[place] for place in chosen], [read[place] for place in chosen]
         for request, answer in zip(requests, answers, strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
 from lora_store.rankings import Ranking
@@ -31,6 +32,14 @@ class Outcome:
 
     record: AdapterRecord | None
     score: float
+
+
+class _NearOutcome(NamedTuple):
+    """An outcome near a prompt, with its cosine to one view of the prompt, and whether it is near this view itself."""
+
+    outcome: Outcome
+    cosine: float
+    is_of_this_view: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,29 +98,30 @@ class Preferences:
         """Whether they change no search result."""
         return not self.better and not self.regions and not self.outcomes
 
-    def count_blamed(self, queries: Vectors) -> list[int]:
-        """Return how many adapters the outcomes near each of `queries` (N, D) speak against."""
-        return [_count_blamed(self._near(query)) for query in queries]
+    def count_blamed(self, views: Vectors) -> int:
+        """Return how many adapters the outcomes near a prompt speak against. `views`: as in `applied`."""
+        return _count_blamed(self._near(views))
 
     def applied(
-        self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str], base_model: str = ""
+        self, views: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str], base_model: str = ""
     ) -> list[Match]:
-        """Return the matches with beaten adapters replaced by better ones, and with those of withdrawn anchors added.
+        """Return a view's matches with beaten adapters replaced by better ones, and those of withdrawn anchors added.
 
         A better adapter gets the score and the embedding of the one it replaces, since it answers that one's prompts.
         `base_model`: add only adapters of this served base model. `matches`: the best `top_k`, and as many more as
         `count_blamed` says, whose places the next ones take.
         The result has at most `top_k` matches that may answer, and those that outcomes exclude before the last of them.
-        It is sorted by score and contains no weights twice. `query` (D,) has length 1.
+        It is sorted by score and contains no weights twice. `views` (V, D) have length 1: the view whose matches these
+        are, and the others of the same prompt, near which outcomes count for this one, too.
         """
         if self.is_empty:
             return list(matches)
         found = [self._replaced(match, tags) for match in matches]
         if self.regions:
-            scores = (self.vectors @ query).tolist()
+            scores = (self.vectors @ views[0]).tolist()
             added = zip(self.regions, scores, strict=True)
             found += [Match(r, score) for r, score in added if _has_tags(r, tags) and self._belongs_to(base_model, r)]
-        near = self._near(query)
+        near = self._near(views)
         if near:
             found = self._with_outcomes(near, found, tags, base_model)
         found.sort(key=lambda match: -match.score)
@@ -125,25 +135,28 @@ class Preferences:
             kept.append(match)
         return kept
 
-    def _near(self, query: Vectors) -> list[tuple[float, Outcome]]:
-        """Return the outcomes near the query (D,), each with the cosine of its prompt, the nearest first."""
+    def _near(self, views: Vectors) -> list[_NearOutcome]:
+        """Return the outcomes near a prompt of these views (V, D), those that are nearest to the first one first."""
         if not self.outcomes:
             return []
-        is_near = centred(self.judged, self.centre) @ centred(query, self.centre) >= NEAR_OUTCOME
-        cosines = (self.judged @ query).tolist()  # what other scores are compared with
-        return sorted(compress(zip(cosines, self.outcomes, strict=True), is_near), key=lambda item: -item[0])
+        nearness = centred(self.judged, self.centre) @ centred(views, self.centre).T
+        is_near: NDArray[np.bool_] = nearness >= NEAR_OUTCOME  # (J, V)
+        cosines = (self.judged @ views[0]).tolist()  # what other scores are compared with
+        rows = zip(self.outcomes, cosines, is_near, strict=True)
+        near = [_NearOutcome(outcome, cosine, bool(row[0])) for outcome, cosine, row in rows if row.any()]
+        return sorted(near, key=lambda item: -item.cosine)
 
     def _with_outcomes(
-        self, near: Sequence[tuple[float, Outcome]], matches: Sequence[Match], tags: Sequence[str], base_model: str
+        self, near: Sequence[_NearOutcome], matches: Sequence[Match], tags: Sequence[str], base_model: str
     ) -> list[Match]:
-        """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
-        against = sum(said.score for _, said in near if said.record is None)
+        """Return the matches with what the outcomes say, and the adapters that those near this view praise."""
+        against = sum(said.score for said, _, _ in near if said.record is None)
         sums: defaultdict[AdapterRef, float] = defaultdict(lambda: -against)
         praised: dict[AdapterRef, Match] = {}
-        for cosine, said in near:
+        for said, cosine, is_of_this_view in near:
             if said.record is not None:
                 sums[said.record.ref] += said.score
-                if said.score > 0 and _has_tags(said.record, tags):
+                if said.score > 0 and is_of_this_view and _has_tags(said.record, tags):
                     praised.setdefault(said.record.ref, Match(said.record, cosine))
         best_first = sorted(matches, key=lambda match: -match.score)  # a better adapter may be found itself, too
         found: dict[AdapterRef, Match] = {}
@@ -166,10 +179,10 @@ class Preferences:
         return not base_model or self.bases.find(record.base_model) == base_model
 
 
-def _count_blamed(near: Sequence[tuple[float, Outcome]]) -> int:
+def _count_blamed(near: Sequence[_NearOutcome]) -> int:
     """Return how many adapters these outcomes speak against in sum."""
     sums: defaultdict[AdapterRef, float] = defaultdict(float)
-    for _, said in near:
+    for said, _, _ in near:
         if said.record is not None:
             sums[said.record.ref] += said.score
     return sum(score < 0 for score in sums.values())

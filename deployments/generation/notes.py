@@ -48,8 +48,8 @@ class PromptNotes:
             return
         rows = planned.plan.adapters
         if planned.reason is not None:
-            if self._has_room(caller.tenant):
-                asked = Feedback.of_request(request_id, text, None, caller.key_id)
+            if planned.text.strip() and self._has_room(caller.tenant):
+                asked = Feedback.of_request(request_id, planned.text, None, caller.key_id)
                 self._start(self._store.put_feedback(caller.tenant, "asked", asked))
         elif _names_adapter(question) and len(rows) == 1 and rows[0].ref.tenant == caller.tenant:
             name, now = rows[0].ref.name, self._clock()

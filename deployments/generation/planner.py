@@ -440,7 +440,7 @@ class Planner:
 
 
 def _planned(request: RouteRequest, route: Route) -> Planned:
-    return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags)
+    return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags, text=route.text)
 
 
 def _is_routed(options: LoraOptions) -> bool:

@@ -145,7 +145,7 @@ def test_an_outcome_reaches_prompts_that_are_near_from_the_centre(has_centre: bo
     snapshot = snapshot_of(GOOD, OTHER, rankings={"local": (Rank("local", said, True, "me", NOON),)})
     centre = prompts.mean(axis=0) if has_centre else None
     preferences = Pool.of(snapshot, FakeEncoder(TABLE), IndexSettings(), centre=centre).preferences("local")
-    found = [preferences.applied(prompt, [], 3, ()) for prompt in prompts[:2]]
+    found = [preferences.applied(prompt[np.newaxis], [], 3, ()) for prompt in prompts[:2]]
     assert [[match.record.ref for match in matches] == [GOOD.ref] for matches in found] == reached
     assert found[0][0].score == pytest.approx(1), "scores are plain cosines, as those of other matches"
 

@@ -284,8 +284,9 @@ def slow_matches(pool: Pool, request: RouteRequest, query: np.ndarray, *, truste
     for match in sorted(found, key=lambda match: (-match.score, match.record.ref.tenant, match.record.ref.name)):
         scored.setdefault(match.record.weights_digest, match)
     num, preferences = request.num_considered, pool.preferences("local")
-    room = num + sum(preferences.count_blamed(query[np.newaxis]))
-    chosen = preferences.applied(query, list(scored.values())[:room], num, request.tags)
+    views = query[np.newaxis]
+    room = num + preferences.count_blamed(views)
+    chosen = preferences.applied(views, list(scored.values())[:room], num, request.tags)
     [judged] = pool.judged([chosen], request.abstain or "balanced", query[np.newaxis])
     return judged if request.min_score is None else [m._replace(threshold=request.min_score) for m in judged]
 
