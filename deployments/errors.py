@@ -177,8 +177,8 @@ class RequestNotKept(DeploymentsError):
     kind = Kind.MISSING
     code = "request_not_kept"
     remedy = (
-        "Send the `x-request-id` of a request to `auto`, at most a day old, to a server with `learning` set to"
-        " `observe` or `apply`."
+        "Send the `x-request-id` of a request to `auto` with a single user turn, at most a day old, to a server with"
+        " `learning` set to `observe` or `apply`."
     )
     param = "request_id"
 
@@ -187,7 +187,8 @@ class RequestNotKept(DeploymentsError):
     def __str__(self) -> str:
         return (
             f"request_id: no request {self.request_id[:200]!r} of yours is kept; send the x-request-id of a request to"
-            " 'auto', at most a day old, to a server with the setting learning: observe or apply"
+            " 'auto' with a single user turn, at most a day old, to a server with the setting learning: observe or"
+            " apply"
         )
 
 

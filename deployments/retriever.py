@@ -129,7 +129,7 @@ class RetrieverDeployment:
         with open_span("retriever.encode"):
             read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
         with open_span("retriever.search"):
-            found = await _on(self._searches, self._retriever.route_encoded, views, read)
+            found = await _on(self._searches, self._retriever.route_encoded, views, read, places)
         chosen = choose_views(found, places)
         answers, encoded = [found[place] for place in chosen], [read[place] for place in chosen]
         for request, answer in zip(requests, answers, strict=True):
@@ -349,7 +349,11 @@ class RetrieverDeployment:
         return await asyncio.to_thread(self._retriever.accept, live, texts, self._samples)
 
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
-        """Return the choices that these outcomes lead to for the tenant, and what they do. Raises: StoreUnavailable."""
+        """Return the choices that these outcomes lead to for the tenant, and what they do.
+
+        Raises: StoreUnavailable, EncoderUnusable.
+        """
+        await self._refresh()  # an outcome applies to the version that is live
         return await asyncio.to_thread(self._retriever.learn, tenant, outcomes, self._samples)
 
     async def index_stats(self) -> IndexStats:

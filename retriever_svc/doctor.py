@@ -16,6 +16,7 @@ from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Allowed, Match
+from retriever_svc.listing import listed
 from retriever_svc.output_profile import functions_agree
 from retriever_svc.pool import Pool
 from retriever_svc.projection_files import ProjectionFiles
@@ -266,14 +267,14 @@ class _Examination:
 
     def _by_name_only(self) -> tuple[AdapterRef, ...]:
         """Return the tenant's served adapters that have no samples, without those that no list shows."""
-        served = filter(self.pool.bases.serves, self.pool.snapshot.visible_to(self.tenant))
-        own = (record for record in served if record.ref.tenant == self.tenant and not record.is_unlisted)
+        served = filter(self.pool.bases.serves, listed(self.pool.snapshot.visible_to(self.tenant), self.tenant))
+        own = (record for record in served if record.ref.tenant == self.tenant)
         return tuple(record.ref for record in own if record.embedding is None and not record.num_samples)
 
     def _unserved(self) -> dict[str, tuple[AdapterRef, ...]]:
-        """Return the adapters that the tenant sees and that are not served, by the name of their base model."""
+        """Return the listed adapters that the tenant sees and that are not served, by the name of their base model."""
         found: defaultdict[str, list[AdapterRef]] = defaultdict(list)
-        for record in self.pool.snapshot.visible_to(self.tenant):
+        for record in listed(self.pool.snapshot.visible_to(self.tenant), self.tenant):
             if not self.pool.bases.serves(record):
                 found[record.base_model].append(record.ref)
         return {base_model: tuple(found[base_model]) for base_model in sorted(found)}

@@ -328,8 +328,10 @@ class _Check:
         if not len(queries):
             return []
         preferences, num = pool.preferences(self.tenant), _NUM_COMPARED
-        nearest = pool.nearest(queries, num, self.tenant)
-        found = [preferences.applied(query, matches, num, ()) for query, matches in zip(queries, nearest, strict=True)]
+        views = queries[:, np.newaxis]  # each text is read as a whole
+        wanted = [num + preferences.count_blamed(own) for own in views]
+        rows = zip(views, pool.nearest(queries, max(wanted), self.tenant), wanted, strict=True)
+        found = [preferences.applied(own, matches[:room], num, ()) for own, matches, room in rows]
         judged = pool.judged(found, self.abstain, queries, near)
         if self.min_score is None:
             return judged

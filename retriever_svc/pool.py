@@ -33,6 +33,7 @@ _EVERY_BASE = ServedBases()
 Value = TypeVar("Value")
 _MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
 _BLOCK = 4096  # records compared at a time; other threads may run in between
+_WIDER = 16  # times as many are searched again where equal weights hide others: each search reads all that tie
 
 
 class PerCallerCache(Generic[Value]):
@@ -263,7 +264,7 @@ class Pool:
             for row, matches in zip(lacking, self.index.search(vectors[lacking], width, allowed), strict=True):
                 found[row] = self._distinct(matches, top_k, base_model)
             lacking = [row for row in lacking if len(found[row]) < top_k and width < allowed.num]
-            width *= 2
+            width *= _WIDER
         return found
 
     def _distinct(self, matches: Sequence[Match], num: int, base_model: str) -> list[Match]:

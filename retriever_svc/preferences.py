@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
 from lora_store.rankings import Ranking
@@ -31,6 +32,14 @@ class Outcome:
 
     record: AdapterRecord | None
     score: float
+
+
+class _NearOutcome(NamedTuple):
+    """An outcome near a prompt, with its cosine to one view of the prompt, and whether it is near this view itself."""
+
+    outcome: Outcome
+    cosine: float
+    is_of_this_view: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,49 +98,70 @@ class Preferences:
         """Whether they change no search result."""
         return not self.better and not self.regions and not self.outcomes
 
+    def count_blamed(self, views: Vectors) -> int:
+        """Return how many adapters the outcomes near a prompt speak against. `views`: as in `applied`."""
+        return _count_blamed(self._near(views))
+
     def applied(
-        self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str], base_model: str = ""
+        self, views: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str], base_model: str = ""
     ) -> list[Match]:
-        """Return the matches with beaten adapters replaced by better ones, and with those of withdrawn anchors added.
+        """Return a view's matches with beaten adapters replaced by better ones, and those of withdrawn anchors added.
 
         A better adapter gets the score and the embedding of the one it replaces, since it answers that one's prompts.
-        `base_model`: add only adapters of this served base model.
-        The result has at most `top_k` matches, sorted by score, and contains no weights twice. `query` (D,) has length
-        1.
+        `base_model`: add only adapters of this served base model. `matches`: the best `top_k`, and as many more as
+        `count_blamed` says, whose places the next ones take.
+        The result has at most `top_k` matches that may answer, and those that outcomes exclude before the last of them.
+        It is sorted by score and contains no weights twice. `views` (V, D) have length 1: the view whose matches these
+        are, and the others of the same prompt, near which outcomes count for this one, too.
         """
         if self.is_empty:
             return list(matches)
         found = [self._replaced(match, tags) for match in matches]
         if self.regions:
-            scores = (self.vectors @ query).tolist()
+            scores = (self.vectors @ views[0]).tolist()
             added = zip(self.regions, scores, strict=True)
             found += [Match(r, score) for r, score in added if _has_tags(r, tags) and self._belongs_to(base_model, r)]
-        if self.outcomes:
-            found = self._with_outcomes(query, found, tags, base_model)
+        near = self._near(views)
+        if near:
+            found = self._with_outcomes(near, found, tags, base_model)
         found.sort(key=lambda match: -match.score)
         distinct: dict[str, Match] = {}
         for match in found:
             distinct.setdefault(match.record.weights_digest, match)
-        return list(distinct.values())[:top_k]
+        kept = list[Match]()
+        for match in list(distinct.values())[: top_k + _count_blamed(near)]:
+            if sum(earlier.outcome >= 0 for earlier in kept) == top_k:
+                break
+            kept.append(match)
+        return kept
+
+    def _near(self, views: Vectors) -> list[_NearOutcome]:
+        """Return the outcomes near a prompt of these views (V, D), those that are nearest to the first one first."""
+        if not self.outcomes:
+            return []
+        nearness = centred(self.judged, self.centre) @ centred(views, self.centre).T
+        is_near: NDArray[np.bool_] = nearness >= NEAR_OUTCOME  # (J, V)
+        cosines = (self.judged @ views[0]).tolist()  # what other scores are compared with
+        rows = zip(self.outcomes, cosines, is_near, strict=True)
+        near = [_NearOutcome(outcome, cosine, bool(row[0])) for outcome, cosine, row in rows if row.any()]
+        return sorted(near, key=lambda item: -item.cosine)
 
     def _with_outcomes(
-        self, query: Vectors, matches: Sequence[Match], tags: Sequence[str], base_model: str
+        self, near: Sequence[_NearOutcome], matches: Sequence[Match], tags: Sequence[str], base_model: str
     ) -> list[Match]:
-        """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
-        is_near = centred(self.judged, self.centre) @ centred(query, self.centre) >= NEAR_OUTCOME
-        cosines = (self.judged @ query).tolist()  # what other scores are compared with
-        near = list(compress(zip(cosines, self.outcomes, strict=True), is_near))
-        if not near:
-            return list(matches)
-        against = sum(said.score for _, said in near if said.record is None)
+        """Return the matches with what the outcomes say, and the adapters that those near this view praise."""
+        against = sum(said.score for said, _, _ in near if said.record is None)
         sums: defaultdict[AdapterRef, float] = defaultdict(lambda: -against)
         praised: dict[AdapterRef, Match] = {}
-        for cosine, said in sorted(near, key=lambda item: -item[0]):
+        for said, cosine, is_of_this_view in near:
             if said.record is not None:
                 sums[said.record.ref] += said.score
-                if said.score > 0 and _has_tags(said.record, tags):
+                if said.score > 0 and is_of_this_view and _has_tags(said.record, tags):
                     praised.setdefault(said.record.ref, Match(said.record, cosine))
-        found = {match.record.ref: match for match in matches}
+        best_first = sorted(matches, key=lambda match: -match.score)  # a better adapter may be found itself, too
+        found: dict[AdapterRef, Match] = {}
+        for match in best_first:
+            found.setdefault(match.record.ref, match)
         for ref, match in praised.items():
             is_nearer = ref not in found or match.score > found[ref].score
             if sums[ref] > 0 and is_nearer and self._belongs_to(base_model, match.record):
@@ -147,6 +177,15 @@ class Preferences:
 
     def _belongs_to(self, base_model: str, record: AdapterRecord) -> bool:
         return not base_model or self.bases.find(record.base_model) == base_model
+
+
+def _count_blamed(near: Sequence[_NearOutcome]) -> int:
+    """Return how many adapters these outcomes speak against in sum."""
+    sums: defaultdict[AdapterRef, float] = defaultdict(float)
+    for said, _, _ in near:
+        if said.record is not None:
+            sums[said.record.ref] += said.score
+    return sum(score < 0 for score in sums.values())
 
 
 def _outcomes(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind) -> Iterator[Outcome]:

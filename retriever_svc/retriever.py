@@ -25,7 +25,7 @@ from retriever_svc.competence import Region, find_regions
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, make_encoding
-from retriever_svc.encoder import MAX_CHARS, Vectors
+from retriever_svc.encoder import Vectors
 from retriever_svc.errors import NoAdapterMatched, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Refused, Resampled, accept, learn
@@ -49,7 +49,7 @@ from retriever_svc.reindex import ReindexStep, reindex
 from retriever_svc.route import Candidate, PinnedAdapter, Reason, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.served_bases import BaseCounts
-from retriever_svc.views import choose_views, with_views
+from retriever_svc.views import choose_views, read_ends, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
 # Searched for each adapter after the best: of ten, two or more are of a base model with a fifth of the adapters, in 95
@@ -88,8 +88,8 @@ class Encoded:
 class _RequestGroup:
     """Requests that share tenant, tags, base model, abstention and number of matches. Dims: N requests.
 
-    `near` (N,): how near the texts are to ordinary prompts. `windows` (N,): what a search found among all base models,
-    empty where one is asked for.
+    `near` (N,): how near the texts are to ordinary prompts. `others` (N,): the vectors (D,) of the other views of the
+    same prompts. `windows` (N,): what a search found among all base models, empty where one is asked for.
     """
 
     pool: Pool
@@ -98,16 +98,24 @@ class _RequestGroup:
     vectors: Vectors  # (N, D)
     abstain: Abstain
     near: list[float] | None
+    others: list[list[Vectors]]
     windows: list[list[Match]]
 
     @classmethod
-    def of(cls, pool: Pool, requests: list[RouteRequest], rows: Sequence[Vectors], abstain: Abstain) -> _RequestGroup:
+    def of(
+        cls,
+        pool: Pool,
+        requests: list[RouteRequest],
+        rows: Sequence[Vectors],
+        abstain: Abstain,
+        others: list[list[Vectors]],
+    ) -> _RequestGroup:
         """Search the windows where adapters of several base models may be found."""
         vectors, request, windows = np.stack(rows), requests[0], list[list[Match]]()
         if pool.bases.are_several and not request.base_model:
             num, allowed = request.num_considered, pool.allowed(request.tenant, request.tags)
             windows = pool.index.search(vectors, num, allowed, _SPARE_MATCHES * (num - 1))
-        return cls(pool, requests, request.base_model, vectors, abstain, pool.nearness(vectors), windows)
+        return cls(pool, requests, request.base_model, vectors, abstain, pool.nearness(vectors), others, windows)
 
     def select(self, places: list[int], base_model: str) -> _RequestGroup:
         """Return the requests at these places, for this base model."""
@@ -118,6 +126,7 @@ class _RequestGroup:
             self.vectors[places],
             self.abstain,
             self.near and [self.near[place] for place in places],
+            [self.others[place] for place in places],
             [self.windows[place] for place in places if self.windows],
         )
 
@@ -167,7 +176,7 @@ class Retriever:
         fresh = [request for request in requests if request.min_generation <= newest[request.tenant]]
         views, places = with_views(fresh)
         encoded = _encode(pool, [(view.tenant, view.text) for view in views], self._timings)
-        answers = self.route_encoded(views, encoded)
+        answers = self.route_encoded(views, encoded, places)
         routed = iter([answers[place] for place in choose_views(answers, places)])
         return [
             next(routed) if r.min_generation <= newest[r.tenant] else StaleIndex(r.min_generation, newest[r.tenant])
@@ -178,17 +187,22 @@ class Retriever:
         """Encode (tenant, text) pairs with one call, for the pool in service."""
         return _encode(self._pools.current, texts, self._timings)
 
-    def route_encoded(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
+    def route_encoded(
+        self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded], places: Sequence[range]
+    ) -> list[RouteAnswer]:
         """Return one answer per request, in order. `encoded` has one entry per request. Errors are returned.
 
-        Each text is read as a whole: the caller passes the views of a long one as requests of their own.
+        Each text is read as a whole: the caller passes the views of a long one as requests of their own. `places`: of
+        the views of each prompt.
         """
         began = time.perf_counter()
-        answers = self._answers(requests, encoded)
+        answers = self._answers(requests, encoded, _other_views(encoded, places))
         self._timings.searched(time.perf_counter() - began)
         return answers
 
-    def _answers(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
+    def _answers(
+        self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded], others: Sequence[list[Vectors]]
+    ) -> list[RouteAnswer]:
         rows_of: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
             shared = request.tenant, request.tags, request.abstain, request.base_model, request.num_considered
@@ -196,7 +210,8 @@ class Retriever:
         answers: dict[int, RouteAnswer] = {}
         for rows in rows_of.values():
             own, vectors = [requests[row] for row in rows], [encoded[row].vector for row in rows]
-            group = _RequestGroup.of(encoded[rows[0]].pool, own, vectors, own[0].abstain or self._abstain)
+            pool, abstain = encoded[rows[0]].pool, own[0].abstain or self._abstain
+            group = _RequestGroup.of(pool, own, vectors, abstain, [others[row] for row in rows])
             for row, request, matches in zip(rows, own, self._match(group), strict=True):
                 answers[row] = self._decide(request, matches, encoded[row])
         return [answers[row] for row in range(len(requests))]
@@ -260,11 +275,19 @@ class Retriever:
             preferences = replace(preferences, outcomes=())
         num, tags, base_model = request.num_considered, request.tags, group.base_model
         windows = () if trusted_only else group.windows
+        views = [np.stack([vector, *others]) for vector, others in zip(group.vectors, group.others, strict=True)]
+        wanted = [num + preferences.count_blamed(own) for own in views]
         nearest = pool.nearest(
-            group.vectors, num, request.tenant, tags, trusted_only=trusted_only, base_model=base_model, windows=windows
+            group.vectors,
+            max(wanted),
+            request.tenant,
+            tags,
+            trusted_only=trusted_only,
+            base_model=base_model,
+            windows=windows,
         )
-        rows = zip(group.vectors, nearest, strict=True)
-        found = [preferences.applied(vector, matches, num, tags, base_model) for vector, matches in rows]
+        rows = zip(views, nearest, wanted, strict=True)
+        found = [preferences.applied(own, matches[:room], num, tags, base_model) for own, matches, room in rows]
         return pool.judged(found, group.abstain, group.vectors, group.near)
 
     def _base_to_search_again(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
@@ -300,7 +323,7 @@ class Retriever:
             live = {row.ref for row in plan.adapters}
             approval = pool.index.requires_approval
             plan = with_trials(plan, pool.snapshot, request.tenant, live, requires_approval=approval, bases=pool.bases)
-            return Route(plan, candidates, generation, abstained=False)
+            return Route(plan, candidates, generation, abstained=False, text=request.text)
         if request.fallback == "error":
             best = matches[0] if matches else None
             return NoAdapterMatched(best and best.score, NO_THRESHOLD if best is None else best.threshold)
@@ -308,7 +331,7 @@ class Retriever:
         back = pool.refers_back(encoded.vector)
         base_model = request.base_model or request.fallback_base or pool.bases.name_in_plans("")
         plan = Plan("base", generation=generation, base_model=base_model)
-        return Route(plan, candidates, generation, abstained=True, reason=reason, refers_back=back)
+        return Route(plan, candidates, generation, True, reason, back, request.text)
 
     def plan_named(
         self,
@@ -472,7 +495,7 @@ class Retriever:
                 yield replace(step, num_total=total)
                 continue
             for start in range(0, len(prompts), _ASKED_TOGETHER):
-                texts = [prompt.text[:MAX_CHARS] for prompt in prompts[start : start + _ASKED_TOGETHER]]
+                texts = [read_ends(prompt.text) for prompt in prompts[start : start + _ASKED_TOGETHER]]
                 batch = [RouteRequest(text, tenant) for text in texts]
                 routes += [answer for answer in self.route(batch) if isinstance(answer, Route)]
                 yield DoctorStep(step.num_done + len(routes), total)
@@ -506,6 +529,15 @@ class Retriever:
         Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
         """
         return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model, projection), samples)
+
+
+def _other_views(encoded: Sequence[Encoded], places: Sequence[range]) -> list[list[Vectors]]:
+    """Return for each text the vectors of the other views of its prompt, by the same encoder."""
+    found: list[list[Vectors]] = []
+    for own in places:
+        views = [encoded[place] for place in own]
+        found += [[other.vector for other in views if other is not view and other.pool is view.pool] for view in views]
+    return found
 
 
 def _may_be_crowded(matches: Sequence[Match], tenant: str) -> bool:

@@ -110,7 +110,8 @@ class Route:
 
     `reason`: `fits` if candidates reach their thresholds, `below_threshold` if none does, `no_candidates` if the caller
     may use none. Only candidates that reach their thresholds are in the plan. `refers_back`: no adapter fits, and the
-    text is like prompts that mean the turn before them, such as "shorter, please".
+    text is like prompts that mean the turn before them, such as "shorter, please". `text`: the part of a long prompt
+    that decided, or the whole text.
     """
 
     plan: Plan
@@ -119,6 +120,7 @@ class Route:
     abstained: bool
     reason: Reason = "fits"
     refers_back: bool = False
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,11 @@ _LEAST_CHARS = 12  # a shorter part says nothing
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
+def read_ends(text: str) -> str:
+    """Return what is read of a prompt: of one above `MAX_CHARS` its first and its last half of them."""
+    return text if len(text) <= MAX_CHARS else text[: MAX_CHARS // 2] + text[-(MAX_CHARS // 2) :]
+
+
 def split_views(text: str) -> list[str]:
     """Return the whole text, followed by its other views, if it has any."""
     parts = [part.strip() for part in _BLANK_LINES.split(text) if part.strip()] if len(text) >= LONG_CHARS else []
@@ -33,7 +38,7 @@ def split_views(text: str) -> list[str]:
 
 def tokens_routed(text: str) -> int:
     """Estimate how many tokens the encoder reads to route `text`: those of each of its views."""
-    return sum(map(tokens_read, split_views(text[:MAX_CHARS])))
+    return sum(map(tokens_read, split_views(read_ends(text))))
 
 
 def with_views(requests: Sequence[RouteRequest]) -> tuple[list[RouteRequest], list[range]]:
@@ -56,7 +61,7 @@ def choose_views(
 
 def _choose_view(answers: Sequence[Route | NoAdapterMatched | StaleIndex]) -> int:
     fitting = {
-        place: max(candidate.score - candidate.threshold for candidate in answer.candidates)
+        place: max(item.score - item.threshold for item in answer.candidates if item.outcome >= 0)
         for place, answer in enumerate(answers)
         if place > 0 and isinstance(answer, Route) and not answer.abstained
     }

@@ -411,7 +411,7 @@ def _why_chosen(planned: Planned, tenant: str) -> str:
             f"lora.min_score {least:.3f} would choose it."
         )
     fits = f"{name} fits: it {needs}, and is right with a probability of about {best.confidence:.0%}."
-    nearer = max(planned.candidates, key=lambda candidate: candidate.score)
+    nearer = max((item for item in planned.candidates if item.outcome >= 0), key=lambda item: item.score)
     if nearer.score <= best.score or nearer.score < nearer.threshold:
         return fits
     lead = f"{nearer.ref.name_for(tenant)} scores {nearer.score:.3f}, which is not clearly better"

@@ -33,7 +33,7 @@ class TrialArm:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and its candidates and the reason if the server chose."""
+    """A plan, and its candidates, the reason and the text that decided if the server chose."""
 
     plan: Plan
     candidates: tuple[Candidate, ...] = ()
@@ -44,6 +44,7 @@ class Planned:
     tags: tuple[str, ...] = ()  # which the server's choice had to have
     policy: str | None = None  # the model name with the version of its policy
     contract: AppliedContract | None = None  # if an adapter that has one leads the plan
+    text: str = ""
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""

@@ -231,12 +231,15 @@ function endOf(turn) {
     element("span", { class: "buttons" },
       turn.plan ? button("Why", "Show why these adapters answered", () => explain(turn)) : null,
       turn.answer ? button("Copy", "Copy the answer", () => navigator.clipboard?.writeText(turn.answer)) : null,
-      ...(turn.request && turn.plan && isRouted(turn.model) ? outcomeButtons(turn) : []),
+      ...(turn.request && turn.plan && isRouted(turn.model) && turn === chat.turns[0] ? outcomeButtons(turn) : []),
       button("Again", "Send this prompt once more, with the present options", () => again(turn))),
   ].filter(Boolean);
 }
 
-/** Returns buttons that tell the server how well its choice answered. A server that does not learn hides them. */
+/**
+ * Returns buttons that tell the server how well its choice answered, of which it keeps the first turn only. A server
+ * that does not learn hides them.
+ */
 function outcomeButtons(turn) {
   const name = turn.plan.adapters[0]?.name ?? null;
   const buttons = [["Good", 1], ["Bad", -1]].map(([label, score]) =>

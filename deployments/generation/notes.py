@@ -17,7 +17,7 @@ from deployments.generation.conversation import choose_texts
 from gpu_worker.front.request.request import TokenIds
 from lora_store import Feedback
 from lora_store.lru_cache import LruCache
-from retriever_svc.encoder import MAX_CHARS
+from retriever_svc.views import read_ends
 
 PAUSE_S = 60.0  # between two proposals of one key for one adapter
 MAX_ASKED = 20  # prompts of routed requests of one tenant in one second
@@ -48,8 +48,8 @@ class PromptNotes:
             return
         rows = planned.plan.adapters
         if planned.reason is not None:
-            if self._has_room(caller.tenant):
-                asked = Feedback.of_request(request_id, text, None, caller.key_id)
+            if planned.text.strip() and self._has_room(caller.tenant):
+                asked = Feedback.of_request(request_id, planned.text, None, caller.key_id)
                 self._start(self._store.put_feedback(caller.tenant, "asked", asked))
         elif _names_adapter(question) and len(rows) == 1 and rows[0].ref.tenant == caller.tenant:
             name, now = rows[0].ref.name, self._clock()
@@ -89,5 +89,5 @@ def _find_text(question: Question) -> str | None:
     else:
         reading = choose_texts(question.prompt)
         text = None if reading.previous or reading.is_housekeeping else reading.texts[0]
-    text = (text or "")[:MAX_CHARS]
+    text = read_ends(text or "")
     return text if text.strip() else None

@@ -26,9 +26,9 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, SamplingParams, TokenIds
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest
-from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
+from retriever_svc.encoder import MAX_TOKENS
 from retriever_svc.route import Fallback
-from retriever_svc.views import tokens_routed
+from retriever_svc.views import read_ends, tokens_routed
 
 AUTO = "auto"
 P = TypeVar("P", bound=PolicyFields)
@@ -369,7 +369,7 @@ class Planner:
         if abstain is None and min_score is None:
             abstain, min_score = defaults.abstain, defaults.min_score
         return RouteRequest(
-            text=(options.query or text)[:MAX_CHARS],
+            text=read_ends(options.query or text),
             tenant=tenant,
             strategy=strategy,
             top_k=options.k or defaults.k,
@@ -440,7 +440,7 @@ class Planner:
 
 
 def _planned(request: RouteRequest, route: Route) -> Planned:
-    return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags)
+    return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags, text=route.text)
 
 
 def _is_routed(options: LoraOptions) -> bool:

@@ -84,9 +84,11 @@ class FakeRetriever:
         near = self.near if request.shows_samples else ()
         candidates = tuple(Candidate(record.ref, score, samples=near) for record, score in scored)
         if self.abstains:
-            return Route(Plan("base", generation=7), candidates, 7, abstained=True, reason="below_threshold")
+            return Route(
+                Plan("base", generation=7), candidates, 7, abstained=True, reason="below_threshold", text=request.text
+            )
         rows = tuple(PlannedAdapter(record.ref, record.weights_digest, 0.5, score) for record, score in scored)
-        return Route(Plan("mixture", rows, 7), candidates, 7, abstained=False)
+        return Route(Plan("mixture", rows, 7), candidates, 7, abstained=False, text=request.text)
 
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0

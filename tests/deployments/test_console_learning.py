@@ -64,6 +64,10 @@ async def test_an_answer_of_auto_is_judged_by_a_button(browsing: Browsing) -> No
         assert (said.text, said.adapter, said.score) == ("A verse, please.", "local/poet", -1)
         await last_turn(page).get_by_role("button", name="Good", exact=True).click()
         await expect(bad).to_have_attribute("aria-pressed", "false")
+        await ask(page, "Another one, please.")
+        await expect(page.locator("#turns > li")).to_have_count(2)
+        await expect(last_turn(page).get_by_role("button", name="Again", exact=True)).to_be_visible()
+        await expect(page.get_by_role("button", name="Bad", exact=True)).to_have_count(1)  # no later turn is kept
 
 
 @pytest.mark.parametrize(("learning", "model"), [("off", "auto"), ("observe", "poet")])

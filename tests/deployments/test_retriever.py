@@ -23,6 +23,7 @@ from lora_store import (
     AdapterRefused,
     Embed,
     Event,
+    Feedback,
     StoreUnavailable,
     Trial,
 )
@@ -322,6 +323,16 @@ async def test_an_invalid_encoder_is_refused_before_the_first_step(here: Served,
         await here.replica.prepare_encoder(str(tmp_path / "nothing"))
     with pytest.raises(EncoderUnusable):
         await anext(here.replica.reindex(str(tmp_path / "nothing")))
+
+
+async def test_an_outcome_names_the_live_version_before_the_replica_was_told_of_it(here: Served) -> None:
+    [german] = await here.embedded("german")
+    await here.replica.catch_up(here.publish(german))
+    newer = record_of("german", None, version="2")
+    here.publish(replace(german, ref=newer.ref, weights_digest=newer.weights_digest))
+    outcome = Feedback.of_request("id", "Say bread in German", "local/german", "key", 1.0)
+    learnt = await here.replica.learn("local", [outcome])
+    assert [[item.ref for item in ranking.adapters] for ranking in learnt.rankings] == [[newer.ref]]
 
 
 async def test_the_draws_of_a_version_are_measured_on_the_pool(here: Served) -> None:

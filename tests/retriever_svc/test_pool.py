@@ -10,8 +10,8 @@ from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 from retriever_svc import IndexSettings
 from retriever_svc.calibration import NO_THRESHOLD, leave_one_out_scores
-from retriever_svc.encoder import unit_rows
-from retriever_svc.index import Match
+from retriever_svc.encoder import Vectors, unit_rows
+from retriever_svc.index import AdapterIndex, Allowed, Match
 from retriever_svc.pool import PerCallerCache, Pool, diff_records
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
 
@@ -68,6 +68,20 @@ def test_equal_weights_are_returned_once_and_do_not_shorten_the_result() -> None
     copies = [record_of(f"copy-{n:02}", EAST, weights="same") for n in range(20)]
     pool = pool_of(*copies, record_of("n", NORTH))
     assert found(pool, top_k=2) == found(pool, top_k=16) == ["copy-00", "n"]
+
+
+def test_many_adapters_of_equal_weights_take_few_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each search reads all that score alike."""
+    pool = pool_of(*[record_of(f"copy-{n:04}", EAST, weights="same") for n in range(1000)], record_of("n", NORTH))
+    search, widths = AdapterIndex.search, list[int]()
+
+    def counted(index: AdapterIndex, vectors: Vectors, top_k: int, allowed: Allowed) -> list[list[Match]]:
+        widths.append(top_k)
+        return search(index, vectors, top_k, allowed)
+
+    monkeypatch.setattr(AdapterIndex, "search", counted)
+    assert found(pool, top_k=3) == ["copy-0000", "n"]
+    assert len(widths) <= 4
 
 
 def test_the_adapters_a_caller_may_see_are_computed_once_per_generation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -16,11 +17,11 @@ from retriever_svc import IndexSettings, Retriever
 from retriever_svc.encoder import unit_rows
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, Source, live_pool, names, record_of, snapshot_of
-from tests.retriever_svc.routing import EAST, NORTH, TABLE, TEMPERATURE, route_one
+from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, TABLE, TEMPERATURE, route_one
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 GOOD, BAD, OTHER = record_of("good", None), record_of("bad", EAST), record_of("other", NORTH)
-NEAR = record_of("near", (0.96, 0.28))
+NEAR, FAR = record_of("near", (0.96, 0.28)), record_of("far", (0.28, 0.96))
 
 
 def ranking_of(anchor: AdapterRef, *scores: tuple[AdapterRecord, float], encoder: str = FAKE_IDENTITY) -> Ranking:
@@ -29,9 +30,26 @@ def ranking_of(anchor: AdapterRef, *scores: tuple[AdapterRecord, float], encoder
     return Ranking(anchor, adapters, encoder, np.asarray(EAST, np.float32), np.asarray([0.9, 0.9], np.float32))
 
 
-def retriever_of(*records: AdapterRecord, ranking: Ranking, tenant: str = "local", approval: bool = False) -> Retriever:
+def outcome_of(record: AdapterRecord, score: float, prompt: Sequence[float]) -> Ranking:
+    return Ranking(
+        anchor=AdapterRef("local", f"{OUTCOME}1", ""),
+        adapters=(RankedAdapter(record.ref, score, 1, score < 0),),
+        encoder=FAKE_IDENTITY,
+        vector=np.asarray(prompt, np.float32),
+        own_scores=np.empty(0, np.float32),
+    )
+
+
+def retriever_of(
+    *records: AdapterRecord,
+    ranking: Ranking,
+    outcomes: Sequence[Ranking] = (),
+    tenant: str = "local",
+    approval: bool = False,
+) -> Retriever:
     source = Source()
-    source.now = snapshot_of(*records, rankings={tenant: (Rank(tenant, ranking, True, "me", NOON),)})
+    ranks = tuple(Rank(tenant, item, place == 0, "me", NOON) for place, item in enumerate([ranking, *outcomes]))
+    source.now = snapshot_of(*records, rankings={tenant: ranks})
     settings = IndexSettings(requires_approval=approval)
     return Retriever(live_pool(FakeEncoder(TABLE), source, settings=settings), min_score=-1.0, temperature=TEMPERATURE)
 
@@ -94,21 +112,40 @@ def test_a_ranking_never_leads_to_an_adapter_that_auto_may_not_choose(approval: 
         assert names(route) == (["good"] if is_chosen else ["bad"])
 
 
+@pytest.mark.parametrize(
+    ("praised", "score"),
+    [(FAR, 1.0), (OTHER, 0.1), (OTHER, -0.1)],
+    ids=["itself", "another one", "another one, blamed"],
+)
+def test_a_better_adapter_keeps_its_place_beside_an_outcome(praised: AdapterRecord, score: float) -> None:
+    """It is found twice: in the place of the beaten one, and itself with a lower score."""
+    ranking = ranking_of(BAD.ref, (FAR, 0.9), (BAD, 0.1))
+    outcome = outcome_of(praised, score, NORTHEAST)
+    for outcomes in ((), (outcome,)):
+        best = route_one(retriever_of(BAD, FAR, OTHER, ranking=ranking, outcomes=outcomes)).candidates[0]
+        assert (best.ref.name, best.score) == ("far", pytest.approx(1))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_an_adapter_that_outcomes_exclude_takes_no_place_of_those_that_fit(top_k: int) -> None:
+    excluded, fitting = outcome_of(BAD, -1.0, EAST), ["near", "far", "other"]
+    retriever = retriever_of(BAD, NEAR, FAR, OTHER, ranking=excluded)
+    route = route_one(retriever, top_k=top_k)
+    assert names(route) == fitting[:top_k]
+    assert [(c.ref.name, c.outcome) for c in route.candidates] == [("bad", -1), *[(name, 0) for name in names(route)]]
+    far = route_one(retriever, "north", top_k=top_k)
+    assert [candidate.ref.name for candidate in far.candidates] == ["other", "far", "near"][:top_k]
+
+
 @pytest.mark.parametrize(("has_centre", "reached"), [(True, [True, False]), (False, [True, True])])
 def test_an_outcome_reaches_prompts_that_are_near_from_the_centre(has_centre: bool, reached: list[bool]) -> None:
     """All texts of a plain encoder are near each other: the prompts of different tasks have a cosine of 0.9 here."""
     prompts = unit_rows(np.concatenate([np.eye(3), np.full((3, 1), 3.0)], axis=1).astype(np.float32))
-    said = Ranking(
-        anchor=AdapterRef("local", f"{OUTCOME}1", ""),
-        adapters=(RankedAdapter(GOOD.ref, 1.0, 1, False),),
-        encoder=FAKE_IDENTITY,
-        vector=prompts[0],
-        own_scores=np.empty(0, np.float32),
-    )
+    said = outcome_of(GOOD, 1.0, prompts[0])
     snapshot = snapshot_of(GOOD, OTHER, rankings={"local": (Rank("local", said, True, "me", NOON),)})
     centre = prompts.mean(axis=0) if has_centre else None
     preferences = Pool.of(snapshot, FakeEncoder(TABLE), IndexSettings(), centre=centre).preferences("local")
-    found = [preferences.applied(prompt, [], 3, ()) for prompt in prompts[:2]]
+    found = [preferences.applied(prompt[np.newaxis], [], 3, ()) for prompt in prompts[:2]]
     assert [[match.record.ref for match in matches] == [GOOD.ref] for matches in found] == reached
     assert found[0][0].score == pytest.approx(1), "scores are plain cosines, as those of other matches"
 

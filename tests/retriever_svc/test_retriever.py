@@ -339,9 +339,11 @@ def test_with_owner_names_a_bare_name_means_only_the_callers_own_adapter() -> No
 
 
 def test_the_doctor_reads_as_much_of_a_prompt_as_routing_does() -> None:
-    text = "a" * MAX_CHARS
+    half, passed_over = MAX_CHARS // 2, "and more"
+    text = "a" * half + "b" * half
     retriever = retriever_of(record_of("east", EAST), encoder=FakeEncoder({**TABLE, text: EAST}))
-    *_, last = retriever.doctor("local", lambda record: [], prompts=[AskedPrompt(f"{text} and more")])
+    long = f"{text[:half]}{passed_over}{text[half:]}"
+    *_, last = retriever.doctor("local", lambda record: [], prompts=[AskedPrompt(long)])
     assert last.report is not None and last.report.asked is not None
     assert last.report.asked.unlabelled.total() == 1
 

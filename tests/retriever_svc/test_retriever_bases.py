@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -130,10 +131,15 @@ def test_kept_versions_of_another_base_are_shown_and_neither_used_nor_tried() ->
 
 
 def test_the_doctor_counts_the_other_base_and_examines_the_served_one() -> None:
-    *_, last = over(Source(OLD, OWN, BARE, THEIRS)).doctor("local", samples)
+    unlisted = replace(
+        record_of("hidden", EAST, tenant="them", base_model=OTHER), expires_at=datetime(2100, 1, 1, tzinfo=UTC)
+    )
+    retriever = over(Source(OLD, OWN, BARE, THEIRS, unlisted))
+    *_, last = retriever.doctor("local", samples)
     assert last.report is not None
     assert [finding.ref for finding in last.report.adapters] == [OWN.ref]
-    assert last.report.unserved == {OTHER: (BARE.ref, OLD.ref)}
+    assert last.report.unserved == {OTHER: (BARE.ref, OLD.ref)}, "those that a list counts"
+    assert retriever.page("local", PageRequest(1)).unserved == ((OTHER, 2),)
     own = record_of("own", NORTHEAST, num_samples=2)
     [region] = over(Source(replace(OLD, num_samples=2), own, BARE)).regions("local", many_samples)
     assert [record.ref for record in region.candidates] == [own.ref]
@@ -278,7 +284,9 @@ def slow_matches(pool: Pool, request: RouteRequest, query: np.ndarray, *, truste
     for match in sorted(found, key=lambda match: (-match.score, match.record.ref.tenant, match.record.ref.name)):
         scored.setdefault(match.record.weights_digest, match)
     num, preferences = request.num_considered, pool.preferences("local")
-    chosen = preferences.applied(query, list(scored.values())[:num], num, request.tags)
+    views = query[np.newaxis]
+    room = num + preferences.count_blamed(views)
+    chosen = preferences.applied(views, list(scored.values())[:room], num, request.tags)
     [judged] = pool.judged([chosen], request.abstain or "balanced", query[np.newaxis])
     return judged if request.min_score is None else [m._replace(threshold=request.min_score) for m in judged]
 

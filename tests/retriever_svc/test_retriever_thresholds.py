@@ -123,6 +123,6 @@ def test_without_any_floor_the_worst_match_is_taken() -> None:
 def test_a_pool_empty_for_the_caller_abstains(records: tuple[AdapterRecord, ...]) -> None:
     retriever = retriever_of(*records)
     base, error = retriever.route([RouteRequest("east"), RouteRequest("east", fallback="error")])
-    assert base == Route(Plan("base", generation=1), (), 1, True, "no_candidates")
+    assert base == Route(Plan("base", generation=1), (), 1, True, "no_candidates", text="east")
     assert isinstance(error, NoAdapterMatched)
     assert error.best_score is None

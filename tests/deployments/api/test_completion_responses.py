@@ -330,6 +330,12 @@ def test_an_adapter_that_stays_for_the_next_turn_is_explained(needs: float, stay
     assert why.endswith(said) == stays
 
 
+def test_an_adapter_that_outcomes_exclude_is_not_said_to_give_way_to_an_earlier_turn() -> None:
+    nearer = Candidate(CODER.ref, 0.9, threshold=0.5, outcome=-1.0)
+    said = f"{BY_POET} Outcomes of nearly the same prompts speak against coder."
+    assert explained(Planned(PLAN, (nearer, POET_FITS), reason="fits")) == ("fits", said)
+
+
 def test_a_pool_without_candidates_and_a_clients_own_prompt_have_their_reasons() -> None:
     for reason, said in (("no_candidates", "no adapter with samples"), ("housekeeping", "the client's own")):
         found, why = explained(replace(NONE_FITS, reason=reason))

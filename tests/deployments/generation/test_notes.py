@@ -68,7 +68,7 @@ def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
         {"messages": turns("Rhyme."), "lora": {"adapters": [{"name": "poet"}]}},
         {"model": "poet", "messages": turns("Rhyme.", "Rain, pain.", "shorter please")},
         {"model": "poet", "messages": turns("Generate a concise title for this chat.")},
-        {"model": "poet", "messages": turns(" " * MAX_CHARS + "Rhyme.")},
+        {"model": "poet", "messages": turns(" " * MAX_CHARS + "Rhyme." + " " * MAX_CHARS)},
     ],
     ids=["the base model", "a version", "options", "a later turn", "housekeeping", "space as far as it is read"],
 )
@@ -94,6 +94,16 @@ def test_a_routed_request_is_kept_under_its_id_for_an_outcome() -> None:
     assert asyncio.run(store.asked("globex", request_id)) is None
 
 
+def test_what_is_kept_for_an_outcome_is_the_text_that_decided() -> None:
+    [by_query] = noted({"messages": turns("Rhyme."), "lora": {"query": "Translate into French"}})
+    assert by_query.text == "Translate into French"
+    system = [{"role": "system", "content": "Translate into German."}]
+    abstaining = FakeRetriever(POOL, abstains=True)
+    [with_system] = noted({"messages": [*system, *turns("Good evening.")]}, retriever=abstaining)
+    assert with_system.text == "Translate into German.\nGood evening."
+    assert noted({"messages": turns("Rhyme."), "lora": {"query": " "}}) == []
+
+
 def test_a_store_that_is_away_fails_no_request() -> None:
     store = FakeStore(pool_of(*POOL), failing={"put_feedback": (StoreUnavailable("gone"), 9)})
     assert noted({"model": "poet", "messages": turns("Rhyme.")}, store=store) == []
@@ -106,6 +116,7 @@ async def test_noting_is_sampled_for_each_tenant() -> None:
     handle = FakeHandle(store)
     notes = PromptNotes(serve_store(handle), background, is_on=True, clock=lambda: now[0])  # type: ignore[arg-type]
     plan = await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection")
+    routed = Planned(plan, reason="fits", text="A text.")
 
     async def note(number: int, model: str, planned: Planned, caller: Caller = LOCAL_CALLER) -> None:
         notes.note(Question(f"text {number}", f"text {number}", model, LoraOptions()), planned, caller, f"{number}")
@@ -113,12 +124,12 @@ async def test_noting_is_sampled_for_each_tenant() -> None:
 
     for number in range(3 * MAX_ASKED):
         await note(number, "poet", Planned(plan))
-        await note(number, "auto", Planned(plan, reason="fits"))
+        await note(number, "auto", routed)
     first = len(store.given)
     caller = replace(LOCAL_CALLER, tenant="quiet")
-    await note(0, "auto", Planned(plan, reason="fits"), caller)
+    await note(0, "auto", routed, caller)
     of_others = len(store.given) - first
     now[0] += PAUSE_S
     await note(99, "poet", Planned(plan))
-    await note(99, "auto", Planned(plan, reason="fits"))
+    await note(99, "auto", routed)
     assert (first, of_others, len(store.given)) == (1 + MAX_ASKED, 1, 1 + MAX_ASKED + 1 + 2)

@@ -18,6 +18,8 @@ from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
 from lora_store import BASE_PLAN, PlanInvalid
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
+from retriever_svc.encoder import MAX_CHARS
+from retriever_svc.views import split_views
 from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_retriever import FakeRetriever
@@ -96,6 +98,16 @@ def test_options_come_from_the_config_unless_the_request_sets_them() -> None:
     plan(handle := handle_of(), lora=said, **settings)
     expected = RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
     assert route_request(handle) == expected
+
+
+def test_the_question_behind_a_text_that_is_too_long_to_read_is_read() -> None:
+    question = "Negate the statement: bees fly."
+    content = "\n\n".join([*[f"Paragraph {number} speaks of other things." for number in range(1000)], question])
+    body = {"messages": [{"role": "user", "content": content}], "model": "auto"}
+    [asked] = ChatCompletionRequest.model_validate(body).questions()
+    asyncio.run(planner_over(handle := handle_of()).plan_all([asked], "local"))
+    assert len(content) > 2 * MAX_CHARS and len(route_request(handle).text) == MAX_CHARS
+    assert split_views(route_request(handle).text)[1] == question
 
 
 @pytest.mark.parametrize(
