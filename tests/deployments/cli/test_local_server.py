@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,18 @@ def ready_server(*statuses: int) -> Iterator[Server]:
     with scripted(*((status, {"status": status}) for status in statuses)) as http:
         yield Server(config_of(), port=int(http.url.rpartition(":")[2]))
         assert {path for _, path in http.asked} <= {"/ready"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_a_queue_and_end_no_process_once_the_server_runs(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        received = Server(config_of(), port=0).interrupts()
+        signal.raise_signal(number)
+        assert received.get(timeout=1) == number and received.empty()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_a_stop_takes_less_than_the_ten_seconds_that_containers_have() -> None:
