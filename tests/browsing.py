@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -143,15 +143,35 @@ async def address_of(served: Served) -> AsyncIterator[str]:
 
 
 async def drop_folder(page: Page, folder: Path) -> None:
-    """Drop a local folder on the page, as a file manager does."""
+    """Drop a local folder on the page, as a file manager does: it tells again and again what is above the page."""
     session = await page.context.new_cdp_session(page)
-    await page.evaluate("() => { window.over = new Promise((seen) => document.addEventListener('dragover', seen)); }")
-    for kind in ("dragEnter", "dragOver", "drop"):
-        if kind == "drop":  # a browser cancels it where the page has not yet accepted what is above it
-            await page.evaluate("() => over.then(() => new Promise(requestAnimationFrame)).then(() => null)")
-            await expect(page.locator("#drop.over")).to_have_count(1)
+    await page.evaluate(
+        """() => {
+          window.seen = [];
+          for (const kind of ['dragover', 'drop']) document.addEventListener(kind, () => seen.push(kind));
+        }"""
+    )
+
+    async def send(kind: str) -> None:
         data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
         await session.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
+
+    async def until(condition: str, within_s: float, during: Callable[[], Awaitable[None]] | None = None) -> bool:
+        end = asyncio.get_running_loop().time() + within_s
+        while not (is_so := await page.evaluate(condition)) and asyncio.get_running_loop().time() < end:
+            await (asyncio.sleep(0.05) if during is None else during())
+        return bool(is_so)
+
+    for _ in range(5):  # a browser cancels a drop where the page has not yet accepted what is above it
+        await send("dragEnter")
+        assert await until("() => seen.filter((kind) => kind === 'dragover').length >= 2", 60, lambda: send("dragOver"))
+        await expect(page.locator("#drop.over")).to_have_count(1)
+        await send("drop")
+        if await until("() => seen.includes('drop')", 10):
+            break
+        await page.evaluate("() => { seen.length = 0; }")
+    else:
+        pytest.fail("the browser cancelled each drop")
     await session.detach()
 
 

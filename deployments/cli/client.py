@@ -27,6 +27,7 @@ from typer.core import TyperGroup
 
 from deployments.json_types import JsonObject
 
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # by a terminal
 _PIPE_WIDTH = 1000  # of what is no terminal: no name, message or row of a table is broken
 
 
@@ -354,7 +355,12 @@ def print_json(answer: JsonObject) -> None:
 
 def say(text: str) -> None:
     """Print a line for people as it is, however long."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(show_controls(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_controls(text: str) -> str:
+    """Return the text with a sign for each character that a terminal would obey; as it is for a file or a pipe."""
+    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", text) if out.is_terminal else text
 
 
 def report(answer: JsonObject, text: str, *, as_json: bool) -> None:

@@ -36,6 +36,7 @@ from deployments.cli.client import (
     print_json,
     read_options,
     say,
+    show_controls,
     use_key,
 )
 from deployments.cli.client import check as check_answer
@@ -212,7 +213,7 @@ def _stream(url: str, body: JsonObject, *, is_quiet: bool = False) -> str:
             for choice in event["choices"]:
                 parts.append(choice["delta"].get("content") or "")
                 if not is_quiet:
-                    out.print(parts[-1], end="", markup=False, highlight=False)
+                    out.print(show_controls(parts[-1]), end="", markup=False, highlight=False)
         if not is_quiet:
             out.print()
             nearest = _find_nearest(client, body) if lora.get("abstained") else []

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -43,6 +44,9 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# How a tokenizer of bytes splits texts, by the name in the file. transformers knows the ways of other names.
+_SPLIT_AS_GPT_2 = ("gpt-2", "mpt", "olmo", "phi-2")
+_DIGITS_ALONE = ("refact", "smollm", "starcoder")  # each digit is a piece; else as GPT-2
 _NOT_IN_MODEL = "nextn"  # layers that predict further tokens
 _REMEDY = "use the folder of the same model that has config.json and *.safetensors"
 
@@ -212,6 +216,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     _read_base(reader, read.config)
     if rope := _read_rope(gguf, reader, read.config):
         read.config.rope_parameters = rope
+    _set_split(gguf, reader, tokenizer)
     found = _find_integers(reader, read)
     kept = {read.get_submodule(name).weight.data_ptr() for name in found}  # a tied head has the embedding's
     whole = read.state_dict()
@@ -223,6 +228,24 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     read.config.save_pretrained(target)
     read.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _set_split(gguf: Path, reader: Any, tokenizer: Any) -> None:
+    """transformers splits texts as GPT-2 where it does not know the file's way.
+
+    Raises: BaseModelUnsupported for such a way, unless it is GPT-2's or one with single digits.
+    """
+    model, name = (reader.fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    way = None if name is None else name.contents()
+    backend = tokenizer.backend_tokenizer
+    if model.contents() != "gpt2" or way in _SPLIT_AS_GPT_2 or type(backend.pre_tokenizer) is pre_tokenizers.Sequence:
+        return
+    if way not in _DIGITS_ALONE:
+        raise BaseModelUnsupported(
+            f"{gguf} splits texts in a way that is not supported (tokenizer.ggml.pre is {way or 'missing'}): {_REMEDY}"
+        )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def _find_integers(reader: Any, model: nn.Module) -> dict[str, QuantizedWeight]:

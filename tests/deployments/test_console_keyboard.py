@@ -18,7 +18,8 @@ pytestmark = pytest.mark.browser
 MAX_TABS = 120
 FOCUSED = "(wanted) => document.activeElement.matches(wanted)"
 AWAIT_CLICK = """(wanted) => {
-  window.clicked = new Promise((seen) => document.querySelector(wanted).addEventListener('click', (event) => seen(event.isTrusted)));
+  const found = document.querySelector(wanted);
+  window.clicked = new Promise((seen) => found.addEventListener('click', (event) => seen(event.isTrusted)));
 }"""
 
 

@@ -8,6 +8,7 @@ import re
 import select
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,9 +268,9 @@ def test_chat_prints_all_messages_as_json_at_the_end() -> None:
     assert [message["content"] for message in said.json["messages"]] == ["Hi", "Hello"]
 
 
-def test_arrow_keys_edit_the_line_of_a_chat() -> None:
+def test_arrow_keys_edit_the_line_of_a_chat_whose_answers_do_not_move_the_terminal() -> None:
     terminal, end = pty.openpty()
-    with scripted((200, make_stream("Hello"))) as server:
+    with scripted((200, make_stream("Hello \x1b[2J\ttab\r!"))) as server:
         script = "from deployments.cli.main import main; main()"
         command = [sys.executable, "-c", script, "ask", "--chat", "--url", server.url]
         process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm"})
@@ -280,11 +281,15 @@ def test_arrow_keys_edit_the_line_of_a_chat() -> None:
                 assert select.select([terminal], [], [], 60)[0], shown
                 shown += os.read(terminal, 1024)
             os.write(terminal, b"Hii\x1b[D\x7f\n/exit\n")  # left, and delete the letter before
+            with suppress(OSError):  # the program closed it
+                while select.select([terminal], [], [], 60)[0]:
+                    shown += os.read(terminal, 1024)
             assert process.wait(60) == 0
         finally:
             process.kill()
             process.wait()
             os.close(terminal)
+    assert "Hello \N{REPLACEMENT CHARACTER}[2J" in shown.decode()
     assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi"}]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model import gguf_model
@@ -37,6 +37,7 @@ def tiny_llama(
     width: int = 64,
     architecture: str = "llama",
     base: float = 10000.0,
+    split: str = "gpt-2",
     more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
 ) -> Path:
     """Write a random Llama of one layer with a tokenizer of single bytes."""
@@ -53,6 +54,8 @@ def tiny_llama(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     writer.add_vocab_size(len(alphabet) + 3)
     writer.add_tokenizer_model("gpt2")
+    if split:
+        writer.add_tokenizer_pre(split)
     writer.add_token_list([*alphabet, "ab", "<bos>", "<eos>"])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(len(alphabet) + 1)
@@ -129,6 +132,27 @@ def test_what_transformers_leaves_out_of_a_file_is_refused(
     """Otherwise the answers would be those of another model, without a word."""
     file = tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more)
     with pytest.raises(BaseModelUnsupported, match=re.escape(says)):
+        gguf_folder(file, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("split", "pieces"),
+    [
+        ("gpt-2", ["a", "Ġ", "Ġ1234", "!"]),
+        ("smollm", ["a", "ĠĠ", "1", "2", "3", "4", "!"]),
+        ("llama-bpe", ["a", "Ġ", "Ġ", "123", "4", "!"]),
+    ],
+)
+def test_texts_are_split_as_the_file_says(split: str, pieces: list[str], tmp_path: Path) -> None:
+    folder = gguf_folder(tiny_llama(tmp_path / "model.gguf", "Q8_0", split=split), tmp_path / "cache")
+    pre_tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in pre_tokenizer.pre_tokenize_str("a  1234!")] == pieces
+
+
+@pytest.mark.parametrize("split", ["deepseek-llm", ""])
+def test_an_unknown_way_to_split_texts_is_refused(split: str, tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", split=split)
+    with pytest.raises(BaseModelUnsupported, match=rf"tokenizer.ggml.pre is {split or 'missing'}\): use the folder"):
         gguf_folder(file, tmp_path / "cache")
 
 
