@@ -81,7 +81,7 @@ class QuantizedWeight:
     def _multiply(self, rows: slice, inputs: slice, groups: slice) -> Tensor:
         """Return these weights in float32. Each of the groups has the same number of inputs."""
         scales = self.scales[rows, groups]
-        values = self.values[rows, inputs].unflatten(1, (scales.shape[1], -1))
+        values = self.values[rows, inputs].reshape(*scales.shape, -1)
         found = values * scales.unsqueeze(2)
         if self.offsets is not None:
             found += self.offsets[rows, groups].unsqueeze(2)
