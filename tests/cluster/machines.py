@@ -24,6 +24,7 @@ import yaml
 from ray import serve
 from ray._private.authentication import authentication_token_setup
 from ray.cluster_utils import Cluster
+from ray.serve.schema import ServeDeploySchema
 
 from deployments.cli.client import free_port
 from tests.e2e.live import PATIENT_PROXIES, eventually
@@ -34,7 +35,7 @@ _IMPORT_PATH = "deployments.app:build_app"
 _ADDRESS = "127.0.0.{}"  # one per node; Ray 2.60 replaces 127.0.0.1 by the machine's external address
 _ROOT = Path(__file__).parent.parent.parent
 _FILE = Path(__file__).with_name("serve.yaml")
-_CPUS: dict[str, Any] = {"num_cpus": 8}
+_CPUS: dict[str, Any] = {"num_cpus": 4}  # Ray starts this many processes before they are needed
 _ACCELERATORS: dict[str, Any] = {"num_cpus": 0, "resources": {"accelerator": 2}}
 
 
@@ -117,7 +118,7 @@ class Machines:
         config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
         config["applications"][0]["args"] |= args
         self._file.write_text(yaml.safe_dump(config))
-        self._deploy()
+        serve.context._get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
 
     def stop(self) -> None:
         """Kill every process of every node, including the head."""

@@ -170,13 +170,13 @@ async def until_workers(url: str, count: int, *, within_s: float = SETTLE_S) -> 
 
 def completion(max_tokens: int, **changes: Any) -> dict[str, Any]:
     body = {"model": BASE, "prompt": "The sea is", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-    return body | changes
+    return body | {"max_repeats": 0} | changes  # the settings of `make serve` would end an answer that repeats
 
 
 async def asking(client: httpx.AsyncClient, statuses: list[int], stop: asyncio.Event) -> None:
-    """Run one client that sends the next request once it has an answer."""
+    """Run one client that sends the next request once it has an answer. Shorter ones would leave pauses between."""
     while not stop.is_set():
-        response = await client.post("/v1/completions", json=completion(128))
+        response = await client.post("/v1/completions", json=completion(512))
         statuses.append(response.status_code)
 
 

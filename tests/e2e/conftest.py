@@ -34,6 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
         preload=(POOL,),
         retrieval=RetrievalSettings(encoder_dtype="float32"),
         worker={"dtype": "float32", "num_threads": 1, "max_batch_size": 16, **WORKER},  # type: ignore[arg-type]  # of either engine
+        ingress_scaling={"health_check_period_s": 1},  # type: ignore[arg-type]
     )
 
 

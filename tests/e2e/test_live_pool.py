@@ -66,7 +66,7 @@ def test_running_rows_keep_the_version_they_began_with(live: Live, scale: Scale)
         alone.append(live.text("tides", max_tokens=_UPDATE_TOKENS))
     assert all(alone) and alone[0] != alone[1]
     num_streams = scale.pick("streams", small=6, full=16)
-    for update in range(scale.pick("updates", small=2, full=40)):
+    for update in range(scale.pick("updates", small=1, full=40)):
         live.publish(versions[update % 2])
         running, published_at, after = asyncio.run(_update_midway(live, versions[1 - update % 2], num_streams))
         assert {text for text, _ in running} == {alone[update % 2]}
@@ -113,7 +113,7 @@ def test_withdrawing_and_expiring_free_everything(live: Live, seed: int, scale: 
 
     cycle(0, 0)
     before, log_before = settled(held), sum(live.stored("catalogue/_delta_log").values())
-    num_cycles = scale.pick("cycles", small=4, full=100)
+    num_cycles = scale.pick("cycles", small=2, full=100)
     num_brief = scale.pick("unlisted adapters in a cycle", small=1, full=10)
     for number in range(1, num_cycles + 1):
         cycle(number, num_brief)

@@ -23,7 +23,7 @@ from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
-from tests.e2e.live import completion, eventually, eventually_equal
+from tests.e2e.live import completion, eventually, eventually_equal, settled
 from tests.served_engine import START_S, WORKER
 from tests.soak import Scale
 from tests.tiny import SHAPE, byte_tokenizer, linear_shapes, random_adapter, save_talkative, tiny_config
@@ -73,7 +73,7 @@ class Several:
 
 
 def settings_of(model: Path, name: str) -> dict[str, Any]:
-    scaling: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.5}}  # the other applications leave little room
+    scaling: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.5}, "health_check_period_s": 1}
     return {
         "base_model": str(model),
         "base_model_name": name,
@@ -162,6 +162,7 @@ def test_killing_the_workers_of_one_base_fails_no_request_of_the_other(several: 
 
 def test_a_base_that_falls_asleep_and_wakes_fails_no_request_of_the_others(several: Several) -> None:
     eventually_equal(lambda: several.state("third"), "asleep", within_s=START_S)
+    assert settled(lambda: several.state("third"), quiet_s=1.5) == "asleep", "asking for its state has woken it"
     asked = [(name, prompt) for name, own in several.expected.items() for prompt in own]
     with ThreadPoolExecutor(5) as threads:
         waking = threads.submit(several.post, "Hello", "third")

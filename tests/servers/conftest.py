@@ -1,4 +1,4 @@
-"""Two servers for the tests that only use them, until the tests of `test_stopping.py`, the last file, stop them."""
+"""A server for the tests that only use it, until a test of `test_stopping.py`, the last file, stops it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_store.location import DEFAULT_CACHE_DIR
 from tests.cluster.scaling_app import serving, settings_of
 from tests.e2e.starter_pool import EXAMPLES
 from tests.served_engine import ENGINE
-from tests.servers.started import MOST_WORKERS, TOKEN, Started, in_home, untraced
+from tests.servers.started import MOST_WORKERS, TOKEN, Started, in_home
 
 
 @pytest.fixture
@@ -25,7 +25,10 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def started() -> Iterator[Started]:
-    """Yield a server with the settings of `make serve`, whose home has a token that others may read."""
+    """Yield a server with the settings of `make serve`, one worker, or more under load, and its own process group.
+
+    Its home has a token that others may read.
+    """
     with tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp") as name:
         folder = Path(name)
         (folder / ".ray").mkdir()
@@ -33,17 +36,8 @@ def started() -> Iterator[Started]:
         (folder / ".ray" / "auth_token").chmod(0o644)
         (folder / ".cache").mkdir()
         (folder / ".cache" / DEFAULT_CACHE_DIR.name).symlink_to(DEFAULT_CACHE_DIR)  # no kernel is compiled again
-        settings = settings_of(folder, min_workers=1, max_workers=1)
+        settings = settings_of(folder, min_workers=1, max_workers=MOST_WORKERS)
         starter = yaml.safe_load((EXAMPLES / ("starter.yaml" if ENGINE == "native" else "vllm.yaml")).read_text())
         settings = starter | settings | {"worker": starter["worker"] | settings["worker"]}
-        with serving(folder, settings, in_home(folder, "disabled")) as (url, process):
+        with serving(folder, settings, in_home(folder, "disabled"), leads_group=True) as (url, process):
             yield Started(url, process, folder)
-
-
-@pytest.fixture(scope="session")
-def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    """Yield a server with workers as its load needs them, which leads a process group."""
-    folder = tmp_path_factory.mktemp("scaled")
-    settings = settings_of(folder, min_workers=0, max_workers=MOST_WORKERS)
-    with serving(folder, settings, untraced(), leads_group=True) as (url, process):
-        yield Started(url, process, folder)

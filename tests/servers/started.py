@@ -10,7 +10,7 @@ from pathlib import Path
 from deployments.cli.local_server import TRACING_VARIABLE
 
 TOKEN = "ab" * 32
-MOST_WORKERS = 3
+MOST_WORKERS = 2  # under load
 
 
 @dataclass(frozen=True)

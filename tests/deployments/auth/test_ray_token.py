@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from deployments.errors import RayUnauthenticated
+from deployments.ingress import Ingress
+from deployments.retriever import RetrieverDeployment
+from deployments.store import StoreDeployment
+from deployments.worker import WorkerDeployment
 
 BUILD = """
 import logging, os, sys
@@ -58,6 +65,24 @@ def test_without_a_mode_in_the_environment_the_builder_switches_it_on(tmp_path: 
     run = python(None, str(tmp_path), "refuse")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["built", "True"]
+
+
+@pytest.mark.parametrize("deployment", [Ingress, RetrieverDeployment, StoreDeployment, WorkerDeployment])
+def test_every_replica_checks_its_process_as_it_starts(deployment: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver in token mode may connect to a cluster without it."""
+    check = Mock(side_effect=RayUnauthenticated("off"))
+    monkeypatch.setattr(sys.modules[deployment.__module__], "require_token_mode", check)
+    parameters = inspect.signature(deployment).parameters.values()
+    needed = [Mock(allow_unauthenticated_ray=False) for each in parameters if each.default is inspect.Parameter.empty]
+
+    async def start() -> None:
+        started = deployment.__init__(object.__new__(deployment), *needed)  # a coroutine, where Serve awaits it
+        if started is not None:
+            await started
+
+    with pytest.raises(RayUnauthenticated):
+        asyncio.run(start())
+    check.assert_called_once_with(allow_unauthenticated=False)
 
 
 @pytest.mark.parametrize(("mode", "given"), [(None, "RAY_AUTH_MODE is not set"), ("off", "RAY_AUTH_MODE is 'off'")])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ from ray.serve.schema import (
 from deployments.cli import local_server
 from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.cli.local_server import (
+    _CALL_S,
+    _LAST_ANSWERS_S,
     APP_NAME,
+    CHEAPER_SERVE,
     Server,
     _fewer_processes,
     _inherited,
@@ -56,6 +60,27 @@ def ready_server(*statuses: int) -> Iterator[Server]:
     with scripted(*((status, {"status": status}) for status in statuses)) as http:
         yield Server(config_of(), port=int(http.url.rpartition(":")[2]))
         assert {path for _, path in http.asked} <= {"/ready"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_a_queue_and_end_no_process_once_the_server_runs(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        received = Server(config_of(), port=0).interrupts()
+        signal.raise_signal(number)
+        assert received.get(timeout=1) == number and received.empty()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_a_stop_takes_less_than_the_ten_seconds_that_containers_have() -> None:
+    """Serve stops deployments before those that they call: the Ingress, then Worker and Retriever, then the Store."""
+    config, loop_s = config_of(), float(CHEAPER_SERVE["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"])
+    stages = (config.ingress_scaling, config.worker_scaling, config.store_scaling)
+    drains_s = [scaling.root["graceful_shutdown_wait_loop_s"] + loop_s for scaling in stages]
+    assert _LAST_ANSWERS_S + _CALL_S + sum(drains_s) < 9, "a second is left for Ray's own end"
+    assert config.retriever_scaling.root["graceful_shutdown_wait_loop_s"] <= drains_s[1]
 
 
 def test_only_a_pool_that_the_start_creates_is_new(tmp_path: Path) -> None:

@@ -40,6 +40,22 @@ def test_four_bits_choose_the_scale_with_the_least_error() -> None:
     assert (found.dequantized() - weight).norm() < (naive - weight).norm()
 
 
+@pytest.mark.parametrize("num_in", [20, 64, 100])
+@pytest.mark.parametrize(("bits", "group", "has_offsets"), [(8, 0, False), (8, 16, False), (4, GROUP, True)])
+def test_a_weight_is_each_integer_times_its_scale_plus_its_offset(
+    bits: int, group: int, has_offsets: bool, num_in: int
+) -> None:
+    most, num_groups = 1 << (bits - 1), -(-num_in // group) if group else 1
+    values = torch.randint(-most, most, (150, num_in)).to(torch.int8)
+    scales, offsets = torch.randn(2, 150, num_groups)
+    weight = QuantizedWeight(values, scales, bits, group, offsets if has_offsets else None)
+    expected = values * scales.repeat_interleave(group or num_in, dim=1)[:, :num_in]
+    if has_offsets:
+        expected += offsets.repeat_interleave(group, dim=1)[:, :num_in]
+    assert torch.equal(weight.dequantized(), expected)
+    assert torch.equal(weight.dequantized(torch.bfloat16), expected.bfloat16())
+
+
 def test_stored_scales_are_exact_over_twenty_binades() -> None:
     scales, offsets = (torch.randint(-1024, 1024, (2, 8, 3)) / 1024) * 2.0 ** torch.randint(-60, -40, (2, 8, 3))
     weight = QuantizedWeight(torch.zeros(8, 96, dtype=torch.int8), scales, 4, GROUP, offsets)
@@ -49,7 +65,8 @@ def test_stored_scales_are_exact_over_twenty_binades() -> None:
 
 
 def test_scales_of_groups_are_rounded_to_the_nearest_that_a_half_has() -> None:
-    numbers = torch.cat([torch.randn(1000) * 2.0 ** torch.randint(-14, 15, (1000,)), torch.zeros(1)])
+    drawn, halfway = torch.randn(1000) * 2.0 ** torch.randint(-14, 15, (1000,)), torch.arange(2049.0, 4096.0)
+    numbers = torch.cat([drawn, halfway, -halfway, torch.zeros(1)])
     numbers = numbers[(numbers == 0) | (numbers.abs() > 2.0**-14)]  # smaller halves have fewer bits
     assert torch.equal(round_to_halves(numbers), numbers.half().float())
 
