@@ -251,8 +251,8 @@ def open_client(
 def use_key(key: str | None) -> None:
     """Send this key with the requests of this command, without the space around it, such as a file's last newline."""
     key = None if key is None else key.strip()
-    if key and not re.fullmatch("[!-~]+", key):
-        fail(f"the key of --key or {KEY_VARIABLE} has a space or another character that no header can carry")
+    if key and not re.fullmatch("[ -~]+", key):
+        fail(f"the key of --key or {KEY_VARIABLE} has a character that no header can carry")
     _key.set(key)
 
 

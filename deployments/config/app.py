@@ -270,8 +270,8 @@ class AppConfig(ModelSettings):
             raise ValueError("${…} is not replaced here; write the key itself, or use keys_file")
         if isinstance(key, str) and key and not key.strip("*"):
             raise ValueError("is the mask that --print-config prints; write the key itself")
-        if isinstance(key, str) and key and not re.fullmatch("[!-~]+", key):
-            raise ValueError("must be letters, digits and signs of ASCII, because clients send it in a header")
+        if isinstance(key, str) and key and not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
+            raise ValueError("must be of ASCII, without space around it, because clients send it in a header")
         return key
 
     @model_validator(mode="after")

@@ -150,7 +150,7 @@ def test_the_space_around_a_key_is_left_out_and_what_no_header_carries_is_refuse
 ) -> None:
     monkeypatch.setenv("LORARETRIEVER_KEY", " k2\n")
     assert run_with(NO, "list").server.authorizations == ["Bearer k2"]
-    for key in ("lr-secret\nx", "lr-sécret", "lr secret"):
+    for key in ("lr-secret\nx", "lr-sécret"):
         said = run_with(NO, "list", "--key", key)
         assert (said.code, said.server.authorizations) == (1, [])
         assert "that no header can carry" in said.err and "cret" not in said.out + said.err
