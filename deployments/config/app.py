@@ -280,6 +280,12 @@ class AppConfig(ModelSettings):
             raise ValueError("api_key: cannot be combined with keys_file; add the key to that file")
         return self
 
+    @field_validator("learning", mode="before")
+    @classmethod
+    def _off_without_quotes(cls, value: object) -> object:
+        """YAML reads `off` as false."""
+        return "off" if value is False else value
+
     @field_validator("cache_dir")
     @classmethod
     def _with_home(cls, path: Path) -> Path:

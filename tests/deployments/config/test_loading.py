@@ -18,6 +18,8 @@ def test_changes_override_the_file_and_leave_other_settings_of_a_group(tmp_path:
     config = load_config(file, preload=["/b"], worker={"max_model_len": 512}, retrieval={"k": 4})
     assert (config.template, config.retrieval.k, config.preload) == ("chat", 4, (Path("/b"),))
     assert (config.worker.max_batch_size, config.worker.max_model_len) == (8, 512)
+    file.write_text("learning: off\n")  # false, in YAML
+    assert load_config(file).learning == "off"
     file.write_text("# nothing\n")
     assert load_config(file) == load_config(None) == AppConfig()
 
