@@ -307,6 +307,8 @@ def _make_vocabulary(base: PromptModel, tool_parser: ToolParser) -> LLTokenizer:
 
 
 def _too_long(num_prompt_tokens: int, num_new_tokens: int | None, max_len: int) -> str:
+    if num_prompt_tokens == max_len and not num_new_tokens:
+        return f"{max_len} prompt tokens leave no room for an answer in the context of {max_len}; shorten the prompt"
     new = "" if num_new_tokens is None else f" plus max_tokens {num_new_tokens}"
     return (
         f"{num_prompt_tokens} prompt tokens{new} exceed the context of {max_len} tokens; shorten the prompt or lower"
