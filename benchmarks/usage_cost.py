@@ -27,7 +27,7 @@ from gpu_worker.front.request.request import Delta
 from lora_store import Location
 from lora_store.usage import UsageFiles
 
-NUM_ADAPTERS = 3  # of each request
+NUM_ADAPTERS = 3  # in each request's plan
 _KEPT = timedelta(days=400)
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
-_MERGED = "tag:yaml.org,2002:merge"  # of `<<`
+_MERGED = "tag:yaml.org,2002:merge"  # the tag of a `<<` key
 
 
 class _Loader(yaml.SafeLoader):

@@ -108,11 +108,11 @@ class Preferences:
         """Return a view's matches with beaten adapters replaced by better ones, and those of withdrawn anchors added.
 
         A better adapter gets the score and the embedding of the one it replaces, since it answers that one's prompts.
-        `base_model`: add only adapters of this served base model. `matches`: the best `top_k`, and as many more as
-        `count_blamed` says, whose places the next ones take.
-        The result has at most `top_k` matches that may answer, and those that outcomes exclude before the last of them.
-        It is sorted by score and contains no weights twice. `views` (V, D) have length 1: the view whose matches these
-        are, and the others of the same prompt, near which outcomes count for this one, too.
+        `base_model`: add only adapters of this served base model. `matches`: the best `top_k` plus `count_blamed`, so
+        that the next ones take the places of excluded adapters.
+        The result is sorted by score, has no weights twice and at most `top_k` matches that may answer. Excluded ones
+        stay in it if they are before the last of these. `views` (V, D), of length 1: first the view that was searched,
+        then the prompt's other views; outcomes near any of them count.
         """
         if self.is_empty:
             return list(matches)
@@ -136,7 +136,7 @@ class Preferences:
         return kept
 
     def _near(self, views: Vectors) -> list[_NearOutcome]:
-        """Return the outcomes near a prompt of these views (V, D), those that are nearest to the first one first."""
+        """Return the outcomes near any of these views (V, D) of a prompt, sorted by nearness to the first view."""
         if not self.outcomes:
             return []
         nearness = centred(self.judged, self.centre) @ centred(views, self.centre).T

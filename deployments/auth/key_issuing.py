@@ -21,7 +21,7 @@ from deployments.auth.api_keys import KeyEntry, hash_key, load_entries, new_key,
 from deployments.field_problems import describe_problem, did_you_mean, field_names
 from deployments.json_types import JsonMapping, JsonObject
 
-_MAX_TENANT_CHARS = 55  # of a tenant's name in the id of its key, which has 64
+_MAX_TENANT_CHARS = 55  # a generated id adds 9 characters to them, and may have 64
 
 
 def read_expiry(text: str, now: datetime) -> str | None:

@@ -116,7 +116,7 @@ def serve(
         "worker": None if device is None else {"device": device},
     }
     empty = [name for name, text in (("host", host), ("store", store), ("base-model", base_model)) if text == ""]
-    if empty:  # of a variable that is not set: an empty host means all addresses
+    if empty:  # as an unset shell variable gives it; an empty host would listen on all addresses
         fail(f"--{empty[0]}: is empty; give a value, or leave the option out")
     changes = {name: value for name, value in given.items() if value}
     settings = _settings_of_server(config, changes)

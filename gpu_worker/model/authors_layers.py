@@ -152,7 +152,7 @@ class _Through(nn.Module):
 class MolmoTextConfig(transformers.LlamaConfig):  # type: ignore[misc]
     """Molmo's language model is Llama with fused layers, perhaps with norms behind its layers and of queries and keys.
 
-    Its settings are those of the authors' class, as are the defaults of what a file leaves out.
+    Settings have the names and the defaults of the authors' class.
     """
 
     model_type = "molmo_text"
@@ -223,7 +223,7 @@ class MolmoForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ig
 class PLaMo3Config(transformers.Gemma3TextConfig):  # type: ignore[misc]
     """PLaMo 3 is Gemma 3 with fused layers and other scales.
 
-    Its settings are those of the authors' class, as are the defaults of what a file leaves out.
+    Settings have the names and the defaults of the authors' class.
     """
 
     model_type = "plamo3"
@@ -314,7 +314,7 @@ class PLaMo3ForCausalLM(AuthorsNames, transformers.Gemma3ForCausalLM):  # type: 
 class K2HorizonConfig(transformers.LlamaConfig):  # type: ignore[misc]
     """K2 Horizon without experts is Llama with norms of groups, and perhaps with norms or gates in its attention.
 
-    Its settings are those of the authors' class, as are the defaults of what a file leaves out.
+    Settings have the names and the defaults of the authors' class.
     """
 
     model_type = "k2_horizon"

@@ -50,7 +50,7 @@ _NAMES = {
     "feed_forward.w3": "mlp.up_proj",
 }
 _TENSOR = re.compile(rf"(layers\.\d+\.)?({'|'.join(map(re.escape, _NAMES))})(\.weight|\.bias)")
-_PART_BYTES = 2**31  # of the tensors that memory holds at a time, and of a file
+_PART_BYTES = 2**31  # the tensors of one written file, which are in memory together
 _REMEDY = "use the folder of the same model that has config.json and *.safetensors"
 
 

@@ -25,7 +25,7 @@ _SMALLEST_RANGE = 2.0**-100  # inputs below it are rounded to 0
 _ROWS_AT_ONCE = 4096  # bounds float32 copies of weights
 _ROWS_IN_CACHE = 64  # their float32 copies stay in a processor's cache
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's largest value that 4 bits may clip to
-_DROPPED_BITS = 13  # of a float32 number that is rounded to the 11 bits of halves
+_DROPPED_BITS = 13  # a float32 mantissa has 24 bits, that of a half 11
 _HALF_EXPONENT = 14  # the largest scale that is stored as a half has it
 
 
@@ -153,7 +153,7 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
 def round_to_halves(numbers: Tensor) -> Tensor:
     """Return the nearest numbers of 11 bits, as halves have: the kernel stores scales and offsets of groups so."""
     bits = numbers.contiguous().view(torch.int32)
-    is_odd = (bits >> _DROPPED_BITS) & 1  # of two numbers that are as near the even one is taken
+    is_odd = (bits >> _DROPPED_BITS) & 1  # a number halfway between two is rounded to the even one
     half = (1 << (_DROPPED_BITS - 1)) - 1
     return ((bits + half + is_odd) & -(1 << _DROPPED_BITS)).view(torch.float32)
 

@@ -115,7 +115,7 @@ def _read_by_vllm(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str,
     elif leaf == "ff_proj":
         for part, weight in zip(("up_proj", "gate_proj"), tensor.chunk(2), strict=True):
             yield f"{layer}.{part}.weight", weight
-    elif leaf != "new_embedding":  # of tokens that only images have
+    elif leaf != "new_embedding":  # rows that only the tokens of images have
         yield name.replace(".att_proj.", ".qkv_proj.").replace("wte.embedding", "embed_tokens.weight"), tensor
 
 
