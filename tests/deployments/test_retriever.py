@@ -119,8 +119,8 @@ async def test_the_vectors_of_one_request_are_of_one_encoder(here: Served, monke
         encoded = encode(texts)
         makers.append(encoded[0].pool.encoder.identity)
         if len(makers) == 1:
-            identity = here.pools.prepare_encoder("multilingual-e5-small", "none").identity
-            event = ActivateEncoder("multilingual-e5-small", identity, "me", datetime.now(UTC))
+            identity = here.pools.prepare_encoder("multilingual-e5-small-tasks", "none").identity
+            event = ActivateEncoder("multilingual-e5-small-tasks", identity, "me", datetime.now(UTC))
             here.catalogue.commit(lambda _: [event])
             here.pools.catch_up()
         return encoded

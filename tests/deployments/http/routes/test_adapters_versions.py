@@ -165,11 +165,11 @@ def test_without_keys_clients_that_may_change_the_pool_may_approve() -> None:
     ("encoder", "host", "is_allowed"),
     [
         ("org/listed", "192.0.2.7", True),
-        ("multilingual-e5-small", "192.0.2.7", True),  # an encoder of the settings
+        ("multilingual-e5-small-tasks", "192.0.2.7", True),  # an encoder of the settings
         ("/srv/private", "192.0.2.7", False),
         ("org/any-model", "192.0.2.7", False),
         ("org/listed", "127.0.0.1", True),
-        ("multilingual-e5-small", "127.0.0.1", True),
+        ("multilingual-e5-small-tasks", "127.0.0.1", True),
         ("/srv/private", "127.0.0.1", False),  # may be a port forward or a proxy on the machine
         ("org/any-model", "127.0.0.1", False),
     ],
