@@ -39,8 +39,9 @@ MAX_SAMPLES = 16  # of each of them
 # An approval that grants more than these has to be confirmed. Most honest adapters of one trade stay below them, and
 # copies do not: `python -m benchmarks.routing.draws`.
 MOST_ORDINARY = 0.1  # six honest adapters of the starter pool draw 3 % together
-MOST_OF_SAMPLES = 0.1
-MOST_OF_CONTENTS = 0.8
+MOST_OF_LETTERS = 0.05
+MOST_OF_SAMPLES = 0.05
+MOST_OF_CONTENTS = 0.5
 _NUM_COMPARED = 4  # adapters of the pool that compete for a prompt
 LETTER_PARTS = (
     "Dear Sir or Madam,",
@@ -113,15 +114,17 @@ class Draws:
     """The prompts that a version would draw: ordinary ones, and those of others' adapters, most drawn first.
 
     `ordinary`: of bare words, parts of letters, or the rest: what must be confirmed, or else what is drawn most.
+    `most_ordinary`: the share of these that may be drawn unasked.
     """
 
     ordinary: Drawn
     adapters: tuple[DrawnAdapter, ...] = ()
+    most_ordinary: float = MOST_ORDINARY
 
     @property
     def must_be_confirmed(self) -> bool:
         """Whether the version draws more than an approval may grant unasked."""
-        return self.ordinary.exceeds(MOST_ORDINARY) or any(adapter.must_be_confirmed for adapter in self.adapters)
+        return self.ordinary.exceeds(self.most_ordinary) or any(adapter.must_be_confirmed for adapter in self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,22 +168,23 @@ class DrawMeasurement:
             drawn.append(DrawnAdapter(victim.ref, *counts))
             start += 2 * num
         drawn.sort(key=lambda item: (-item.samples.by_owner, -item.contents.by_owner, str(item.ref)))
-        return Draws(
-            ordinary=self._drawn_ordinary(rows[start:], abstain, min_score),
-            adapters=tuple(item for item in drawn if item.samples.by_owner or item.contents.by_owner),
-        )
+        ordinary, most = self._drawn_ordinary(rows[start:], abstain, min_score)
+        adapters = tuple(item for item in drawn if item.samples.by_owner or item.contents.by_owner)
+        return Draws(ordinary, adapters, most)
 
-    def _drawn_ordinary(self, letters: Vectors, abstain: Abstain, min_score: float | None) -> Drawn:
-        """Return how many ordinary prompts are led, of the group that `Draws.ordinary` describes."""
+    def _drawn_ordinary(self, letters: Vectors, abstain: Abstain, min_score: float | None) -> tuple[Drawn, float]:
+        """Return how many ordinary prompts are led, of the group that `Draws.ordinary` describes, and its bound."""
         ordinary, references = self.pool.ordinary, self.pool.references
         if ordinary is None or references is None or self.record.encoder != self.pool.encoder.identity:
-            return Drawn(0, 0, 0)
+            return Drawn(0, 0, 0), MOST_ORDINARY
         near, groups = nearness_to_others(references), split_bare_words(len(ordinary))
-        drawn = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
-        drawn.append(self._drawn(letters, abstain, min_score))
+        everyday = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
+        drawn = [(found, MOST_ORDINARY) for found in everyday]
+        drawn.append((self._drawn(letters, abstain, min_score), MOST_OF_LETTERS))
 
-        def severity(found: Drawn) -> tuple[bool, float, float]:
-            return found.exceeds(MOST_ORDINARY), found.by_version / found.num, found.by_owner / found.num
+        def severity(group: tuple[Drawn, float]) -> tuple[bool, float, float]:
+            found, most = group
+            return found.exceeds(most), found.by_version / found.num, found.by_owner / found.num
 
         return max(drawn, key=severity)
 

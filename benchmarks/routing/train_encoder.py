@@ -51,6 +51,7 @@ DIRECT, IN_OTHER_LANGUAGE = 0.12, 0.2  # shares of the prompts
 BUCKETS = 6  # forward passes of a step, by length
 WARM_STEPS, REPORTED = 20, 50
 KEPT = 0.7  # of what was learned; on the tune pools better than all of it
+TASKS_OF_MEAN = 3  # of each domain, from whose mean the projection starts
 MAX_NORM = 1.0
 out = Console(width=160)
 
@@ -132,8 +133,7 @@ class Training(nn.Module):
     def __init__(self, folder: Path, start: Whitening) -> None:
         super().__init__()
         self.network = EncoderNetwork(folder, RANK)
-        self._first_mean = torch.tensor(start.mean)
-        self.mean = nn.Parameter(self._first_mean.clone())
+        self.mean = nn.Parameter(torch.tensor(start.mean))
         self._start = torch.tensor(start.matrix)
         self._scale = float(self._start.norm()) / len(self._start) ** 0.5
         self._change = nn.Parameter(torch.zeros_like(self._start))
@@ -142,14 +142,12 @@ class Training(nn.Module):
     def matrix(self) -> Tensor:
         return self._start + self._scale * self._change
 
-    def kept(self) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray]:
-        """Return `KEPT` of what was learned: the changes of the weights, and the projection's mean and matrix."""
+    def kept(self) -> tuple[dict[str, Tensor], np.ndarray]:
+        """Return `KEPT` of what was learned: the changes of the weights, and the matrix."""
         changes = self.network.changes()
         scaled = {name: KEPT * part if name.endswith(SECOND_FACTOR) else part for name, part in changes.items()}
-        with torch.no_grad():
-            parts = torch.lerp(self._first_mean, self.mean, KEPT), torch.lerp(self._start, self.matrix, KEPT)
-        mean, matrix = (part.numpy() for part in parts)
-        return {name: part.half().contiguous() for name, part in scaled.items()}, mean, matrix
+        matrix = torch.lerp(self._start, self.matrix.detach(), KEPT).numpy()
+        return {name: part.half().contiguous() for name, part in scaled.items()}, matrix
 
     def slow_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the projection, which learn more slowly."""
@@ -209,16 +207,31 @@ def _rate(step: int, steps: int) -> float:
     return warm * max(0.02, 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
-def write_files(training: Training, cache_dir: Path) -> str:
-    """Write the changes, the projection and the vectors of the ordinary prompts. Return the encoder's identity."""
-    changes, mean, matrix = training.kept()
+def write_files(training: Training, texts: Sequence[str], cache_dir: Path) -> str:
+    """Write the changes, the projection and the vectors of the ordinary prompts. Return the encoder's identity.
+
+    `texts`: of the tasks. The projection starts from the mean of their vectors, which the training has moved.
+    """
+    changes, matrix = training.kept()
     TRAINING_FILE.write_bytes(save(changes))
     encoder = Encoder(dtype="float32", cache_dir=cache_dir)
+    mean = BulkEncoding(encoder, texts).encode_all().mean(axis=0)
     projection = Whitening(encoder.identity, mean, matrix, np.empty((0, *matrix.shape), np.float32))
     shipped_file(encoder.identity).write_bytes(projection.to_bytes())
     vectors = BulkEncoding(encoder, ordinary_prompts()).encode_all()
     shipped_file(f"{encoder.identity}.ordinary").write_bytes(ordinary_file(vectors))
     return encoder.identity
+
+
+def texts_of(domains: Domains) -> list[str]:
+    """Return two texts of three tasks of each domain."""
+    rng = random.Random(0)
+    texts = []
+    for tasks in domains.values():
+        for task in rng.sample(list(tasks), min(TASKS_OF_MEAN, len(tasks))):
+            wordings = [*task.wordings, *task.other]
+            texts += [rng.choice(wordings).replace(INPUT, rng.choice(task.contents)) for _ in range(2)]
+    return texts
 
 
 def main(
@@ -240,7 +253,7 @@ def main(
     shipped = shipped_file(start.identity)
     training = Training(packaged_encoder(cache_dir, NAME), Whitening.from_bytes(shipped.read_bytes()))
     train(training, kept, rest, steps, seed)
-    out.print(f"encoder {write_files(training, cache_dir)}")
+    out.print(f"encoder {write_files(training, texts_of(read_domains()), cache_dir)}")
 
 
 if __name__ == "__main__":

@@ -97,9 +97,9 @@ def test_all_approved_adapters_of_the_owner_count_together() -> None:
     ("samples", "contents", "is_asked"),
     [
         (Drawn(10, 0, 9), Drawn(10, 0, 9), False),  # by other adapters, which were confirmed
-        (Drawn(10, 1, 1), Drawn(10, 8, 8), False),
-        (Drawn(10, 1, 2), Drawn(10, 0, 0), True),
-        (Drawn(10, 0, 0), Drawn(10, 1, 9), True),
+        (Drawn(20, 1, 1), Drawn(20, 10, 10), False),
+        (Drawn(20, 1, 2), Drawn(20, 0, 0), True),
+        (Drawn(20, 0, 0), Drawn(20, 1, 11), True),
     ],
 )
 def test_a_version_is_confirmed_if_its_owner_would_draw_many_prompts_of_an_adapter(
@@ -111,6 +111,7 @@ def test_a_version_is_confirmed_if_its_owner_would_draw_many_prompts_of_an_adapt
 
 def test_a_version_is_confirmed_if_its_owner_would_draw_more_than_a_tenth_of_ordinary_prompts() -> None:
     assert [Draws(Drawn(500, 1, by_owner)).must_be_confirmed for by_owner in (50, 51)] == [False, True]
+    assert [Draws(Drawn(40, 1, by_owner), (), 0.05).must_be_confirmed for by_owner in (2, 3)] == [False, True]
 
 
 def test_adapters_that_other_tenants_do_not_find_are_no_victims() -> None:

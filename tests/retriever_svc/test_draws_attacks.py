@@ -14,7 +14,7 @@ import pytest
 from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import Encoder, Retriever
-from retriever_svc.draws import LETTER_PARTS, MOST_ORDINARY, Draws
+from retriever_svc.draws import LETTER_PARTS, Draws
 from tests.retriever_svc.attacks import (
     everyday_prompts,
     held_out,
@@ -159,4 +159,4 @@ def test_an_adapter_of_openings_or_closings_of_letters_is_confirmed(encoder: Enc
 def test_no_adapter_of_the_starter_pool_has_to_be_confirmed_for_parts_of_letters(encoder: Encoder) -> None:
     honest = published(encoder, HONEST, "acme")
     draws = drawn_by(encoder, honest[0], honest[1:], HONEST)
-    assert not draws.ordinary.exceeds(MOST_ORDINARY)
+    assert not draws.ordinary.exceeds(draws.most_ordinary)

@@ -102,10 +102,10 @@ def test_the_network_computes_the_encoders_vectors_and_its_changes_are_those_tha
     with torch.no_grad():
         plain = network(TEXTS).numpy()
         for factor in network.second.values():
-            factor.normal_(std=0.02)
+            factor.normal_(std=0.1)
         trained = network(TEXTS).numpy()
     assert cosines(plain, shared_encoder(NAME, dtype="float32").encode_plain(TEXTS)).min() > 0.998
-    assert cosines(plain, trained).max() < 0.99
+    assert cosines(plain, trained).max() < 0.98
     shutil.copytree(folder, tmp_path / "trained")
     tensors = {name: array.astype(np.float32) for name, array in load_file(folder / "model.safetensors").items()}
     add_training(tensors, {name: part.numpy() for name, part in network.changes().items()})
@@ -165,22 +165,22 @@ def test_the_files_are_those_of_the_encoder_that_is_trained(
 ) -> None:
     def encoder(dtype: str, cache_dir: Path) -> FakeEncoder:
         assert (tmp_path / "training.safetensors").is_file()  # the conversion reads it
-        return FakeEncoder({text: np.ones(16, np.float32) for text in ordinary_prompts()}, dim=16)
+        rows = {text: np.ones(16, np.float32) for text in ordinary_prompts()}
+        return FakeEncoder(rows | {"one": np.eye(16)[0], "two": np.eye(16)[1]}, dim=16)
 
     training.network.changes = lambda: {"w.A": torch.ones(2, 3), "w.B": torch.ones(4, 2)}  # type: ignore[assignment]
     with torch.no_grad():
         training._change += 1
-        training.mean += 1
     monkeypatch.setattr(train_encoder, "TRAINING_FILE", tmp_path / "training.safetensors")
     monkeypatch.setattr(train_encoder, "shipped_file", lambda stem: tmp_path / f"{stem}.safetensors")
     monkeypatch.setattr(train_encoder, "Encoder", encoder)
-    identity = train_encoder.write_files(training, tmp_path)
+    identity = train_encoder.write_files(training, ["one", "two"], tmp_path)
     changes = load_file(tmp_path / "training.safetensors")
     np.testing.assert_allclose(changes["w.B"] @ changes["w.A"], np.full((4, 3), 2 * 0.7), rtol=1e-3)
     projection = Whitening.from_bytes((tmp_path / f"{identity}.safetensors").read_bytes())
     assert projection.encoder == identity
     np.testing.assert_allclose(projection.matrix, np.eye(16) + 0.7, atol=1e-3)  # the change has the scale of the start
-    np.testing.assert_allclose(projection.mean, np.full(16, 0.7), atol=1e-3)
+    np.testing.assert_allclose(projection.mean, [0.5, 0.5, *[0.0] * 14], atol=1e-3)
     assert load_file(tmp_path / f"{identity}.ordinary.safetensors")["vectors"].shape == (len(ordinary_prompts()), 16)
 
 
@@ -190,8 +190,13 @@ def test_training_finds_held_out_tasks_more_often(training: Training, capsys: py
     pool = make_step(random.Random(3), every)
     with torch.no_grad():
         before = training.loss(pool)
-    train(training, every, held, 60, 0)
+    train(training, every, held, 150, 0)
     with torch.no_grad():
         after = training.loss(pool)
-    assert float(after[0]) < float(before[0]) / 2 and after[1] > before[1]
+    assert float(after[0]) < 0.8 * float(before[0]) and after[1] > before[1]
     assert "50: loss" in capsys.readouterr().out
+
+
+def test_the_mean_is_of_texts_of_every_domain() -> None:
+    texts = train_encoder.texts_of(domains(4))
+    assert Counter(task_of(text).partition("-")[0] for text in texts) == {str(domain): 6 for domain in range(4)}
