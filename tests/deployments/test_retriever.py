@@ -340,7 +340,7 @@ async def test_the_draws_of_a_version_are_measured_on_the_pool(here: Served) -> 
     copy = replace(german, ref=AdapterRef("mallory", "copy", german.ref.digest), weights_digest="c" * 64)
     generation = here.publish(german, sums, copy)
     draws = await here.replica.draws("acme", "mallory/copy", generation)
-    assert draws.adapters == (DrawnAdapter(german.ref, Drawn(2, 2, 2), Drawn(2, 2, 2)),)
+    assert draws.adapters == (DrawnAdapter(german.ref, Drawn(2, 2, 2), Drawn(2, 2, 2), pytest.approx(1)),)
     assert draws.ordinary.num == 517
     with pytest.raises(AdapterNotFound):
         await here.replica.draws("acme", f"mallory/copy@{'0' * 64}")
