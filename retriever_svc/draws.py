@@ -166,11 +166,11 @@ class DrawMeasurement:
         for victim, num in self.victims:
             samples, contents = rows[start : start + num], rows[start + num : start + 2 * num]
             means_of = (1 - CORE_WEIGHT) * samples + CORE_WEIGHT * contents
-            counts = (
+            of_samples, of_contents = (
                 self._drawn(queries, abstain, min_score, (victim, leave_one_out_scores(queries, means_of)))
                 for queries in (samples, contents)
             )
-            drawn.append(DrawnAdapter(victim.ref, *counts, similarity=self._similarity(victim)))
+            drawn.append(DrawnAdapter(victim.ref, of_samples, of_contents, self._similarity(victim)))
             start += 2 * num
         drawn.sort(key=lambda item: (-item.samples.by_owner, -item.contents.by_owner, str(item.ref)))
         ordinary, most = self._drawn_ordinary(rows[start:], abstain, min_score)
