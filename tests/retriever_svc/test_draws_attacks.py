@@ -85,8 +85,8 @@ def singles(task: str) -> Groups:
     return {f"single-{number}-{task}": HONEST[task][number : number + 1] for number in range(0, 20, 2)}
 
 
-# With full counts, led by the attacker if all are approved, and unasked: 0 and 0 % (and 25 % of the weight of mixtures,
-# if all are), 23 and 0, 33 and 0, 81 and 0, 37 and 8.3 %.
+# With full counts, led by the attacker unasked: nothing. If all are approved, the encoder before its training on tasks
+# gave it 0 % (and 25 % of the weight of mixtures), 23, 33, 81 and 37 %.
 @pytest.mark.parametrize("attack", [copies, halves, fifths, with_prompts, singles])
 def test_copies_of_anothers_tasks_draw_few_of_its_prompts_unless_confirmed(
     encoder: Encoder, tasks: list[str], attack: Callable[[str], Groups], scale: Scale
