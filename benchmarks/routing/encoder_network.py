@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from retriever_svc.packaged_encoder import FIRST_FACTOR, LINEAR, SECOND_FACTOR
 
-MAX_TOKENS = 128  # of a text in training
+MAX_TOKENS = 128  # longer texts are cut in training
 _MASKED = -1e4  # added to the logits of padding
 
 

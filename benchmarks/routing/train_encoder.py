@@ -5,10 +5,9 @@ small adapters: some tasks of a few domains, each with two samples of one wordin
 these tasks in other wordings, in other languages and about other contents must be nearer to their own adapter than to
 the others and to ordinary prompts.
 
-What is learned is a low-rank change of each linear layer and the projection that follows the encoder; seven tenths of
-both are kept. The command
-downloads BIG-bench (358 MB, once), takes about half an hour of two cores with bfloat16, and writes three files into
-`retriever_svc/data`. One domain in twelve is left out of training and only reported, unless `--held-out 0` says so.
+The training learns a low-rank change of each linear layer, and the projection that follows the encoder. The command
+downloads BIG-bench (358 MB, once), takes 20 minutes on two cores that multiply bfloat16, and writes three files into
+`retriever_svc/data`. One domain in twelve is not trained on but measured, unless `--held-out 0` says so.
 
 Dims: N texts, A adapters of a step, Q prompts, J ordinary prompts, D dimensions.
 """
@@ -44,14 +43,16 @@ from retriever_svc.projection_files import ordinary_file, shipped_file
 
 RANK, RATE, PROJECTION_RATE, WEIGHT_DECAY = 4, 1e-3, 3e-4, 0.01
 TEMPERATURE = 0.05
-DOMAINS, SIBLINGS, SAMPLES, PROMPTS = 6, 4, 2, 2  # of a step, a domain and a task
-ORDINARY, WORDS = 12, 4  # ordinary prompts of a step, and those that are bare words
+DOMAINS = 6  # in a step
+SIBLINGS = 4  # adapters of a domain
+SAMPLES, PROMPTS = 2, 2  # of an adapter
+ORDINARY, WORDS = 12, 4  # ordinary prompts in a step: sentences, and bare words
 BY_DESCRIPTION, BY_TWO_WORDINGS = 0.15, 0.25  # shares of the adapters
 DIRECT, IN_OTHER_LANGUAGE = 0.12, 0.2  # shares of the prompts
 BUCKETS = 6  # forward passes of a step, by length
 WARM_STEPS, REPORTED = 20, 50
-KEPT = 0.7  # of what was learned; on the tune pools better than all of it
-TASKS_OF_MEAN = 3  # of each domain, from whose mean the projection starts
+KEPT = 0.7  # the share of each change that ships; on the tune pools more prompts were right than with all of it
+TASKS_FOR_MEAN = 3  # tasks of each domain whose texts give the mean that the projection subtracts
 MAX_NORM = 1.0
 out = Console(width=160)
 
@@ -143,7 +144,7 @@ class Training(nn.Module):
         return self._start + self._scale * self._change
 
     def kept(self) -> tuple[dict[str, Tensor], np.ndarray]:
-        """Return `KEPT` of what was learned: the changes of the weights, and the matrix."""
+        """Return what ships: the share `KEPT` of the changes of the weights and of the change of the matrix."""
         changes = self.network.changes()
         scaled = {name: KEPT * part if name.endswith(SECOND_FACTOR) else part for name, part in changes.items()}
         matrix = torch.lerp(self._start, self.matrix.detach(), KEPT).numpy()
@@ -210,7 +211,7 @@ def _rate(step: int, steps: int) -> float:
 def write_files(training: Training, texts: Sequence[str], cache_dir: Path) -> str:
     """Write the changes, the projection and the vectors of the ordinary prompts. Return the encoder's identity.
 
-    `texts`: of the tasks. The projection starts from the mean of their vectors, which the training has moved.
+    `texts`: of the tasks. The projection subtracts the mean of their vectors, which the training has moved.
     """
     changes, matrix = training.kept()
     TRAINING_FILE.write_bytes(save(changes))
@@ -223,12 +224,12 @@ def write_files(training: Training, texts: Sequence[str], cache_dir: Path) -> st
     return encoder.identity
 
 
-def texts_of(domains: Domains) -> list[str]:
+def choose_texts(domains: Domains) -> list[str]:
     """Return two texts of three tasks of each domain."""
     rng = random.Random(0)
     texts = []
     for tasks in domains.values():
-        for task in rng.sample(list(tasks), min(TASKS_OF_MEAN, len(tasks))):
+        for task in rng.sample(list(tasks), min(TASKS_FOR_MEAN, len(tasks))):
             wordings = [*task.wordings, *task.other]
             texts += [rng.choice(wordings).replace(INPUT, rng.choice(task.contents)) for _ in range(2)]
     return texts
@@ -253,7 +254,7 @@ def main(
     shipped = shipped_file(start.identity)
     training = Training(packaged_encoder(cache_dir, NAME), Whitening.from_bytes(shipped.read_bytes()))
     train(training, kept, rest, steps, seed)
-    out.print(f"encoder {write_files(training, texts_of(read_domains()), cache_dir)}")
+    out.print(f"encoder {write_files(training, choose_texts(read_domains()), cache_dir)}")
 
 
 if __name__ == "__main__":

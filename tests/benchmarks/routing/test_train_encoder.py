@@ -198,5 +198,5 @@ def test_training_finds_held_out_tasks_more_often(training: Training, capsys: py
 
 
 def test_the_mean_is_of_texts_of_every_domain() -> None:
-    texts = train_encoder.texts_of(domains(4))
+    texts = train_encoder.choose_texts(domains(4))
     assert Counter(task_of(text).partition("-")[0] for text in texts) == {str(domain): 6 for domain in range(4)}
