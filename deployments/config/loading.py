@@ -14,6 +14,7 @@ from deployments.config.settings_errors import SettingsInvalid, settings_error
 from deployments.json_types import JsonObject
 from deployments.yaml_files import load_yaml
 
+_CONFIG_FILES = ("config.json", "params.json")  # of transformers, and of Mistral's own format
 _MUST_HAVE_VALUES = ("api_key", "keys_file")
 _MASK = "**********"  # as pydantic prints a secret
 
@@ -34,10 +35,15 @@ def require_base_model(base: str) -> None:
     """Refuse a path of a base model where there is none, before anything is started. Raises: SettingsInvalid."""
     if not base.startswith(("/", ".")) and base.count("/") < 2:
         return  # the id of a model hub
-    if not Path(base).is_dir():
-        raise SettingsInvalid(f"base_model: {base}: no such folder")
-    if not (Path(base) / "config.json").is_file():
-        raise SettingsInvalid(f"base_model: {base} has no config.json; name the folder of a model")
+    path = Path(base)
+    if path.suffix == ".gguf" and path.is_file():
+        return
+    if not path.is_dir():
+        raise SettingsInvalid(f"base_model: {base}: no such folder or GGUF file")
+    if not any(path.joinpath(name).is_file() for name in _CONFIG_FILES) and not any(path.glob("*.gguf")):
+        raise SettingsInvalid(
+            f"base_model: {base} has neither config.json, nor params.json, nor a GGUF file; name the folder of a model"
+        )
 
 
 def require_keys_file(file: Path | None) -> None:

@@ -131,7 +131,7 @@ def test_commands_start_print_and_refuse_without_the_servers_packages() -> None:
             ("serve", "--print-config"),
         )
     assert version[::3] == (0, [])
-    assert no_model[:3] == (1, "", "base_model: /nosuch/model: no such folder")
+    assert no_model[:3] == (1, "", "base_model: /nosuch/model: no such folder or GGUF file")
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in words(no_port[2])
     assert no_port[0] == 1 and "--port 0 uses a free port" in words(no_port[2])
     assert settings[::2] == (0, "") and "base_model: " in settings[1]
@@ -167,7 +167,10 @@ def test_serve_prints_the_settings_in_use_without_secrets(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("base_model: {here}", "base_model: {here} has no config.json; name the folder of a model"),
+        (
+            "base_model: {here}",
+            "base_model: {here} has neither config.json, nor params.json, nor a GGUF file; name the",
+        ),
         (
             "keys_file: {here}/nokeys.yaml",
             "keys_file: {here}/nokeys.yaml: no such file; `loraretriever keys new --file` makes",

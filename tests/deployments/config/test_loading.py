@@ -47,16 +47,24 @@ def test_a_base_model_of_a_hub_need_not_be_on_this_machine(base_model: str) -> N
 
 @pytest.mark.parametrize("base_model", ["/nosuch/model", "./nosuch", "../a/b", "models/of/mine"])
 def test_a_path_of_a_base_model_must_be_a_folder(base_model: str) -> None:
-    with pytest.raises(SettingsInvalid, match=rf"^base_model: {re.escape(base_model)}: no such folder$"):
+    with pytest.raises(SettingsInvalid, match=rf"^base_model: {re.escape(base_model)}: no such folder or GGUF file$"):
         require_base_model(base_model)
 
 
-def test_the_folder_of_a_base_model_must_hold_one(tmp_path: Path) -> None:
-    config = AppConfig(base_model=str(tmp_path))
-    with pytest.raises(SettingsInvalid, match=r"has no config\.json"):
-        require_base_model(config.base_model)
-    (tmp_path / "config.json").touch()
-    require_base_model(config.base_model)
+@pytest.mark.parametrize("name", ["config.json", "params.json", "model.gguf"])
+def test_the_folder_of_a_base_model_must_hold_one(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalid, match=r"has neither config\.json, nor params\.json, nor a GGUF file"):
+        require_base_model(str(tmp_path))
+    (tmp_path / name).touch()
+    require_base_model(str(tmp_path))
+
+
+def test_a_base_model_may_be_a_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with pytest.raises(SettingsInvalid, match="no such folder or GGUF file"):
+        require_base_model(str(file))
+    file.touch()
+    require_base_model(str(file))
 
 
 def test_a_keys_file_must_exist(tmp_path: Path) -> None:
