@@ -15,8 +15,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Settled
+from deployments.background import Background
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
-from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
