@@ -15,15 +15,9 @@ from typing import BinaryIO
 
 import httpx
 
-from deployments.cli.client import (
-    behind_note,
-    counted,
-    describe_problem,
-    err,
-    find_message,
-    name_options,
-    show_error,
-)
+from deployments.cli.client import find_message
+from deployments.cli.options import name_options
+from deployments.cli.output import behind_note, counted, describe_problem, err, show_error
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_files, linked_files, open_without_links
 

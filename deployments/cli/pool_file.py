@@ -21,19 +21,8 @@ from deployments.cli.adapter_publisher import (
     note_refusal,
     show_refusals,
 )
-from deployments.cli.client import (
-    counted,
-    err,
-    fail,
-    find_message,
-    lora_path,
-    open_client,
-    pages,
-    print_json,
-    reads_paths,
-    say,
-    show_error,
-)
+from deployments.cli.client import find_message, lora_path, open_client, pages, reads_paths
+from deployments.cli.output import counted, err, fail, print_json, say, show_error
 from deployments.field_problems import describe_problem
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders

@@ -24,22 +24,9 @@ from deployments.cli.adapter_publisher import (
     note_refusal,
     show_refusals,
 )
-from deployments.cli.client import (
-    DEFAULT_URL,
-    REMEDY,
-    Json,
-    Url,
-    answers,
-    describe_problem,
-    err,
-    fail,
-    open_client,
-    print_json,
-    progress,
-    reads_paths,
-    say,
-    show_warning,
-)
+from deployments.cli.client import REMEDY, answers, open_client, reads_paths
+from deployments.cli.options import DEFAULT_URL, Json, Url
+from deployments.cli.output import describe_problem, err, fail, print_json, progress, say, show_warning
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import AdapterFolder, adapter_folders, folder_bytes
 
