@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from deployments.cli.client import find_message
 from deployments.cli.options import name_options
 from deployments.cli.output import behind_note, counted, describe_problem, err, show_error
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import adapter_files, linked_files, open_without_links
+from deployments.publishing.adapter_folders import adapter_files, linked_files
 
 _BATCH = 64
 _REQUESTS_AT_ONCE = 2
@@ -164,6 +165,11 @@ class _Counted(io.FileIO):
         data = super().read(size) or b""
         self._sent(len(data))
         return data
+
+
+def open_without_links(path: str, flags: int) -> int:
+    """Open as `os.open`, but follow no symbolic link. Raises: OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def note_refusal(refused: Refused, item: Item, answer: JsonObject) -> None:

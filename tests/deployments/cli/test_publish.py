@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,9 @@ import httpx
 import pytest
 
 from deployments.cli import adapter_publisher
-from deployments.cli.adapter_publisher import AdapterPublisher, Item
+from deployments.cli.adapter_publisher import AdapterPublisher, Item, open_without_links
 from deployments.cli.client import is_this_machine
 from deployments.publishing import adapter_folders
-from deployments.publishing.adapter_folders import open_without_links
 from tests.deployments.scripted import Outcome, refusal, run_with, scripted
 
 
@@ -339,6 +339,15 @@ def test_with_a_key_files_are_sent_to_a_server_on_this_machine_too(poet: Path) -
     said = run_with((201, answer("poet")), "--key", "lr-x", "publish", poet)
     assert said.code == 0, said.err
     assert said.server.content_types[0].startswith("multipart/form-data") and b"config of poet" in said.server.bodies[0]
+
+
+def test_a_link_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "plain")
+    with open(tmp_path / "plain", "rb", opener=open_without_links) as file:
+        assert file.read() == b"12345"
+    with pytest.raises(OSError, match="symbolic links"):
+        open_without_links(str(tmp_path / "link"), os.O_RDONLY)
 
 
 def test_a_file_that_cannot_be_read_is_named_and_the_others_are_sent(
