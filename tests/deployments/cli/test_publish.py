@@ -202,29 +202,6 @@ def test_the_outcome_of_every_folder_is_printed_as_json(tmp_path: Path) -> None:
     assert said.json["data"] == [{"folder": str(poet), **rows[0]}, {"folder": str(bard), **rows[1]}]
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        (
-            {"kept": {"tags": ["support", "eu"], "template": None, "visibility": "public"}}
-            | {"changed": {"samples": {"from": 20, "to": 0}}},
-            "; tags: support, eu (kept); samples: none (was 20)",
-        ),
-        (
-            {"kept": {"visibility": "private"}, "changed": {"template": {"from": "alpaca", "to": None}}},
-            "; template: the server's (was alpaca); visibility: private (kept)",
-        ),
-        (
-            {"found_by_auto": False, "expires_at": "2026-01-02T03:04:05.678901+00:00"},
-            " (by name only, until 2026-01-02T03:04:05 UTC)",
-        ),
-        ({"replicas": {"ready": 1, "behind": 2}}, " (2 replicas are not up to date yet)"),
-    ],
-)
-def test_the_line_of_a_version_says_what_it_keeps_and_changes(poet: Path, changes: dict[str, Any], says: str) -> None:
-    assert publish(answer("poet", **changes), poet).out == f"poet is live at generation 4{says}"
-
-
 def test_a_nearest_name_that_is_live_already_is_warned_of(tmp_path: Path) -> None:
     [folder] = adapters(tmp_path, "my run")
     updated = answer("my-run", kept={"visibility": "public"})
