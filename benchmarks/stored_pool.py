@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modules
-from deployments.batch.answering import StoredWeights
-from deployments.weights import WeightsFetcher
+from deployments.weights import StoredWeights, WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.native.loop import Engine

@@ -20,10 +20,11 @@ from deployments.api.pool_responses import Ready
 from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight, Limiter
 from deployments.auth.key_file import load_keys
 from deployments.auth.ray_token import require_token_mode
+from deployments.background import Background
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
 from deployments.calls.h11_proxy import warn_if_unbounded
-from deployments.calls.serve_calls import Background, bypass_http_proxy
+from deployments.calls.serve_calls import bypass_http_proxy
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, BaseWorkers, Workers, serve_worker
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import CompletionService

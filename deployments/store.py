@@ -24,7 +24,7 @@ from deployments.errors import NotReady
 from deployments.json_types import JsonObject
 from deployments.observability.logs import join_serve_logs
 from deployments.publishing.contract_files import read_contract
-from deployments.publishing.source_folders import is_copied, open_folder
+from deployments.publishing.source_folders import open_folder
 from deployments.weights import ObjectCache
 from gpu_worker.front.fair_threads import FairThreads
 from lora_store import (
@@ -108,7 +108,7 @@ class StoreDeployment:
         config = self._config
         prefixes = config.find_source_prefixes(upload.tenant) if upload.source is not None else ()
         read_parts = self._store.uploads.parts
-        with open_folder(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as folder:
+        with open_folder(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as (folder, is_copy):
             model = config.served_models.first
             if config.served_models.are_several:
                 named = upload.base_model or read_base_model(folder, config.admission.limits)
@@ -117,7 +117,7 @@ class StoreDeployment:
                 raise NotReady(f"no worker of the base model {model.name!r} has answered yet; publish again later")
             return self._store.stage(
                 folder,
-                is_private=is_copied(upload),
+                is_private=is_copy,
                 module_shapes=shapes_by_model[model.name],
                 templates=model.known_templates,
                 read_contract=partial(read_contract, context=model.max_model_len),
@@ -129,7 +129,7 @@ class StoreDeployment:
                 visibility=upload.visibility or upload.default_visibility,
                 keeps_visibility=upload.visibility is None,
                 has_samples=upload.has_samples,
-                source=upload.origin,
+                source=upload.adapter_name if upload.source is None else upload.source,
                 ttl_s=upload.ttl_s,
                 share=upload.share,
                 is_shadow=upload.is_shadow,

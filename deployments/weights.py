@@ -1,4 +1,4 @@
-"""Adapter weights on their way from the Store to a Worker: the Store's object cache, and the Worker's fetches."""
+"""Adapter weights on their way from the store to an engine: the Store's object cache, and the engine's fetches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lora_store import (
     AdapterNotFound,
     AdapterWeights,
     BlobCorrupted,
+    LoraStore,
     StoreUnavailable,
     check_digest,
     weights_in,
@@ -123,6 +124,19 @@ class RetryPolicy:
         The jitter keeps workers that lost the same replica from retrying at the same moment.
         """
         return min(self.longest_wait_s, self.first_wait_s * 2.0 ** (num_tries - 1)) * (1 - draw / 2)
+
+
+class StoredWeights(WeightsSource):
+    """Reads weights from the store without a Store replica."""
+
+    def __init__(self, store: LoraStore) -> None:
+        self._store = store
+
+    async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
+        """Return the parts of the stored bytes. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
+        if is_suspect:
+            await asyncio.to_thread(self._store.check, digest)
+        return await asyncio.to_thread(lambda: list(self._store.read_parts(digest)))
 
 
 class LoadObserver(Protocol):

@@ -81,11 +81,6 @@ class PublishItem:
             return self.name
         return _find_name(self.source or "") if self.path is None else self.path.name
 
-    @property
-    def origin(self) -> str:
-        """The origin that the catalogue records."""
-        return self.source if self.source is not None else self.adapter_name
-
 
 def _find_name(source: str) -> str:
     """Return the last part of a URI without its revision, for `models:/NAME/…` the model's name."""

@@ -16,11 +16,10 @@ from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered, make_bodies, usage_line
 from deployments.batch.run import BatchRun
-from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from deployments.config.app import AppConfig
 from deployments.generation.planner import AUTO
 from deployments.json_types import JsonObject
-from deployments.weights import WeightsFetcher
+from deployments.weights import StoredWeights, WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import InferenceEngine
@@ -203,16 +202,3 @@ class PartAnswerer(OfflineEngines):
             ]
             kept = timedelta(settings.config.usage_days)
             self._usage.put(segment, b"".join(lines), datetime.now(UTC), kept)
-
-
-class StoredWeights(WeightsSource):
-    """Reads weights from the store without a Store replica."""
-
-    def __init__(self, store: LoraStore) -> None:
-        self._store = store
-
-    async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
-        """Return the parts of the stored bytes. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
-        if is_suspect:
-            await asyncio.to_thread(self._store.check, digest)
-        return await asyncio.to_thread(lambda: list(self._store.read_parts(digest)))

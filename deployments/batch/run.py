@@ -86,13 +86,14 @@ def begin(settings: BatchSettings) -> BatchRun:
     check_columns(source.schema, settings.answer)
     store = LoraStore(settings.config.store_uri, accepts_base=settings.config.served_models.accepted_names)
     newest = store.snapshot().generation
+    wanted = Manifest(generation=newest, input=_described(source), settings=_deciding(settings))
     output = BatchOutput(settings.output_uri)
-    manifest = output.begin(Manifest(generation=newest, input=_described(source), settings=_deciding(settings)))
+    manifest = output.begin(wanted)
     if manifest.generation > newest:
         raise BatchRefused(f"the run began at generation {manifest.generation}, but the store is at {newest}")
+    done = output.done()
     starts = range(0, source.num_rows, settings.part_rows)
     parts = [Part(n, start, min(start + settings.part_rows, source.num_rows)) for n, start in enumerate(starts)]
-    done = output.done()
     left = tuple(part for part in parts if part.number not in done)
     try:
         records = store.snapshot_at(manifest.generation).records

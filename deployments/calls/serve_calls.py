@@ -1,4 +1,4 @@
-"""Typed calls over Serve handles: retries, transport and background work.
+"""Typed calls over Serve handles: retries and transport.
 
 A call names a method of the deployment's Protocol, as in `calls.retry(StoreReplica.versions, keys)`. So mypy checks
 the arguments and the answer of every call, although Ray's handles have no types.
@@ -18,13 +18,11 @@ the replica, so `returning_refusals` makes the replica return it, and the caller
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import functools
 import inspect
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
@@ -180,41 +178,3 @@ class ServeCalls(Generic[Replica]):
         response = self._handle.broadcast(method.__name__, *args, **kwargs)
         answers: list[T | BaseException] = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
         return answers
-
-
-class Background:
-    """Keeps references to running tasks, which asyncio itself does not, and logs their failures."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[object]] = set()
-
-    def start(self, work: Coroutine[object, object, None], what: str) -> None:
-        """Run `work` in the background. Log a failure as that of `what`."""
-        self._track(work).add_done_callback(lambda task: _log_failure(task, what))
-
-    async def run(self, work: Coroutine[object, object, T]) -> T:
-        """Return the result of `work`, which runs to its end even if the caller is cancelled."""
-        return await asyncio.shield(self._track(work))
-
-    async def idle(self) -> None:
-        """Return when no task runs."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def cancel(self) -> None:
-        """Cancel all tasks."""
-        for task in self._tasks:
-            if not task.get_loop().is_closed():
-                task.cancel()
-
-    def _track(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
-        # Without its caller's context: Serve cancels what was called in the context of a client that leaves.
-        task = asyncio.create_task(work, context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-
-def _log_failure(task: asyncio.Task[object], what: str) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("%s failed", what, exc_info=error)

@@ -29,6 +29,7 @@ from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tools import Tools
+from lora_store import AdapterRecord
 from lora_store.adapter import Shapes
 from retriever_svc import ServedBases
 
@@ -37,6 +38,7 @@ HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
+_SHAPES_S = 60.0  # with several base models: after it, adapters of those that did not answer are refused
 # No call for this long after an answer: Serve removes a worker only after `downscale_delay_s` without requests.
 KEPT_S = 1.0
 
@@ -236,6 +238,14 @@ class BaseWorkers:
         """Return the module shapes that a worker told before, else ask. Raises: as `module_shapes`."""
         return await self.module_shapes() if self._shapes is None else self._shapes
 
+    async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+        """Return each adapter's shift or error. If the whole call fails, its error applies to each of them."""
+        try:
+            await self.ready()
+            return await self.client.probe_many(weights_digests)
+        except Exception as exc:
+            return [exc] * len(weights_digests)
+
     async def check(self) -> None:
         """Ask a worker, unless none runs because none is needed. Raises: the errors of the call."""
         if not await self.is_scaled_to_zero():
@@ -276,6 +286,39 @@ class Workers:
 
     def stream(self, job: Job) -> HeartbeatStream[Delta]:
         return self.named(job.plan.base_model).client.stream(job)
+
+    async def module_shapes(self) -> dict[str, Shapes]:
+        """Return the module shapes of each base model: adapters of one that does not tell them are refused.
+
+        Raises: the error of the first one if none does; WorkerStarting.
+        """
+        if len(self.by_model) == 1:
+            return {name: await workers.module_shapes() for name, workers in self.by_model.items()}
+        asked = [asyncio.wait_for(workers.known_shapes(), _SHAPES_S) for workers in self.by_model.values()]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        told = {
+            name: shapes
+            for name, shapes in zip(self.by_model, found, strict=True)
+            if not isinstance(shapes, BaseException)
+        }
+        if not told and isinstance(found[0], BaseException):
+            raise found[0]
+        return told
+
+    async def probe(self, adapters: Sequence[AdapterRecord]) -> list[float | Exception]:
+        """Return each adapter's shift or error, from the workers of its base model."""
+        places: dict[BaseWorkers, list[int]] = {}
+        for place, adapter in enumerate(adapters):
+            places.setdefault(self.made_for(adapter.base_model), []).append(place)
+        answers = await asyncio.gather(
+            *[workers.probe([adapters[place].weights_digest for place in own]) for workers, own in places.items()]
+        )
+        shifts = {
+            place: shift
+            for own, found in zip(places.values(), answers, strict=True)
+            for place, shift in zip(own, found, strict=True)
+        }
+        return [shifts[place] for place in range(len(adapters))]
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
         """Return the answers of all replicas. A base model without a replica has none.

@@ -9,20 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deployments.cli.client import (
-    DEFAULT_URL,
-    Commands,
-    Json,
-    Url,
-    call,
-    err,
-    fail,
-    lora_path,
-    out,
-    print_json,
-    report,
-    show_warning,
-)
+from deployments.cli.client import call, lora_path
+from deployments.cli.options import DEFAULT_URL, Commands, Json, Url
+from deployments.cli.output import err, fail, out, print_json, report, show_warning
 from deployments.cli.pool import Name
 from deployments.json_types import JsonObject
 

@@ -1,9 +1,10 @@
-"""Send many adapters in few requests, retry those that the server had no room for, and say what became of them."""
+"""Send many adapters in few requests, and retry those that the server had no room for."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +16,10 @@ from typing import BinaryIO
 
 import httpx
 
-from deployments.cli.client import (
-    behind_note,
-    counted,
-    describe_problem,
-    err,
-    find_message,
-    name_options,
-    show_error,
-)
+from deployments.cli.client import find_message
+from deployments.cli.output import counted, describe_problem, err
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import adapter_files, linked_files, open_without_links
+from deployments.publishing.adapter_folders import adapter_files, linked_files
 
 _BATCH = 64
 _REQUESTS_AT_ONCE = 2
@@ -65,7 +59,6 @@ class Item:
 
 
 Answered = tuple[Item, JsonObject]  # an item, and the status with the error or the result
-Refused = dict[str, list[tuple[Item, str]]]  # by reason, with the whole message
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,62 +165,9 @@ class _Counted(io.FileIO):
         return data
 
 
-def note_refusal(refused: Refused, item: Item, answer: JsonObject) -> None:
-    """Add a refused adapter to those with the same reason."""
-    message = name_options(answer["error"]["message"])
-    refused.setdefault(message.removeprefix(f"adapter {item.label!r} refused: "), []).append((item, message))
-
-
-def show_refusals(refused: Refused) -> None:
-    """Print each reason once, with the adapters that it concerns."""
-    for reason, same in refused.items():
-        if len(same) == 1:
-            show_error(_named(*same[0]))
-        else:
-            show_error(f"{len(same)} adapters refused: {reason}\n  {', '.join(item.label for item, _ in same)}")
-
-
-def describe_outcome(answer: JsonObject, is_dry: bool) -> str:
-    notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
-    if "expires_at" in answer:
-        notes = [f"by name only, until {answer['expires_at'][:19]} UTC"]
-    if is_dry:
-        notes += [f"nearest is {near['name']} at {near['score']:.2f}" for near in answer.get("neighbours", ())[:1]]
-    elif behind := answer["replicas"]["behind"]:
-        notes.append(behind_note(behind))
-    note = f" ({'; '.join(notes)})" if notes else ""
-    done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
-    if not is_dry and "trial" in answer:
-        done = f"{describe_share(answer['trial'])} since generation {answer['generation']}"
-    return "; ".join([f"{answer['name']} {done}{note}", *_label_notes(answer)])
-
-
-def _label_notes(answer: JsonObject) -> Iterator[str]:
-    """Yield what the new version kept of the one that was live before, and what changed."""
-    kept, changed = answer.get("kept", {}), answer.get("changed", {})
-    for name in ("tags", "template", "contract", "visibility", "samples"):
-        if name in changed:
-            yield f"{name}: {_shown(name, changed[name]['to'])} (was {_shown(name, changed[name]['from'])})"
-        elif kept.get(name) and kept[name] != "public":
-            yield f"{name}: {_shown(name, kept[name])} (kept)"
-
-
-def _shown(field: str, value: object) -> str:
-    if not value:
-        return "the server's" if field == "template" else "none"
-    return ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value)  # a contract prints its fields
-
-
-def describe_share(trial: JsonObject) -> str:
-    """Return what a version under trial does, without its name."""
-    verb = "shadows" if trial["shadow"] else "answers"
-    return f"{trial['digest'][:12]} {verb} {trial['share'] * 100:g} % of the requests"
-
-
-def _named(item: Item, message: str) -> str:
-    """Return the message with the place in front, unless it names the adapter or the source already."""
-    is_named = f"adapter {item.label!r}" in message or str(item.place) in message
-    return message if is_named else f"{item.place}: {message}"
+def open_without_links(path: str, flags: int) -> int:
+    """Open as `os.open`, but follow no symbolic link. Raises: OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def _refusal(status: int, message: str) -> JsonObject:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import JsonOutcome, Options, fail, read_options
+from deployments.cli.options import JsonOutcome, Options, read_options
+from deployments.cli.output import fail
 
 commands = typer.Typer()
 

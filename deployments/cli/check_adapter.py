@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from deployments.cli.client import counted, err, fail, out, print_json, say, show_error, show_warning
+from deployments.cli.output import counted, err, fail, out, print_json, say, show_error, show_warning
 from deployments.config.loading import load_config
 from deployments.config.served_model import ServedModels
 from deployments.json_types import JsonObject

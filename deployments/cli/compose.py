@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import DEFAULT_URL, Url, check_local_folder, say
+from deployments.cli.options import DEFAULT_URL, Url, check_local_folder
+from deployments.cli.output import say
 from deployments.cli.pool_upkeep import Store
 
 commands = typer.Typer()

@@ -11,21 +11,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deployments.cli.client import (
-    DEFAULT_URL,
-    Commands,
-    JsonOutcome,
-    Url,
-    call,
-    describe_problem,
-    err,
-    fail,
-    name_options,
-    out,
-    print_json,
-    report,
-    say,
-)
+from deployments.cli.client import call
+from deployments.cli.options import DEFAULT_URL, Commands, JsonOutcome, Url, name_options
+from deployments.cli.output import describe_problem, err, fail, out, print_json, report, say
 from deployments.json_types import JsonObject
 
 _FIRST_DAY = "2000-01-01"

@@ -17,29 +17,10 @@ import typer
 from rich.table import Table
 
 from deployments.cli import access, batch, compose, keys, name, pool, pool_upkeep, publish, samples, trial, usage
-from deployments.cli.client import (
-    DEFAULT_URL,
-    Json,
-    Key,
-    KeyAnywhere,
-    Options,
-    ServerFailed,
-    Strategy,
-    Url,
-    call,
-    check_free,
-    err,
-    fail,
-    join_lines,
-    open_client,
-    out,
-    print_json,
-    read_options,
-    say,
-    show_controls,
-    use_key,
-)
+from deployments.cli.client import ServerFailed, call, check_free, open_client, use_key
 from deployments.cli.client import check as check_answer
+from deployments.cli.options import DEFAULT_URL, Json, Key, KeyAnywhere, Options, Strategy, Url, read_options
+from deployments.cli.output import err, fail, join_lines, out, print_json, say, show_controls
 from deployments.json_types import JsonObject
 
 if TYPE_CHECKING:

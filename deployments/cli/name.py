@@ -12,7 +12,9 @@ import typer
 from rich.table import Column, Table
 from rich.text import Text
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, pages, print_json, report
+from deployments.cli.client import call, pages
+from deployments.cli.options import DEFAULT_URL, Commands, Json, Url
+from deployments.cli.output import err, fail, out, print_json, report
 from deployments.cli.pool import Earlier
 from deployments.json_types import JsonObject
 

@@ -10,23 +10,10 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from deployments.cli.adapter_publisher import describe_share
-from deployments.cli.client import (
-    DEFAULT_URL,
-    Json,
-    Url,
-    call,
-    find_message,
-    join_lines,
-    lora_path,
-    open_client,
-    out,
-    pages,
-    print_json,
-    report,
-    say,
-    show_error,
-)
+from deployments.cli.client import call, find_message, lora_path, open_client, pages
+from deployments.cli.options import DEFAULT_URL, Json, Url
+from deployments.cli.output import join_lines, out, print_json, report, say, show_error
+from deployments.cli.publish_report import describe_share
 from deployments.json_types import JsonObject
 
 _SHOWN_SAMPLES = 3

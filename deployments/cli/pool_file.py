@@ -11,29 +11,10 @@ import typer
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from deployments.cli.adapter_publisher import (
-    SAMPLES_FILE,
-    SOURCE,
-    AdapterPublisher,
-    Item,
-    Refused,
-    describe_outcome,
-    note_refusal,
-    show_refusals,
-)
-from deployments.cli.client import (
-    counted,
-    err,
-    fail,
-    find_message,
-    lora_path,
-    open_client,
-    pages,
-    print_json,
-    reads_paths,
-    say,
-    show_error,
-)
+from deployments.cli.adapter_publisher import SAMPLES_FILE, SOURCE, AdapterPublisher, Item
+from deployments.cli.client import find_message, lora_path, open_client, pages, reads_paths
+from deployments.cli.output import counted, err, fail, print_json, say, show_error
+from deployments.cli.publish_report import Refused, describe_outcome, note_refusal, show_refusals
 from deployments.field_problems import describe_problem
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders

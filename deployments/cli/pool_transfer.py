@@ -14,17 +14,8 @@ import numpy as np
 import yaml
 from rich.progress import MofNCompleteColumn
 
-from deployments.cli.client import (
-    check,
-    counted,
-    fail,
-    open_client,
-    print_json,
-    progress,
-    report,
-    say,
-    show_warning,
-)
+from deployments.cli.client import check, open_client
+from deployments.cli.output import counted, fail, print_json, progress, report, say, show_warning
 from deployments.config.loading import load_config
 from deployments.json_types import JsonObject
 from lora_store import (

@@ -11,26 +11,9 @@ import typer
 from rich.progress import MofNCompleteColumn
 from rich.table import Column, Table
 
-from deployments.cli.client import (
-    DEFAULT_URL,
-    Commands,
-    Json,
-    JsonOutcome,
-    Url,
-    behind_note,
-    call,
-    check_local_folder,
-    counted,
-    fail,
-    follow,
-    out,
-    pages,
-    print_json,
-    progress,
-    report,
-    say,
-    show_error,
-)
+from deployments.cli.client import call, follow, pages
+from deployments.cli.options import DEFAULT_URL, Commands, Json, JsonOutcome, Url, check_local_folder
+from deployments.cli.output import behind_note, counted, fail, out, print_json, progress, report, say, show_error
 from deployments.cli.routing import Labelled, read_labelled, require_known
 from deployments.json_types import JsonObject
 

@@ -1,47 +1,25 @@
-"""`loraretriever publish`: the command, its options and its report."""
+"""`loraretriever publish`: the command and its options."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import DownloadColumn, TransferSpeedColumn, track
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from deployments.cli.adapter_publisher import (
-    SOURCE,
-    AdapterPublisher,
-    Answered,
-    Item,
-    Refused,
-    describe_outcome,
-    note_refusal,
-    show_refusals,
-)
-from deployments.cli.client import (
-    DEFAULT_URL,
-    REMEDY,
-    Json,
-    Url,
-    answers,
-    describe_problem,
-    err,
-    fail,
-    open_client,
-    print_json,
-    progress,
-    reads_paths,
-    say,
-    show_warning,
-)
+from deployments.cli.adapter_publisher import SOURCE, AdapterPublisher, Item
+from deployments.cli.client import REMEDY, answers, open_client, reads_paths
+from deployments.cli.options import DEFAULT_URL, Json, Url
+from deployments.cli.output import describe_problem, err, fail, progress, show_warning
+from deployments.cli.publish_report import report_json, report_lines
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import AdapterFolder, adapter_folders, folder_bytes
+from deployments.publishing.adapter_folders import adapter_folders, folder_bytes
 
 commands = typer.Typer()
 Places = Annotated[
@@ -180,7 +158,7 @@ def publish(
     with open_client(url, remedy=remedy) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, sent)
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
-        failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
+        failed = (report_json if as_json else report_lines)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
 
@@ -241,51 +219,3 @@ def _upload_progress(items: Sequence[Item]) -> Iterator[Callable[[int], object]]
     total = folder_bytes(Path(items[0].place))
     with progress("uploading", DownloadColumn(), TransferSpeedColumn(), total=total, visible=False) as update:
         yield lambda num_bytes: update(advance=num_bytes, visible=True)
-
-
-def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
-    """Print the outcome for all adapters as JSON. Return the number of failures."""
-    rows: list[JsonObject] = []
-    for item, answer in answers:
-        rows.append({"source" if item.is_source else "folder": str(item.place), **answer})
-    print_json({"data": rows})
-    return sum("error" in row for row in rows)
-
-
-def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
-    """Print the outcome for each adapter, the refusals, and a summary of several. Return the number of failures."""
-    refused: Refused = {}
-    warned: dict[str, list[str]] = {}  # names by warning
-    started, by_name = time.monotonic(), 0
-    for item, answer in track(
-        answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
-    ):
-        if "error" in answer:
-            note_refusal(refused, item, answer)
-            continue
-        by_name += not answer["found_by_auto"]
-        say(describe_outcome(answer, is_dry))
-        for warning in (*answer.get("warnings", ()), *_replaced(item, answer, is_dry)):
-            warned.setdefault(warning, []).append(answer["name"])
-    for warning, named in warned.items():
-        show_warning(f"warning: {', '.join(named)}: {warning}")
-    show_refusals(refused)
-    names = [item.label for same in refused.values() for item, _ in same]
-    if total > 1:
-        good = "fit to publish" if is_dry else "live"
-        only = f" ({by_name} by name only)" if by_name else ""
-        err.print(
-            f"{total - len(names)} {good}{only}, {len(names)} refused, {time.monotonic() - started:.0f} s",
-            highlight=False,
-        )
-        if names:
-            err.print(f"refused: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
-    return len(names)
-
-
-def _replaced(item: Item, answer: JsonObject, is_dry: bool) -> Iterator[str]:
-    """Yield that an adapter with this name was live, if no person gave the folder this name."""
-    is_known = "kept" in answer or "changed" in answer
-    if is_known and isinstance(item.place, Path) and answer["name"] == item.name != AdapterFolder.of(item.place).name:
-        back = "" if is_dry else f"; `loraretriever rollback {item.name}` makes the version before live again"
-        yield f"this name was live already, and is only near {str(item.place)!r}: --name gives another one{back}"

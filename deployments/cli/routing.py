@@ -14,18 +14,8 @@ import httpx
 from rich.progress import track
 from rich.table import Table
 
-from deployments.cli.client import (
-    check,
-    counted,
-    describe_problem,
-    err,
-    fail,
-    open_client,
-    out,
-    pages,
-    print_json,
-    show_error,
-)
+from deployments.cli.client import check, open_client, pages
+from deployments.cli.output import counted, describe_problem, err, fail, out, print_json, show_error
 from deployments.json_types import JsonObject
 
 _RANKS = (1, 3, 5, 8)

@@ -9,7 +9,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from deployments.api.pool_responses import unserved_text
 from deployments.batch.run import BatchRun, BatchSettings, begin
-from deployments.cli.client import counted, fail, print_json, progress, say, show_error
+from deployments.cli.output import counted, fail, print_json, progress, say, show_error
 from deployments.errors import BatchRefused
 from lora_store import LoraStoreError
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from deployments.auth.key_file import load_keys
 from deployments.cli.check_adapter import folder_problem
-from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, counted, fail, out, say, show_error
+from deployments.cli.client import ServerFailed
 from deployments.cli.local_server import Server
+from deployments.cli.options import DEFAULT_URL, KEY_VARIABLE
+from deployments.cli.output import counted, fail, out, say, show_error
 from deployments.config.app import AppConfig
 from deployments.config.served_model import ServedModel
 from deployments.errors import ProxyUnsafe

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from deployments.cli.client import counted, describe_problem, fail, progress, report
+from deployments.cli.output import counted, describe_problem, fail, progress, report
 from deployments.config.loading import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks

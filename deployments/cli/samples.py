@@ -6,18 +6,9 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import (
-    DEFAULT_URL,
-    Commands,
-    Json,
-    Url,
-    call,
-    counted,
-    join_lines,
-    lora_path,
-    print_json,
-    say,
-)
+from deployments.cli.client import call, lora_path
+from deployments.cli.options import DEFAULT_URL, Commands, Json, Url
+from deployments.cli.output import counted, join_lines, print_json, say
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.adapter_publisher import describe_share
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, lora_path, report
+from deployments.cli.client import call, lora_path
+from deployments.cli.options import DEFAULT_URL, Commands, Json, Url
+from deployments.cli.output import fail, report
 from deployments.cli.pool import Name
+from deployments.cli.publish_report import describe_share
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(cls=Commands, help="Try a version on a share of the requests to an adapter's name.")

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from deployments.cli.client import DEFAULT_URL, Json, Url, call, out, print_json
+from deployments.cli.client import call
+from deployments.cli.options import DEFAULT_URL, Json, Url
+from deployments.cli.output import out, print_json
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()

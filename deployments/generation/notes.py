@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from deployments.api.completions import Question
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
+from deployments.background import Background
 from deployments.calls.catalogue_clients import StoreClient
-from deployments.calls.serve_calls import Background
 from deployments.generation.conversation import choose_texts
 from gpu_worker.front.request.request import TokenIds
 from lora_store import Feedback

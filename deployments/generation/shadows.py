@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from deployments.api import error_table
 from deployments.api.responses import Planned
-from deployments.calls.serve_calls import Background
+from deployments.background import Background
 from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
 from deployments.observability.request_context import DIGEST_CHARS
 from deployments.observability.request_metrics import RequestMetrics

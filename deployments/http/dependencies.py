@@ -13,9 +13,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from deployments.api.adapters import PublishItem
 from deployments.auth.authenticator import Authenticator, Caller, InFlight, Role
+from deployments.background import Background
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
-from deployments.calls.serve_calls import Background
 from deployments.config.app import AppConfig
 from deployments.errors import KeyRefused, PublishingDisabled, RoleMissing, SelfApproval
 from deployments.generation.completions import CompletionService

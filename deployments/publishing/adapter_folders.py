@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -81,11 +80,6 @@ def _adapter_at(path: Path) -> AdapterFolder | None:
 def linked_files(folder: Path) -> list[Path]:
     """Return the adapter's files in `folder` that are symbolic links, which may lead to any file of this machine."""
     return [folder / name for name in ADAPTER_FILES if (folder / name).is_symlink()]
-
-
-def open_without_links(path: str, flags: int) -> int:
-    """Open as `os.open`, but follow no symbolic link. Raises: OSError."""
-    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def adapter_files(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api import error_table
-from deployments.calls.serve_calls import Background
+from deployments.background import Background
 from deployments.calls.worker_client import Workers
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import ChangeMetrics

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 
 from deployments.api.responses import Published
+from deployments.background import Background
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
-from deployments.calls.serve_calls import Background
 from deployments.errors import RequestInvalid, RequestNotKept
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.validator import Charge

@@ -15,8 +15,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Settled
+from deployments.background import Background
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
-from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
@@ -48,7 +48,6 @@ P = ParamSpec("P")
 Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
-_SHAPES_S = 60.0  # with several base models: after it, adapters of those that did not answer are refused
 _MAX_SWAPS = 3  # changes of the encoder, or of what a version keeps, during one publish
 
 
@@ -154,7 +153,7 @@ class Publisher:
         with held or nullcontext():
             try:
                 active = await self._store.active_encoder()
-                staged = await self._stage_all(uploads, await self._find_shapes())
+                staged = await self._stage_all(uploads, await self._workers.module_shapes())
             finally:
                 if sent := [id for upload in uploads for id in upload.sent]:
                     await _clean_up(f"the parts of {len(sent)} uploaded files", self._store.delete_parts(sent))
@@ -301,23 +300,6 @@ class Publisher:
     async def _settle(self, change: Callable[[], Awaitable[int]]) -> Settled:
         await self._store.check_available()
         return await self.catch_up(await change())
-
-    async def _find_shapes(self) -> dict[str, Shapes]:
-        """Return the module shapes of each base model: adapters of one that does not tell them are refused.
-
-        Raises: the error of the first one if none does; WorkerStarting.
-        """
-        by_model = self._workers.by_model
-        if len(by_model) == 1:
-            return {name: await workers.module_shapes() for name, workers in by_model.items()}
-        asked = [asyncio.wait_for(workers.known_shapes(), _SHAPES_S) for workers in by_model.values()]
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        told = {
-            name: shapes for name, shapes in zip(by_model, found, strict=True) if not isinstance(shapes, BaseException)
-        }
-        if not told and isinstance(found[0], BaseException):
-            raise found[0]
-        return told
 
     async def _stage_all(
         self, uploads: Sequence[PublishItem], shapes_by_model: Mapping[str, Shapes]

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments.background import Background
 from deployments.calls.catalogue_clients import StoreClient
-from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
 from lora_store import AdapterRecord, LoraStoreError, StoreUnavailable
 

@@ -40,13 +40,6 @@ def disk_full_reported() -> Iterator[None]:
         raise
 
 
-def is_copied(upload: PublishItem) -> bool:
-    """Return whether `open_folder` copies this item's files, so that no other process changes them."""
-    if upload.source is None:
-        return upload.files is not None
-    return SourceUri.parse(upload.source).scheme != "file"
-
-
 @contextmanager
 def open_folder(
     upload: PublishItem,
@@ -55,8 +48,8 @@ def open_folder(
     budget: ByteBudget | None = None,
     read_parts: ReadParts = lambda id, num_bytes: (),
     wait_s: float = MAX_WAIT_S,
-) -> Iterator[Path]:
-    """Yield the upload as a folder, which is removed afterwards if it was made here.
+) -> Iterator[tuple[Path, bool]]:
+    """Yield the upload as a folder, and whether it is a copy, which no other process changes and which is removed.
 
     Its bytes count against `budget` before they are copied or read, until the block ends; it waits `wait_s` for them. A
     disk that is full in the block is UploadDiskFull.
@@ -73,11 +66,12 @@ def open_folder(
             if not os.path.isdir(upload.path):  # unlike Path.is_dir it never raises
                 raise SourceMissing(str(upload.path))
             take(folder_bytes(upload.path))
-            yield upload.path
+            yield upload.path, False
             return
         made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraretriever-upload-")))
         if upload.source is not None:
-            yield folder_of_source(upload.source, prefixes, made, max_bytes, take)
+            folder = folder_of_source(upload.source, prefixes, made, max_bytes, take)
+            yield folder, folder.is_relative_to(made)
             return
         assert upload.files is not None
         problems = [*file_problems(list(upload.files)), *_size_problems(upload.files, max_bytes)]
@@ -87,7 +81,7 @@ def open_folder(
         for name, data in upload.files.items():
             with (made / name).open("wb") as file:
                 file.writelines(read_parts(data.id, len(data)) if isinstance(data, SentFile) else [data])
-        yield made
+        yield made, True
 
 
 def file_problems(names: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.calls.catalogue_clients import RetrieverClient
-from deployments.calls.worker_client import BaseWorkers, Workers
+from deployments.calls.worker_client import Workers
 from lora_store import AdapterRecord, AdapterRef, Staged
 from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
@@ -81,7 +81,7 @@ class AdapterValidator:
 
     async def _validate_batch(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
         async with slots:
-            probing = asyncio.gather(self._probe(batch))
+            probing = asyncio.gather(self._workers.probe([item.record for item in batch]))
             embedded = await self._embed(batch)
             [shifts] = await probing
         return [
@@ -92,26 +92,6 @@ class AdapterValidator:
     async def _embed(self, batch: Sequence[Staged]) -> list[Embedded | None]:
         samples, tenants = [item.samples for item in batch], [item.ref.tenant for item in batch]
         return await self._retriever.embed(samples, tenants)
-
-    async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
-        """Return each shift or error, from the workers of each one's base model."""
-        by_workers: dict[BaseWorkers, list[int]] = {}
-        for place, staged in enumerate(batch):
-            by_workers.setdefault(self._workers.made_for(staged.record.base_model), []).append(place)
-        groups = [[batch[place] for place in places] for places in by_workers.values()]
-        answers = await asyncio.gather(*map(_probe_alike, by_workers, groups))
-        places = [place for own in by_workers.values() for place in own]
-        shifts = dict(zip(places, [shift for own in answers for shift in own], strict=True))
-        return [shifts[place] for place in range(len(batch))]
-
-
-async def _probe_alike(workers: BaseWorkers, batch: Sequence[Staged]) -> list[float | Exception]:
-    """Probe adapters of one base model. If the whole call fails, its error applies to each of them."""
-    try:
-        await workers.ready()
-        return await workers.client.probe_many([staged.weights_digest for staged in batch])
-    except Exception as exc:
-        return [exc] * len(batch)
 
 
 def free_of_charge(num_tokens: int) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from typer.main import get_command
 
-from deployments.cli.client import fill_choices
 from deployments.cli.main import cli
+from deployments.cli.options import fill_choices
 from docs.generate.markdown import code, table
 
 _PROGRAM = "loraretriever"

@@ -43,7 +43,7 @@ def stage(folder, name):
                     break
                 store.uploads.put(id, part, data)
         files[path.name] = SentFile(id, path.stat().st_size)
-    with open_folder(PublishItem(name=name, files=files), (), 1 << 31, None, store.uploads.parts) as made:
+    with open_folder(PublishItem(name=name, files=files), (), 1 << 31, None, store.uploads.parts) as (made, _):
         store.stage(made, name=name, is_private=True)
     store.uploads.delete([f"{0:032x}"])
 

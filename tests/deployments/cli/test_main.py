@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.cli.client import MOVED
+from deployments.cli.options import MOVED
 from lora_store import ROUTED_STRATEGIES
 from tests.deployments.listening import listener
 from tests.deployments.scripted import COMMAND, run, run_alone, run_with, scripted, words

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,9 @@ import httpx
 import pytest
 
 from deployments.cli import adapter_publisher
-from deployments.cli.adapter_publisher import AdapterPublisher, Item
+from deployments.cli.adapter_publisher import AdapterPublisher, Item, open_without_links
 from deployments.cli.client import is_this_machine
 from deployments.publishing import adapter_folders
-from deployments.publishing.adapter_folders import open_without_links
 from tests.deployments.scripted import Outcome, refusal, run_with, scripted
 
 
@@ -202,29 +202,6 @@ def test_the_outcome_of_every_folder_is_printed_as_json(tmp_path: Path) -> None:
     assert said.json["data"] == [{"folder": str(poet), **rows[0]}, {"folder": str(bard), **rows[1]}]
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        (
-            {"kept": {"tags": ["support", "eu"], "template": None, "visibility": "public"}}
-            | {"changed": {"samples": {"from": 20, "to": 0}}},
-            "; tags: support, eu (kept); samples: none (was 20)",
-        ),
-        (
-            {"kept": {"visibility": "private"}, "changed": {"template": {"from": "alpaca", "to": None}}},
-            "; template: the server's (was alpaca); visibility: private (kept)",
-        ),
-        (
-            {"found_by_auto": False, "expires_at": "2026-01-02T03:04:05.678901+00:00"},
-            " (by name only, until 2026-01-02T03:04:05 UTC)",
-        ),
-        ({"replicas": {"ready": 1, "behind": 2}}, " (2 replicas are not up to date yet)"),
-    ],
-)
-def test_the_line_of_a_version_says_what_it_keeps_and_changes(poet: Path, changes: dict[str, Any], says: str) -> None:
-    assert publish(answer("poet", **changes), poet).out == f"poet is live at generation 4{says}"
-
-
 def test_a_nearest_name_that_is_live_already_is_warned_of(tmp_path: Path) -> None:
     [folder] = adapters(tmp_path, "my run")
     updated = answer("my-run", kept={"visibility": "public"})
@@ -339,6 +316,15 @@ def test_with_a_key_files_are_sent_to_a_server_on_this_machine_too(poet: Path) -
     said = run_with((201, answer("poet")), "--key", "lr-x", "publish", poet)
     assert said.code == 0, said.err
     assert said.server.content_types[0].startswith("multipart/form-data") and b"config of poet" in said.server.bodies[0]
+
+
+def test_a_link_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "plain")
+    with open(tmp_path / "plain", "rb", opener=open_without_links) as file:
+        assert file.read() == b"12345"
+    with pytest.raises(OSError, match="symbolic links"):
+        open_without_links(str(tmp_path / "link"), os.O_RDONLY)
 
 
 def test_a_file_that_cannot_be_read_is_named_and_the_others_are_sent(

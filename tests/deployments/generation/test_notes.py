@@ -13,8 +13,8 @@ from deployments.api.base import LoraOptions
 from deployments.api.completions import Question
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import LOCAL_CALLER, Caller
+from deployments.background import Background
 from deployments.calls.catalogue_clients import serve_store
-from deployments.calls.serve_calls import Background
 from deployments.generation.notes import MAX_ASKED, PAUSE_S, PromptNotes
 from lora_store import Feedback, StoreUnavailable
 from retriever_svc.encoder import MAX_CHARS

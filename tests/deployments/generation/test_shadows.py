@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from deployments.api.responses import Planned
-from deployments.calls.serve_calls import Background
+from deployments.background import Background
 from deployments.calls.worker_client import serve_worker
 from deployments.generation.shadows import MAX_SHADOWS, Shadows
 from deployments.observability.request_metrics import RequestMetrics

@@ -12,8 +12,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.pool_responses import Ready
+from deployments.background import Background
 from deployments.calls.catalogue_clients import serve_retriever
-from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import serve_worker
 from deployments.errors import NotReady
 from deployments.http.readiness import KEPT_S, MAX_WAITING, Readiness

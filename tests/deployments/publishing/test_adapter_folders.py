@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
-
-import pytest
 
 from deployments.publishing.adapter_folders import (
     ADAPTER_FILES,
@@ -12,7 +9,6 @@ from deployments.publishing.adapter_folders import (
     adapter_folders,
     folder_bytes,
     linked_files,
-    open_without_links,
 )
 from lora_store.contract_files import CONTRACT_FILE, INTRINSIC_FILE
 from lora_store.peft_config import CONFIG_FILE
@@ -81,12 +77,3 @@ def test_links_are_listed_and_count_with_their_own_size(tmp_path: Path) -> None:
     (tmp_path / "optimizer.pt").symlink_to(tmp_path / "elsewhere")  # not one of an adapter's files
     assert linked_files(tmp_path) == [tmp_path / WEIGHTS_FILE]
     assert folder_bytes(tmp_path) == 5 + (tmp_path / WEIGHTS_FILE).lstat().st_size < 1000
-
-
-def test_a_link_is_not_opened(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_bytes(b"12345")
-    (tmp_path / "link").symlink_to(tmp_path / "plain")
-    with open(tmp_path / "plain", "rb", opener=open_without_links) as file:
-        assert file.read() == b"12345"
-    with pytest.raises(OSError, match="symbolic links"):
-        open_without_links(str(tmp_path / "link"), os.O_RDONLY)

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published
-from deployments.calls.serve_calls import Background
+from deployments.background import Background
 from deployments.errors import PoisonRequest, SourceMissing
 from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER

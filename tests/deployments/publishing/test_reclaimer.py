@@ -8,8 +8,8 @@ from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments.background import Background
 from deployments.calls.catalogue_clients import serve_store
-from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import serve_worker
 from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
 from lora_store import AdapterRecord, StoreUnavailable

@@ -10,7 +10,7 @@ from deployments.byte_budget import ByteBudget
 from deployments.cli.client import free_port
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable, UploadDiskFull, UploadMemoryFull
 from deployments.publishing.adapter_folders import ADAPTER_FILES
-from deployments.publishing.source_folders import folder_of_source, is_copied, open_folder
+from deployments.publishing.source_folders import folder_of_source, open_folder
 from lora_store import AdapterRefused, Location
 from tests.deployments.asking import request
 from tests.s3 import S3Endpoint
@@ -27,11 +27,11 @@ def reasons(files: dict[str, bytes]) -> tuple[str, ...]:
 
 def test_files_become_a_folder_that_is_gone_afterwards() -> None:
     files = {"adapter_config.json": b"{}", "lora_samples.jsonl": b"lines"}
-    with open_folder(PublishItem(name="x", files=files), (), MAX_BYTES) as folder:
+    with open_folder(PublishItem(name="x", files=files), (), MAX_BYTES) as (folder, _):
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
         assert folder.stat().st_mode & 0o077 == 0, "others may read it"
     assert not folder.exists()
-    with pytest.raises(RuntimeError), open_folder(PublishItem(name="x", files=files), (), MAX_BYTES) as folder:
+    with pytest.raises(RuntimeError), open_folder(PublishItem(name="x", files=files), (), MAX_BYTES) as (folder, _):
         raise RuntimeError
     assert not folder.exists()
 
@@ -51,12 +51,12 @@ def test_files_are_bounded_in_number_and_bytes() -> None:
     many = {f"f{number}": b"" for number in range(MAX_UPLOAD_FILES + 1)}
     assert reasons(many) == (f"it has {MAX_UPLOAD_FILES + 1} files, at most {MAX_UPLOAD_FILES}",)
     many.popitem()
-    with open_folder(PublishItem(name="x", files=many), (), MAX_BYTES) as folder:
+    with open_folder(PublishItem(name="x", files=many), (), MAX_BYTES) as (folder, _):
         assert len(list(folder.iterdir())) == MAX_UPLOAD_FILES
 
 
 def test_a_folder_is_used_in_place(tmp_path: Path) -> None:
-    with open_folder(PublishItem(tmp_path), (), MAX_BYTES) as folder:
+    with open_folder(PublishItem(tmp_path), (), MAX_BYTES) as (folder, _):
         assert folder == tmp_path
     assert tmp_path.exists()
 
@@ -71,14 +71,13 @@ def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
 
 def test_an_item_is_copied_unless_its_files_are_the_publishers(tmp_path: Path) -> None:
     prefixes = (f"file://{tmp_path}",)
-    for item in (
-        PublishItem(tmp_path),
-        PublishItem(source=f"file://{tmp_path}"),
-        PublishItem(name="x", files={"a": b""}),
+    for item, expected in (
+        (PublishItem(tmp_path), False),
+        (PublishItem(source=f"file://{tmp_path}"), False),
+        (PublishItem(name="x", files={"a": b""}), True),
     ):
-        with open_folder(item, prefixes, MAX_BYTES) as folder:
-            assert is_copied(item) == (folder != tmp_path)
-    assert is_copied(PublishItem(source="hf://acme/sql")) and is_copied(PublishItem(source="s3://pool/sql"))
+        with open_folder(item, prefixes, MAX_BYTES) as (folder, is_copy):
+            assert is_copy == (folder != tmp_path) == expected
 
 
 def test_a_full_disk_is_reported_and_other_errors_are_not_changed(tmp_path: Path) -> None:
@@ -194,16 +193,17 @@ class Bucket:
         return folder_of_source(f"{self.uri}/{path}", [self.prefix], work, max_bytes)
 
 
-def test_an_adapters_files_are_copied_from_a_bucket_and_nothing_else(s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
+def test_an_adapters_files_are_copied_from_a_bucket_and_nothing_else(s3_endpoint: S3Endpoint) -> None:
     bucket = Bucket(s3_endpoint, "sources")
     contents = {name: f"{name} of poet".encode() for name in ADAPTER_FILES}
     for name, data in contents.items():
         bucket.write(f"deep/poet/{name}", data)
     for other in ("optimizer.pt", "checkpoint-1/adapter_config.json"):
         bucket.write(f"deep/poet/{other}", b"x" * 10 * MAX_COPY_BYTES)
-    copied = bucket.fetch("deep/poet", tmp_path / "work")
-    assert copied == tmp_path / "work"
-    assert {path.name: path.read_bytes() for path in copied.iterdir()} == contents
+    item = PublishItem(source=f"{bucket.uri}/deep/poet")
+    with open_folder(item, [bucket.prefix], MAX_COPY_BYTES) as (folder, is_copy):
+        assert is_copy
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
 
 
 def test_the_size_of_a_copy_is_limited(s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
