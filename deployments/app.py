@@ -57,4 +57,5 @@ def application(args: AppConfig, address: tuple[str, int] | None = None) -> Appl
             args.weights_cache,
             allow_unauthenticated_ray=args.allow_unauthenticated_ray,
         )
-    return ingress.bind(args, retriever.bind(args), workers, store_handle, address=address)
+    # Serve starts replicas in this order, and a Worker takes longest.
+    return ingress.bind(args, workers=workers, retriever=retriever.bind(args), store=store_handle, address=address)

@@ -56,6 +56,12 @@ SOURCES: tuple[Source, ...] = (
     ("ray._private.worker", "", ("ray._private.parameter.RayParams(",)),
     ("ray._private.parameter", "RayParams.__init__", ("no_monitor", "include_log_monitor")),
     ("ray._private.node", "Node", ("ray._private.services.start_api_server(", "if process_info is not None")),
+    (
+        "ray._private.services",
+        "start_raylet",
+        ('"--num_prestart_python_workers={}"', "--maximum_startup_concurrency=", "process_info = start_ray_process("),
+    ),
+    ("ray.serve._private.client", "", ("time.sleep(CLIENT_POLLING_INTERVAL_S)",)),
     ("ray._private.workers.default_worker", "", ("args.worker_preload_modules",)),
     ("ray.serve._private.common", "RequestMetadata", ("internal_request_id",)),
     (

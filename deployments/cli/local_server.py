@@ -22,6 +22,7 @@ import ray
 from ray import serve
 from ray._private import auto_init_hook, parameter, services
 from ray.exceptions import RayError
+from ray.serve._private import client
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -51,6 +52,8 @@ CHEAPER_SERVE = {
 ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 # Imported by Ray's workers as they start, while this process still prepares the application.
 _IMPORTED_BY_WORKERS = {"RAY_preload_python_modules": "deployments.serve_import"}
+# Ray would end those that wait for longer than a second.
+_KEPT_FOR_REPLICAS = {"RAY_idle_worker_killing_time_threshold_ms": "10000"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
 _LOOPBACK = "127.0.0.1"
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -166,8 +169,11 @@ class Server:
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()
-        inherited = CHEAPER_SERVE | _IMPORTED_BY_WORKERS | ({} if self._uses_proxy else ENDS_AT_ONCE)
-        with _inherited(inherited), _fewer_processes():
+        inherited = CHEAPER_SERVE | _IMPORTED_BY_WORKERS | _KEPT_FOR_REPLICAS
+        inherited |= {} if self._uses_proxy else ENDS_AT_ONCE
+        # At least those of Serve's controller, the Store and the first Worker, at most those of all deployments.
+        num_early = max(3, min(os.cpu_count() or 1, 4 + len(self.settings.by_model)))
+        with _inherited(inherited), _fewer_processes(), _early_processes(num_early):
             context = _start_ray(
                 num_cpus=self._num_cpus,
                 include_dashboard=False,
@@ -197,6 +203,7 @@ class Server:
         return self.url
 
     def _deploy(self, app: serve.Application) -> None:
+        client.CLIENT_POLLING_INTERVAL_S = _POLL_S  # Serve's own is a second, also while it stops
         try:
             self._app = serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as exc:
@@ -357,6 +364,25 @@ def _fewer_processes() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams, services.start_api_server = before
+
+
+@contextmanager
+def _early_processes(number: int) -> Iterator[None]:
+    """Let Ray start this many Python processes at once, as it starts itself, instead of one for each CPU.
+
+    The first actors get them: Serve's controller, then replicas in the order of `app.py`.
+    """
+    before, changed = services.start_ray_process, ("--num_prestart_python_workers=", "--maximum_startup_concurrency=")
+
+    def start(command: list[str], *args: Any, **options: Any) -> Any:
+        parts = [f"{part.partition('=')[0]}={number}" if part.startswith(changed) else part for part in command]
+        return before(parts, *args, **options)
+
+    services.start_ray_process = start
+    try:
+        yield
+    finally:
+        services.start_ray_process = before
 
 
 def _start_ray(**options: Any) -> Any:

@@ -27,7 +27,7 @@ from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.request.model_files import sampling_defaults_of_files
 from gpu_worker.model.checkpoint import load_whole, read_config
-from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
+from gpu_worker.model.embedding import EmbeddingRows, QuantizedRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
 from gpu_worker.model.mistral_format import converted_mistral, find_params
@@ -255,8 +255,7 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: M
             quantize_layers(model, _linear_names(model), BITS[config.quantization])
         embedding = model.get_input_embeddings()
         if not is_tied(model) and isinstance(embedding, nn.Embedding):
-            rows = quantize(embedding.weight, _EMBEDDING_BITS)
-            look_up(model, EmbeddingRows(rows.dequantized(dtype), dtype, rows))
+            look_up(model, QuantizedRows(quantize(embedding.weight, _EMBEDDING_BITS), dtype))
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gpu_worker.model.quantization import QuantizedWeight
+from gpu_worker.model.quantization import QuantizedLinear, QuantizedWeight
 
 
 class Rows(Protocol):
@@ -23,15 +23,26 @@ class Rows(Protocol):
 
 
 class EmbeddingRows(nn.Module):
-    """The matrix of an embedding that shares it with no output head. `quantized`: the integers that it stands for."""
+    """The matrix of an embedding that shares it with no output head."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, quantized: QuantizedWeight | None = None) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight, self.quantized = nn.Parameter(weight, requires_grad=False), quantized
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self._dtype = dtype
 
     def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
         return self.weight[outputs].to(self._dtype)
+
+
+class QuantizedRows(nn.Module):
+    """The integers of an embedding that shares them with no output head, read slowly."""
+
+    def __init__(self, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.quantized, self._dtype = quantized, dtype
+
+    def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
+        return self.quantized.rows(outputs).dequantized(self._dtype)
 
 
 class LookupEmbedding(nn.Module):
@@ -55,16 +66,19 @@ def is_tied(model: PreTrainedModel) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(embedding, LookupEmbedding):
         return embedding.source is head
-    return isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
+    if not isinstance(head, nn.Linear) or isinstance(head, QuantizedLinear) or not isinstance(embedding, nn.Embedding):
+        return False
+    return head.weight is embedding.weight
 
 
 @contextmanager
 def keeping_tie(model: PreTrainedModel) -> Iterator[None]:
-    """Replace the head of a tied model within the block; then the embedding has the new head's matrix."""
+    """Replace the head of a tied model within the block; then the embedding is looked up in the new one."""
     was_tied = is_tied(model)
     yield
     if was_tied and not is_tied(model):
-        model.get_input_embeddings().weight = model.get_output_embeddings().weight
+        look_up(model, model.get_output_embeddings())
+        assert is_tied(model), "the embedding limits the norms of its rows"
 
 
 def look_up(model: PreTrainedModel, source: Rows) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.embedding import EmbeddingRows, LookupEmbedding, is_tied, look_up
+from gpu_worker.model.embedding import LookupEmbedding, QuantizedRows, is_tied, look_up
 from gpu_worker.model.experts import expert_shapes, fused_experts
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.output_head import OutputHead
@@ -85,11 +85,11 @@ def inject(
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         was_tied, whole = is_tied(model), packed(head, linear_kernel)
-        is_on_cpu = next(head.parameters()).device.type == "cpu"
+        is_on_cpu = next(iter(bank.modules.values())).bt.device.type == "cpu"
         model.set_output_embeddings(OutputHead(whole, step) if is_on_cpu else whole)
         if was_tied and isinstance(whole, KernelLinear):
             look_up(model, whole)
     embedding = model.get_input_embeddings()
     rows = embedding.source if isinstance(embedding, LookupEmbedding) else None
-    if isinstance(rows, EmbeddingRows) and rows.quantized is not None and linear_kernel is not None:
+    if isinstance(rows, QuantizedRows) and linear_kernel is not None:
         look_up(model, KernelLinear(linear_kernel, rows.quantized, None))

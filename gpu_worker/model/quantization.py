@@ -11,7 +11,8 @@ Dims: N tokens, I in, O out, G groups of inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ class QuantizedWeight:
         num_scales = self.scales.numel() * self.scales_per_group
         return self.values.numel() * self.bits // 8 + num_scales * (2 if self.group else 4)
 
+    def rows(self, outputs: Tensor) -> QuantizedWeight:  # (N,)
+        """Return the weight of these outputs."""
+        offsets = None if self.offsets is None else self.offsets[outputs]
+        return replace(self, values=self.values[outputs], scales=self.scales[outputs], offsets=offsets)
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight (O, I) that the integers stand for."""
         num_out, num_in = self.values.shape
@@ -95,8 +101,9 @@ class QuantizedWeight:
         """
         if not self.group:
             return None, self.scales[:, 0].contiguous()
-        exact = torch.stack([self.scales] if self.offsets is None else [self.scales, self.offsets])
-        largest = max(float(exact.abs().max()), torch.finfo(torch.float32).tiny)
+        exact = self.scales[None] if self.offsets is None else torch.stack([self.scales, self.offsets])
+        lowest, highest = map(float, exact.aminmax())
+        largest = max(-lowest, highest, torch.finfo(torch.float32).tiny)
         exponent = int(torch.tensor(largest).frexp().exponent) - _HALF_EXPONENT
         halves = torch.ldexp(exact, torch.tensor(-exponent)).half()
         return halves, torch.full((len(self.scales),), 2.0**exponent)
@@ -105,7 +112,7 @@ class QuantizedWeight:
 class QuantizedLinear(nn.Linear):
     """A linear layer with integer weights, computed slowly: the reference of the compiled products.
 
-    `weight`: the weights that the integers stand for, so that the layer works like any other until it is packed.
+    It works like any other layer until it is packed. `dtype`: that of `weight`.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares it as always there
@@ -113,9 +120,13 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, quantized: QuantizedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = quantized.values.shape
-        self.quantized = quantized
-        self.weight = nn.Parameter(quantized.dequantized(dtype), requires_grad=False)
+        self.quantized, self.dtype = quantized, dtype
         self.bias = bias
+
+    @cached_property
+    def weight(self) -> Tensor:  # type: ignore[override]  # no parameter: most starts do without it
+        """Return the weights that the integers stand for. They take seconds and memory."""
+        return self.quantized.dequantized(self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # (..., I) -> (..., O)
         rounded = rounded_inputs(input, self.quantized.block)
@@ -123,7 +134,7 @@ class QuantizedLinear(nn.Linear):
 
     def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
         """Return the weights of these outputs."""
-        return self.weight[outputs]
+        return self.quantized.rows(outputs).dequantized(self.dtype)
 
 
 def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
@@ -153,9 +164,9 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
 def round_to_halves(numbers: Tensor) -> Tensor:
     """Return the nearest numbers of 11 bits, as halves have: the kernel stores scales and offsets of groups so."""
     bits = numbers.contiguous().view(torch.int32)
-    is_odd = (bits >> _DROPPED_BITS) & 1  # a number halfway between two is rounded to the even one
+    rounded = (bits >> _DROPPED_BITS).bitwise_and_(1)  # a number halfway between two is rounded to the even one
     half = (1 << (_DROPPED_BITS - 1)) - 1
-    return ((bits + half + is_odd) & -(1 << _DROPPED_BITS)).view(torch.float32)
+    return rounded.add_(bits).add_(half).bitwise_and_(-(1 << _DROPPED_BITS)).view(torch.float32)
 
 
 def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -24,7 +25,16 @@ from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.attention_cpu import HostAttention
 from gpu_worker.native.attention.decode_attention import Cache, make_cache_struct
-from gpu_worker.native.fused import Angles, CallRecorder, FusedAttention, FusedMlp, FusedRmsNorm, Norm, probe_input
+from gpu_worker.native.fused import (
+    Angles,
+    CallRecorder,
+    Choices,
+    FusedAttention,
+    FusedMlp,
+    FusedRmsNorm,
+    Norm,
+    probe_input,
+)
 from gpu_worker.native.kernels.kernel_loading import find_function, load_library
 
 _FUNCTIONS = (  # in the order of the struct Kernels: library, function
@@ -329,13 +339,15 @@ def load_layer_kernel(cache_dir: Path) -> LayerKernel | None:
 
 
 @torch.inference_mode()
-def compile_layers(model: nn.Module, kernel: LayerKernel) -> int:
+def compile_layers(model: nn.Module, kernel: LayerKernel, choices: Choices | None = None) -> int:
     """Let the kernel compute, in place, every decoder layer that has the same result with it. Return their number.
 
     Layers are compared on random input, so other orders of the same parts stay as they are. A layer with hooks inside
     computes itself, also if they are added later. Parts that are replaced later are not noticed.
     """
-    alike = [(own, parts) for own, parts in _candidates(model) if _agree(own, parts)]
+    choices = choices or Choices()
+    found = ((own, choices.first([parts], partial(_agree, own))) for own, parts in _candidates(model))
+    alike = [(own, parts) for own, parts in found if parts is not None]
     steps = _Steps()
     for own, parts in alike:
         own.forward = CompiledLayer(own, parts, kernel, steps)

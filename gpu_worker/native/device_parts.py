@@ -28,7 +28,7 @@ from gpu_worker.native.attention.decode_attention import load_decode_kernel
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.native.compiled_layer import compile_layers, load_layer_kernel
-from gpu_worker.native.fused import fuse, load_fused_kernel
+from gpu_worker.native.fused import Choices, fuse, load_fused_kernel
 from lora_store.adapter import Shapes
 
 
@@ -80,17 +80,23 @@ def choose_linear_kernel(model: nn.Module, config: WorkerConfig) -> LinearKernel
     return load_linear_kernel(config.cache_dir) if needs_kernel else make_linear_kernel(config)
 
 
-def inject_adapters(model: PreTrainedModel, bank: LoraBank, context: StepContext, config: WorkerConfig) -> None:
+def inject_adapters(
+    model: PreTrainedModel,
+    bank: LoraBank,
+    context: StepContext,
+    config: WorkerConfig,
+    choices: Choices | None = None,
+) -> None:
     """Let the model's layers add the bank's adapters. On the CPU pack and compile the layers where that is faster."""
     linear_kernel = choose_linear_kernel(model, config)
     inject(model, bank, context, linear_kernel)
     layer_kernel = None if linear_kernel is None else load_layer_kernel(config.cache_dir)
     if layer_kernel is not None:
-        compile_layers(model, layer_kernel)
+        compile_layers(model, layer_kernel, choices)
 
 
-def fuse_where_compiled(model: nn.Module, config: WorkerConfig) -> None:
+def fuse_where_compiled(model: nn.Module, config: WorkerConfig, choices: Choices | None = None) -> None:
     """Fuse the model's small operations on the CPU, if the compiled kernel is available."""
     kernel = load_fused_kernel(config.cache_dir) if config.device == "cpu" else None
     if kernel is not None:
-        fuse(model, kernel)
+        fuse(model, kernel, choices)

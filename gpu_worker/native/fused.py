@@ -7,11 +7,11 @@ rotations of queries and keys in about twenty operations each.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from gpu_worker.model.packed_attention import packed_attention
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.kernels.kernel_loading import find_function, functions, load_library
 
+_Candidate = TypeVar("_Candidate")
 _PROBE_ROWS = 8
 _LARGE = 1024.0  # a power of two, with which the same roundings stay the same
 
@@ -169,54 +170,83 @@ def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
     return None if library is None else FusedKernel(library)
 
 
+class Choices:
+    """What the comparisons of `fuse` and `compile_layers` chose, in their order: the place of a candidate, or None.
+
+    With `known`, those of an earlier start for the same model, nothing is compared.
+    """
+
+    def __init__(self, known: Sequence[int | None] | None = None) -> None:
+        self.made: list[int | None] = []
+        self.are_known = known is not None
+        self._known = iter(known or ())
+
+    def first(self, candidates: Sequence[_Candidate], is_same: Callable[[_Candidate], bool]) -> _Candidate | None:
+        """Return the first of the candidates that is the same as the model's own module."""
+        if self.are_known:
+            place = next(self._known, None)
+        else:
+            place = next((place for place, each in enumerate(candidates) if is_same(each)), None)
+        self.made.append(place)
+        return None if place is None else candidates[place]
+
+
 @torch.inference_mode()
-def fuse(model: nn.Module, kernel: FusedKernel) -> None:
+def fuse(model: nn.Module, kernel: FusedKernel, choices: Choices | None = None) -> None:
     """Replace, in place, every normalisation, MLP and attention of `model` that has the same result with the kernel.
 
     Both are run on random input and compared, so other variants of a model family stay as they are. So does a module
     with hooks, which its replacement would not run.
     """
+    choices = choices or Choices()
     for name, module in list(model.named_modules()):
         if module._forward_hooks or module._forward_pre_hooks:
             continue
         fused: nn.Module | None = (
-            _fused_norm(module, kernel) or _fused_mlp(module, kernel) or _fused_attention(module, kernel)
+            _fused_norm(module, kernel, choices)
+            or _fused_mlp(module, kernel, choices)
+            or _fused_attention(module, kernel, choices)
         )
         if fused is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, fused)
 
 
-def _fused_norm(module: Any, kernel: FusedKernel) -> FusedRmsNorm | None:
+def _fused_norm(module: Any, kernel: FusedKernel, choices: Choices) -> FusedRmsNorm | None:
+    if not type(module).__name__.endswith("RMSNorm"):
+        return None
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float) or not isinstance(weight, Tensor):
+    if not isinstance(eps, float) or not isinstance(weight, Tensor):
         return None
-    x = probe_input(weight.shape[0], weight.dtype)
     plain, shifted = weight.float(), 1 + weight.float()
     candidates = [FusedRmsNorm(kernel, w, eps, first) for w in (shifted, plain) for first in (False, True)]
-    return next((fused for fused in candidates if _agree(fused(x), module(x))), None)
+
+    def is_same(fused: FusedRmsNorm) -> bool:
+        x = probe_input(weight.shape[0], weight.dtype)
+        return _agree(fused(x), module(x))
+
+    return choices.first(candidates, is_same)
 
 
-def _fused_mlp(module: Any, kernel: FusedKernel) -> nn.Module | None:
+def _fused_mlp(module: Any, kernel: FusedKernel, choices: Choices) -> FusedMlp | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = getattr(module, "act_fn", None)
     if not all(isinstance(part, nn.Linear) for part in parts) or activation is None:
         return None
-    gate_proj = module.gate_proj
-    gate, up = probe_input(gate_proj.out_features, gate_proj.weight.dtype, count=2)
-    x = probe_input(gate_proj.in_features, gate_proj.weight.dtype)
-    for is_silu in (False, True):
-        fused = FusedMlp(kernel, module, is_silu)
-        same_values = _agree(kernel.gated(gate, up, is_silu=is_silu), activation(gate) * up)
-        if same_values and _agree(
-            fused(x), module(x), most_unequal=1.0
-        ):  # a different rounding changes all sums slightly
-            return fused
-    return None
+
+    def is_same(fused: FusedMlp) -> bool:
+        gate_proj = module.gate_proj
+        gate, up = probe_input(gate_proj.out_features, gate_proj.weight.dtype, count=2)
+        x = probe_input(gate_proj.in_features, gate_proj.weight.dtype)
+        same_values = _agree(kernel.gated(gate, up, is_silu=fused.is_silu), activation(gate) * up)
+        # a different rounding changes all sums slightly
+        return same_values and _agree(fused(x), module(x), most_unequal=1.0)
+
+    return choices.first([FusedMlp(kernel, module, is_silu) for is_silu in (False, True)], is_same)
 
 
-def _fused_attention(module: Any, kernel: FusedKernel) -> nn.Module | None:
+def _fused_attention(module: Any, kernel: FusedKernel, choices: Choices) -> FusedAttention | None:
     parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     head_dim, scaling = getattr(module, "head_dim", None), getattr(module, "scaling", None)
     if not all(isinstance(part, nn.Linear) for part in parts) or not isinstance(scaling, float):
@@ -225,13 +255,13 @@ def _fused_attention(module: Any, kernel: FusedKernel) -> nn.Module | None:
         return None
     norms = []
     for own in (getattr(module, "q_norm", None), getattr(module, "k_norm", None)):
-        norm = None if own is None else _fused_norm(own, kernel)
+        norm = None if own is None else _fused_norm(own, kernel, choices)
         if own is not None and (norm is None or norm.weight.shape != (head_dim,)):
             return None
         norms.append(norm)
     windows = dict.fromkeys(getattr(of, "sliding_window", None) for of in (module, module.config))
-    candidates = (FusedAttention(kernel, module, norms, window) for window in windows)
-    return next((fused for fused in candidates if _attend_alike(fused, module)), None)
+    candidates = [FusedAttention(kernel, module, norms, window) for window in windows]
+    return choices.first(candidates, lambda fused: _attend_alike(fused, module))
 
 
 def _attend_alike(fused: FusedAttention, own: Any) -> bool:

@@ -39,6 +39,7 @@ from gpu_worker.native.checks.isolation import compute_isolated
 from gpu_worker.native.checks.model_check import ModelCheck
 from gpu_worker.native.checks.passed_check import PassedCheck
 from gpu_worker.native.forward import ForwardPass
+from gpu_worker.native.fused import Choices
 from gpu_worker.native.memory_plan import load_planned
 from gpu_worker.native.next_tokens import Chosen, choose, find_grammars, find_masks
 from gpu_worker.native.prompt_lookup import guess_all, settle, take
@@ -77,11 +78,11 @@ class Engine:
         self.max_len = self.memory.kv.max_len
         context = StepContext()
         found = Adaptable.of(self.base.model)
-        is_known = passed is not None and passed.is_noted
-        check = None if is_known else ModelCheck(self.base, found, self.max_len, config.bank_rank_rows)
-        device_parts.fuse_where_compiled(self.base.model, config)
+        choices = Choices(None if passed is None else passed.read())
+        check = None if choices.are_known else ModelCheck(self.base, found, self.max_len, config.bank_rank_rows)
+        device_parts.fuse_where_compiled(self.base.model, config, choices)
         self.bank = device_parts.make_bank(config, found.linears, free_fill, expert_shapes(found.experts))
-        device_parts.inject_adapters(self.base.model, self.bank, context, config)
+        device_parts.inject_adapters(self.base.model, self.bank, context, config, choices)
         adapt_experts(found.experts, context)
         adapt_routers(found.routers, self.bank.modules, context)
         self._masks = MaskThread()
@@ -97,7 +98,7 @@ class Engine:
         else:
             check.run(self._forward, self.residency, self.kv_cache)
             if passed is not None:
-                passed.note()
+                passed.note(choices.made)
         self.grammars = grammar_compiler(self.base, config.tool_parser)
         self.prepare = RequestPreprocessor.of(config, self.base, self.max_len, self.grammars, clock)
         state = self.bank, self.residency, self.kv_cache

@@ -13,7 +13,7 @@ from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.eager_check import RANK
-from gpu_worker.model.embedding import EmbeddingRows
+from gpu_worker.model.embedding import QuantizedRows
 from gpu_worker.model.experts import most_expert_bytes
 from gpu_worker.model.inject import Adaptable
 from gpu_worker.model.quantization import QuantizedLinear
@@ -167,9 +167,9 @@ def _weights_bytes(base: BaseModel, config: NativeWorkerConfig) -> int:
     has_copy = config.device == "cpu" and base.dtype == torch.bfloat16
     is_one = not has_copy or choose_linear_kernel(base.model, config) is not None
     named = base.model.named_parameters(remove_duplicate=is_one)
-    holders = [module for module in base.model.modules() if isinstance(module, QuantizedLinear | EmbeddingRows)]
-    saved = sum(each.weight.nbytes - each.quantized.num_bytes for each in holders if each.quantized is not None)
-    return int(sum(parameter.nbytes for _, parameter in named) - saved)
+    integers = [module for module in base.model.modules() if isinstance(module, QuantizedLinear | QuantizedRows)]
+    held = sum(module.quantized.num_bytes for module in integers)
+    return int(sum(parameter.nbytes for _, parameter in named)) + held
 
 
 def _kv(kv: KvShape) -> str:

@@ -37,13 +37,19 @@ def test_a_key_without_a_value_in_serves_own_file_does_not_start_a_server_withou
 def bound(app: Application) -> tuple[str, dict[str, Any]]:
     """Return the deployment's name and its arguments by name. Ray has no public way to read the graph."""
     deployment = app._bound_deployment
-    workers = [each for own in deployment.init_args if isinstance(own, dict) for each in own.values()]
-    handles = [each for each in (*deployment.init_args, *workers) if isinstance(each, Application)]
+    given = [*deployment.init_args, *deployment.init_kwargs.values()]
+    workers = [each for own in given if isinstance(own, dict) for each in own.values()]
+    handles = [each for each in (*given, *workers) if isinstance(each, Application)]
     return deployment.name, dict(bound(each) for each in handles)
 
 
 def test_the_ingress_calls_all_others_and_the_worker_calls_the_store() -> None:
     assert bound(build_app(config_of())) == ("Ingress", {"Retriever": {}, "Worker": {"Store": {}}, "Store": {}})
+
+
+def test_workers_start_first_because_they_take_longest() -> None:
+    given = build_app(config_of())._bound_deployment.init_kwargs
+    assert list(given)[:2] == ["workers", "retriever"]
 
 
 def test_each_of_several_base_models_has_workers_of_its_own() -> None:

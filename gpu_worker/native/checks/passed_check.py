@@ -1,4 +1,7 @@
-"""Note that a model agreed with transformers, so that later starts with the same files need not compare it again."""
+"""Note that a model agreed with transformers, so that later starts with the same files need not compare it again.
+
+The note has what the comparisons of single modules chose too: see `Choices`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,22 +49,29 @@ class PassedCheck:
         self._folder = config.cache_dir / "passed_checks"
         self._name = self._describe()
 
-    @property
-    def is_noted(self) -> bool:
-        """Return whether the note exists, and nobody but this user and root could have written it."""
+    def read(self) -> list[int | None] | None:
+        """Return the choices of the start that wrote the note. None without one that only this user and root can write.
+
+        A note that was not written to its end does not count.
+        """
         try:
             check_trusted(self._folder / self._name, os.geteuid())
-        except (KernelUnavailable, OSError):
-            return False
-        return bool(self._name)
+            found: list[int | None] | None = json.loads((self._folder / self._name).read_text()) if self._name else None
+        except (KernelUnavailable, OSError, ValueError):
+            return None
+        return found
 
-    def note(self) -> None:
-        """Write the note, if nothing changed since the start. Without it the next start compares again."""
+    def note(self, choices: Sequence[int | None]) -> None:
+        """Write the note, if nothing changed since the start. Without it the next start compares again.
+
+        `choices`: of `fuse` and `compile_layers`, so that later starts need not compare the modules either.
+        """
         if not self._name or self._describe() != self._name:
             return
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._folder / self._name).touch(mode=0o600)
+            (self._folder / self._name).write_text(json.dumps(list(choices)))
             notes = [path for path in self._folder.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)]
             for old in sorted(notes, key=lambda path: path.stat().st_mtime)[:-_MOST_NOTES]:
                 old.unlink(missing_ok=True)

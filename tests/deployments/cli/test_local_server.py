@@ -31,6 +31,7 @@ from deployments.cli.local_server import (
     APP_NAME,
     CHEAPER_SERVE,
     Server,
+    _early_processes,
     _fewer_processes,
     _inherited,
     _shut_down_serve,
@@ -188,6 +189,18 @@ def test_ray_starts_without_processes_that_nobody_needs_and_others_have_them_aga
         assert services.start_api_server(False, raise_on_failure=False, port=None) == (None, None)
         raise KeyError
     assert (parameter.RayParams, services.start_api_server) == before
+
+
+def test_ray_starts_the_python_processes_of_the_first_actors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(services, "start_ray_process", lambda command, kind, *, fate_share: started.append(command))
+    before, unchanged = services.start_ray_process, ["raylet", "--static_resource_list=CPU,2.0", "--head"]
+    with pytest.raises(KeyError), _early_processes(3):
+        command = [*unchanged, "--num_prestart_python_workers=2", "--maximum_startup_concurrency=16.0"]
+        services.start_ray_process(command, "raylet", fate_share=True)
+        raise KeyError
+    assert started == [[*unchanged, "--num_prestart_python_workers=3", "--maximum_startup_concurrency=3"]]
+    assert services.start_ray_process is before
 
 
 def test_the_start_waits_for_ready_and_reports_the_last_answer_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.native import loop
+from gpu_worker.model.quantization import QuantizedWeight
+from gpu_worker.native import compiled_layer, fused, loop
 from gpu_worker.native.checks import passed_check
 from gpu_worker.native.checks.model_check import ModelCheck
 from gpu_worker.native.checks.passed_check import PassedCheck
@@ -110,30 +112,30 @@ def test_notes_are_bounded_and_other_files_stay(cache: Path, model: Path) -> Non
         (folder / f"{number:064x}").touch()
     (folder / "mine").touch()
     check = PassedCheck(tiny_config(model, cache_dir=cache))
-    check.note()
-    assert len(list(folder.iterdir())) == 65 and (folder / "mine").exists() and check.is_noted
+    check.note([])
+    assert len(list(folder.iterdir())) == 65 and (folder / "mine").exists() and check.read() == []
 
 
 def test_a_note_that_others_could_have_written_does_not_count(cache: Path, model: Path) -> None:
     check = PassedCheck(tiny_config(model, cache_dir=cache))
-    check.note()
-    assert check.is_noted
+    check.note([])
+    assert check.read() == []
     (cache / "passed_checks").chmod(0o777)
-    assert not check.is_noted
+    assert check.read() is None
 
 
 def test_a_folder_that_cannot_be_written_costs_the_note_only(cache: Path, model: Path) -> None:
     (cache / "passed_checks").write_text("no folder")
     check = PassedCheck(tiny_config(model, cache_dir=cache))
-    check.note()
-    assert not check.is_noted
+    check.note([])
+    assert check.read() is None
 
 
 def test_what_changes_during_the_start_is_not_noted(cache: Path, model: Path) -> None:
     check = PassedCheck(tiny_config(model, cache_dir=cache))
     os.utime(model / "config.json", ns=(0, 1))
-    check.note()
-    assert not PassedCheck(tiny_config(model, cache_dir=cache)).is_noted
+    check.note([])
+    assert PassedCheck(tiny_config(model, cache_dir=cache)).read() is None
 
 
 def test_code_that_is_newer_than_the_process_is_not_noted(
@@ -141,11 +143,47 @@ def test_code_that_is_newer_than_the_process_is_not_noted(
 ) -> None:
     monkeypatch.setattr(passed_check, "_IMPORTED_AT", code.stat().st_mtime - 1)
     check = PassedCheck(tiny_config(model, cache_dir=cache))
-    check.note()
-    assert not check.is_noted
+    check.note([])
+    assert check.read() is None
 
 
 def test_a_model_without_a_folder_is_always_compared(cache: Path) -> None:
     check = PassedCheck(tiny_config(Path("organisation/model"), cache_dir=cache))
-    check.note()
-    assert not check.is_noted
+    check.note([])
+    assert check.read() is None
+
+
+def test_a_note_that_was_not_written_to_its_end_does_not_count(cache: Path, model: Path) -> None:
+    check = PassedCheck(tiny_config(model, cache_dir=cache))
+    check.note([1, None])
+    assert check.read() == [1, None]
+    [note] = (cache / "passed_checks").iterdir()
+    note.write_text(note.read_text()[:-1])
+    assert check.read() is None
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_later_start_replaces_the_same_modules_without_comparing_them(
+    model: Path, cache: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = InlineExecutor()
+
+    def start() -> list[tuple[str, str, bool]]:
+        config = tiny_config(model, cache_dir=cache, dtype="auto", quantization=quantization)
+        base = loop.Engine(config, fetching({}.__getitem__, executor), executor=executor).base
+        return [(name, type(each).__name__, "forward" in vars(each)) for name, each in base.model.named_modules()]
+
+    first = start()
+    for module in (fused, compiled_layer):
+        monkeypatch.setattr(module, "_agree", pytest.fail)
+    dequantized: list[int] = []
+    own = QuantizedWeight.dequantized
+
+    def counted(self: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        dequantized.append(self.values.numel())
+        return own(self, dtype)
+
+    monkeypatch.setattr(QuantizedWeight, "dequantized", counted)
+    assert start() == first
+    assert any("Fused" in kind for _, kind, _ in first)
+    assert len(dequantized) <= 1, "of one layer for its dtype"
