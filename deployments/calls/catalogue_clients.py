@@ -243,6 +243,10 @@ class RoutingClient(Protocol):
     ) -> Plan: ...
     @retry
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]: ...
+    @retry
+    async def find_model(
+        self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
+    ) -> NamedPolicy | Plan | None: ...
 
 
 class RetrieverCalls(RoutingClient, Protocol):
