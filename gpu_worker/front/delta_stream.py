@@ -101,6 +101,8 @@ async def deltas(events: Events, pace: StreamPace, heartbeat_interval_s: float |
 
 async def next_event(events: Events, within_s: float | None) -> Delta | Exception | None:
     """Return the next event, or None on timeout. An event that arrives at the timeout stays in the queue."""
+    if not events.empty():
+        return events.get_nowait()
     try:
         async with asyncio.timeout(within_s):
             return await events.get()
