@@ -179,6 +179,16 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.policies, tenant, model, 0, limit)
 
+    async def find_model(
+        self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
+    ) -> NamedPolicy | Plan | None:
+        """Return what a model name means: its newest policy, or the plan of one adapter, or neither.
+
+        Raises: StaleIndex.
+        """
+        await self._reach_for(tenant, min_generation)
+        return await _on(self._lookups, self._retriever.find_model, tenant, model, strategy)
+
     async def names(
         self,
         tenant: str,

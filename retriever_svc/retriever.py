@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
-from lora_store.errors import AdapterRefused
+from lora_store.errors import AdapterNotFound, AdapterRefused, PlanInvalid
 from lora_store.feedback import Feedback
 from lora_store.names import NamedPolicy
 from lora_store.plan import Plan
@@ -26,7 +27,7 @@ from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, make_encoding
 from retriever_svc.encoder import Vectors
-from retriever_svc.errors import NoAdapterMatched, StaleIndex
+from retriever_svc.errors import AdapterIncompatible, NoAdapterMatched, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Refused, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
@@ -361,6 +362,19 @@ class Retriever:
         pool = self._pool_at(min_generation, tenant)
         found = named_policies(pool.snapshot, tenant, model, owner_names=self._owner_names)[:limit]
         return [with_base(pool.snapshot, tenant, named, pool.bases) for named in found]
+
+    def find_model(
+        self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
+    ) -> NamedPolicy | Plan | None:
+        """Return the newest policy of a model name, or else the plan of the adapter that is called so.
+
+        None where there is neither, or no plan: `plan_named` says why. Raises: StaleIndex.
+        """
+        if found := self.policies(tenant, model, min_generation, 1):
+            return found[0]
+        with suppress(AdapterNotFound, AdapterIncompatible, PlanInvalid):
+            return self.plan_named(tenant, [(model, 1.0)], strategy, min_generation)
+        return None
 
     def names(
         self, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False

@@ -61,6 +61,7 @@ from gpu_worker.front.request.request import (
 )
 from gpu_worker.front.request.request import Prompt as AnyPrompt
 from gpu_worker.front.request.tools import Tools
+from lora_store import Plan
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
@@ -112,6 +113,7 @@ class Question:
     `text`: the text that retrieves them; None for token ids, whose text is known after a Worker has decoded them.
     `alias`: the field of another server's API that named adapters; with it `model` may be the base model.
     `tools`: the functions that its answer may call.
+    `plan`: that of the adapter which `model` names, where the look-up of the name has found it.
     """
 
     prompt: AnyPrompt
@@ -120,6 +122,7 @@ class Question:
     lora: LoraOptions
     alias: str | None = None
     tools: Tools | None = None
+    plan: Plan | None = None
 
 
 def _as_list(value: object) -> object:

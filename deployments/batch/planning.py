@@ -120,6 +120,12 @@ class BatchRouting(RoutingClient):
         """Return the newest kept policies of a model name. Raises: StaleIndex."""
         return self._retriever.policies(tenant, model, min_generation, limit)
 
+    async def find_model(
+        self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
+    ) -> NamedPolicy | Plan | None:
+        """Return the policy or the plan that a model name means. Raises: StaleIndex."""
+        return self._retriever.find_model(tenant, model, strategy, min_generation)
+
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
         """Return the plan made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
         return self._retriever.replay(tenant, strategy, pinned, generation)

@@ -125,9 +125,12 @@ class Planner:
         """
         sampling, questions = request.sampling(), request.questions()
         _check_limits(sampling, questions, self._models.limiting(request.model))  # before any call
-        named = await self.find_policy(request.model, tenant, request.lora.min_generation)
-        if named is None:
+        if not self._may_have_policy(request.model):
             return request, sampling, questions, None
+        strategy, min_generation = _strategy_of_one(request.lora), request.lora.min_generation
+        named = await self._retriever.find_model(tenant, request.model, strategy, min_generation)
+        if not isinstance(named, NamedPolicy):
+            return request, sampling, [replace(question, plan=named) for question in questions], None
         bound = AppliedPolicy.of(named, questions[0], tenant)
         filled = bound.apply_to_request(request)
         sampling, questions = filled.sampling(), bound.make_questions(filled)
@@ -144,9 +147,13 @@ class Planner:
 
     async def find_policy(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
         """Return the newest policy of a model name, None for any other model. Raises: ModelNotFound, StaleIndex."""
-        if model == AUTO or self._models.split(model) != ("", model) or ":" in model:
+        if not self._may_have_policy(model):
             return None
         return next(iter(await self._retriever.policies(tenant, model, min_generation)), None)
+
+    def _may_have_policy(self, model: str) -> bool:
+        """Return whether a policy or an adapter may be called so. Raises: ModelNotFound."""
+        return model != AUTO and self._models.split(model) == ("", model) and ":" not in model
 
     async def add_owners(self, policy: NamePolicy, tenant: str) -> NamePolicy:
         """Return a policy with the owners of its adapters, so that it means the same for every tenant.
@@ -245,8 +252,9 @@ class Planner:
                 )
             return [Planned(self._base_plan(question.model))] * len(questions)
         try:
-            choices, strategy = [(name, 1.0)], options.strategy or "selection"
-            plan = await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
+            plan = question.plan or await self._retriever.plan_named(
+                tenant, [(name, 1.0)], _strategy_of_one(options), options.min_generation
+            )
         except AdapterNotFound as exc:  # through Serve it is also a RayTaskError
             raise ModelNotFound(question.model, exc.hint) from exc
         self._check_base(plan, question.model)
@@ -437,6 +445,11 @@ class Planner:
         if ":" in model:
             raise ModelNotFound(model)
         return model
+
+
+def _strategy_of_one(options: LoraOptions) -> Strategy:
+    """Return the strategy for the adapter that `model` names."""
+    return options.strategy or "selection"
 
 
 def _planned(request: RouteRequest, route: Route) -> Planned:

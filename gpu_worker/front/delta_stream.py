@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +26,32 @@ class Events(asyncio.Queue[Delta | Exception]):
         super().put_nowait(item)
         if isinstance(item, Exception) or item.finish_reason is not None:
             self.has_last.set()
+
+
+class EventMail:
+    """Carries events to the queues of an event loop. It wakes the loop once for all events of a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._sent: deque[tuple[Events, Delta | Exception]] = deque()
+        self._is_due = False  # the loop will deliver
+
+    def send(self, events: Events, event: Delta | Exception) -> None:
+        """Put the event into the queue soon. Call it from any thread. Raises: RuntimeError if the loop is closed."""
+        self._sent.append((events, event))
+        if not self._is_due:
+            self._is_due = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._is_due = False
+                raise
+
+    def _deliver(self) -> None:
+        self._is_due = False  # before the last look: what is sent after it is due again
+        while self._sent:
+            events, event = self._sent.popleft()
+            events.put_nowait(event)
 
 
 class StreamPace:
@@ -74,6 +101,8 @@ async def deltas(events: Events, pace: StreamPace, heartbeat_interval_s: float |
 
 async def next_event(events: Events, within_s: float | None) -> Delta | Exception | None:
     """Return the next event, or None on timeout. An event that arrives at the timeout stays in the queue."""
+    if not events.empty():
+        return events.get_nowait()
     try:
         async with asyncio.timeout(within_s):
             return await events.get()

@@ -19,9 +19,8 @@ from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
-from gpu_worker.front.delta_stream import Events
+from gpu_worker.front.delta_stream import EventMail, Events
 from gpu_worker.front.engine_status import EngineStatus
-from gpu_worker.front.request.request import Delta
 from gpu_worker.front.row import Row, Sink
 from gpu_worker.native.checks.warm_up import warm_up
 from gpu_worker.native.kernels.kernel_loading import num_missing_kernels
@@ -60,6 +59,7 @@ class NativeEngine(InferenceEngine):
         self._stopping = False
         self._busy_since: float | None = None
         self._failure: Exception | None = None  # the error that ended the thread, if any
+        self._mail: EventMail | None = None
         self._end_team = thread_team_releaser()
         loop.on_loaded = lambda: self._commands.put(_no_op)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -137,11 +137,9 @@ class NativeEngine(InferenceEngine):
 
     def _put(self, events: Events) -> Sink:
         loop = asyncio.get_running_loop()
-
-        def put(event: Delta | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        return put
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = EventMail(loop)
+        return partial(self._mail.send, events)
 
     def _command(self, command: Callable[[], None]) -> None:
         """Queue a command for the engine's thread. Raises: EngineStopped if the thread has ended."""

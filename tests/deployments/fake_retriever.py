@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_store import (
+    AdapterNotFound,
     AdapterRecord,
     AdapterRef,
     Embedding,
@@ -100,6 +102,15 @@ class FakeRetriever:
 
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
         return named_policies(self.model_names.snapshot, tenant, model)[:limit]
+
+    async def find_model(
+        self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
+    ) -> NamedPolicy | Plan | None:
+        if found := await self.policies(tenant, model, min_generation):
+            return found[0]
+        with suppress(AdapterNotFound):
+            return await self.plan_named(tenant, [(model, 1.0)], strategy, min_generation)
+        return None
 
     async def names(
         self, tenant: str, min_generation: int = 0, after: str = "", limit: int | None = None, is_short: bool = False

@@ -3,14 +3,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import product
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from lora_store.adapter import LOCAL_TENANT, Sample
+from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
 from lora_store.errors import AdapterNotFound
+from lora_store.names import NamedPolicy
 from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc import (
     AskedPrompt,
@@ -26,6 +28,7 @@ from retriever_svc import (
 from retriever_svc.doctor import examine
 from retriever_svc.encoder import MAX_CHARS
 from retriever_svc.route import STICKY_MARGIN, Weighting
+from retriever_svc.served_bases import ServedBases
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, POOL, SOUTHWEST, TABLE, TEMPERATURE, retriever_of, route_one
 
@@ -283,17 +286,35 @@ def test_a_request_for_a_later_generation_is_stale_and_the_others_are_answered()
     "read",
     [
         lambda retriever, least: retriever.plan_named(LOCAL_TENANT, [("n", 1.0)], min_generation=least),
+        lambda retriever, least: retriever.find_model(LOCAL_TENANT, "n", "selection", least),
         lambda retriever, least: retriever.resolve(LOCAL_TENANT, "n", least),
         lambda retriever, least: retriever.page(LOCAL_TENANT, PageRequest(9), least),
         lambda retriever, least: retriever.versions(LOCAL_TENANT, "n", least),
     ],
-    ids=["plan_named", "resolve", "page", "versions"],
+    ids=["plan_named", "find_model", "resolve", "page", "versions"],
 )
 def test_every_read_checks_its_min_generation(read: Callable[[Retriever, int], object]) -> None:
     retriever = retriever_of(*POOL)
     assert read(retriever, 1) == read(retriever, 0)
     with pytest.raises(StaleIndex):
         read(retriever, 2)
+
+
+def test_a_model_name_means_its_policy_or_else_one_adapter() -> None:
+    source = Source()
+    policies = tuple(
+        NamedPolicy(AdapterRef(LOCAL_TENANT, "support", digest * 64), "{}", "", datetime.now(UTC)) for digest in "ab"
+    )
+    source.commit(*POOL, record_of("damaged", NORTH, base_model="other"), names={(LOCAL_TENANT, "support"): policies})
+    bases = ServedBases({"served": {POOL[0].base_model}})
+    retriever = Retriever(live_pool(FakeEncoder(TABLE), source, bases=bases))
+    assert retriever.find_model(LOCAL_TENANT, "support", "selection") == policies[0]
+    assert retriever.find_model(LOCAL_TENANT, f"support@{'b' * 8}", "selection") == policies[1]
+    for strategy in ("selection", "mixture"):
+        planned = retriever.plan_named(LOCAL_TENANT, [("n", 1.0)], strategy)
+        assert retriever.find_model(LOCAL_TENANT, "n", strategy) == planned
+    for unusable in ("unknown", "damaged", "support@cccccccc"):
+        assert retriever.find_model(LOCAL_TENANT, unusable, "selection") is None
 
 
 def test_tags_restrict_the_plan_but_not_the_thresholds() -> None:

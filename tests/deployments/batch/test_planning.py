@@ -10,7 +10,7 @@ from typing import Any
 from deployments.batch.planning import BatchRouting, PartPlanner, ask_planner
 from deployments.config.app import AppConfig
 from deployments.generation.planner import Planner
-from lora_store import AdapterRef, NamedPolicy, Plan, PlannedAdapter
+from lora_store import AdapterRef, Plan, PlannedAdapter
 from retriever_svc import NoAdapterMatched, Retriever, Route, RouteRequest
 from tests.deployments.batching import BASE, TOPICS, Place, prompts
 
@@ -53,10 +53,7 @@ async def test_a_row_has_the_template_of_the_base_model_that_answers(two_bases: 
 
 async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
     class Asked(BatchRouting):
-        async def policies(self, *args: object, **options: object) -> list[NamedPolicy]:
-            return []
-
-        async def plan_named(self, *args: object, **options: object) -> Plan:
+        async def find_model(self, *args: object, **options: object) -> Plan:
             rows = (PlannedAdapter(AdapterRef("local", "sea", "d" * 64), "w", 1.0),)
             return Plan("selection", rows, contract='{"instruction":"Sing: {input}"}')
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.api.completions import ChatCompletionRequest
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.error_table import describe
 from deployments.api.responses import Planned
 from deployments.calls.catalogue_clients import serve_retriever
@@ -66,6 +66,22 @@ def test_an_adapters_name_is_one_adapter_of_weight_one(model: str) -> None:
     assert planned.plan.strategy == "selection"
     assert [(row.ref.name, row.weight, row.score) for row in planned.plan.adapters] == [("poet", 1.0, None)]
     assert planned.candidates == ()
+
+
+@pytest.mark.parametrize(("lora", "strategy"), [({}, "selection"), ({"strategy": "mixture"}, "mixture")])
+def test_a_request_looks_the_adapter_that_it_names_up_once(lora: dict[str, Any], strategy: str) -> None:
+    handle = handle_of()
+    body = {"prompt": ["Rhyme", "Sing"], "model": "poet", "lora": lora | {"min_generation": 9}}
+
+    async def plan_request() -> list[Planned]:
+        planner = planner_over(handle)
+        _, _, questions, bound = await planner.apply_policy(CompletionRequest.model_validate(body), "local")
+        assert bound is None
+        return await planner.plan_all(questions, "local")
+
+    planned = asyncio.run(plan_request())
+    assert planned == [plan(handle_of(), "poet", body["lora"])] * 2
+    assert [(call.name, *call.args) for call in handle.calls] == [("find_model", "local", "poet", strategy, 9)]
 
 
 @pytest.mark.parametrize("model", ["unknown", f"{BASE}:unknown", f"{BASE}:", "other:poet", "auto:poet", ":poet", "a/b"])

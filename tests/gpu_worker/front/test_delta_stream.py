@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from gpu_worker.errors import EngineStopped
-from gpu_worker.front.delta_stream import Events, StreamPace, deltas, merged
+from gpu_worker.front.delta_stream import EventMail, Events, StreamPace, deltas, merged
 from gpu_worker.front.request.request import Delta, TokenLogprob
 from gpu_worker.front.request.tools import ToolCallPiece
 from tests.virtual_time import run_in_virtual_time
@@ -150,3 +151,52 @@ def test_without_an_interval_every_delta_is_sent_at_once() -> None:
     pace = StreamPace(0.0, messages_s=1)
     pace.sending.update(Events() for _ in range(100))
     assert pace.interval_s == 0
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    """Counts its wake-ups by other threads."""
+
+    num_woken = 0
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, **options: Any) -> asyncio.Handle:
+        self.num_woken += 1
+        return super().call_soon_threadsafe(callback, *args, **options)
+
+
+def test_the_events_of_a_step_wake_the_loop_once() -> None:
+    loop = CountingLoop()
+    mail, queues = EventMail(loop), [Events(), Events()]
+    for step in (1, 2):
+        for number, events in enumerate([*queues, queues[0]]):
+            mail.send(events, delta(f"{step}{number}", number, is_last=True))
+        assert loop.num_woken == step
+        loop.run_until_complete(asyncio.sleep(0))
+        assert [events.has_last.is_set() for events in queues] == [True, True]
+        assert [queues[0].get_nowait(), queues[0].get_nowait()] == [
+            delta(f"{step}0", 0, is_last=True),
+            delta(f"{step}2", 2, is_last=True),
+        ]
+        assert queues[1].get_nowait().text == f"{step}1"
+    loop.close()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            mail.send(queues[0], delta("late", 1))
+
+
+def test_no_event_of_another_thread_is_late_or_lost() -> None:
+    async def main() -> list[list[str]]:
+        mail, queues = EventMail(asyncio.get_running_loop()), [Events(), Events()]
+
+        def send_all() -> None:
+            for number in range(5_000):
+                mail.send(queues[number % 2], delta(str(number), number))
+
+        async def read(events: Events) -> list[str]:
+            return [merged(await events.get(), Events()).text for _ in range(2_500)]
+
+        sending = asyncio.to_thread(send_all)
+        async with asyncio.timeout(60):
+            *found, _ = await asyncio.gather(*map(read, queues), sending)
+        return found
+
+    assert asyncio.run(main()) == [[str(number) for number in range(first, 5_000, 2)] for first in (0, 1)]
