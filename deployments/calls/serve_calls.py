@@ -1,4 +1,4 @@
-"""Typed calls over Serve handles: retries, transport and background work.
+"""Typed calls over Serve handles: retries and transport.
 
 A call names a method of the deployment's Protocol, as in `calls.retry(StoreReplica.versions, keys)`. So mypy checks
 the arguments and the answer of every call, although Ray's handles have no types.

@@ -117,8 +117,8 @@ async def test_a_refused_job_ends_its_stream_with_its_error() -> None:
 def test_every_deployment_of_the_application_returns_refusals() -> None:
     ingress = application(config_of())._bound_deployment
     calls = {"Store": StoreReplica, "Worker": WorkerReplica, "Retriever": RetrieverReplica}
-    _, retriever, workers, store, *_ = ingress.init_args
-    bound = [each._bound_deployment for each in (retriever, store, *workers.values())]
+    given = ingress.init_kwargs
+    bound = [each._bound_deployment for each in (given["retriever"], given["store"], *given["workers"].values())]
     assert {each.name for each in bound} == calls.keys()
     for each in bound:
         names = [name for name in dir(calls[each.name]) if not name.startswith("_")]
