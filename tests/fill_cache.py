@@ -7,9 +7,11 @@ from gpu_worker.native.kernels.kernel_build import kernel_names
 from gpu_worker.native.kernels.kernel_loading import load_library
 from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.encoder import Encoder
+from retriever_svc.encoder_files import PACKAGED_MODELS
 
 if __name__ == "__main__":
     for name in kernel_names():
         load_library(name, DEFAULT_CACHE_DIR)
     packaged_folder(DEFAULT_CACHE_DIR)
-    Encoder()
+    for name in PACKAGED_MODELS:
+        Encoder(name)

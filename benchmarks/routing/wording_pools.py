@@ -89,21 +89,6 @@ def read_everyday(part: Part) -> tuple[Prompt, ...]:
     return (*prompts, *(Prompt("everyday_chat", second, previous=first) for first, second in found["chats"]))
 
 
-def trained_tasks(num_texts: int) -> Iterator[list[str]]:
-    """Yield texts of each task of the `train` pool: its wordings in turn, around the contents of its trade."""
-    for domain in _yaml(POOLS / "train" / "trades.yaml")["domains"]:
-        contents = domain["contents"]
-        for task in domain["tasks"]:
-            wordings = [*task["wordings"], *task["other"].values()]
-            places = range(num_texts)
-            yield [
-                wordings[place % len(wordings)].replace(
-                    INPUT, contents[(place + place // len(wordings)) % len(contents)]
-                )
-                for place in places
-            ]
-
-
 def _yaml(path: Path) -> Mapping[str, Any]:
     found: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return found

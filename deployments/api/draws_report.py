@@ -6,6 +6,7 @@ from typing_extensions import TypedDict
 
 from lora_store import AdapterRef
 from retriever_svc import Drawn, Draws
+from retriever_svc.draws import MOST_ALIKE
 
 _NUM_NAMED = 3  # adapters in the text; `adapters` has all of them
 
@@ -18,11 +19,15 @@ class DrawnShare(TypedDict):
 
 
 class DrawnAdapterRow(TypedDict):
-    """Of the samples of another owner's adapter, and of these without the wording that they share."""
+    """Of the samples of another owner's adapter, and of these without the wording that they share.
+
+    `similarity`: the cosine of both adapters; 0.7 or more is that of two adapters for one task.
+    """
 
     name: str
     samples: DrawnShare
     contents: DrawnShare
+    similarity: float
 
 
 class DrawsObject(TypedDict):
@@ -41,6 +46,7 @@ def draws_object(draws: Draws, ref: AdapterRef, tenant: str) -> DrawsObject:
             "name": adapter.ref.name_for(tenant),
             "samples": _show_shares(adapter.samples),
             "contents": _show_shares(adapter.contents),
+            "similarity": round(adapter.similarity, 3),
         }
         for adapter in draws.adapters
     ]
@@ -62,9 +68,11 @@ def _format_text(ordinary: DrawnShare, adapters: list[DrawnAdapterRow], ref: Ada
     for adapter in adapters[:_NUM_NAMED]:
         parts.append(f"{_percents(adapter['samples'], ref)} of the samples of {adapter['name']}")
         parts.append(f"{_percents(adapter['contents'], ref)} of them without the wording that they share")
+    alike = [f"{row['name']} ({row['similarity']:.2f})" for row in adapters if row["similarity"] >= MOST_ALIKE]
+    same = f" It seems to be for the task of {', '.join(alike[:_NUM_NAMED])}." if alike else ""
     rest = len(adapters) - _NUM_NAMED
     more = f", and samples of {rest} more adapters" if rest > 0 else ""
-    return f"Requests of other tenants: {ref.name} would answer {', '.join(parts)}{more}."
+    return f"Requests of other tenants: {ref.name} would answer {', '.join(parts)}{more}.{same}"
 
 
 def _percents(drawn: DrawnShare, ref: AdapterRef) -> str:

@@ -43,7 +43,7 @@ const cases = {
     return (await collect(client.models.list())).map((model) => model.id);
   },
   async embeddings() {
-    const answer = await client.embeddings.create({ model: "multilingual-e5-small", input: ["a", "bcd"] });
+    const answer = await client.embeddings.create({ model: "multilingual-e5-small-tasks", input: ["a", "bcd"] });
     return answer.data.map((item) => item.embedding);
   },
   async responses() {

@@ -80,5 +80,5 @@ def test_other_routes(server_url: str) -> None:
     del asked["messages"]
     assert litellm.responses(**asked, input="Hi").output[0].content[0].text == "Hello"
     assert litellm.text_completion(**asked, prompt="Once").choices[0].text == "Hello"
-    found = litellm.embedding(**asked | {"model": "openai/multilingual-e5-small"}, input=["a", "bcd"])
+    found = litellm.embedding(**asked | {"model": "openai/multilingual-e5-small-tasks"}, input=["a", "bcd"])
     assert [item["embedding"] for item in found.data] == [[1.0, 0.5], [3.0, 0.5]]

@@ -136,7 +136,7 @@ def test_errors(client: openai.OpenAI) -> None:
 
 def test_embeddings(client: openai.OpenAI) -> None:
     """embeddings"""
-    answer = client.embeddings.create(model="multilingual-e5-small", input=["a", "bcd"])
+    answer = client.embeddings.create(model="multilingual-e5-small-tasks", input=["a", "bcd"])
     assert [item.embedding for item in answer.data] == [[1.0, 0.5], [3.0, 0.5]]
 
 

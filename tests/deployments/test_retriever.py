@@ -119,8 +119,8 @@ async def test_the_vectors_of_one_request_are_of_one_encoder(here: Served, monke
         encoded = encode(texts)
         makers.append(encoded[0].pool.encoder.identity)
         if len(makers) == 1:
-            identity = here.pools.prepare_encoder("multilingual-e5-small", "none").identity
-            event = ActivateEncoder("multilingual-e5-small", identity, "me", datetime.now(UTC))
+            identity = here.pools.prepare_encoder("multilingual-e5-small-tasks", "none").identity
+            event = ActivateEncoder("multilingual-e5-small-tasks", identity, "me", datetime.now(UTC))
             here.catalogue.commit(lambda _: [event])
             here.pools.catch_up()
         return encoded
@@ -340,7 +340,7 @@ async def test_the_draws_of_a_version_are_measured_on_the_pool(here: Served) -> 
     copy = replace(german, ref=AdapterRef("mallory", "copy", german.ref.digest), weights_digest="c" * 64)
     generation = here.publish(german, sums, copy)
     draws = await here.replica.draws("acme", "mallory/copy", generation)
-    assert draws.adapters == (DrawnAdapter(german.ref, Drawn(2, 2, 2), Drawn(2, 2, 2)),)
+    assert draws.adapters == (DrawnAdapter(german.ref, Drawn(2, 2, 2), Drawn(2, 2, 2), pytest.approx(1)),)
     assert draws.ordinary.num == 517
     with pytest.raises(AdapterNotFound):
         await here.replica.draws("acme", f"mallory/copy@{'0' * 64}")

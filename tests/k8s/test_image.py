@@ -30,6 +30,7 @@ from gpu_worker.native.kernels.kernel_build import kernel_names
 from gpu_worker.native.kernels.kernel_variants import VARIANTS
 from k8s.image import lock
 from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.packaged_encoder import TRAINED_NAME
 from tests.gpu_worker.compilers import script
 from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, Instruction, bases, copied, instructions, is_ignored
 
@@ -257,6 +258,7 @@ def test_the_models_are_baked_where_the_overlays_expect_them() -> None:
     overlays = [path.read_text(encoding="utf-8") for path in (ROOT / "k8s" / "overlays").glob("*/serve.yaml")]
     found = {path for text in overlays for path in re.findall(r"\bencoder: ([^,} ]+)", text)}
     assert found == {str(encoder / DEFAULT_MODEL)}
+    assert "packaged_encoder(Path('/opt/loraretriever/models'), TRAINED_NAME)" in run and DEFAULT_MODEL == TRAINED_NAME
     assert all("encoder: " in text for text in overlays)
 
 

@@ -36,12 +36,12 @@ def slow_judgement(
     """The formulas of the module's docstring, one candidate at a time."""
     found = []
     for place, score in enumerate(scores):
-        grown = max((own_near[place] - 0.55) / 0.11, (near_words[place] - 0.82) / 0.08)
+        grown = max((own_near[place] - 0.65) / 0.11, (near_words[place] - 0.82) / 0.08)
         handicap = 0.2 * min(1.0, max(0.0, grown))
         others = [other for number, other in enumerate(scores) if number != place]
         lead = max(-0.3, min(0.3, score - max(others))) if others else 0.3
         margin = min(score - near - handicap, -0.15)
-        confidence = 1 / (1 + math.exp(-(1.79 + 18.6 * margin + 21.7 * lead)))
+        confidence = 1 / (1 + math.exp(-(2.18 + 20.4 * margin + 18.4 * lead)))
         floor = 0.3 * sum(own[place]) / len(own[place]) if len(own[place]) else -1.0
         relief = 0.0 if len(own[place]) else 0.02
         found.append((max(near + MARGINS[point] + handicap - relief, floor), confidence))

@@ -62,7 +62,7 @@ def drawn(record: AdapterRecord, *others: AdapterRecord) -> Draws:
 def test_a_copy_would_draw_every_sample_of_the_copied_adapter(approved: bool) -> None:
     copy = adapter("copy", (0.95, 0.31), "mallory", approved=approved)
     draws = drawn(copy, MAPS, STARS)
-    assert draws.adapters == (DrawnAdapter(MAPS.ref, ALL, ALL),)
+    assert draws.adapters == (DrawnAdapter(MAPS.ref, ALL, ALL, similarity=pytest.approx(1, abs=0.01)),)
     assert draws.must_be_confirmed
 
 
@@ -77,6 +77,15 @@ def test_a_copy_in_other_words_draws_the_contents() -> None:
     [found] = drawn(adapter("copy", EAST, "mallory"), worded).adapters
     assert (found.samples, found.contents) == (Drawn(2, 0, 0), ALL)
     assert found.must_be_confirmed
+
+
+def test_an_adapter_that_is_near_anothers_is_confirmed_although_it_draws_nothing() -> None:
+    """A cosine of 0.7 is that of two adapters for one task, in whatever words."""
+    for cosine, is_asked in ((0.71, True), (0.69, False)):
+        draws = drawn(adapter("like", (-((1 - cosine**2) ** 0.5), cosine), "mallory"), STARS)
+        assert draws.must_be_confirmed == is_asked == bool(draws.adapters)
+        for found in draws.adapters:
+            assert (found.samples.by_owner, found.similarity) == (0, pytest.approx(cosine, abs=1e-4))
 
 
 def test_an_adapter_of_one_text_is_compared_by_that_text_and_loses_a_tie() -> None:
@@ -97,9 +106,9 @@ def test_all_approved_adapters_of_the_owner_count_together() -> None:
     ("samples", "contents", "is_asked"),
     [
         (Drawn(10, 0, 9), Drawn(10, 0, 9), False),  # by other adapters, which were confirmed
-        (Drawn(10, 1, 1), Drawn(10, 8, 8), False),
-        (Drawn(10, 1, 2), Drawn(10, 0, 0), True),
-        (Drawn(10, 0, 0), Drawn(10, 1, 9), True),
+        (Drawn(20, 1, 1), Drawn(20, 10, 10), False),
+        (Drawn(20, 1, 2), Drawn(20, 0, 0), True),
+        (Drawn(20, 0, 0), Drawn(20, 1, 11), True),
     ],
 )
 def test_a_version_is_confirmed_if_its_owner_would_draw_many_prompts_of_an_adapter(
@@ -111,6 +120,7 @@ def test_a_version_is_confirmed_if_its_owner_would_draw_many_prompts_of_an_adapt
 
 def test_a_version_is_confirmed_if_its_owner_would_draw_more_than_a_tenth_of_ordinary_prompts() -> None:
     assert [Draws(Drawn(500, 1, by_owner)).must_be_confirmed for by_owner in (50, 51)] == [False, True]
+    assert [Draws(Drawn(40, 1, by_owner), (), 0.05).must_be_confirmed for by_owner in (2, 3)] == [False, True]
 
 
 def test_adapters_that_other_tenants_do_not_find_are_no_victims() -> None:

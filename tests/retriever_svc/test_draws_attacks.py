@@ -14,7 +14,7 @@ import pytest
 from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import Encoder, Retriever
-from retriever_svc.draws import LETTER_PARTS, MOST_ORDINARY, Draws
+from retriever_svc.draws import LETTER_PARTS, Draws
 from tests.retriever_svc.attacks import (
     everyday_prompts,
     held_out,
@@ -85,8 +85,8 @@ def singles(task: str) -> Groups:
     return {f"single-{number}-{task}": HONEST[task][number : number + 1] for number in range(0, 20, 2)}
 
 
-# With full counts, led by the attacker if all are approved, and unasked: 0 and 0 % (and 25 % of the weight of mixtures,
-# if all are), 23 and 0, 33 and 0, 81 and 0, 37 and 8.3 %.
+# With full counts, led by the attacker unasked: nothing. If all are approved, the encoder before its training on tasks
+# gave it 0 % (and 25 % of the weight of mixtures), 23, 33, 81 and 37 %.
 @pytest.mark.parametrize("attack", [copies, halves, fifths, with_prompts, singles])
 def test_copies_of_anothers_tasks_draw_few_of_its_prompts_unless_confirmed(
     encoder: Encoder, tasks: list[str], attack: Callable[[str], Groups], scale: Scale
@@ -159,4 +159,4 @@ def test_an_adapter_of_openings_or_closings_of_letters_is_confirmed(encoder: Enc
 def test_no_adapter_of_the_starter_pool_has_to_be_confirmed_for_parts_of_letters(encoder: Encoder) -> None:
     honest = published(encoder, HONEST, "acme")
     draws = drawn_by(encoder, honest[0], honest[1:], HONEST)
-    assert not draws.ordinary.exceeds(MOST_ORDINARY)
+    assert not draws.ordinary.exceeds(draws.most_ordinary)

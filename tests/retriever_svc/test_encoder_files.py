@@ -20,7 +20,7 @@ from retriever_svc.encoder_files import (
     model_folder,
 )
 from retriever_svc.errors import EncoderUnusable
-from retriever_svc.packaged_encoder import CONVERSION
+from retriever_svc.packaged_encoder import CONVERSION, NAME
 
 
 @pytest.fixture
@@ -98,14 +98,13 @@ def test_packaged_encoders_are_read_without_importing_their_packages() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_default_encoder_is_kept_in_the_given_cache_folder(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [DEFAULT_MODEL, NAME])
+def test_a_converted_encoder_is_kept_in_the_given_cache_folder(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    monkeypatch.setattr(
-        encoder_files, "packaged_encoder", lambda folder: shutil.copytree(model, folder / DEFAULT_MODEL)
-    )
-    assert model_folder(DEFAULT_MODEL, cache) == cache / DEFAULT_MODEL
+    monkeypatch.setattr(encoder_files, "packaged_encoder", lambda folder, name: shutil.copytree(model, folder / name))
+    assert model_folder(name, cache) == cache / name
     assert cache not in model_folder(ENGLISH_MODEL, cache).parents
 
 

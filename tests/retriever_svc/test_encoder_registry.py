@@ -7,7 +7,7 @@ import pytest
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.snapshot import ActiveEncoder
-from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL, EARLIER_MODELS
 from retriever_svc.encoder_registry import EncoderRegistry
 from retriever_svc.errors import EncoderUnusable, ProjectionUnusable
 from retriever_svc.projection_files import ProjectionFiles
@@ -146,9 +146,12 @@ def test_an_identity_with_a_projection_is_activated_with_it(tmp_path: Path) -> N
         encoders.load_encoder(ActiveEncoder("model", "default+0123456789abcdef"))
 
 
-def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("model", EARLIER_MODELS)
+def test_a_pool_of_an_earlier_default_is_served_by_it_until_a_reindex(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The pool of version 0.1.0 has no active encoder: its default embedded it."""
-    identities = {DEFAULT_MODEL: "new-default", ENGLISH_MODEL: "default"}
+    identities = {name: f"of {name}" for name in EARLIER_MODELS} | {DEFAULT_MODEL: "new-default", model: "default"}
 
     def version(projection: str = "auto") -> EncoderRegistry:
         load = lambda model: Projectable({}, identity=identities[model])  # noqa: E731
@@ -158,7 +161,7 @@ def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: p
         encoders = version()
         assert encoders.load_encoder(None, embedded_by=embedded_by).identity == embedded_by
         assert (
-            f"embedded by {ENGLISH_MODEL}" in caplog.text
+            f"embedded by {model}" in caplog.text
             and f"`loraretriever pool reindex --encoder {DEFAULT_MODEL}`" in caplog.text
         )
         prepared = encoders.prepare(DEFAULT_MODEL)
@@ -173,7 +176,7 @@ def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: p
 
 def test_without_the_earlier_defaults_package_the_new_one_serves() -> None:
     def load(model: str) -> Projectable:
-        if model == ENGLISH_MODEL:
+        if model in EARLIER_MODELS:
             raise EncoderUnusable(model, "not installed")
         return Projectable({}, identity="new-default")
 

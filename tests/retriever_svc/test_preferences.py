@@ -137,6 +137,22 @@ def test_an_adapter_that_outcomes_exclude_takes_no_place_of_those_that_fit(top_k
     assert [candidate.ref.name for candidate in far.candidates] == ["other", "far", "near"][:top_k]
 
 
+def test_an_excluded_adapter_behind_the_last_that_fits_is_no_candidate() -> None:
+    retriever = retriever_of(BAD, NEAR, FAR, ranking=outcome_of(NEAR, -1.0, EAST))
+    found = [[c.ref.name for c in route_one(retriever, top_k=top_k).candidates] for top_k in (1, 2)]
+    assert found == [["bad"], ["bad", "near", "far"]]
+
+
+def test_an_outcome_near_another_view_adds_no_adapter_to_this_one() -> None:
+    """An adapter that was praised for one paragraph does not answer for another; blame counts for the whole prompt."""
+    said = outcome_of(GOOD, 1.0, EAST)
+    snapshot = snapshot_of(GOOD, OTHER, rankings={"local": (Rank("local", said, True, "me", NOON),)})
+    preferences = Pool.of(snapshot, FakeEncoder(TABLE), IndexSettings()).preferences("local")
+    for views, added in (((EAST, NORTH), [GOOD.ref]), ((NORTH, EAST), [])):
+        found = preferences.applied(np.asarray(views, np.float32), [], 3, ())
+        assert [match.record.ref for match in found] == added
+
+
 @pytest.mark.parametrize(("has_centre", "reached"), [(True, [True, False]), (False, [True, True])])
 def test_an_outcome_reaches_prompts_that_are_near_from_the_centre(has_centre: bool, reached: list[bool]) -> None:
     """All texts of a plain encoder are near each other: the prompts of different tasks have a cosine of 0.9 here."""

@@ -11,14 +11,15 @@ from lora_store.location import Location
 from retriever_svc import EncoderUnusable, ProjectionUnusable
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts, prompts_digest
+from retriever_svc.packaged_encoder import NAME
 from retriever_svc.projection_files import ProjectionFiles, shipped_file
 from retriever_svc.whitening import fit_whitening
 from tests.retriever_svc.pool_fakes import FakeEncoder
 from tests.retriever_svc.test_whitening import DIM, world
 from tests.shared_encoders import shared_encoder
 
-PACKAGED, ENGLISH = "9ac5f0a15bd9adad", "20e072f1df80adcc"
-PACKAGED_ENCODERS = [(DEFAULT_MODEL, PACKAGED), (ENGLISH_MODEL, ENGLISH)]
+PACKAGED, UNTRAINED, ENGLISH = "934bba3becd2354b", "9ac5f0a15bd9adad", "20e072f1df80adcc"
+PACKAGED_ENCODERS = [(DEFAULT_MODEL, PACKAGED), (NAME, UNTRAINED), (ENGLISH_MODEL, ENGLISH)]
 PROMPTS = {text: np.random.default_rng(number).standard_normal(3) for number, text in enumerate(ordinary_prompts())}
 
 

@@ -22,7 +22,7 @@ from benchmarks.paper.common.tasks import TaskList
 from benchmarks.paper.retrieval.experiments import Experiments
 from benchmarks.paper.retrieval.ranking import retriever_of
 from benchmarks.paper.retrieval.study import UNTRAINED, Task, main_draws
-from benchmarks.routing.shipped import family_of
+from benchmarks.routing.training_tasks import family_of
 from deployments.cli.routing import auroc
 from retriever_svc import Encoder, ProjectionFiles, Retriever, Route, RouteRequest, fit_whitening
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 
@@ -12,7 +11,6 @@ from benchmarks.routing.wording_pools import (
     WordedAdapter,
     read_everyday,
     read_pools,
-    trained_tasks,
 )
 
 PARTS: tuple[Part, ...] = ("tune", "test")
@@ -105,11 +103,3 @@ def test_everyday_prompts_are_for_no_adapter_and_of_one_part_only() -> None:
         assert all(bool(prompt.previous) == (prompt.kind == "everyday_chat") for prompt in prompts)
         assert len([prompt for prompt in prompts if prompt.kind == "everyday"]) >= 100
     assert not {prompt.text for prompt in tune if not prompt.previous} & {p.text for p in test if not p.previous}
-
-
-def test_trained_tasks_are_worded_differently_and_have_the_number_of_texts() -> None:
-    tasks = list(trained_tasks(6))
-    assert len(tasks) > 20
-    for texts in tasks:
-        assert len(texts) == len(set(texts)) == 6
-        assert any(words_of(one)[:2] != words_of(other)[:2] for one, other in pairwise(texts))

@@ -44,11 +44,11 @@ BODIES = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": {"prompt": "Hi"},
     "/v1/route": {"prompt": "Hi"},
-    "/v1/embeddings": {"model": "multilingual-e5-small", "input": "Hi"},
+    "/v1/embeddings": {"model": "multilingual-e5-small-tasks", "input": "Hi"},
     "/v1/loras/x": {"visibility": "public"},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "/x"},
     "/v1/unload_lora_adapter": {"lora_name": "x"},
-    "/v1/pool/reindex": {"encoder": "multilingual-e5-small"},
+    "/v1/pool/reindex": {"encoder": "multilingual-e5-small-tasks"},
     "/v1/pool/map": {"prompt": "Hi"},
 }
 

@@ -47,7 +47,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "stream": True,
     },
     "/v1/route": {"prompt": ["Hi"], "lora": {"adapters": [{"name": "poet", "weight": 0.5}]}},
-    "/v1/embeddings": {"model": "multilingual-e5-small", "input": ["Hi"], "encoding_format": "base64"},
+    "/v1/embeddings": {"model": "multilingual-e5-small-tasks", "input": ["Hi"], "encoding_format": "base64"},
     "/v1/loras": {"path": "/nowhere/novel", "name": "novel", "tags": ["a"], "template": "chat"},
     "/v1/loras/poet/rollback": {"digest": "0123456789"},
     "/v1/load_lora_adapter": {"lora_name": "novel", "lora_path": "/nowhere/novel"},

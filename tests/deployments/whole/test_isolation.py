@@ -39,7 +39,7 @@ def searching(prompt: str) -> Iterator[Request]:
 BY_THE_ENCODER: tuple[Callable[[str], Request], ...] = (
     lambda text: ("POST", "/v1/pool/map", {"prompt": text}),
     lambda text: ("POST", "/v1/route", {"prompt": text}),
-    lambda text: ("POST", "/v1/embeddings", {"model": "multilingual-e5-small", "input": text}),
+    lambda text: ("POST", "/v1/embeddings", {"model": "multilingual-e5-small-tasks", "input": text}),
     lambda text: ("POST", "/v1/completions", {"prompt": text}),
 )
 

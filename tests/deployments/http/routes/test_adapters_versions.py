@@ -124,7 +124,7 @@ def test_a_dry_run_checks_an_approval_and_approves_nothing(keys: Path, key: str,
     ask(look, keys_file=keys, headers=bearer(key))
 
 
-MANY = Draws(Drawn(535, 0, 0), (DrawnAdapter(POOL[1].ref, Drawn(16, 8, 12), Drawn(16, 4, 4)),))
+MANY = Draws(Drawn(535, 0, 0), (DrawnAdapter(POOL[1].ref, Drawn(16, 8, 12), Drawn(16, 4, 4), 0.75),))
 
 
 @pytest.mark.parametrize(("body", "status"), [({}, 400), ({"confirmed": False}, 400), ({"confirmed": True}, 200)])
@@ -148,7 +148,9 @@ def test_an_approver_is_shown_what_the_version_would_draw(keys: Path) -> None:
         response = await client.post("/v1/loras/poet/approve?dry_run=true", json={"digest": LIVE})
         draws = response.json()["draws"]
         samples, contents = {"share": 0.5, "owner_share": 0.75}, {"share": 0.25, "owner_share": 0.25}
-        assert draws["adapters"] == [{"name": "local/coder", "samples": samples, "contents": contents}]
+        row = {"name": "local/coder", "samples": samples, "contents": contents, "similarity": 0.75}
+        assert draws["adapters"] == [row]
+        assert draws["text"].endswith(" It seems to be for the task of local/coder (0.75).")
         assert (draws["ordinary_prompts"], draws["needs_confirmation"]) == ({"share": 0.0, "owner_share": 0.0}, True)
         [(tenant, version, generation)] = served.retriever.called("draws")
         assert (tenant, version, generation) == ("acme", f"local/poet@{LIVE}", 7)
@@ -165,11 +167,11 @@ def test_without_keys_clients_that_may_change_the_pool_may_approve() -> None:
     ("encoder", "host", "is_allowed"),
     [
         ("org/listed", "192.0.2.7", True),
-        ("multilingual-e5-small", "192.0.2.7", True),  # an encoder of the settings
+        ("multilingual-e5-small-tasks", "192.0.2.7", True),  # an encoder of the settings
         ("/srv/private", "192.0.2.7", False),
         ("org/any-model", "192.0.2.7", False),
         ("org/listed", "127.0.0.1", True),
-        ("multilingual-e5-small", "127.0.0.1", True),
+        ("multilingual-e5-small-tasks", "127.0.0.1", True),
         ("/srv/private", "127.0.0.1", False),  # may be a port forward or a proxy on the machine
         ("org/any-model", "127.0.0.1", False),
     ],

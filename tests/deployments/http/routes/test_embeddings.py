@@ -10,7 +10,7 @@ import pytest
 from tests.deployments.asking import error_of, post
 from tests.deployments.key_files import bearer, entry, write
 
-MODEL = "multilingual-e5-small"
+MODEL = "multilingual-e5-small-tasks"
 
 
 def embed(**fields: Any) -> Any:
