@@ -10,8 +10,9 @@ Dims: N tokens, I in, O out, G groups of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,9 @@ _SMALLEST_RANGE = 2.0**-100  # inputs below it are rounded to 0
 _ROWS_AT_ONCE = 4096  # bounds float32 copies of weights
 _ROWS_IN_CACHE = 64  # their float32 copies stay in a processor's cache
 _GROUPS_AT_ONCE = 2048  # their float32 copies stay in a processor's cache
-_SHARES = (1.0, 0.92, 0.84)  # of a group's range, which 4 bits cover at first
+_PARTS = (1.0, 0.92, 0.84)  # of a group's range, which 4 bits cover at first
 _NUM_FITS = 2  # of scale and offset to the integers, by least squares
+_LEAST_SHARE = 1e-4  # of an input's mean square, in the mean of all inputs
 _DROPPED_BITS = 13  # a float32 mantissa has 24 bits, that of a half 11
 _HALF_EXPONENT = 14  # the largest scale that is stored as a half has it
 
@@ -145,9 +147,13 @@ def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
 
 
 @torch.inference_mode()
-def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Round a weight (O, I) to 8 bits per output, or to 4 bits in groups of inputs with offsets."""
-    round_rows = _round_groups if bits == 4 else _round_outputs
+def quantize(weight: Tensor, bits: int, input_squares: Tensor | None = None) -> QuantizedWeight:
+    """Round a weight (O, I) to 8 bits per output, or to 4 bits in groups of inputs with offsets.
+
+    `input_squares` (I,): sums of the squares of each input, by which the errors of 4 bits count. None: all are equal.
+    """
+    shares = _error_shares(weight.shape[1], input_squares)
+    round_rows = partial(_round_groups, shares=shares) if bits == 4 else _round_outputs
     found = [round_rows(part.float()) for part in torch.split(weight.detach(), _ROWS_AT_ONCE)]
     values, scales, *offsets = (torch.cat(parts) for parts in zip(*found, strict=True))
     return QuantizedWeight(values, scales, bits, GROUP if bits == 4 else 0, *offsets)
@@ -167,7 +173,17 @@ def _round_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _divide(weight, scales).round_().to(torch.int8), scales
 
 
-def _round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _error_shares(num_in: int, input_squares: Tensor | None) -> Tensor:
+    """Return the shares (32, G) that the inputs of each group have in its error. Each group's sum is 1."""
+    squares = torch.ones(num_in) if input_squares is None else input_squares
+    squares = squares.clamp(min=float(squares.mean()) * _LEAST_SHARE)
+    if not (squares.isfinite().all() and squares.all()):
+        squares = torch.ones(num_in)
+    groups = nn.functional.pad(squares, (0, -num_in % GROUP)).view(-1, GROUP).T
+    return groups / groups.sum(dim=0)
+
+
+def _round_groups(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the integers of 4 bits (O, I), and the scales and offsets of their groups (O, G)."""
     num_out, num_in = weight.shape
     groups = nn.functional.pad(weight, (0, -num_in % GROUP)).view(-1, GROUP)
@@ -175,39 +191,43 @@ def _round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
         part = slice(start, start + _GROUPS_AT_ONCE)
         columns = groups[part].T.contiguous()  # whole vectors are added for the sums over groups
-        scales[part], offsets[part] = _fit_groups(columns)
+        places = torch.arange(start, start + columns.shape[1]) % shares.shape[1]
+        scales[part], offsets[part] = _fit_groups(columns, shares[:, places])
         values[part] = _nearest(columns, scales[part], offsets[part]).T
     values = values.view(num_out, -1)[:, :num_in].contiguous()
     return values, scales.view(num_out, -1), offsets.view(num_out, -1)
 
 
-def _fit_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a scale and an offset for each of the groups (32, G), chosen for a small squared error.
+def _fit_groups(groups: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a scale and an offset for each of the groups (32, G), chosen for a small error.
 
-    The integers first cover the best of a few shares of the group's range. Then scale and offset are fitted to them.
+    The integers first cover the best part of the group's range. Then scale and offset are fitted to them.
+    `shares` (32, G): of each squared error.
     """
     lowest, highest = torch.aminmax(groups, dim=0)
     best = torch.empty(0)
-    for share in _SHARES:
-        scales = (highest - lowest) * (share / 15)
-        best = _better(groups, best, scales, (highest + lowest + scales) / 2)
+    for part in _PARTS:
+        scales = (highest - lowest) * (part / 15)
+        best = _better(groups, shares, best, scales, (highest + lowest + scales) / 2)
+    mean = (groups * shares).sum(dim=0)
     for _ in range(_NUM_FITS):
         values = _nearest(groups, best[0], best[1])
-        mean = values.mean(dim=0)
-        values -= mean
-        scales = _divide((values * groups).sum(dim=0), values.square_().sum(dim=0))
-        best = _better(groups, best, scales, groups.mean(dim=0) - scales * mean)
+        centre = (values * shares).sum(dim=0)
+        values -= centre
+        weighted = values * shares
+        scales = _divide((weighted * groups).sum(dim=0), (weighted * values).sum(dim=0))
+        best = _better(groups, shares, best, scales, mean - scales * centre)
     return best[0], best[1]
 
 
-def _better(groups: Tensor, best: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-    """Return scales, offsets and squared errors (3, G): of each group `best` or, with a smaller error, the new ones.
+def _better(groups: Tensor, shares: Tensor, best: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Return scales, offsets and errors (3, G): of each group `best` or, with a smaller error, the new ones.
 
     `best`: as returned, or empty. Scales and offsets are rounded as the kernel stores them.
     """
     scales, offsets = round_to_halves(scales), round_to_halves(offsets)
     values = _nearest(groups, scales, offsets)
-    errors = values.mul_(scales).add_(offsets).sub_(groups).square_().sum(dim=0)
+    errors = values.mul_(scales).add_(offsets).sub_(groups).square_().mul_(shares).sum(dim=0)
     found = torch.stack([scales, offsets, errors])
     return torch.where(errors < best[2], found, best) if len(best) else found
 
@@ -221,13 +241,19 @@ def _divide(weight: Tensor, scales: Tensor) -> Tensor:
     return weight / scales.where(scales != 0, 1)
 
 
-def quantize_layers(model: nn.Module, names: Iterable[str], bits: int) -> None:
-    """Replace these linear layers of the model by layers of integer weights, except those that are such layers."""
+def quantize_layers(
+    model: nn.Module, names: Iterable[str], bits: int, input_squares: Mapping[str, Tensor] | None = None
+) -> None:
+    """Replace these linear layers of the model by layers of integer weights, except those that are such layers.
+
+    `input_squares`: of each layer, as `quantize` expects them.
+    """
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is not a linear layer"
         if not isinstance(linear, QuantizedLinear):
-            replace_layer(model, name, quantize(linear.weight, bits))
+            squares = None if input_squares is None else input_squares.get(name)
+            replace_layer(model, name, quantize(linear.weight, bits, squares))
 
 
 def replace_layer(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:

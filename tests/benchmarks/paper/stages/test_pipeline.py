@@ -82,7 +82,7 @@ def test_kept_answers_are_those_of_the_same_integers(
     assert found[0] == "torch.bfloat16" and len(set(found)) == 3
     assert describe("int4") == found[2]
     round_weight = quantization.quantize
-    monkeypatch.setattr(quantization, "quantize", lambda weight, bits: round_weight(weight * 1.01, bits))
+    monkeypatch.setattr(quantization, "quantize", lambda weight, *how: round_weight(weight * 1.01, *how))
     assert describe("int4") not in found, "the same setting rounds in another way"
 
 
