@@ -126,6 +126,7 @@ def print_perplexities(engines: Mapping[str, ProcessPoolExecutor], texts: Sequen
     table = table_of("weights", "perplexity", "most likely token of bfloat16, %")
     for kind, engine in engines.items():
         found = engine.submit(score_texts, texts).result()
+        engine.shutdown()  # only one is in memory
         plain = plain or found
         perplexity = math.exp(-statistics.fmean(logprob for logprob, _ in found))
         same = statistics.fmean(a == b for (_, a), (_, b) in zip(found, plain, strict=True))
