@@ -17,6 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from gpu_worker.bank.load_threads import load_executor
+
 GROUP = 32  # inputs of an output that share a scale
 SMALL_GROUP = 16  # in the GGUF type Q6_K
 _BLOCK = 64  # inputs of a token that share a scale, if the weights have no groups
@@ -154,7 +156,11 @@ def quantize(weight: Tensor, bits: int, input_squares: Tensor | None = None) -> 
     """
     shares = _error_shares(weight.shape[1], input_squares)
     round_rows = partial(_round_groups, shares=shares) if bits == 4 else _round_outputs
-    found = [round_rows(part.float()) for part in torch.split(weight.detach(), _ROWS_AT_ONCE)]
+    num_threads = torch.get_num_threads()
+    parts = torch.split(weight.detach(), -(-min(len(weight), _ROWS_AT_ONCE) // num_threads))
+    # Each thread rounds rows of its own. Within the many small operations threads would wait for each other.
+    with load_executor(num_threads) as executor:
+        found = list(executor.map(round_rows, parts))
     values, scales, *offsets = (torch.cat(parts) for parts in zip(*found, strict=True))
     return QuantizedWeight(values, scales, bits, GROUP if bits == 4 else 0, *offsets)
 
@@ -167,8 +173,10 @@ def round_to_halves(numbers: Tensor) -> Tensor:
     return ((bits + half + is_odd) & -(1 << _DROPPED_BITS)).view(torch.float32)
 
 
+@torch.inference_mode()
 def _round_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the integers of 8 bits (O, I) and their scales (O, 1)."""
+    weight = weight.float()
     scales = weight.abs().amax(dim=1, keepdim=True) / 127
     return _divide(weight, scales).round_().to(torch.int8), scales
 
@@ -183,10 +191,11 @@ def _error_shares(num_in: int, input_squares: Tensor | None) -> Tensor:
     return groups / groups.sum(dim=0)
 
 
+@torch.inference_mode()
 def _round_groups(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the integers of 4 bits (O, I), and the scales and offsets of their groups (O, G)."""
     num_out, num_in = weight.shape
-    groups = nn.functional.pad(weight, (0, -num_in % GROUP)).view(-1, GROUP)
+    groups = nn.functional.pad(weight.float(), (0, -num_in % GROUP)).view(-1, GROUP)
     values, scales, offsets = torch.empty_like(groups, dtype=torch.int8), *torch.empty(2, len(groups))
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
         part = slice(start, start + _GROUPS_AT_ONCE)
