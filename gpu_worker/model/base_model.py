@@ -27,7 +27,6 @@ from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.request.model_files import sampling_defaults_of_files
 from gpu_worker.model.checkpoint import load_whole, read_config
-from gpu_worker.model.eager_check import TEXTS, check_prompts
 from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
@@ -45,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _HEAD_BITS = 8  # of output head and embedding: with 4, right answers fall by half a point more
+_MEASURED_TOKENS = 256
 _LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
 _NEEDED = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
@@ -198,13 +198,13 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
             f" {_LARGEST_CUDA_HEAD}"
         )
     register()
-    tokenizer = load_tokenizer(config, source)
-    model = _load_model(config, source, hf_config, part, tokenizer)
+    model = _load_model(config, source, hf_config, part)
     dtype = model.dtype
     is_chosen = config.dtype == "auto" and config.device == "cpu"
     if is_chosen and dtype == torch.float32 and load_linear_kernel(config.cache_dir) is not None:
         store_narrow(model)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
+    tokenizer = load_tokenizer(config, source)
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -221,9 +221,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
     )
 
 
-def _load_model(
-    config: NativeWorkerConfig, source: str, hf_config: Any, part: Mapping[str, Any], tokenizer: Any
-) -> PreTrainedModel:
+def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: Mapping[str, Any]) -> PreTrainedModel:
     """Load the weights. Integers of the checkpoint are kept, and the others become integers if the settings say so.
 
     `part`: options that load a part of a checkpoint.
@@ -245,7 +243,7 @@ def _load_model(
     load = partial(load_quantized, config=hf_config) if has_integers else partial(load_whole, **part)
     try:
         model = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
-        squares = measure_inputs(model, tokenizer) if config.quantization == "int4" else None
+        squares = measure_inputs(model) if config.quantization == "int4" else None
     except (BaseModelUnsupported, MemoryError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as exc:  # whatever the model's code makes of a setting that it does not expect
@@ -266,8 +264,8 @@ def _load_model(
 
 
 @torch.inference_mode()
-def measure_inputs(model: PreTrainedModel, tokenizer: Any) -> dict[str, Tensor]:
-    """Return the sum of the squares of each input (I,) over a short text, by layer that can be rounded."""
+def measure_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the sum of the squares of each input (I,) over random tokens, by layer that can be rounded."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, inputs: tuple[Tensor, ...]) -> None:
@@ -278,8 +276,9 @@ def measure_inputs(model: PreTrainedModel, tokenizer: Any) -> dict[str, Tensor]:
     if not rounded:
         return sums
     handles = [layer.register_forward_pre_hook(lambda _, x, name=name: add(name, x)) for name, layer in rounded]
-    num_ids, longest = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
-    ids = torch.tensor(check_prompts(tokenizer, num_ids, longest, [" ".join(TEXTS)]))
+    num_ids = model.get_input_embeddings().num_embeddings
+    length = min(_MEASURED_TOKENS, model.config.max_position_embeddings)
+    ids = torch.randint(num_ids, (1, length), generator=torch.Generator().manual_seed(0))
     model.set_attn_implementation("eager")
     try:
         model(input_ids=ids, use_cache=False)
