@@ -1,23 +1,38 @@
 """Compare the native engine with integer weights to bfloat16: `python -m benchmarks.integer_weights`.
 
 The same base model four times: in bfloat16, with the integers of the packaged file, and rounded from bfloat16 to 8
-and to 4 bits. Each is in a process of its own, and they take turns within a round.
+and to 4 bits. Each is in a process of its own, and they take turns within a round. With `--perplexity` it prints how
+well each predicts the held-out prompts of `examples/starter_heldout` instead.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.engine_cases import NUM_NEW, Loaded, Quick, in_turn, plans, rounds_within, shown, table_of, with_range
+from benchmarks.engine_cases import (
+    NUM_NEW,
+    Loaded,
+    Quick,
+    console,
+    in_turn,
+    plans,
+    rounds_within,
+    shown,
+    table_of,
+    with_range,
+)
 from benchmarks.results_file import write_results
+from benchmarks.starter_pool import HELD_OUT, read_prompts
 from gpu_worker.config import NativeWorkerConfig
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import model_source
 from lora_store import Strategy
 
@@ -60,6 +75,18 @@ def run_case(strategy: Strategy, num_rows: int, number: int, num_new: int) -> fl
     return _loaded.run(plans(strategy, NUM_ADAPTERS, num_rows), _loaded.prompts(number, num_rows), num_new)[0]
 
 
+def score_texts(texts: Sequence[str]) -> list[tuple[float, int]]:
+    """Return the log probability of each token but the first of every text, and the most likely id there."""
+    deltas: list[list[Delta]] = [[] for _ in texts]
+    scoring = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+    for number, text in enumerate(texts):
+        job = Job(str(number), text, sampling=scoring)
+        _loaded.engine.submit(_loaded.engine.prepare(job, deltas[number].append))
+    _loaded.engine.run_until_idle()
+    tokens = [token for found in deltas for token in found[0].prompt if token.logprob is not None]
+    return [(token.logprob or 0.0, token.top[0][0]) for token in tokens]
+
+
 @contextmanager
 def processes() -> Iterator[dict[str, ProcessPoolExecutor]]:
     """Yield a process with an engine for each kind of weights."""
@@ -93,14 +120,34 @@ def compare(rounds: list[Round], kinds: list[str]) -> dict[str, list[float]]:
     return figures
 
 
+def print_perplexities(engines: Mapping[str, ProcessPoolExecutor], texts: Sequence[str]) -> None:
+    """Print each engine's perplexity, and the share of tokens whose most likely one is that of bfloat16."""
+    plain: list[tuple[float, int]] = []
+    table = table_of("weights", "perplexity", "most likely token of bfloat16, %")
+    for kind, engine in engines.items():
+        found = engine.submit(score_texts, texts).result()
+        engine.shutdown()  # only one is in memory
+        plain = plain or found
+        perplexity = math.exp(-statistics.fmean(logprob for logprob, _ in found))
+        same = statistics.fmean(a == b for (_, a), (_, b) in zip(found, plain, strict=True))
+        table.add_row(kind, f"{perplexity:.1f}", f"{100 * same:.1f}")
+    console.print(f"{len(texts)} texts, {len(plain)} tokens that are predicted")
+    console.print(table)
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="rounds")] = 5,
     minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 9,
     quick: Quick = False,
+    perplexity: Annotated[bool, typer.Option(help="print perplexities instead; write nothing")] = False,
 ) -> None:
     """Run the rounds and write benchmarks/results/integer_weights."""
     num_new = 4 if quick else NUM_NEW
     with processes() as engines:
+        if perplexity:
+            prompts = read_prompts(HELD_OUT, per_task=1 if quick else 12)
+            print_perplexities(engines, [prompt.input for prompt in prompts])
+            return
         run_round(engines, 0, 4)
         found = [run_round(engines, number, num_new) for number in rounds_within(1 if quick else rounds, minutes)]
     figures = compare(found, list(engines))

@@ -116,11 +116,11 @@ class NativeSettings(CommonSettings):
     time between two tokens even while long prompts arrive; the first token of those then comes later."""
     quantization: Quantization = "none"
     """Round the base model's linear layers, output head and embedding as they are loaded: `int8` to 8 bits with one
-    scale per output, `int4` to 4 bits in groups of 32 inputs; each token's inputs are then rounded to 8 bits. Layers
-    that the checkpoint or the GGUF file has as integers stay as they are; with either value those of the packaged model
-    do. Set it on a CPU where few answers are computed at once, or where memory is short: tokens come faster. Answers
-    change slightly with `int8`, and much with `int4` and a small model: compare them on your own prompts. Adapters stay
-    bfloat16."""
+    scale per output, `int4` to 4 bits in groups of 32 inputs with a scale and an offset each; each token's inputs are
+    then rounded to 8 bits. Layers that the checkpoint or the GGUF file has as integers stay as they are; with either
+    value those of the packaged model do. Set it on a CPU where few answers are computed at once, or where memory is
+    short: tokens come faster. Answers change slightly, with `int4` more than with `int8`, and more in small models:
+    compare them on your own prompts. Adapters stay bfloat16."""
     prompt_lookup_tokens: Annotated[int, Ge(0), Le(7)] = 0
     """Tokens that are guessed from a row's own text and checked in one step while few rows decode. Raise it for answers
     that repeat their prompt or themselves: they come faster, and stay the same."""

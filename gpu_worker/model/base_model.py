@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,7 +35,7 @@ from gpu_worker.model.own_families import OWN_FAMILIES
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder, wants_integers
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.packed_linear import NarrowLinear, load_linear_kernel
-from gpu_worker.model.quantization import BITS, quantize, quantize_layers
+from gpu_worker.model.quantization import BITS, QuantizedLinear, quantize, quantize_layers
 from gpu_worker.model.quantized_checkpoint import check_format, load_quantized
 from gpu_worker.model.rope import pin_longrope
 from gpu_worker.model.text_part import text_options
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _EMBEDDING_BITS = 8  # of an embedding without a head: its rows cost no time, and nothing is gained by fewer
+_MEASURED_TOKENS = 256
 _LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
 _NEEDED = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
@@ -242,21 +243,48 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: M
     load = partial(load_quantized, config=hf_config) if has_integers else partial(load_whole, **part)
     try:
         model = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        squares = measure_inputs(model) if config.quantization == "int4" else None
     except (BaseModelUnsupported, MemoryError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as exc:  # whatever the model's code makes of a setting that it does not expect
         if "allocate memory" in str(exc):  # torch's RuntimeError for too little memory of the machine
             raise
         raise BaseModelUnsupported(
-            f"transformers cannot build the model of {source} ({exc!r}): check the settings in its config.json"
+            f"transformers cannot build or run the model of {source} ({exc!r}): check the settings in its config.json"
         ) from exc
     if config.quantization != "none":
         with keeping_tie(model):
-            quantize_layers(model, _linear_names(model), BITS[config.quantization])
+            quantize_layers(model, _linear_names(model), BITS[config.quantization], squares)
         embedding = model.get_input_embeddings()
         if not is_tied(model) and isinstance(embedding, nn.Embedding):
             look_up(model, QuantizedRows(quantize(embedding.weight, _EMBEDDING_BITS), dtype))
     return model
+
+
+@torch.inference_mode()
+def measure_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the sum of the squares of each input (I,) over random tokens, by layer that can be rounded."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, inputs: tuple[Tensor, ...]) -> None:
+        sums[name] = sums.get(name, 0) + inputs[0].float().square().flatten(0, -2).sum(dim=0)
+
+    layers = [(name, model.get_submodule(name)) for name in _linear_names(model)]
+    rounded = [(name, layer) for name, layer in layers if not isinstance(layer, QuantizedLinear)]
+    if not rounded:
+        return sums
+    handles = [layer.register_forward_pre_hook(lambda _, x, name=name: add(name, x)) for name, layer in rounded]
+    num_ids = model.get_input_embeddings().num_embeddings
+    length = min(_MEASURED_TOKENS, model.config.max_position_embeddings)
+    ids = torch.randint(num_ids, (1, length), generator=torch.Generator().manual_seed(0))
+    model.set_attn_implementation("eager")
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+        for handle in handles:
+            handle.remove()
+    return sums
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

@@ -1,21 +1,23 @@
 """Hold weights as integers with scales, and define what a layer of such weights computes.
 
 Weights are symmetric: 8 bits with one scale per output, or 8 or 4 bits with one scale per output and group of inputs.
-Those of 4 bits in groups may have offsets too, as the GGUF type Q4_K has. Each token's inputs are rounded to 8-bit
-integers when they are multiplied, in blocks with one scale each: base models have single inputs that are far larger
-than the others. `packed_linear.cpp` computes the same integers.
+Those of 4 bits in groups may have offsets too, as those that `quantize` makes and the GGUF type Q4_K have. Each token's
+inputs are rounded to 8-bit integers when they are multiplied, in blocks with one scale each: base models have single
+inputs that are far larger than the others. `packed_linear.cpp` computes the same integers.
 
 Dims: N tokens, I in, O out, G groups of inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+
+from gpu_worker.bank.load_threads import load_executor
 
 GROUP = 32  # inputs of an output that share a scale
 SMALL_GROUP = 16  # in the GGUF type Q6_K
@@ -25,7 +27,10 @@ _LARGEST_INPUT = 127
 _SMALLEST_RANGE = 2.0**-100  # inputs below it are rounded to 0
 _ROWS_AT_ONCE = 4096  # bounds float32 copies of weights
 _ROWS_IN_CACHE = 64  # their float32 copies stay in a processor's cache
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's largest value that 4 bits may clip to
+_GROUPS_AT_ONCE = 2048  # their float32 copies stay in a processor's cache
+_PARTS = (1.0, 0.92, 0.84)  # of a group's range, which 4 bits cover at first
+_NUM_FITS = 2  # of scale and offset to the integers, by least squares
+_LEAST_SHARE = 1e-4  # of an input's mean square, in the mean of all inputs
 _DROPPED_BITS = 13  # a float32 mantissa has 24 bits, that of a half 11
 _HALF_EXPONENT = 14  # the largest scale that is stored as a half has it
 
@@ -154,11 +159,20 @@ def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
 
 
 @torch.inference_mode()
-def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Round a weight (O, I) to 8 bits per output, or to 4 bits in groups of inputs."""
-    found = [_quantize_rows(part.float(), bits) for part in torch.split(weight.detach(), _ROWS_AT_ONCE)]
-    values, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return QuantizedWeight(values, scales, bits, GROUP if bits == 4 else 0)
+def quantize(weight: Tensor, bits: int, input_squares: Tensor | None = None) -> QuantizedWeight:
+    """Round a weight (O, I) to 8 bits per output, or to 4 bits in groups of inputs with offsets.
+
+    `input_squares` (I,): sums of the squares of each input, by which the errors of 4 bits count. None: all are equal.
+    """
+    shares = _error_shares(weight.shape[1], input_squares)
+    round_rows = partial(_round_groups, shares=shares) if bits == 4 else _round_outputs
+    num_threads = torch.get_num_threads()
+    parts = torch.split(weight.detach(), -(-min(len(weight), _ROWS_AT_ONCE) // num_threads))
+    # Each thread rounds rows of its own. Within the many small operations threads would wait for each other.
+    with load_executor(num_threads) as executor:
+        found = list(executor.map(round_rows, parts))
+    values, scales, *offsets = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return QuantizedWeight(values, scales, bits, GROUP if bits == 4 else 0, *offsets)
 
 
 def round_to_halves(numbers: Tensor) -> Tensor:
@@ -169,38 +183,96 @@ def round_to_halves(numbers: Tensor) -> Tensor:
     return rounded.add_(bits).add_(half).bitwise_and_(-(1 << _DROPPED_BITS)).view(torch.float32)
 
 
-def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    if bits == 8:
-        scales = weight.abs().amax(dim=1, keepdim=True) / 127
-        return _divided(weight, scales).round_().to(torch.int8), scales
+@torch.inference_mode()
+def _round_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the integers of 8 bits (O, I) and their scales (O, 1)."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1, keepdim=True) / 127
+    return _divide(weight, scales).round_().to(torch.int8), scales
+
+
+def _error_shares(num_in: int, input_squares: Tensor | None) -> Tensor:
+    """Return the shares (32, G) that the inputs of each group have in its error. Each group's sum is 1."""
+    squares = torch.ones(num_in) if input_squares is None else input_squares
+    squares = squares.clamp(min=float(squares.mean()) * _LEAST_SHARE)
+    if not (squares.isfinite().all() and squares.all()):
+        squares = torch.ones(num_in)
+    groups = nn.functional.pad(squares, (0, -num_in % GROUP)).view(-1, GROUP).T
+    return groups / groups.sum(dim=0)
+
+
+@torch.inference_mode()
+def _round_groups(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the integers of 4 bits (O, I), and the scales and offsets of their groups (O, G)."""
     num_out, num_in = weight.shape
-    groups = nn.functional.pad(weight, (0, -num_in % GROUP)).view(num_out, -1, GROUP)
-    furthest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    best, least = torch.empty(0), torch.empty(0)
-    for clip in _CLIPS:  # the value that is furthest from 0 becomes -8, or is clipped to it
-        scales = (furthest * (-clip / 8)).bfloat16().float()
-        error = (groups - _nearest(groups, scales) * scales).square_().sum(dim=2, keepdim=True)
-        best = scales if clip == 1 else torch.where(error < least, scales, best)
-        least = error if clip == 1 else torch.minimum(error, least)
-    values = _nearest(groups, best).to(torch.int8).view(num_out, -1)[:, :num_in].contiguous()
-    return values, best[:, :, 0].contiguous()
+    groups = nn.functional.pad(weight.float(), (0, -num_in % GROUP)).view(-1, GROUP)
+    values, scales, offsets = torch.empty_like(groups, dtype=torch.int8), *torch.empty(2, len(groups))
+    for start in range(0, len(groups), _GROUPS_AT_ONCE):
+        part = slice(start, start + _GROUPS_AT_ONCE)
+        columns = groups[part].T.contiguous()  # whole vectors are added for the sums over groups
+        places = torch.arange(start, start + columns.shape[1]) % shares.shape[1]
+        scales[part], offsets[part] = _fit_groups(columns, shares[:, places])
+        values[part] = _nearest(columns, scales[part], offsets[part]).T
+    values = values.view(num_out, -1)[:, :num_in].contiguous()
+    return values, scales.view(num_out, -1), offsets.view(num_out, -1)
 
 
-def _nearest(groups: Tensor, scales: Tensor) -> Tensor:
-    return _divided(groups, scales).round_().clamp_(-8, 7)
+def _fit_groups(groups: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a scale and an offset for each of the groups (32, G), chosen for a small error.
+
+    The integers first cover the best part of the group's range. Then scale and offset are fitted to them.
+    `shares` (32, G): of each squared error.
+    """
+    lowest, highest = torch.aminmax(groups, dim=0)
+    best = torch.empty(0)
+    for part in _PARTS:
+        scales = (highest - lowest) * (part / 15)
+        best = _better(groups, shares, best, scales, (highest + lowest + scales) / 2)
+    mean = (groups * shares).sum(dim=0)
+    for _ in range(_NUM_FITS):
+        values = _nearest(groups, best[0], best[1])
+        centre = (values * shares).sum(dim=0)
+        values -= centre
+        weighted = values * shares
+        scales = _divide((weighted * groups).sum(dim=0), (weighted * values).sum(dim=0))
+        best = _better(groups, shares, best, scales, mean - scales * centre)
+    return best[0], best[1]
 
 
-def _divided(weight: Tensor, scales: Tensor) -> Tensor:
+def _better(groups: Tensor, shares: Tensor, best: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Return scales, offsets and errors (3, G): of each group `best` or, with a smaller error, the new ones.
+
+    `best`: as returned, or empty. Scales and offsets are rounded as the kernel stores them.
+    """
+    scales, offsets = round_to_halves(scales), round_to_halves(offsets)
+    values = _nearest(groups, scales, offsets)
+    errors = values.mul_(scales).add_(offsets).sub_(groups).square_().mul_(shares).sum(dim=0)
+    found = torch.stack([scales, offsets, errors])
+    return torch.where(errors < best[2], found, best) if len(best) else found
+
+
+def _nearest(groups: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    return _divide(groups - offsets, scales).round_().clamp_(-8, 7)
+
+
+def _divide(weight: Tensor, scales: Tensor) -> Tensor:
+    """Return weight / scales, and the weight where the scale is 0."""
     return weight / scales.where(scales != 0, 1)
 
 
-def quantize_layers(model: nn.Module, names: Iterable[str], bits: int) -> None:
-    """Replace these linear layers of the model by layers of integer weights, except those that are such layers."""
+def quantize_layers(
+    model: nn.Module, names: Iterable[str], bits: int, input_squares: Mapping[str, Tensor] | None = None
+) -> None:
+    """Replace these linear layers of the model by layers of integer weights, except those that are such layers.
+
+    `input_squares`: of each layer, as `quantize` expects them.
+    """
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is not a linear layer"
         if not isinstance(linear, QuantizedLinear):
-            replace_layer(model, name, quantize(linear.weight, bits))
+            squares = None if input_squares is None else input_squares.get(name)
+            replace_layer(model, name, quantize(linear.weight, bits, squares))
 
 
 def replace_layer(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from rich.console import Console
 
@@ -18,10 +19,13 @@ from benchmarks.training.bigbench_tasks import Item
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.front.row import Row
+from gpu_worker.model.packed_linear import KernelLinear
+from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.native.loop import Engine
 from lora_store import AdapterWeights, Plan
 
 _CHUNK = 192  # rows saved together; an interruption loses at most these
+_DESCRIBED_ROWS = 32  # of each layer of integers
 Fetch = Callable[[str], AdapterWeights]
 """Return the weights of a digest."""
 
@@ -46,7 +50,7 @@ class Asker:
     def __init__(self, engine: Engine, kept: Path) -> None:
         """Open `kept`, the file of all answers so far, with one JSON object per line. Chunks are appended to it."""
         self.engine = engine
-        self._kept = kept
+        self._kept, self._weights = kept, describe_weights(engine)
         self._known = {row["key"]: row["text"] for row in _lines(kept)}
 
     def answers(self, asked: Sequence[Asked], out: Console, name: str) -> list[str]:
@@ -66,7 +70,7 @@ class Asker:
         return len({self._key(*pair) for pair in asked} - self._known.keys())
 
     def _key(self, question: Question, plan: Plan) -> str:
-        return answer_key(question, plan, str(self.engine.base.dtype))
+        return answer_key(question, plan, self._weights)
 
     def _compute(self, pairs: Mapping[str, Asked]) -> None:
         reported: dict[str, list[Delta]] = {key: [] for key in pairs}
@@ -94,11 +98,27 @@ class Asker:
         return self.engine.prepare(job, take)
 
 
-def answer_key(question: Question, plan: Plan, dtype: str) -> str:
-    """Return the name of an answer: equal questions under equal compositions in one dtype have equal answers."""
+def describe_weights(engine: Engine) -> str:
+    """Return the base model's dtype. If its layers are rounded as they are loaded, add a digest of their integers."""
+    dtype = str(engine.base.dtype)
+    if engine.config.quantization == "none":
+        return dtype
+    digest = hashlib.sha256()
+    for layer in engine.base.model.modules():
+        if isinstance(layer, KernelLinear | QuantizedLinear):
+            rows = layer.rows(torch.arange(min(_DESCRIBED_ROWS, layer.out_features)))
+            digest.update(rows.float().numpy().tobytes())
+    return f"{dtype} {digest.hexdigest()}"
+
+
+def answer_key(question: Question, plan: Plan, weights: str) -> str:
+    """Return the name of an answer: equal questions under equal compositions have equal answers.
+
+    `weights`: as `describe_weights` returns them.
+    """
     parts = [[adapter.weights_digest, round(adapter.weight, 6)] for adapter in plan.adapters]
     strategy = "selection" if [weight for _, weight in parts] == [1.0] else plan.strategy
-    what = [strategy, parts, question.item.input, question.max_tokens, dtype]
+    what = [strategy, parts, question.item.input, question.max_tokens, weights]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
 

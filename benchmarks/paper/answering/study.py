@@ -72,18 +72,15 @@ class Weights:
 
 
 def load_asker(
-    workspace: Workspace, config: NativeWorkerConfig, names: Sequence[str], kept: str = "answers"
+    workspace: Workspace, config: NativeWorkerConfig, names: Sequence[str]
 ) -> tuple[Asker, LoraStore, Weights]:
-    """Load an engine whose adapters are in the store of candidates. Publish `names` there, without embeddings.
-
-    `kept`: the file of all answers of engines with these weights.
-    """
+    """Load an engine whose adapters are in the store of candidates. Publish `names` there, without embeddings."""
     store = open_store(workspace.store_uri("candidates"))
     weights = Weights(store)
     executor = load_executor(config.load_threads)
     engine = Engine(config, loading(weights, executor), executor=executor)
     publish_lacking(store, workspace, names, engine.bank)
-    return Asker(engine, workspace.root / f"{kept}.jsonl"), store, weights
+    return Asker(engine, workspace.root / "answers.jsonl"), store, weights
 
 
 def publish_lacking(store: LoraStore, workspace: Workspace, names: Sequence[str], bank: LoraBank) -> None:

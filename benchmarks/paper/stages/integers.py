@@ -21,8 +21,7 @@ def answer_with_integers(context: Context) -> pa.Table:
     """Return the rows of one arm for each kind of weights, one engine after the other."""
     tables = []
     for arm, kind in ARMS.items():
-        kept = "answers" if arm == PLAIN else f"answers_{arm}"
-        bench = context.load(kept=kept, **all_settings()[kind]).bench
+        bench = context.load(**all_settings()[kind]).bench
         tables.append(run_all(bench, {arm: Perfect()}, context.per_task, context.folder))
     return pa.concat_tables(tables)
 

@@ -59,12 +59,12 @@ class Context:
     def folder(self) -> Path:
         return self.workspace.rows / "answers"
 
-    def load(self, name: str = "", tasks: Sequence[str] = (), kept: str = "answers", **settings: Any) -> Loaded:
-        """Load these tasks, or the pool's. `name`: of its store; `settings`: of the engine; `kept`: has its answers."""
+    def load(self, name: str = "", tasks: Sequence[str] = (), **settings: Any) -> Loaded:
+        """Load these tasks, or the pool's. `name`: of its store; `settings`: of the engine."""
         listed, names = read_task_list().by_name, list(tasks or self.tasks)
         config = worker_config(len(names), **settings)
         study = load_study([listed[each] for each in names], self.workspace, config)
-        asker, store, weights = load_asker(self.workspace, config, names, kept)
+        asker, store, weights = load_asker(self.workspace, config, names)
         is_whole = names == read_pool()
         retriever = pool_retriever(study, asker, self.encoder, name or ("pool" if is_whole else "trial"))
         return Loaded(Bench(study, asker, retriever, self.out), store, weights, self.encoder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -55,6 +55,21 @@ def test_an_unsupported_config_is_refused_by_name(
     folder = folder_with(tmp_path, tiny_folders["gemma3"], **changes)
     with pytest.raises(BaseModelUnsupported, match=f"gemma3_text has .*{reason}"):
         load_base_model(tiny_config(folder))
+
+
+def test_four_bits_are_closer_where_inputs_are_large(tmp_path: Path, tiny_folders: TinyFolders) -> None:
+    folder = shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    first = model.get_submodule("model.layers.0")
+    with torch.no_grad():
+        first.input_layernorm.weight[:4] = 50  # of the 32 inputs of queries, keys and values
+    model.save_pretrained(folder)
+    rounded = load_base_model(tiny_config(folder, dtype="bfloat16", quantization="int4")).model
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = rounded.get_submodule(f"model.layers.0.self_attn.{name}").weight
+        errors = (weight.float() - first.self_attn.get_submodule(name).weight).abs().mean(dim=0)
+        assert errors[:4].mean() < 0.6 * errors[4:].mean(), name
+    assert rounded.config._attn_implementation == ATTENTION_NAME
 
 
 def test_all_problems_are_named_at_once(tmp_path: Path, tiny_folders: TinyFolders) -> None:
@@ -128,9 +143,9 @@ def test_a_family_of_other_layers_is_refused_before_anything_is_loaded(
         ("[1]", r"configuration of .* cannot be read .* Copy the model's files again"),
         (
             {"rope_parameters": {"rope_type": "other", "rope_theta": 1e4}},
-            r"cannot build the model .*'other'.* in its config.json",
+            r"cannot build or run the model .*'other'.* in its config.json",
         ),
-        ({"hidden_act": "other"}, r"cannot build the model .*'other'.*: check the settings in its config.json"),
+        ({"hidden_act": "other"}, r"cannot build or run the model .*'other'.*: check the settings in its config.json"),
     ],
     ids=["cut", "a list", "rope_type", "hidden_act"],
 )

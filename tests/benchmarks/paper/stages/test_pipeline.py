@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,18 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from benchmarks.paper.answering import methods
-from benchmarks.paper.answering.answers import Asker
+from benchmarks.paper.answering.answers import Asker, describe_weights
 from benchmarks.paper.answering.runs import Bench, run_all
 from benchmarks.paper.answering.study import Study
 from benchmarks.paper.common.workspace import Workspace
 from benchmarks.paper.pool.train_pool import train_all
 from gpu_worker.config import NativeWorkerConfig
+from gpu_worker.model import quantization
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.native.loop import Engine
 from lora_store import BASE_PLAN
 from tests.benchmarks.tiny_study import SPECS
+from tests.tiny import tiny_config
 
 PER_TASK = 6
 
@@ -64,6 +68,22 @@ def test_answers_are_computed_once_and_found_by_the_next_run(
     assert again.num_new(pairs) == 0 and again.answers(pairs, Console(quiet=True), "base") == texts
     longer = [(replace(question, max_tokens=question.max_tokens + 1), plan) for question, plan in pairs]
     assert again.num_new(longer) == len(pairs)
+
+
+def test_kept_answers_are_those_of_the_same_integers(
+    make_engine: Callable[..., Engine], tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe(kind: str) -> str:
+        settings = {"dtype": "bfloat16", "quantization": kind}
+        base = load_base_model(tiny_config(tiny_folders["gemma3"], **settings))
+        return describe_weights(make_engine({}, base=base, **settings))
+
+    found = [describe(kind) for kind in ("none", "int8", "int4")]
+    assert found[0] == "torch.bfloat16" and len(set(found)) == 3
+    assert describe("int4") == found[2]
+    round_weight = quantization.quantize
+    monkeypatch.setattr(quantization, "quantize", lambda weight, *how: round_weight(weight * 1.01, *how))
+    assert describe("int4") not in found, "the same setting rounds in another way"
 
 
 def test_a_question_that_failed_stops_the_run_and_is_kept_as_no_answer(bench: Bench, workspace: Workspace) -> None:
