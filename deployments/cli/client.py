@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import ipaddress
 import json
+import random
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from urllib.parse import quote
 
 import httpx
@@ -23,6 +25,8 @@ REMEDY = f"start `loraretriever serve`, or set its address with --url or {URL_VA
 _ANSWER_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 5.0
 _UNAUTHORIZED = 401
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # to connections, from the first to the last
+_FIRST_PORT, _TRIED_PORTS = 10_000, 20
 _key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 
@@ -161,11 +165,24 @@ class ServerFailed(Exception):
 
 
 def free_port(host: str) -> int:
-    """Return a free port of `host`."""
+    """Return a free port of `host`, if possible one that the system gives to no connection.
+
+    Those may be taken before the caller listens: Ray's processes open many connections as they start.
+    """
+    lowest = int(_GIVEN_PORTS.read_text().split()[0]) if _GIVEN_PORTS.exists() else 0
+    others = range(_FIRST_PORT, lowest)
+    for port in random.sample(others, min(_TRIED_PORTS, len(others))):
+        with suppress(OSError):
+            return _bind(host, port)
+    return _bind(host, 0)
+
+
+def _bind(host: str, port: int) -> int:
+    """Return the port that a socket gets. Raises: OSError."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.bind((host, port))
+        bound: int = probe.getsockname()[1]
+        return bound
 
 
 def check_free(host: str, port: int) -> None:

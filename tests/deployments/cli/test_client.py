@@ -1,13 +1,43 @@
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deployments.cli.client import free_port
+from deployments.cli import client
+from deployments.cli.client import ServerFailed, check_free, free_port
 from tests.deployments.scripted import refusal, run, run_with, scripted, words
 
 NO = (404, refusal("no such model"))
+
+
+def is_free(port: int) -> bool:
+    try:
+        check_free("127.0.0.1", port)
+    except ServerFailed:
+        return False
+    return True
+
+
+def test_a_free_port_is_one_that_no_connection_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(port for port in range(21_000, 32_000) if is_free(port) and is_free(port + 1))
+    given = tmp_path / "ip_local_port_range"
+    monkeypatch.setattr(client, "_GIVEN_PORTS", given)
+    monkeypatch.setattr(client, "_FIRST_PORT", first)
+    given.write_text(f"{first + 2}\t60999\n")
+    assert {free_port("127.0.0.1") for _ in range(20)} <= {first, first + 1}
+    with socket.create_server(("127.0.0.1", first)):
+        assert {free_port("127.0.0.1") for _ in range(5)} == {first + 1}
+        with socket.create_server(("127.0.0.1", first + 1)):
+            assert free_port("127.0.0.1") not in (first, first + 1), "any other, where all of these are taken"
+    given.write_text("1024\t65535\n")
+    assert is_free(free_port("127.0.0.1"))
+    given.unlink()
+    assert is_free(free_port("127.0.0.1"))
+    with pytest.raises(OSError, match="Cannot assign"):
+        free_port("192.0.2.1")
 
 
 @pytest.mark.parametrize(
