@@ -81,7 +81,6 @@ SOURCES: tuple[Source, ...] = (
             '"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"',
             '"RAY_SERVE_METRICS_EXPORT_INTERVAL_MS"',
             '"RAY_SERVE_PROXY_USE_GRPC"',
-            '"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"',
             '"RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"',
             '"RAY_SERVE_TRACING_SAMPLING_RATIO"',
         ),

@@ -47,7 +47,6 @@ _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 CHEAPER_SERVE = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of the controller; Serve's own is 0.1
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # Serve's own is 100; Ray exports every 10 s
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # calls, and items of streams, arrive on the thread that awaits them
 }
 # An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
 ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
