@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpc.aio import AioRpcError
 from ray.exceptions import RayError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
@@ -137,8 +136,8 @@ class _Options:
 
 
 def as_ray_raises(error: Exception) -> Exception:
-    """Return the exception that a caller sees: an error of a replica becomes a RayTaskError, Ray's and gRPC's stay."""
-    if isinstance(error, RayError | RayServeException | AioRpcError):
+    """Return the exception that a caller sees: an error of a replica becomes a RayTaskError, Ray's errors stay."""
+    if isinstance(error, RayError | RayServeException):
         return error
     text = f"Traceback (most recent call last):\n  a replica's inside\n{error!r}"
     wrapped: Exception = RayTaskError("method", text, error, "replica", 1, "127.0.0.1").as_instanceof_cause()

@@ -233,7 +233,7 @@ class RoutingClient(Protocol):
 
     @retry
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]: ...
-    @retry(over_grpc=True)
+    @retry
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan: ...
@@ -243,7 +243,7 @@ class RoutingClient(Protocol):
     ) -> Plan: ...
     @retry
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]: ...
-    @retry(over_grpc=True)
+    @retry
     async def find_model(
         self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
     ) -> NamedPolicy | Plan | None: ...

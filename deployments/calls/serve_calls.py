@@ -18,18 +18,15 @@ the replica, so `returning_refusals` makes the replica return it, and the caller
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from functools import cached_property
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
-from grpc.aio import AioRpcError
-from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.api import error_table
@@ -39,7 +36,6 @@ from gpu_worker.errors import EngineStopped
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_RETRIES = 2  # after the first attempt, for calls and for generation
-GRPC_TIMEOUT_S = 30.0  # of an answer by gRPC, which itself notices only after minutes that a node has disappeared
 P = ParamSpec("P")
 Replica = TypeVar("Replica")
 
@@ -79,20 +75,6 @@ class AttemptCounter:
             raise PoisonRequest(self._count) from error
         else:
             raise error
-
-
-@contextmanager
-def deaths_over_grpc() -> Iterator[None]:
-    """Raise ActorUnavailableError for what gRPC reports of a replica that died or stops."""
-    try:
-        yield
-    except AioRpcError as exc:  # Serve 2.60 translates only UNAVAILABLE
-        raise ActorUnavailableError(f"gRPC broke the call off: {exc.code().name}", None) from exc
-    except asyncio.CancelledError as exc:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
 
 
 def bypass_http_proxy() -> None:
@@ -147,11 +129,6 @@ class ServeCalls(Generic[Replica]):
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    @cached_property
-    def over_grpc(self) -> GrpcCalls[Replica]:
-        """The same calls by gRPC: those of each request, whose answers take milliseconds and are small."""
-        return GrpcCalls(self._handle.options(_by_reference=False))
-
     def over_object_store(self) -> ServeCalls[Replica]:
         """Return the same calls by Ray's tasks: for large arguments, and references, which gRPC would never free."""
         return ServeCalls(self._handle.options(_by_reference=True))
@@ -201,20 +178,3 @@ class ServeCalls(Generic[Replica]):
         response = self._handle.broadcast(method.__name__, *args, **kwargs)
         answers: list[T | BaseException] = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
         return answers
-
-
-class GrpcCalls(ServeCalls[Replica]):
-    """The calls of a handle that sends them by gRPC. They cost less CPU time than Ray's tasks."""
-
-    async def once(
-        self, method: Callable[Concatenate[Replica, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Return one replica's answer. Raises: RayActorError, also without one in time; the error of the method."""
-        with deaths_over_grpc():
-            try:
-                async with asyncio.timeout(GRPC_TIMEOUT_S) as limit:
-                    return await super().once(method, *args, **kwargs)
-            except TimeoutError as exc:
-                if not limit.expired():
-                    raise
-                raise ActorUnavailableError(f"no answer for {GRPC_TIMEOUT_S:.0f} s", None) from exc

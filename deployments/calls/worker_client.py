@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
+from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.serve_calls import deaths_over_grpc
 from deployments.calls.shared import Shared
 from deployments.calls.typed_client import ServeClient, retry
 from deployments.errors import WorkerStarting
@@ -79,16 +79,22 @@ class HeartbeatStream(Generic[T]):
         error.
         """
         until = min(deadline, self._silent_at)
-        with deaths_over_grpc():
-            try:
-                async with asyncio.timeout(until - self._clock()) as limit:
-                    item = await anext(self._items, StreamEnd.END)
-            except TimeoutError as exc:
-                if not limit.expired():
-                    raise
-                if until == deadline:
-                    raise DeadlineExceeded(0) from exc
-                raise ActorUnavailableError(f"no heartbeat for {self._timeout_s:.0f} s", None) from exc
+        try:
+            async with asyncio.timeout(until - self._clock()) as limit:
+                item = await anext(self._items, StreamEnd.END)
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            if until == deadline:
+                raise DeadlineExceeded(0) from exc
+            raise ActorUnavailableError(f"no heartbeat for {self._timeout_s:.0f} s", None) from exc
+        except AioRpcError as exc:  # Serve 2.60 translates only UNAVAILABLE
+            raise ActorUnavailableError(f"gRPC broke the call off: {exc.code().name}", None) from exc
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
         self._silent_at = self._clock() + self._timeout_s
         if isinstance(item, tuple):  # a ResidencyReport, of this version of the server or another one
             HEARD.hear(item)

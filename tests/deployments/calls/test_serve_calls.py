@@ -1,4 +1,4 @@
-"""Calls between replicas: which are repeated and how often, their transport, and work that outlives its caller."""
+"""Calls between replicas: which are repeated and how often, and their transport."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import pytest
-from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.calls.serve_calls import ServeCalls, bypass_http_proxy, retry_on_replica_death
+from deployments.calls.serve_calls import bypass_http_proxy, retry_on_replica_death
 from deployments.cli.client import free_port
 from deployments.errors import PoisonRequest
 from gpu_worker.errors import EngineStopped, PromptTooLong, RequestFailed
 from lora_store import AdapterNotFound
 from tests.fakes import FakeHandle, as_ray_raises
-from tests.virtual_time import in_virtual_time
 
 DEATHS = [ActorDiedError(), ActorUnavailableError("gone", None), ObjectLostError("0" * 56, None, "")]
 FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
@@ -94,57 +92,6 @@ async def test_other_errors_are_the_answer(answer: Exception) -> None:
     found, target = await ask(answer, "never")
     assert type(found).__name__ in {type(answer).__name__, f"RayTaskError({type(answer).__name__})"}
     assert len(target.asked) == 1
-
-
-class Timetable(Protocol):
-    async def find(self, wanted: str) -> str: ...
-
-
-@dataclass
-class Trains:
-    """Answers after these seconds; an exception is raised."""
-
-    script: list[float | BaseException]
-
-    async def find(self, wanted: str) -> str:
-        item = self.script.pop(0)
-        if isinstance(item, BaseException):
-            raise item
-        await asyncio.sleep(item)
-        return wanted
-
-
-def grpc_calls(*script: float | BaseException) -> ServeCalls[Timetable]:
-    return ServeCalls[Timetable](FakeHandle(Trains([*script]))).over_grpc
-
-
-def broken(code: grpc.StatusCode) -> AioRpcError:
-    return AioRpcError(code, Metadata(), Metadata(), "broken")
-
-
-@pytest.mark.parametrize(
-    "failure", [broken(grpc.StatusCode.CANCELLED), broken(grpc.StatusCode.INTERNAL), asyncio.CancelledError(), 31.0]
-)
-@in_virtual_time
-async def test_a_call_by_grpc_that_breaks_or_stays_silent_is_made_again(failure: float | BaseException) -> None:
-    assert await grpc_calls(failure, 29.0).retry(Timetable.find, "5:15") == "5:15"
-    with pytest.raises(PoisonRequest):
-        await grpc_calls(*[failure] * 3).retry(Timetable.find, "5:15")
-
-
-@in_virtual_time
-async def test_an_error_or_a_cancelled_caller_is_no_death_of_a_call_by_grpc() -> None:
-    with pytest.raises(TimeoutError, match="its own"):
-        await grpc_calls(TimeoutError("its own"), 0.0).retry(Timetable.find, "5:15")
-    calls = grpc_calls(20.0, 0.0)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(10):
-            await calls.retry(Timetable.find, "5:15")
-    task = asyncio.create_task(grpc_calls(20.0, 0.0).retry(Timetable.find, "5:15"))
-    await asyncio.sleep(1)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
 
 
 async def is_reached(within_s: float) -> bool:

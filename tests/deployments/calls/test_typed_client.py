@@ -25,8 +25,6 @@ class Shop(Protocol):
     async def order(self, what: str, order_id: str | None = None) -> str: ...
     @retry(over_object_store=True)
     async def deliver(self, goods: bytes) -> str: ...
-    @retry(over_grpc=True)
-    async def stock(self, what: str) -> str: ...
     @stream
     def catalogue(self, since: int = 0) -> AsyncGenerator[int]: ...
 
@@ -102,7 +100,6 @@ def test_a_call_without_a_policy_is_refused_where_the_client_is_declared() -> No
         (lambda shop: shop.order("bread", order_id="7"), 2),
         (lambda shop: shop.deliver(b"bread"), 2),
         (lambda shop: shop.price("bread"), 2),
-        (lambda shop: shop.stock("bread"), 2),
     ],
 )
 async def test_only_a_call_that_is_safe_to_repeat_is_repeated(
@@ -116,12 +113,11 @@ async def test_only_a_call_that_is_safe_to_repeat_is_repeated(
     assert len(shop.asked) == num_sent
 
 
-def test_large_arguments_go_over_the_object_store_and_frequent_calls_over_grpc() -> None:
+def test_large_arguments_go_over_the_object_store() -> None:
     handle = FakeHandle(Replicas())
     asyncio.run(client(handle).deliver(b"bread"))
     asyncio.run(client(handle).buy("bread"))
-    asyncio.run(client(handle).stock("bread"))
-    assert [call.by_reference for call in handle.calls] == [True, None, False]
+    assert [call.by_reference for call in handle.calls] == [True, None]
 
 
 async def test_a_stream_yields_the_items_of_one_replica() -> None:
