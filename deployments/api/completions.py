@@ -113,7 +113,8 @@ class Question:
     `text`: the text that retrieves them; None for token ids, whose text is known after a Worker has decoded them.
     `alias`: the field of another server's API that named adapters; with it `model` may be the base model.
     `tools`: the functions that its answer may call.
-    `plan`: that of the adapter which `model` names, where the look-up of the name has found it.
+    `plan`: the plan of the adapter that `model` names, if the look-up of the name found one.
+    `plan_s`: how long that look-up took.
     """
 
     prompt: AnyPrompt
@@ -123,6 +124,7 @@ class Question:
     alias: str | None = None
     tools: Tools | None = None
     plan: Plan | None = None
+    plan_s: float = 0.0
 
 
 def _as_list(value: object) -> object:

@@ -26,7 +26,7 @@ _ANSWER_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 5.0
 _UNAUTHORIZED = 401
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # to connections, from the first to the last
-_FIRST_PORT, _TRIED_PORTS = 10_000, 20
+_FIRST_PORT, _TRIED_PORTS = 20_000, 20  # `ray start` uses 10,001 to 19,999
 _key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 

@@ -22,7 +22,7 @@ import ray
 from ray import serve
 from ray._private import auto_init_hook, parameter, services
 from ray.exceptions import RayError
-from ray.serve._private import client
+from ray.serve._private import client as serve_client
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -203,7 +203,7 @@ class Server:
         return self.url
 
     def _deploy(self, app: serve.Application) -> None:
-        client.CLIENT_POLLING_INTERVAL_S = _POLL_S  # Serve's own is a second, also while it stops
+        serve_client.CLIENT_POLLING_INTERVAL_S = _POLL_S  # Serve's own is a second, also while it stops
         try:
             self._app = serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as exc:
@@ -368,15 +368,18 @@ def _fewer_processes() -> Iterator[None]:
 
 @contextmanager
 def _early_processes(number: int) -> Iterator[None]:
-    """Let Ray start this many Python processes at once, as it starts itself, instead of one for each CPU.
+    """Let Ray start at least this many Python processes at once, as it starts itself.
 
     The first actors get them: Serve's controller, then replicas in the order of `app.py`.
     """
-    before, changed = services.start_ray_process, ("--num_prestart_python_workers=", "--maximum_startup_concurrency=")
+    before, changed = services.start_ray_process, ("--num_prestart_python_workers", "--maximum_startup_concurrency")
+
+    def raised(part: str) -> str:
+        name, _, own = part.partition("=")
+        return f"{name}={max(number, int(float(own)))}" if name in changed else part
 
     def start(command: list[str], *args: Any, **options: Any) -> Any:
-        parts = [f"{part.partition('=')[0]}={number}" if part.startswith(changed) else part for part in command]
-        return before(parts, *args, **options)
+        return before(list(map(raised, command)), *args, **options)
 
     services.start_ray_process = start
     try:

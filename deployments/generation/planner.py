@@ -125,12 +125,15 @@ class Planner:
         """
         sampling, questions = request.sampling(), request.questions()
         _check_limits(sampling, questions, self._models.limiting(request.model))  # before any call
-        if not self._may_have_policy(request.model):
+        if not self._may_be_name(request.model):
             return request, sampling, questions, None
         strategy, min_generation = _strategy_of_one(request.lora), request.lora.min_generation
-        named = await self._retriever.find_model(tenant, request.model, strategy, min_generation)
+        began = time.monotonic()
+        with open_span("plan"):
+            named = await self._retriever.find_model(tenant, request.model, strategy, min_generation)
         if not isinstance(named, NamedPolicy):
-            return request, sampling, [replace(question, plan=named) for question in questions], None
+            seconds = time.monotonic() - began
+            return request, sampling, [replace(each, plan=named, plan_s=seconds) for each in questions], None
         bound = AppliedPolicy.of(named, questions[0], tenant)
         filled = bound.apply_to_request(request)
         sampling, questions = filled.sampling(), bound.make_questions(filled)
@@ -147,12 +150,12 @@ class Planner:
 
     async def find_policy(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
         """Return the newest policy of a model name, None for any other model. Raises: ModelNotFound, StaleIndex."""
-        if not self._may_have_policy(model):
+        if not self._may_be_name(model):
             return None
         return next(iter(await self._retriever.policies(tenant, model, min_generation)), None)
 
-    def _may_have_policy(self, model: str) -> bool:
-        """Return whether a policy or an adapter may be called so. Raises: ModelNotFound."""
+    def _may_be_name(self, model: str) -> bool:
+        """Return whether `model` may name a policy or an adapter. Raises: ModelNotFound."""
         return model != AUTO and self._models.split(model) == ("", model) and ":" not in model
 
     async def add_owners(self, policy: NamePolicy, tenant: str) -> NamePolicy:
@@ -225,7 +228,8 @@ class Planner:
         keys = [None if context is None else f"{context.request_id}/{place}" for place in range(len(questions))]
         planned = [found[place].drawn(key) for place, key in enumerate(keys)]
         if context is not None:
-            context.record_plans(planned, time.monotonic() - began)
+            looked_up_s = max((question.plan_s for question in questions), default=0.0)
+            context.record_plans(planned, looked_up_s + time.monotonic() - began)
         return planned
 
     async def _plan_alike(self, questions: Sequence[Question], tenant: str) -> Sequence[Planned]:

@@ -39,7 +39,7 @@ class EventMail:
     def send(self, events: Events, event: Delta | Exception) -> None:
         """Put the event into the queue soon. Call it from any thread. Raises: RuntimeError if the loop is closed."""
         self._sent.append((events, event))
-        if not self._is_due:
+        if not self._is_due or self.loop.is_closed():
             self._is_due = True
             try:
                 self.loop.call_soon_threadsafe(self._deliver)
@@ -48,7 +48,7 @@ class EventMail:
                 raise
 
     def _deliver(self) -> None:
-        self._is_due = False  # before the last look: what is sent after it is due again
+        self._is_due = False  # first: an event that is sent from here on schedules another delivery
         while self._sent:
             events, event = self._sent.popleft()
             events.put_nowait(event)

@@ -277,9 +277,10 @@ def measure_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     num_ids = model.get_input_embeddings().num_embeddings
     length = min(_MEASURED_TOKENS, model.config.max_position_embeddings)
     ids = torch.randint(num_ids, (1, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length)[None]
     model.set_attn_implementation("eager")
     try:
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
         for handle in handles:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.quantization import QuantizedLinear, QuantizedWeight
 
 
@@ -78,7 +79,10 @@ def keeping_tie(model: PreTrainedModel) -> Iterator[None]:
     yield
     if was_tied and not is_tied(model):
         look_up(model, model.get_output_embeddings())
-        assert is_tied(model), "the embedding limits the norms of its rows"
+        if not is_tied(model):
+            raise BaseModelUnsupported(
+                "integer weights are not supported with an embedding that limits its rows' norms"
+            )
 
 
 def look_up(model: PreTrainedModel, source: Rows) -> None:

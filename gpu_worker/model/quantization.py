@@ -127,6 +127,8 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = quantized.values.shape
         self.quantized, self.dtype = quantized, dtype
         self.bias = bias
+        # transformers asks the first parameter for the model's dtype and device, and a model may have no other.
+        self.empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
     @cached_property
     def weight(self) -> Tensor:  # type: ignore[override]  # no parameter: most starts do without it

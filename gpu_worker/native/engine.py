@@ -137,9 +137,10 @@ class NativeEngine(InferenceEngine):
 
     def _put(self, events: Events) -> Sink:
         loop = asyncio.get_running_loop()
-        if self._mail is None or self._mail.loop is not loop:
-            self._mail = EventMail(loop)
-        return partial(self._mail.send, events)
+        mail = self._mail
+        if mail is None or mail.loop is not loop:
+            self._mail = mail = EventMail(loop)
+        return partial(mail.send, events)
 
     def _command(self, command: Callable[[], None]) -> None:
         """Queue a command for the engine's thread. Raises: EngineStopped if the thread has ended."""

@@ -64,7 +64,7 @@ def use(live: Live, topic: str) -> None:
     live.publish(live.folder("watched", 901, topic))
     on_trial = {"path": str(live.folder("watched", 902, topic)), "share": 1.0, "shadow": True}
     assert live.call("POST", "/v1/loras", json=on_trial).status_code == 201
-    for _ in range(2):
+    for _ in range(3):  # so one of the two workers gets a prompt again
         assert live.ask("watched").status_code == 200
         assert live.ask("auto", f"Explain {topic}, please.").status_code == 200
     assert live.ask("nobody").status_code == 404

@@ -50,16 +50,13 @@ class PassedCheck:
         self._name = self._describe()
 
     def read(self) -> list[int | None] | None:
-        """Return the choices of the start that wrote the note. None without one that only this user and root can write.
-
-        A note that was not written to its end does not count.
-        """
+        """Return the noted choices, or None if there is no whole note that only this user and root can write."""
         try:
             check_trusted(self._folder / self._name, os.geteuid())
-            found: list[int | None] | None = json.loads((self._folder / self._name).read_text()) if self._name else None
+            found = json.loads((self._folder / self._name).read_text()) if self._name else None
         except (KernelUnavailable, OSError, ValueError):
             return None
-        return found
+        return found if isinstance(found, list) else None
 
     def note(self, choices: Sequence[int | None]) -> None:
         """Write the note, if nothing changed since the start. Without it the next start compares again.
@@ -70,8 +67,10 @@ class PassedCheck:
             return
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self._folder / self._name).touch(mode=0o600)
-            (self._folder / self._name).write_text(json.dumps(list(choices)))
+            written = self._folder / f".{self._name}.{os.getpid()}"
+            written.touch(mode=0o600)
+            written.write_text(json.dumps(list(choices)))
+            written.replace(self._folder / self._name)
             notes = [path for path in self._folder.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)]
             for old in sorted(notes, key=lambda path: path.stat().st_mtime)[:-_MOST_NOTES]:
                 old.unlink(missing_ok=True)

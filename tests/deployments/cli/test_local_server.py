@@ -199,7 +199,7 @@ def test_ray_starts_the_python_processes_of_the_first_actors_at_once(monkeypatch
         command = [*unchanged, "--num_prestart_python_workers=2", "--maximum_startup_concurrency=16.0"]
         services.start_ray_process(command, "raylet", fate_share=True)
         raise KeyError
-    assert started == [[*unchanged, "--num_prestart_python_workers=3", "--maximum_startup_concurrency=3"]]
+    assert started == [[*unchanged, "--num_prestart_python_workers=3", "--maximum_startup_concurrency=16"]]
     assert services.start_ray_process is before
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.embedding import is_tied
@@ -23,7 +24,7 @@ from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
 from tests.soak import Scale
-from tests.tiny import plan_of, random_adapter, tiny_config
+from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter, tiny_config
 
 GROUP = 32  # inputs that share a scale
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in one integer
@@ -202,6 +203,20 @@ def test_weights_rounded_at_the_start_equal_the_rounded_model(
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
     assert_within(0.15, serve(model_folder, **changes), Reference(folder))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_model_whose_weights_are_all_rounded_starts(
+    quantization: str, tmp_path: Path, serve: Callable[..., HostedEngine]
+) -> None:
+    """OLMo's norms have no weights, so nothing of it stays a number of its own type."""
+    torch.manual_seed(0)
+    OlmoForCausalLM(OlmoConfig(**SHAPE)).bfloat16().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    changes = {"dtype": "auto", "quantization": quantization}
+    dtype = load_base_model(tiny_config(tmp_path, max_model_len=256, **changes)).dtype
+    [answer] = serve(tmp_path, **changes).answers(job("The sea is"))
+    assert answer.num_new_tokens > 0 and dtype in (torch.bfloat16, torch.float32)
 
 
 def test_products_of_bfloat16_weights_are_float32_without_bfloat16_instructions(
