@@ -173,7 +173,7 @@ class VllmSettings(CommonSettings):
 class WorkerConfig(CommonSettings):
     """The configuration of one worker, which uses one device. Raises: WorkerConfigInvalid for a bad value."""
 
-    base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
+    base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, a local folder, or a GGUF file
     max_new_tokens: AtLeastOne = 8192  # for a request without max_tokens, within the context
     generation_config: Literal["auto", "none"] = "auto"  # auto: the base model's own defaults for sampling
     sampling_defaults: tuple[tuple[str, float], ...] = ()  # the operator's, which override the base model's

@@ -28,7 +28,7 @@ class ServedModel:
     """
 
     name: str
-    base: str  # the packaged default, a Hugging Face id, or a folder
+    base: str  # the packaged default, a Hugging Face id, a folder, or a GGUF file
     accepted_names: frozenset[str]
     template: Literal["auto", "alpaca", "chat"] = "auto"
     chat_template: Path | None = None
