@@ -29,7 +29,7 @@ class Events(asyncio.Queue[Delta | Exception]):
 
 
 class EventMail:
-    """Carries events to the queues of an event loop. It wakes the loop once for all events of a step."""
+    """Carries events to the queues of an event loop. Those that are sent before the loop looks wake it once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
