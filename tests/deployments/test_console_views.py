@@ -82,8 +82,7 @@ async def test_named_adapters_versions_and_policies_are_compared_alone(browsing:
         await page.get_by_role("button", name="Compare").click()
         await expect(page.locator("#compared h3")).to_have_text(["poet by name", "coder by name"])
         await expect(page.locator("#compare-status")).to_have_text("2 ways, 1 different answer")
-        named = [choices for _, choices, *_ in served.retriever.called("plan_named")]
-        assert sorted(choice for [choice] in named) == [("coder", 1.0), ("poet", 1.0)]
+        assert sorted(model for _, model, *_ in served.retriever.called("find_model")) == ["coder", "poet"]
         answer = await page.request.put(f"{page.url.partition('#')[0]}v1/names/careful", data={"model": "poet"})
         assert answer.ok, await answer.text()
         await models.fill("careful, coder")
