@@ -87,7 +87,7 @@ MOVED = {
     "logs": "the folder that `loraretriever serve` prints at its start",
     "version": "`loraretriever --version`",
 }
-_params: ContextVar[Sequence[Any]] = ContextVar("params", default=())  # of the command that runs
+_params: ContextVar[Sequence[Any]] = ContextVar("params", default=())  # those of the running command
 
 
 class Commands(TyperGroup):
@@ -168,7 +168,7 @@ def _require_finite(context: Any, param: Any, value: float | None) -> float | No
 
 
 def name_options(message: str) -> str:
-    """Return an error's message with the option that was typed in place of the request's field before its colon."""
+    """Return an error message that names the typed option where it began with a field of the request."""
     path, colon, text = message.partition(": ")
     *_, field = [part for part in path.split(".") if not part.isdigit()] or [""]
     wanted = (field, *_OTHER_NAMES.get(field, ()))

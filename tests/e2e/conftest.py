@@ -101,6 +101,8 @@ def live(
         store_uri=s3_endpoint.uri("live"),
         disk_cache_bytes=0,
         max_concurrent_requests=32,
+        # In bfloat16 a text's vector depends on the length of the texts that are encoded with it.
+        retrieval=RetrievalSettings(encoder_dtype="float32"),
         worker={  # type: ignore[arg-type]  # of either engine
             "dtype": "float32",
             "num_threads": 1,

@@ -25,7 +25,7 @@ from gpu_worker.native.loop import Engine
 from lora_store import AdapterWeights, Plan
 
 _CHUNK = 192  # rows saved together; an interruption loses at most these
-_DESCRIBED_ROWS = 32  # of each layer of integers
+_DESCRIBED_ROWS = 32  # the first rows of each integer layer, which name how it is rounded
 Fetch = Callable[[str], AdapterWeights]
 """Return the weights of a digest."""
 

@@ -62,7 +62,7 @@ def test_four_bits_are_closer_where_inputs_are_large(tmp_path: Path, tiny_folder
     model = AutoModelForCausalLM.from_pretrained(folder)
     first = model.get_submodule("model.layers.0")
     with torch.no_grad():
-        first.input_layernorm.weight[:4] = 50  # of the 32 inputs of queries, keys and values
+        first.input_layernorm.weight[:4] = 50  # four of 32 inputs are large
     model.save_pretrained(folder)
     rounded = load_base_model(tiny_config(folder, dtype="bfloat16", quantization="int4")).model
     for name in ("q_proj", "k_proj", "v_proj"):
