@@ -45,8 +45,8 @@ def batch(
     try:
         settings = load_config(config, retrieval=retrieval, **({} if store is None else {"store_uri": store}))
         if address is None:  # a cluster has files of its own
-            for served in settings.served_models:
-                require_base_model(served.base)
+            for served in settings.by_model.values():
+                require_base_model(served.base_model, served.worker.engine)
     except (ValueError, OSError) as exc:
         fail(str(exc))
     given = {name: value for name, value in defaults.items() if value is not None}

@@ -317,8 +317,8 @@ def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
 
     try:
         settings = loading.load_config(config, **changes)
-        for model in settings.served_models:
-            loading.require_base_model(model.base)
+        for model in settings.by_model.values():
+            loading.require_base_model(model.base_model, model.worker.engine)
         loading.require_keys_file(settings.keys_file)
     except (ValueError, OSError) as exc:
         fail(str(exc))

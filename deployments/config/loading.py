@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -31,16 +31,26 @@ def load_config(path: Path | None, **changes: Any) -> AppConfig:
         raise settings_error(path, AppConfig, exc) from exc
 
 
-def require_base_model(base: str) -> None:
-    """Refuse a path of a base model where there is none, before anything is started. Raises: SettingsInvalid."""
-    if not base.startswith(("/", ".")) and base.count("/") < 2:
-        return  # the id of a model hub
+def require_base_model(base: str, engine: Literal["native", "vllm"]) -> None:
+    """Refuse a path of a base model that is not there, or that the engine does not read, before anything is started.
+
+    Raises: SettingsInvalid.
+    """
     path = Path(base)
-    if path.suffix == ".gguf" and path.is_file():
-        return
-    if not path.is_dir():
+    is_file = path.suffix == ".gguf" and path.is_file()
+    is_folder = "/" in base and path.is_dir()
+    if not (is_file or is_folder or base.startswith(("/", ".")) or base.count("/") > 1):
+        return  # the id of a model hub
+    has_config = any(path.joinpath(name).is_file() for name in _CONFIG_FILES)
+    if not has_config and (is_file or any(path.glob("*.gguf"))):
+        if engine == "vllm":
+            raise SettingsInvalid(
+                f"base_model: {base} is a GGUF file or a folder of them, which engine 'vllm' does not read here; set"
+                " worker.engine to native, or name the folder of the same model that has config.json and *.safetensors"
+            )
+    elif not path.is_dir():
         raise SettingsInvalid(f"base_model: {base}: no such folder or GGUF file")
-    if not any(path.joinpath(name).is_file() for name in _CONFIG_FILES) and not any(path.glob("*.gguf")):
+    elif not has_config:
         raise SettingsInvalid(
             f"base_model: {base} has neither config.json, nor params.json, nor a GGUF file; name the folder of a model"
         )

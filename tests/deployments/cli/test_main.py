@@ -119,6 +119,14 @@ def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_
     assert result.exit_code == 1 and "typo" in result.stderr
 
 
+def test_serve_refuses_a_gguf_file_for_vllm_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("worker: {engine: vllm}")
+    (tmp_path / "x.gguf").touch()
+    given = ("--config", tmp_path / "settings.yaml", "--base-model", tmp_path / "x.gguf")
+    result = run("serve", *given, "--print-config")
+    assert result.exit_code == 1 and "set worker.engine to native" in words(result.stderr)
+
+
 def test_commands_start_print_and_refuse_without_the_servers_packages() -> None:
     """Each of them takes seconds to import."""
     heavy = ("torch", "ray", "numpy", "pyarrow", "fastapi", "pydantic", "transformers", "lora_store")

@@ -42,29 +42,42 @@ def test_another_base_model_or_device_is_not_rounded_as_the_files_own(changes: d
 
 @pytest.mark.parametrize("base_model", ["gemma-3-270m", "org/model", "gpt2"])
 def test_a_base_model_of_a_hub_need_not_be_on_this_machine(base_model: str) -> None:
-    require_base_model(base_model)
+    require_base_model(base_model, "vllm")
 
 
 @pytest.mark.parametrize("base_model", ["/nosuch/model", "./nosuch", "../a/b", "models/of/mine"])
 def test_a_path_of_a_base_model_must_be_a_folder(base_model: str) -> None:
     with pytest.raises(SettingsInvalid, match=rf"^base_model: {re.escape(base_model)}: no such folder or GGUF file$"):
-        require_base_model(base_model)
+        require_base_model(base_model, "native")
 
 
 @pytest.mark.parametrize("name", ["config.json", "params.json", "model.gguf"])
 def test_the_folder_of_a_base_model_must_hold_one(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsInvalid, match=r"has neither config\.json, nor params\.json, nor a GGUF file"):
-        require_base_model(str(tmp_path))
+        require_base_model(str(tmp_path), "native")
     (tmp_path / name).touch()
-    require_base_model(str(tmp_path))
+    require_base_model(str(tmp_path), "native")
 
 
 def test_a_base_model_may_be_a_gguf_file(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     with pytest.raises(SettingsInvalid, match="no such folder or GGUF file"):
-        require_base_model(str(file))
+        require_base_model(str(file), "native")
     file.touch()
-    require_base_model(str(file))
+    require_base_model(str(file), "native")
+
+
+def test_vllm_refuses_a_gguf_file_and_a_folder_with_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "x.gguf").touch()
+    monkeypatch.chdir(tmp_path / "models")
+    for base in ("x.gguf", str(tmp_path / "models"), "../models"):
+        with pytest.raises(SettingsInvalid, match=rf"^base_model: {re.escape(base)} is a GGUF file .*engine to native"):
+            require_base_model(base, "vllm")
+    (tmp_path / "models" / "config.json").touch()
+    require_base_model("../models", "vllm")
 
 
 def test_a_keys_file_must_exist(tmp_path: Path) -> None:
