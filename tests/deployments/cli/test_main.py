@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.api.pool_responses import unserved_objects
 from deployments.cli.options import MOVED
 from lora_store import ROUTED_STRATEGIES
 from tests.deployments.listening import listener
@@ -352,8 +353,12 @@ def test_status_shows_the_models_the_pool_and_the_load() -> None:
     load = {"replicas": {"answered": 2, "silent": 1}, "num_running": 3, "max_running": 64, "num_waiting": 5}
     load |= {"bank_adapters": 4, "bank_rows_occupied": 40, "bank_rows": 512}
     stats["workers"] = load
-    said = run_with(stats, "status")
-    assert said.asked == [("GET", "/v1/stats")]
+    unserved = unserved_objects((("org/old", 12),))
+    said = run_with([stats, {"unserved": unserved}], "status")
+    assert said.asked == [("GET", "/v1/stats"), ("GET", "/v1/loras?limit=1")]
+    assert said.err == unserved[0]["text"]
+    silent = stats | {"pool": {"generation": None, "oldest_generation": None, "num_adapters": None}}
+    assert run_with(silent, "status").asked == [("GET", "/v1/stats")]
     for part in (
         *("tiny", "14 adapters that you may use, at generation 9", "mixture, k = 3"),
         *("2, 1 silent; 3 of 64 rows running, 5 waiting", "4 adapters in 40 of 512 rank rows"),
