@@ -228,16 +228,16 @@ class JobTrace:
         """Create the spans and log the job. `last`: the latest delta, None if the job had none."""
         now_ns = time.time_ns()
         started_ns = now_ns if last is None else min(self._began_ns + int(last.queued_s * 1e9), now_ns)
+        first_ns = now_ns if last is None else min(max(self._first_ns, started_ns), now_ns)
         self._span("worker.queue", self._began_ns, started_ns, {})
         for row in self._job.plan.adapters:
             load = self._loads.get(row.weights_digest)
-            if load is not None and load.ended_ns > self._began_ns and load.began_ns < started_ns:
+            if load is not None and load.ended_ns > self._began_ns and load.began_ns < first_ns:
                 how = {"loraretriever.source": load.source} if load.source else {"error.type": "AdapterLoadFailed"}
-                began_ns, ended_ns = max(load.began_ns, self._began_ns), min(load.ended_ns, started_ns)
+                began_ns, ended_ns = max(load.began_ns, self._began_ns), min(load.ended_ns, first_ns)
                 of_one: dict[str, AttributeValue] = {"loraretriever.adapters": [row.ref.digest[:_DIGEST_CHARS]], **how}
                 self._span("worker.load", began_ns, ended_ns, of_one)
         if last is not None:
-            first_ns = min(max(self._first_ns, started_ns), now_ns)
             read: dict[str, AttributeValue] = {
                 "gen_ai.usage.input_tokens": last.num_prompt_tokens,
                 "gen_ai.usage.cache_read.input_tokens": last.num_cached_tokens,

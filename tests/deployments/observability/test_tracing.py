@@ -104,13 +104,14 @@ def test_a_job_has_a_span_for_each_part_of_its_time(
         (Load("store", 1_010, 1_011), None),  # for a later one, after these weights had left
     ],
 )
-def test_a_load_that_a_job_waits_for_is_a_span_within_its_queue(
+def test_a_load_that_a_job_waits_for_is_a_span_even_if_it_outlasts_the_queue(
     load: Load, shown: tuple[int, int] | None, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = count(1_000, 10)
     monkeypatch.setattr(worker_metrics, "time", SimpleNamespace(time_ns=lambda: next(ticks), monotonic=lambda: 0.0))
     traced = JobTrace(Job("r1", "secret", POETIC), {"weights": load, "others": Load("store", 1_001, 1_009)})
-    traced.end(Delta("", 5, 7, "stop", queued_s=1e-8))
+    traced.answered()
+    traced.end(Delta("", 5, 7, "stop", queued_s=1e-9))
     found = by_name(spans)
     assert ("worker.load" in found) == (shown is not None)
     if shown is not None:
