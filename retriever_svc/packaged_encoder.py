@@ -56,14 +56,15 @@ Floats = NDArray[np.float32]
 def packaged_encoder(cache_dir: Path, name: str) -> Path:
     """Return the folder of the converted encoder, `NAME` or `TRAINED_NAME`. The first call converts it, in seconds.
 
+    Its name has a digest of what it is made from: servers of other versions may use the same `cache_dir`.
     A lock lets concurrent processes convert it once. Raises: EncoderUnusable if the package is missing or damaged.
     """
-    folder = cache_dir / name
+    folder = cache_dir / f"{name}-{hashlib.sha256(_describe_source(name).encode()).hexdigest()[:8]}"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".{name}.lock"):
-        if not _is_whole(folder):
+    with FileLock(cache_dir / f".{folder.name}.lock"):
+        if not _is_whole(folder, name):
             logger.info("converting the encoder %s into %s, once", name, folder)
-            _convert_into(folder, _packaged_file(name))
+            _convert_into(folder, name, _packaged_file(name))
     return folder
 
 
@@ -84,37 +85,39 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, name: str) -> bool:
     """Return whether the folder was converted by this version, and its weights are not damaged."""
     record, weights = folder / CONVERSION, folder / _WEIGHTS
-    return (
-        record.is_file() and weights.is_file() and record.read_text(encoding="utf-8") == _record(folder.name, weights)
-    )
+    return record.is_file() and weights.is_file() and record.read_text(encoding="utf-8") == _record(name, weights)
+
+
+def _describe_source(name: str) -> str:
+    training = f", training {_sha256(TRAINING_FILE)}" if name == TRAINED_NAME else ""
+    return f"{PACKAGE} {PACKAGED_SHA256}, conversion {_FORMAT}{training}"
 
 
 def _record(name: str, weights: Path) -> str:
     """Return the contents of the folder's record, which the encoder's identity depends on."""
-    training = f", training {_sha256(TRAINING_FILE)}" if name == TRAINED_NAME else ""
-    return f"{PACKAGE} {PACKAGED_SHA256}, conversion {_FORMAT}{training}\n{_WEIGHTS} {_sha256(weights)}\n"
+    return f"{_describe_source(name)}\n{_WEIGHTS} {_sha256(weights)}\n"
 
 
-def _convert_into(folder: Path, source: Path) -> None:
+def _convert_into(folder: Path, name: str, source: Path) -> None:
     """Convert in a temporary folder and rename it, so that `folder` is never incomplete."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}-") as scratch:
         target = Path(scratch, "converted")
         target.mkdir()
         packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
         tensors = packed.tensors()
-        if folder.name == TRAINED_NAME:
+        if name == TRAINED_NAME:
             add_training(tensors, load_file(TRAINING_FILE))
         halves = {name: array.astype(np.float16) for name, array in tensors.items()}
         save_file(halves, target / _WEIGHTS, metadata={"format": "pt"})
         packed.tokenizer().save(str(target / "tokenizer.json"))
-        for name, value in _settings_files(packed).items():
-            path = target / name
+        for file, value in _settings_files(packed).items():
+            path = target / file
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        (target / CONVERSION).write_text(_record(folder.name, target / _WEIGHTS), encoding="utf-8")
+        (target / CONVERSION).write_text(_record(name, target / _WEIGHTS), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         target.rename(folder)

@@ -259,6 +259,7 @@ def test_the_models_are_baked_where_the_overlays_expect_them() -> None:
     found = {path for text in overlays for path in re.findall(r"\bencoder: ([^,} ]+)", text)}
     assert found == {str(encoder / DEFAULT_MODEL)}
     assert "packaged_encoder(Path('/opt/loraretriever/models'), TRAINED_NAME)" in run and DEFAULT_MODEL == TRAINED_NAME
+    assert f"mv {encoder / DEFAULT_MODEL}-* {encoder / DEFAULT_MODEL} " in run  # its own name has a digest
     assert all("encoder: " in text for text in overlays)
 
 
