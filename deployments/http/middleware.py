@@ -41,7 +41,7 @@ _NOT_KEPT = (
 )
 # The other routes show nothing of the pool: health, the description of the API, the console's page.
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
-_UNCOUNTED = "/v1/models"  # clients and load balancers poll it
+_UNCOUNTED = "/v1/models"  # clients and load balancers poll it; the route counts searches and further pages
 # Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
 PROXY_HEADERS = frozenset(
     {

@@ -38,6 +38,11 @@ class ModelQuery(ApiRequest):
     tag: list[Tag] = Field(fail_fast=True, default=[], max_length=32, description="adapters that carry all of these")
     name: str = Field(default="", max_length=256, description="ids with this in them, in any case")
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether the request counts against the key's rate: clients poll only the first page without a filter."""
+        return bool(self.after or self.name or self.tag) or self.owner is not None
+
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
 async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> JSONResponse:
@@ -45,6 +50,8 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
 
     If `has_more`, go on `after` `last_id`.
     """
+    if query.is_counted:
+        services.authenticator.count_request(caller)
     cards = _Cards(services.config.served_models, services.completions.sampling_defaults, caller)
     own, is_inside = cards.own(query, await services.retriever.names(caller.tenant, is_short=True), caller.tenant)
     wanted = PageRequest(
