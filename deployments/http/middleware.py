@@ -129,7 +129,9 @@ class RequestContextMiddleware:
         finally:
             if find_path(scope) not in _PROBES:
                 context.route = getattr(scope.get("route"), "path", _NOT_MATCHED)
-                self._usage_log.record(context, None if is_complete or context.code else CLIENT_LEFT)
+                if not (is_complete or context.code or context.is_recorded):
+                    context.status = CLIENT_LEFT
+                self._usage_log.record(context)
                 self._metrics.record_request(context)
 
 
