@@ -252,4 +252,6 @@ def test_the_patches_that_readme_shows_apply(kubectl: str, tmp_path: Path) -> No
     assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "default"}
     [rule] = egress_rules(manifests.named("NetworkPolicy", "loraretriever-kubernetes-api"))
     assert rule.reaches("10.0.0.1") and not rule.reaches("203.0.113.7")
+    [rule] = egress_rules(manifests.named("NetworkPolicy", "loraretriever-to-redis"))
+    assert rule.reaches("10.0.3.7") and rule.has_port("TCP", 6379)
     assert len(list(egress_rules(manifests.named("NetworkPolicy", "loraretriever-object-store")))) == 2
