@@ -133,7 +133,7 @@ def several(
         }
         yield Several(url, expected)
     finally:
-        serve.delete(APP)
+        serve.delete(APP, _blocking=False)  # its replicas end while other tests run
 
 
 def test_mixed_prompts_are_answered_as_by_each_base_model_alone(several: Several, scale: Scale) -> None:
