@@ -36,6 +36,7 @@ TINY = {"dtype": "float32", "num_threads": 1, "bank_rank_rows": 32, "max_model_l
 MAX_TOKENS = 8
 SLEEPY = {
     "min_replicas": 0,
+    "initial_replicas": 0,
     "max_replicas": 1,
     "upscale_delay_s": 1,
     "downscale_delay_s": 1,
