@@ -36,6 +36,7 @@ _FILE = Path(__file__).with_name("serve.yaml")
 _CPUS: dict[str, Any] = {"num_cpus": 4}  # Ray starts this many processes before they are needed
 # They import Serve meanwhile. Ray calls a node dead after five checks, and its own period is 3 s.
 _SOONER = {"RAY_preload_python_modules": "deployments.serve_import", "RAY_health_check_period_ms": "500"}
+_SOONER |= {"RAY_worker_niceness": "0"}  # as in the manifests; Ray's own, 15, starves beside other processes
 _ACCELERATORS: dict[str, Any] = {"num_cpus": 0, "resources": {"accelerator": 2}}
 
 
