@@ -34,9 +34,11 @@ _ADDRESS = "127.0.0.{}"  # one per node; Ray 2.60 replaces 127.0.0.1 by the mach
 _ROOT = Path(__file__).parent.parent.parent
 _FILE = Path(__file__).with_name("serve.yaml")
 _CPUS: dict[str, Any] = {"num_cpus": 4}  # Ray starts this many processes before they are needed
-# They import Serve meanwhile. Ray calls a node dead after five checks, and its own period is 3 s.
-_SOONER = {"RAY_preload_python_modules": "deployments.serve_import", "RAY_health_check_period_ms": "500"}
-_SOONER |= {"RAY_worker_niceness": "0"}  # as in the manifests; Ray's own, 15, starves beside other processes
+_SOONER = {
+    "RAY_preload_python_modules": "deployments.serve_import",  # by those processes, while others start
+    "RAY_health_check_period_ms": "500",  # a node is dead after five failed checks; Ray's own period is 3 s
+    "RAY_worker_niceness": "0",  # as in the manifests; with Ray's own, 15, replicas starve beside other processes
+}
 _ACCELERATORS: dict[str, Any] = {"num_cpus": 0, "resources": {"accelerator": 2}}
 
 
