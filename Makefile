@@ -13,7 +13,7 @@ export RAY_AUTH_MODE := token
 # Some images set it. Then each of a hundred processes of the tests compiles the modules that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup serve demo bench quick test tests/servers shared-servers coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm image-test kernels sanitize
+.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm image-test kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -53,13 +53,7 @@ E2E_TESTS := tests/cluster tests/servers tests/e2e
 # One after the other: two servers that start at once may exceed the thirty seconds that Ray gives itself on a slow machine.
 test: $(FILLED) ## run every test: those without a server two at a time, then those with servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
-	$(MAKE) --keep-going tests/servers shared-servers
-
-tests/servers: $(READY)
-	$(BIN)/python -m pytest $@
-
-shared-servers: $(READY)
-	$(BIN)/python -m pytest $(filter-out tests/servers,$(E2E_TESTS))
+	$(BIN)/python -m pytest $(E2E_TESTS)
 
 coverage: $(READY) ## run the tests without a running application and print which lines they reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e" --cov

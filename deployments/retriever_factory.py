@@ -26,7 +26,11 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
     settings = config.retrieval
     pools = LivePool(
         lambda model: Encoder(
-            model, num_threads=settings.encoder_threads, dtype=settings.encoder_dtype, cache_dir=config.cache_dir
+            model,
+            num_threads=settings.encoder_threads,
+            dtype=settings.encoder_dtype,
+            exact_by="openvino",
+            cache_dir=config.cache_dir,
         ),
         snapshots,
         model=settings.encoder,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Vectors = NDArray[np.float32]
-EncoderDtype = Literal["auto", "float32"]  # auto: OpenVINO, in bfloat16 where the processor has it; float32: torch
+EncoderDtype = Literal["auto", "float32"]  # auto: OpenVINO, in bfloat16 where the processor has it
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # the paper's
 MAX_TOKENS = 256  # read from each text, including the instruction
 _CHARS_PER_TOKEN = 64  # limits the tokenizer's work on long texts
@@ -87,6 +87,7 @@ class Encoder:
     surrogates) reads as "?". `num_threads` sets the encoder's thread count, and torch's for the whole process unless a
     saved network of the packaged encoder is used, which does without torch.
     With `dtype` auto a vector also depends slightly on the texts that are encoded with it, as bfloat16 is rounded.
+    `exact_by`: what computes in float32. OpenVINO does so for the packaged encoder, and torch for others.
     `max_cached_texts`: the number of cached vectors for each owner of texts.
     `projection` follows the model, if one is set with `projected`.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
@@ -101,13 +102,15 @@ class Encoder:
         max_tokens: int = MAX_TOKENS,
         max_cached_texts: int = 2048,
         dtype: EncoderDtype = "auto",
+        exact_by: Literal["torch", "openvino"] = "torch",
         cache_dir: Path = DEFAULT_CACHE_DIR,
     ) -> None:
         folder = model_folder(model, cache_dir)
-        saves = None
-        if dtype == "auto" and instruction is None and max_tokens == MAX_TOKENS and (folder / CONVERSION).is_file():
+        saves, is_exact = None, dtype == "float32"
+        has_conversion = instruction is None and max_tokens == MAX_TOKENS and (folder / CONVERSION).is_file()
+        if has_conversion and not (is_exact and exact_by == "torch"):
             saves = folder.with_name(f"{folder.name}{SUFFIX}"), _identity(folder, str(max_tokens))
-        found = load_saved(*saves, choose_instruction, max_tokens, num_threads) if saves else None
+        found = load_saved(*saves, choose_instruction, max_tokens, num_threads, is_exact=is_exact) if saves else None
         if found is None and num_threads is not None:
             import torch  # imported here, since it takes seconds
 
@@ -121,11 +124,12 @@ class Encoder:
         self.identity: str = _identity(folder, f"{self._instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
         self.projection: Whitening | None = None
-        if dtype == "auto" and not isinstance(self._model, SavedEncoder):
+        if (saves or not is_exact) and not isinstance(self._model, SavedEncoder):
             from retriever_svc.bfloat16_linear import has_bfloat16_products, use_bfloat16  # torch takes seconds
             from retriever_svc.openvino_network import use_openvino
 
-            if not use_openvino(self._model, self._compute, saves) and has_bfloat16_products():
+            is_replaced = use_openvino(self._model, self._compute, saves, is_exact=is_exact)
+            if not is_replaced and not is_exact and has_bfloat16_products():
                 use_bfloat16(self._model, self._compute)
 
     def projected(self, projection: Whitening | None) -> Encoder:

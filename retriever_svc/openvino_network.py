@@ -1,8 +1,8 @@
 """Run an encoder's network with OpenVINO on the CPU: about 0.7 of torch's time with the same products.
 
-OpenVINO multiplies bfloat16 numbers where the processor can, and float32 numbers elsewhere. The tokenizer, pooling and
-normalisation stay those of sentence-transformers, in float32. The vectors have a cosine of about 0.99997 to those of
-torch in float32, so both may be in one index.
+OpenVINO multiplies bfloat16 numbers where the processor can, and float32 numbers elsewhere or where it is to be exact.
+The tokenizer, pooling and normalisation stay those of sentence-transformers, in float32. The vectors have a cosine of
+about 0.99997 to those of torch in float32, so both may be in one index.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 class OpenvinoNetwork(nn.Module):
     """Takes the place of the network in a sentence-transformers model. Use it from one thread at a time."""
 
-    def __init__(self, network: nn.Module, output: str) -> None:
+    def __init__(self, network: nn.Module, output: str, *, is_exact: bool) -> None:
         """Convert `network` at the first call. `output`: the key of its result that the model's next part reads."""
         super().__init__()
         self.config = network.config  # sentence-transformers reads it
-        self._output, self.names = output, list[str]()
+        self._output, self.names, self._is_exact = output, list[str](), is_exact
         self._source: nn.Module | None = network  # until it is converted
         self.converted: Any = None  # OpenVINO's network before its compilation
         self.run: Run | None = None
@@ -43,7 +43,7 @@ class OpenvinoNetwork(nn.Module):
         if self._source is not None:
             self.names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
             self.converted = _converted(self._source, inputs, self._output)
-            self.run = compiled(self.converted, torch.get_num_threads())
+            self.run = compiled(self.converted, torch.get_num_threads(), is_exact=self._is_exact)
             self._source = None
         assert self.run is not None
         [rows] = self.run([inputs[name].numpy() for name in self.names]).values()
@@ -63,12 +63,17 @@ class _Positional(nn.Module):
 
 
 def use_openvino(
-    model: SentenceTransformer, encode: Callable[[list[str]], Vectors], saves: tuple[Path, str] | None = None
+    model: SentenceTransformer,
+    encode: Callable[[list[str]], Vectors],
+    saves: tuple[Path, str] | None = None,
+    *,
+    is_exact: bool = False,
 ) -> bool:
     """Replace the network of `model` in place. Return whether it stays replaced.
 
     `encode` returns unit rows of texts, by `model`. A model keeps its own network where OpenVINO cannot run it, or
-    where the vectors differ. `saves`: place and source for `save_network`; None saves nothing.
+    where the vectors differ. `saves`: place and source for `save_network`; None saves nothing. `is_exact`: as in
+    `compiled`.
     """
     transformer: Transformer = model[0]
     own = getattr(transformer, "model", None)
@@ -76,7 +81,7 @@ def use_openvino(
         return False  # it has none, such as a table of words' vectors
     expected = probed(encode)
     try:
-        transformer.model = network = OpenvinoNetwork(own, _find_output(transformer))
+        transformer.model = network = OpenvinoNetwork(own, _find_output(transformer), is_exact=is_exact)
         check(probed(encode), expected)
     except Exception as exc:  # OpenVINO's errors have no common base
         logger.warning("the encoder runs with torch, as OpenVINO cannot run it: %s", short(exc))

@@ -44,7 +44,7 @@ _RECORD, _FACTS, _NETWORK, _TOKENIZER, _VECTORS = "record.json", "facts.json", "
 class SavedEncoder:
     """A saved network with what `Encoder` uses of a SentenceTransformer. Use it from one thread at a time."""
 
-    def __init__(self, place: Path, max_tokens: int, num_threads: int | None) -> None:
+    def __init__(self, place: Path, max_tokens: int, num_threads: int | None, *, is_exact: bool) -> None:
         """Load and compile the network. `num_threads`: None means the CPUs that the process may use."""
         facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
         self.prompts: dict[str, str] = facts["prompts"]
@@ -52,7 +52,8 @@ class SavedEncoder:
         self._dim, self._names = facts["dim"], facts["names"]
         load = UnigramTokenizer if (place / RULES).exists() else _OtherTokenizer
         self._tokenizer = load(place, self.max_seq_length, facts["pad"])
-        self._run = compiled(import_openvino().Core().read_model(place / _NETWORK), num_threads or _num_cpus())
+        network = import_openvino().Core().read_model(place / _NETWORK)
+        self._run = compiled(network, num_threads or _num_cpus(), is_exact=is_exact)
 
     def get_embedding_dimension(self) -> int:
         return int(self._dim)
@@ -81,7 +82,13 @@ class _OtherTokenizer:
 
 
 def load_saved(
-    place: Path, source: str, prompt_of: Callable[[SavedEncoder], str], max_tokens: int, num_threads: int | None
+    place: Path,
+    source: str,
+    prompt_of: Callable[[SavedEncoder], str],
+    max_tokens: int,
+    num_threads: int | None,
+    *,
+    is_exact: bool,
 ) -> SavedEncoder | None:
     """Return the encoder saved at `place`. `prompt_of`: the text before each text of the comparison with torch.
 
@@ -91,7 +98,7 @@ def load_saved(
     if not _is_current(place, source):
         return None
     try:
-        saved = SavedEncoder(place, max_tokens, num_threads)
+        saved = SavedEncoder(place, max_tokens, num_threads, is_exact=is_exact)
         prompt = prompt_of(saved)
         check(probed(lambda texts: saved.encode(texts, prompt=prompt)), np.load(place / _VECTORS))
     except Exception as exc:  # OpenVINO's errors have no common base
@@ -130,14 +137,14 @@ def import_openvino() -> Any:
     return openvino
 
 
-def compiled(network: Any, num_threads: int) -> Run:
-    """Compile a network for the CPU."""
+def compiled(network: Any, num_threads: int, *, is_exact: bool) -> Run:
+    """Compile a network for the CPU. `is_exact`: it computes in float32 even if the processor multiplies bfloat16."""
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": num_threads,
         "ENABLE_CPU_PINNING": False,  # of several processes all would use the first core
         "CPU_RUNTIME_CACHE_CAPACITY": _MAX_KERNELS,
-    }
+    } | ({"INFERENCE_PRECISION_HINT": "f32"} if is_exact else {})
     run: Run = import_openvino().Core().compile_model(network, "CPU", settings)
     return run
 

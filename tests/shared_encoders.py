@@ -21,6 +21,7 @@ def shared_encoder(
     num_threads: int | None = None,
     max_cached_texts: int = 2048,
     dtype: Any = "auto",
+    exact_by: Any = "torch",
     cache_dir: Path | None = None,
     **options: Any,
 ) -> Encoder:
@@ -30,9 +31,9 @@ def shared_encoder(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    key = (model, dtype, *options.items())
+    key = (model, dtype, exact_by if dtype == "float32" else None, *options.items())
     if key not in _loaded:
-        _loaded[key] = Encoder(model, dtype=dtype, **options)
+        _loaded[key] = Encoder(model, dtype=dtype, exact_by=exact_by, **options)
     own = copy.copy(_loaded[key])
     own._cache = VectorCache(max_cached_texts)
     return own

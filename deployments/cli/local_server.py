@@ -355,10 +355,13 @@ def _fewer_processes() -> Iterator[None]:
     """Let Ray start without its dashboard, its autoscaler of machines and its log monitor.
 
     Nothing reads what they do on one machine: `include_dashboard=False` leaves a process that reports usage to Ray's
-    makers, nobody adds machines, and `log_to_driver=False` leaves a reader of logs without a listener.
+    makers, nobody adds machines, and `log_to_driver=False` leaves a reader of logs without a listener. The dashboard's
+    agent, which exports metrics, gets any free port: for its fixed one it would wait seconds where another Ray has it.
     """
     before = parameter.RayParams, services.start_api_server
-    parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    parameter.RayParams = partial(
+        parameter.RayParams, no_monitor=True, include_log_monitor=False, dashboard_agent_listen_port=0
+    )
     services.start_api_server = lambda *_, **__: (None, None)  # as after a start that failed, which is no error
     try:
         yield

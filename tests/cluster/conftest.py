@@ -11,6 +11,7 @@ import ray
 
 from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
+from lora_store.location import DEFAULT_CACHE_DIR
 from tests.cluster.load import KEY, Load
 from tests.cluster.machines import Machines, own_ray
 from tests.cluster.running import MAX_TOKENS, TENANTS, TOPICS, Running, asks
@@ -23,6 +24,15 @@ from tests.tiny import linear_shapes, random_adapter, tiny_config
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run these tests and those of `servers` first: the shared application keeps this process connected to Ray."""
     items.sort(key=lambda item: item.path.parent.name not in ("cluster", "servers"))
+
+
+def filled_cache(folder: Path) -> Path:
+    """Return a cache without weights, in which no kernel is compiled and no encoder converted again."""
+    folder.mkdir()
+    for path in DEFAULT_CACHE_DIR.glob("*"):
+        if path.is_dir() and path.name not in ("weights", "usage", "passed_checks"):
+            (folder / path.name).symlink_to(path)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def running(
         "base_model": str(model),
         "store_uri": str(folder / "pool"),
         "preload": [str(folder / "adapters")],
-        "cache_dir": str(folder / "cache"),
+        "cache_dir": str(filled_cache(folder / "cache")),
         "keys_file": str(write(folder / "keys.json", entry(KEY, "local"), *[entry(name, name) for name in TENANTS])),
         **{f"worker.{name}": value for name, value in WORKER.items()},
         "worker_scaling.num_replicas": num_workers,

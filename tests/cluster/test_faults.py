@@ -339,7 +339,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
         assert asyncio.run(text()) == expected
         assert not any(hang.exists() for hang in hangs)
     finally:
-        serve.delete("hanging")
+        serve.delete("hanging", _blocking=False)
 
 
 @dataclass

@@ -18,6 +18,8 @@ from lora_store.adapter import AdapterRef
 from lora_store.events import Rank
 from lora_store.rankings import OUTCOME, Ranking
 from retriever_svc import Encoder, IndexSettings, NoAdapterMatched, Route, RouteRequest
+from retriever_svc.packaged_encoder import CONVERSION
+from retriever_svc.saved_network import SavedEncoder
 from tests.deployments.adapter_records import BASE, adapter
 from tests.tiny_encoder import save_tiny_encoder
 
@@ -105,3 +107,12 @@ def test_an_index_is_built_with_the_sizes_that_are_given(encoder: Path, tmp_path
         return built.wants_lists or built.lists is not None  # lists are trained in the background
 
     assert [has_lists(None), has_lists(IndexSettings(exact_rows=0, side_rows=0))] == [False, True]
+
+
+def test_float32_is_computed_without_torch_where_the_encoder_is_the_packaged_one(encoder: Path, tmp_path: Path) -> None:
+    (encoder / CONVERSION).write_text("a conversion\n")
+    retrieval = RetrievalSettings(encoder=str(encoder), encoder_threads=1, encoder_dtype="float32")
+    config = AppConfig(retrieval=retrieval, store_uri=str(tmp_path), accepts_base=(BASE,))
+    Encoder(encoder, dtype="float32", exact_by="openvino")  # the first start saves the network
+    pool = live_pool(config, lambda: Snapshot(1, {}))
+    assert isinstance(pool.current.encoder._model, SavedEncoder)

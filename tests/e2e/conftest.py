@@ -25,14 +25,13 @@ from tests.tiny import linear_shapes, tiny_config
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
-    """Return settings in float32, so that rows and prompts of a batch can be compared with those alone.
+    """Return settings in float32, so that rows of a batch can be compared with rows alone.
 
     On one thread: next to other processes that compute, two threads mostly wait for each other, and busily.
     """
     return AppConfig(
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
-        retrieval=RetrievalSettings(encoder_dtype="float32"),
         worker={"dtype": "float32", "num_threads": 1, "max_batch_size": 16, **WORKER},  # type: ignore[arg-type]  # of either engine
         ingress_scaling={"health_check_period_s": 1},  # type: ignore[arg-type]
     )

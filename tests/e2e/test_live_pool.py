@@ -127,14 +127,21 @@ def test_withdrawing_and_expiring_free_everything(live: Live, seed: int, scale: 
         assert grown <= 2048 * 5 * num_cycles
 
 
+@pytest.fixture(scope="module")
+def stars(live: Live) -> Iterator[list[str]]:
+    """Return as many adapters as both workers' banks have room for."""
+    folders = [live.folder(f"star-{n}", 500 + n, f"star {n}") for n in range(2 * _BANK_ADAPTERS)]
+    live.publish_all(folders)
+    yield [folder.name for folder in folders]
+    live.withdraw_all(folder.name for folder in folders)
+
+
 def test_a_dead_endpoint_affects_only_operations_that_need_it(
-    live: Live, resident: str, seed: int, scale: Scale
+    live: Live, stars: list[str], resident: str, seed: int, scale: Scale
 ) -> None:
-    others = [live.folder(f"other-{n}", seed + 1 + n, f"subject {n}") for n in range(2 * _BANK_ADAPTERS)]
-    live.publish_all(others)
     eventually(lambda: _in_every_bank(live, resident))
     whole = live.text(resident)
-    cold = [f.name for f in others if not _is_resident(live, f.name)]
+    cold = [name for name in stars if not _is_resident(live, name)]
     assert cold, "every adapter is in a bank: there is nothing to miss"
     live.on_all("Store", "release", [live.call("GET", f"/v1/loras/{name}").json()["weights_digest"] for name in cold])
     live.endpoint.stop()
@@ -152,7 +159,7 @@ def test_a_dead_endpoint_affects_only_operations_that_need_it(
         live.endpoint.start()
     eventually(lambda: live.ask(cold[0]).status_code == 200)
     eventually(lambda: live.upload(live.folder("late", seed + 99, "lateness")).status_code == 201)
-    live.withdraw_all(["late", *[folder.name for folder in others]])
+    live.withdraw_all(["late"])
 
 
 def _is_resident(live: Live, name: str) -> bool:
@@ -160,15 +167,12 @@ def _is_resident(live: Live, name: str) -> bool:
     return any(digest in holdings.resident for holdings in live.on_all("Worker", "load"))
 
 
-def test_a_dead_store_replica_fails_no_request(live: Live, seed: int) -> None:
-    folders = [live.folder(f"star-{n}", seed + n, f"star {n}") for n in range(2 * _BANK_ADAPTERS)]
-    live.publish_all(folders)
-    names = [folder.name for folder in folders]
-    texts = {name: text for name, (text, _) in zip(names, asyncio.run(stream_texts(live, names, 24)), strict=True)}
+def test_a_dead_store_replica_fails_no_request(live: Live, stars: list[str]) -> None:
+    found = asyncio.run(stream_texts(live, stars, 24))
+    texts = {name: text for name, (text, _) in zip(stars, found, strict=True)}
     assert live.kill_replicas("Store") == 1
     again = asyncio.run(stream_texts(live, list(texts), 24))
     assert [text for text, _ in again] == list(texts.values())
-    live.withdraw_all(names)
 
 
 def test_a_new_retriever_replica_is_up_to_date_before_its_first_request(live: Live, seed: int) -> None:

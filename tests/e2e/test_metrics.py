@@ -100,7 +100,8 @@ def test_every_query_of_the_dashboard_has_an_answer(live: Live, promtool: Promto
 def test_the_rules_of_a_scrape_make_series_fewer_and_never_equal(live: Live) -> None:
     eventually(lambda: "ray_loraretriever_bank_rows" in scraped())
     samples = [sample for family in text_string_to_metric_families(scraped()) for sample in family.samples]
-    found = [relabelled({"__name__": sample.name, **sample.labels}, scrape_rules()) for sample in samples]
+    rules = scrape_rules()
+    found = [relabelled({"__name__": sample.name, **sample.labels}, rules) for sample in samples]
     kept = [frozenset(labels.items()) for labels in found if labels is not None]
     assert len(set(kept)) == len(kept) < 0.8 * len(samples)
     ours = [dict(labels) for labels in kept if dict(labels)["__name__"].startswith("ray_loraretriever_")]
@@ -116,8 +117,10 @@ def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:
         request_id
     }
 
+    serve_logs = logs() / "serve"
+
     def lines(deployment: str) -> list[dict[str, Any]]:
-        files = (logs() / "serve").glob(f"replica_{APP}_{deployment}_*.log")
+        files = serve_logs.glob(f"replica_{APP}_{deployment}_*.log")
         found = [line for file in files for line in file.read_text().splitlines() if request_id in line]
         return [json.loads(line) for line in found]
 
@@ -171,11 +174,17 @@ def test_no_log_holds_a_prompt(live: Live, url: str) -> None:
         ):
             ids.append(httpx.post(f"{address}{path}", json=body, timeout=60).headers["x-request-id"].partition(",")[0])
 
-    def text() -> str:
-        return "\n".join(path.read_text(errors="replace") for path in logs().rglob("*") if path.is_file())
+    folder = logs()
 
-    eventually(lambda: all(request_id in text() for request_id in ids))
-    assert secret not in text()
+    def text(of: Path) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in of.rglob("*") if path.is_file())
+
+    def has_all_ids() -> bool:
+        said = text(folder / "serve")
+        return all(request_id in said for request_id in ids)
+
+    eventually(has_all_ids)
+    assert secret not in text(folder)
 
 
 def test_a_traced_request_has_spans_from_the_proxy_to_the_engine(live: Live) -> None:
@@ -184,8 +193,10 @@ def test_a_traced_request_has_spans_from_the_proxy_to_the_engine(live: Live) -> 
     response = httpx.post(f"{live.url}/v1/completions", json=completion("auto", "x", 4), headers=headers, timeout=60)
     assert response.status_code == 200
 
+    folder = logs() / "serve" / "spans"
+
     def spans() -> dict[str, dict[str, Any]]:
-        text = "\n".join(path.read_text() for path in (logs() / "serve" / "spans").glob("*"))
+        text = "\n".join(path.read_text() for path in folder.glob("*"))
         found = [json.loads(part) for part in re.split(r"(?<=^\})\n", text, flags=re.MULTILINE) if part.strip()]
         return {span["name"]: span for span in found if span["context"]["trace_id"] == f"0x{trace_id}"}
 

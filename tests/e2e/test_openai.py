@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -21,7 +22,8 @@ def messages(prompt: str) -> list[Any]:
 def test_a_plan_is_replayed_exactly(url: str, client: openai.OpenAI, heldout: list[Heldout]) -> None:
     prompts = [item.input for item in heldout[:2]]
     plans = httpx.post(f"{url}/v1/route", json={"prompt": prompts}, timeout=60).json()["data"]
-    for prompt, plan in zip(prompts, plans, strict=True):
+
+    def check(prompt: str, plan: dict[str, Any]) -> None:
         asked = {"model": "auto", "messages": messages(prompt), "max_tokens": 12, "temperature": 0}
         first = client.chat.completions.with_raw_response.create(**asked)
         again = client.chat.completions.with_raw_response.create(**asked, extra_body={"lora": {"plan": plan}})
@@ -34,6 +36,9 @@ def test_a_plan_is_replayed_exactly(url: str, client: openai.OpenAI, heldout: li
         other = {"plan": plan | {"adapters": [row | {"weight": 0.0} for row in plan["adapters"]]}}
         silent = client.chat.completions.create(**asked, extra_body={"lora": other})
         assert silent.choices[0].message.content == base_text(client, prompt), "weights are used as given"
+
+    with ThreadPoolExecutor(len(prompts)) as threads:  # the engine computes both in the time of one
+        list(threads.map(check, prompts, plans))
 
 
 def base_text(client: openai.OpenAI, prompt: str) -> str:
@@ -49,10 +54,14 @@ class Order(BaseModel):
 
 def test_a_parsed_answer_follows_its_model(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"messages": messages("Two red shirts"), "max_tokens": 100, "temperature": 1.0}
-    for model in ("auto", BASE):
+
+    def check(model: str) -> None:
         answer = client.chat.completions.parse(model=model, response_format=Order, n=2, **asked)
         assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
         assert all(isinstance(choice.message.parsed, Order) for choice in answer.choices)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(check, ("auto", BASE)))
 
 
 def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: list[Heldout]) -> None:

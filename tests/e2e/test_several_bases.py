@@ -36,6 +36,7 @@ TINY = {"dtype": "float32", "num_threads": 1, "bank_rank_rows": 32, "max_model_l
 MAX_TOKENS = 8
 SLEEPY = {
     "min_replicas": 0,
+    "initial_replicas": 0,
     "max_replicas": 1,
     "upscale_delay_s": 1,
     "downscale_delay_s": 1,
@@ -133,7 +134,7 @@ def several(
         }
         yield Several(url, expected)
     finally:
-        serve.delete(APP)
+        serve.delete(APP, _blocking=False)  # its replicas end while other tests run
 
 
 def test_mixed_prompts_are_answered_as_by_each_base_model_alone(several: Several, scale: Scale) -> None:

@@ -55,12 +55,30 @@ def test_a_saved_encoder_gives_torchs_vectors_and_is_the_same_encoder(made: Path
     assert (found * expected).sum(axis=1).min() > 0.9999
 
 
-def test_a_saved_encoder_needs_neither_torch_nor_transformers(made: Path) -> None:
+def test_a_saved_encoder_in_float32_gives_a_text_the_same_vector_alone_and_in_a_batch(made: Path) -> None:
+    saved, torchs = Encoder(made, dtype="float32", exact_by="openvino"), Encoder(made, dtype="float32")
+    assert is_saved(saved) and not is_saved(torchs)
+    assert saved._model._run.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"  # type: ignore[union-attr]
+    together, alone = saved.encode(TEXTS), np.concatenate([saved.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=2e-6)
+    np.testing.assert_allclose(together, torchs.encode(TEXTS), atol=5e-4)  # the tiny weights are saved in 16 bits
+
+
+def test_the_first_start_in_float32_saves_the_network_too(folder: Path) -> None:
+    shutil.rmtree(place_of(folder))
+    first, second = (Encoder(folder, dtype="float32", exact_by="openvino") for _ in range(2))
+    assert not is_saved(first) and is_saved(second)
+    np.testing.assert_allclose(first.encode(TEXTS), Encoder(folder, dtype="float32").encode(TEXTS), atol=2e-6)
+    np.testing.assert_allclose(second.encode(TEXTS), first.encode(TEXTS), atol=5e-4)
+
+
+@pytest.mark.parametrize("options", ["", ", dtype='float32', exact_by='openvino'"])
+def test_a_saved_encoder_needs_neither_torch_nor_transformers(options: str, made: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
 from retriever_svc import Encoder
-assert Encoder(Path({str(made)!r}), num_threads=1).encode(["boat1"]).shape == (1, 32)
+assert Encoder(Path({str(made)!r}), num_threads=1{options}).encode(["boat1"]).shape == (1, 32)
 print(sorted({{"torch", "transformers", "sentence_transformers"}} & sys.modules.keys()))
 print(sys.modules["openvino_telemetry"])
 """

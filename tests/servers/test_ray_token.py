@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import httpx
 import psutil
+from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
 from deployments.auth.private_files import sessions_folder
 from tests.servers.started import TOKEN, Started, in_home
@@ -27,8 +28,11 @@ METHODS = (
     "/ray.serve.ASGIService/HandleRequest",
 )
 REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+# The port of its dashboard's agent is any free one, for which it need not wait.
 OPEN_CLUSTER = """
-import sys, ray
+import functools, sys, ray
+from ray._private import parameter
+parameter.RayParams = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
 context = ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
@@ -62,6 +66,13 @@ def listening(server: psutil.Process) -> dict[int, str]:
     return found
 
 
+def all_ports(started: Started) -> set[int]:
+    """Return the ports on which the server's processes listen, on any interface."""
+    server = psutil.Process(started.process.pid)
+    connections = [one for each in (server, *server.children(recursive=True)) for one in each.net_connections("tcp")]
+    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
 def statuses(port: int) -> set[grpc.StatusCode]:
     """Return the status of calls without a token; UNAVAILABLE if no gRPC server listens."""
     codes = set()
@@ -88,6 +99,7 @@ def test_a_server_requires_the_token_on_every_port_and_writes_private_files(star
     assert all(codes == REFUSED for codes in guarded.values()), {ports[port]: answered[port] for port in guarded}
     assert sum(ports[port].startswith("ray::ServeReplica") for port in guarded) == 8  # two per deployment
     assert len(guarded) >= 14
+    assert DEFAULT_DASHBOARD_AGENT_LISTEN_PORT not in all_ports(started)  # a second server's Ray would wait for it
     assert 1 <= len(metrics) <= 3  # two have fixed numbers, which another local Ray may use
     assert all(httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200 for port in metrics)
     sessions = sessions_folder(in_home(started.folder, ""), os.geteuid())

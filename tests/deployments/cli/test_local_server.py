@@ -186,6 +186,7 @@ def test_ray_starts_without_processes_that_nobody_needs_and_others_have_them_aga
     with pytest.raises(KeyError), _fewer_processes():
         params = parameter.RayParams(num_cpus=1)
         assert (params.num_cpus, params.no_monitor, params.include_log_monitor) == (1, True, False)
+        assert params.dashboard_agent_listen_port == 0
         assert services.start_api_server(False, raise_on_failure=False, port=None) == (None, None)
         raise KeyError
     assert (parameter.RayParams, services.start_api_server) == before
