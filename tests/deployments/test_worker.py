@@ -96,8 +96,8 @@ def test_the_engine_is_imported_without_collections(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "gpu_worker.start", raising=False)
     monkeypatch.setattr(importlib, "import_module", imported)
     monkeypatch.setattr(gc, "freeze", lambda: seen.extend(("freeze", gc.isenabled())))
-    for _ in range(2):
-        import_engine(is_native=True)
+    for is_native in (False, False, True):
+        import_engine(is_native=is_native)
     assert seen == ["gpu_worker.start", False, "freeze", False] and gc.isenabled()
 
 
