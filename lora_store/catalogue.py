@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from itertools import islice
+from operator import itemgetter
 from uuid import uuid4
 
 import pyarrow as pa
@@ -256,10 +256,8 @@ class History:
         """Count the rows above generation `after` and remember their commits."""
         self._counts |= event_counts(rows, after)
         self.forget_until(fold_generation(rows))
-        self.commits |= read_commits(rows)
-        num_old = len(self.commits) - _REMEMBERED
-        for commit in list(islice(self.commits, max(num_old, 0))):
-            del self.commits[commit]
+        known = self.commits | read_commits(rows)  # a compacted file has older commits too
+        self.commits = dict(sorted(known.items(), key=itemgetter(1))[-_REMEMBERED:])
 
     def forget_until(self, generation: int) -> None:
         """Forget the events up to this generation, which a fold replaced."""
