@@ -24,6 +24,7 @@ from lora_store.errors import (
 )
 from lora_store.event_table import COMPACT_EVERY, EventTable, create_table
 from lora_store.events import (
+    FOLD_PART_ROWS,
     Event,
     event_counts,
     fold_generation,
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 CATALOGUE = "catalogue"  # the folder of the table below the store's location
 _MAX_ATTEMPTS = 200  # with eight busy writers, each wins about one attempt in eight
 _MIN_TAIL = 4096  # events since a fold; reading so many takes a quarter of a second
-_FOLD_ROWS = 10_000  # per data file
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
 _REMEMBERED = 256  # commits; a caller repeats a lost call within seconds
 
@@ -232,10 +232,9 @@ class Catalogue:
             if self._table.has_unknown:
                 raise StoreIsNewer("fold the catalogue", self._table.newer_release)
         events, table = list(snapshot.folded()), self._open_table(self._location)
-        starts = range(0, len(events), _FOLD_ROWS)
         parts = (
-            make_fold_table(events[start : start + _FOLD_ROWS], snapshot.generation, {} if start else commits, start)
-            for start in starts
+            make_fold_table(events, snapshot.generation, {} if start else commits, slice(start, start + FOLD_PART_ROWS))
+            for start in range(0, len(events), FOLD_PART_ROWS)
         )
         table.fold(parts, snapshot.generation, covered)
 
