@@ -234,9 +234,10 @@ def make_fold_table(
 
 
 def is_whole_fold(rows: pa.Table) -> bool:
-    """Return whether no event of a fold is missing in these rows of it; False if the fold does not tell.
+    """Return whether no event of a fold is missing in these rows of it; False if that cannot be told.
 
-    A fold says the number of its events. That of an earlier release does not, but only its last part was shorter.
+    A fold says the number of its events. One of an earlier release does not: it is known to be whole if its last part
+    is there, the only one that may have fewer than FOLD_PART_ROWS events.
     """
     events = rows.filter(pc.not_equal(rows["event"], _COMMIT))
     sizes = dict(zip(events["row"].to_pylist(), events["num_samples"].to_pylist(), strict=True))

@@ -187,6 +187,7 @@ def test_a_broken_fold_without_them_is_reported(location: Location, table: Locat
     assert _names(Catalogue(table).snapshot()) == ["a5"]
 
 
+PART_ROWS = 4
 Parts = tuple[pa.Table, pa.Table]
 
 
@@ -205,7 +206,6 @@ def _older_parts(snapshot: Snapshot, commits: dict[str, int]) -> Parts:
     return first, make_fold_table(events, snapshot.generation, {}).slice(PART_ROWS)
 
 
-PART_ROWS = 4
 FOLDS = pytest.mark.parametrize("make_parts", [_parts_of_today, _older_parts])
 MakeParts = Callable[[Snapshot, dict[str, int]], Parts]
 
