@@ -271,7 +271,7 @@ def test_a_part_of_a_fold_counts_where_no_other_file_has_its_adapters(
 
 
 @IN_A_FOLDER
-def test_a_broken_part_of_a_fold_costs_nothing_while_the_files_that_it_replaced_are_there(
+def test_a_broken_part_of_a_fold_costs_nothing_while_replaced_files_exist(
     location: Location, table: Location, fill: Fill
 ) -> None:
     before = fill(7).snapshot()
