@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from itertools import islice
+from operator import itemgetter
 from uuid import uuid4
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ from lora_store.errors import (
 )
 from lora_store.event_table import COMPACT_EVERY, EventTable, create_table
 from lora_store.events import (
+    FOLD_PART_ROWS,
     Event,
     event_counts,
     fold_generation,
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 CATALOGUE = "catalogue"  # the folder of the table below the store's location
 _MAX_ATTEMPTS = 200  # with eight busy writers, each wins about one attempt in eight
 _MIN_TAIL = 4096  # events since a fold; reading so many takes a quarter of a second
-_FOLD_ROWS = 10_000  # per data file
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
 _REMEMBERED = 256  # commits; a caller repeats a lost call within seconds
 
@@ -232,10 +232,9 @@ class Catalogue:
             if self._table.has_unknown:
                 raise StoreIsNewer("fold the catalogue", self._table.newer_release)
         events, table = list(snapshot.folded()), self._open_table(self._location)
-        starts = range(0, len(events), _FOLD_ROWS)
         parts = (
-            make_fold_table(events[start : start + _FOLD_ROWS], snapshot.generation, {} if start else commits, start)
-            for start in starts
+            make_fold_table(events, snapshot.generation, {} if start else commits, slice(start, start + FOLD_PART_ROWS))
+            for start in range(0, len(events), FOLD_PART_ROWS)
         )
         table.fold(parts, snapshot.generation, covered)
 
@@ -256,10 +255,8 @@ class History:
         """Count the rows above generation `after` and remember their commits."""
         self._counts |= event_counts(rows, after)
         self.forget_until(fold_generation(rows))
-        self.commits |= read_commits(rows)
-        num_old = len(self.commits) - _REMEMBERED
-        for commit in list(islice(self.commits, max(num_old, 0))):
-            del self.commits[commit]
+        known = self.commits | read_commits(rows)  # a compacted file has older commits too
+        self.commits = dict(sorted(known.items(), key=itemgetter(1))[-_REMEMBERED:])
 
     def forget_until(self, generation: int) -> None:
         """Forget the events up to this generation, which a fold replaced."""

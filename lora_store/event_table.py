@@ -211,7 +211,13 @@ class EventTable:
         with self._errors():
             while not self._is_current():
                 self.update()
-            added = [self._write(part, f"fold-{generation:020}") for part in parts]
+            added: list[AddAction] = []
+            try:
+                for part in parts:
+                    added.append(self._write(part, f"fold-{generation:020}"))
+            except BaseException:  # most likely a full disk, which a later fold would fill further
+                self._files.delete([action.path for action in added])
+                raise
             if self._replace(covered, added):
                 self._clean_log()
             else:
@@ -228,8 +234,7 @@ class EventTable:
                     if len(contents) < len(names):
                         return
                     added = self._write(all_columns_in(contents, pa.schema(self._table.schema().to_arrow())), "part")
-                    if not self._replace(names, [added], needs_all=True):
-                        self._files.delete([added.path])
+                    self._replace(names, [added], needs_all=True)
                 self._clean_log()
         except StoreUnavailable as exc:  # committed data is not affected
             logger.warning("cannot compact the catalogue now; a later commit will: %s", exc.cause)
@@ -287,15 +292,21 @@ class EventTable:
     def _replace(self, covered: Collection[str], added: Sequence[AddAction], *, needs_all: bool = False) -> bool:
         """Commit the files `added` in place of those of `covered` that are still part of the table.
 
-        Return False if rivals took every attempt, or, with `needs_all`, replaced one of `covered`.
+        Return False if rivals took every attempt, or, with `needs_all`, replaced one of `covered`. The files `added`
+        are deleted then.
         """
-        for _ in range(_MAX_COMMITS):
+        names = {action.path for action in added}
+        for attempt in range(_MAX_COMMITS + 1):
             self.update()
-            stale = sorted(self._data_files().intersection(covered))
-            if needs_all and len(stale) < len(covered):
-                return False
+            current = self._data_files()
+            if not names.isdisjoint(current):  # an attempt whose answer was lost committed all of them
+                return True
+            stale = sorted(current.intersection(covered))
+            if attempt == _MAX_COMMITS or (needs_all and len(stale) < len(covered)):
+                break
             if self._commit(added, stale):
                 return True
+        self._files.delete(names)
         return False
 
     def _clean_log(self) -> None:

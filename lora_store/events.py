@@ -155,7 +155,7 @@ SCHEMA = pa.schema(
         pa.field("ranks", pa.list_(pa.int32())),
         pa.field("target_modules", pa.list_(pa.string())),
         pa.field("num_bytes", pa.int64()),
-        pa.field("num_samples", pa.int32()),
+        pa.field("num_samples", pa.int32()),  # of a fold: the number of its events, in all its data files
         pa.field("template", pa.string()),
         pa.field("encoder", pa.string()),
         pa.field("embedding", pa.list_(pa.float32())),
@@ -206,6 +206,7 @@ _REPEATED = (
     "commit_id",
 )
 _ROWS_AT_ONCE = 10_000
+FOLD_PART_ROWS = 10_000  # events of a fold in each of its data files, except the last
 
 
 def make_table(events: Sequence[Event], generation: int, commit_id: str | None = None) -> pa.Table:
@@ -216,14 +217,35 @@ def make_table(events: Sequence[Event], generation: int, commit_id: str | None =
 
 
 def make_fold_table(
-    events: Sequence[Event], generation: int, commits: Mapping[str, int], first_row: int = 0
+    events: Sequence[Event], generation: int, commits: Mapping[str, int], part: slice = slice(None)
 ) -> pa.Table:
-    """Return rows of a fold as of `generation`. `commits` maps commit ids to generations; the fold remembers them."""
-    rows = [_make_row(event) for event in events]
-    rows = [row | {"event": _AS_KEPT.get(row["event"], row["event"])} for row in rows]
-    rows += [{"event": _COMMIT, "commit_id": commit, "published_in": at} for commit, at in commits.items()]
-    numbered = [row | {"generation": generation, "row": first_row + number} for number, row in enumerate(rows)]
-    return pa.Table.from_pylist(numbered, schema=SCHEMA)
+    """Return the rows of a fold as of `generation`: those of a part of its events, and of commits that it remembers.
+
+    `commits` maps commit ids to generations.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, event in enumerate(events[part], part.start or 0):
+        row = _make_row(event)
+        kind = _AS_KEPT.get(row["event"], row["event"])
+        size = {"num_samples": len(events)} if kind == _FOLD else {}
+        rows.append(row | size | {"event": kind, "row": number})
+    for number, (commit, at) in enumerate(commits.items(), len(events)):
+        rows.append({"event": _COMMIT, "commit_id": commit, "published_in": at, "row": number})
+    return pa.Table.from_pylist([row | {"generation": generation} for row in rows], schema=SCHEMA)
+
+
+def is_whole_fold(rows: pa.Table) -> bool:
+    """Return whether no event of a fold is missing in these rows of it; False if that cannot be told.
+
+    A fold says the number of its events. One of an earlier release does not: it is known to be whole if its last part
+    is there, the only one that may have fewer than FOLD_PART_ROWS events.
+    """
+    events = rows.filter(pc.not_equal(rows["event"], _COMMIT))
+    sizes = dict(zip(events["row"].to_pylist(), events["num_samples"].to_pylist(), strict=True))
+    if sizes.keys() != set(range(len(sizes))):
+        return False
+    size = sizes.get(0)
+    return len(sizes) % FOLD_PART_ROWS != 0 if size is None else len(sizes) == size
 
 
 def fold_generation(table: pa.Table) -> int:

@@ -200,7 +200,8 @@ def create_file(path: Path, data: bytes) -> bool:
         _write_private(temporary, [data], durable=True)
         os.link(temporary, path)
     except FileExistsError:
-        return False
+        if temporary.stat().st_nlink != 2:  # NFS may repeat a link that it made, and then finds the name taken
+            return False
     finally:
         temporary.unlink(missing_ok=True)
     flush_to_disk(path.parent)

@@ -26,7 +26,7 @@ from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.data_files import all_columns_in, make_commit, write_rows
 from lora_store.errors import StoreDamaged
 from lora_store.event_table import create_table
-from lora_store.events import SCHEMA, Fold, fold_generation, is_of_fold, make_table
+from lora_store.events import SCHEMA, Fold, fold_generation, is_of_fold, is_whole_fold, make_table
 from lora_store.files import Files, short_cause, store_errors
 from lora_store.location import Location
 from lora_store.table_format import COLUMN, OURS, TableFormat
@@ -170,19 +170,19 @@ def _restore(found: _Found) -> pa.Table:
     restored = [_without_broken_fold(found)]
     table = _joined([found.rows[name] for name in found.live if name in found.rows] + restored)
     outside = [name for name in found.rows if name not in found.live]
-    states = _joined([found.rows[name] for name in outside if name in found.known or found.is_log_lost])
-    fold = fold_generation(table)
-    if fold_generation(states) > fold:
-        fold = fold_generation(states)
-        restored.append(_rows_once(states.filter(pc.and_(is_of_fold(states), pc.equal(states["generation"], fold)))))
+    states = [found.rows[name] for name in outside if name in found.known or found.is_log_lost]
+    restored.append(_newest_fold(_joined([table, *states]), after=fold_generation(table)))
+    fold = fold_generation(_joined([table, restored[-1]]))
     have = {*range(fold + 1), *table["generation"].to_pylist()}
     commits = set(table["commit_id"].to_pylist())
+    last_tries = _last_tries([found.rows[name] for name in outside if name not in found.known])
     for name in sorted(outside, key=lambda name: name not in found.known):  # those once known first, each by age
         rows = found.rows[name]
         rows = rows.filter(pc.invert(is_of_fold(rows)))
         wanted = set()
         for generation, commit in zip(rows["generation"].to_pylist(), rows["commit_id"].to_pylist(), strict=True):
             is_free = found.is_suspect(generation) and commit not in commits - {None}
+            is_free = is_free and last_tries.get(commit, generation) == generation
             if generation not in have and (name in found.known or is_free):
                 wanted.add(generation)
         rows = rows.filter(pc.is_in(rows["generation"], pa.array(sorted(wanted), pa.int64())))
@@ -190,6 +190,40 @@ def _restore(found: _Found) -> pa.Table:
         commits |= set(rows["commit_id"].to_pylist())
         restored.append(rows)
     return _joined(restored)
+
+
+def _newest_fold(rows: pa.Table, after: int) -> pa.Table:
+    """Return the rows of the newest fold above generation `after`, each once; none if there is no such fold.
+
+    A crash may leave a part of a fold that never replaced anything. Skip a fold that is not whole if the rows up to its
+    generation have all its versions without it.
+    """
+    while (generation := fold_generation(rows)) > after:
+        is_part = pc.and_(is_of_fold(rows), pc.equal(rows["generation"], generation))
+        fold = _rows_once(rows.filter(is_part))
+        if is_whole_fold(fold):
+            return fold
+        rows = rows.filter(pc.and_(pc.invert(is_part), pc.less_equal(rows["generation"], generation)))
+        if not _versions(fold) <= _versions(rows):
+            return fold
+    return _joined([])
+
+
+def _versions(rows: pa.Table) -> set[tuple[str, str, str]]:
+    """Return the tenant, name and digest of each version that these rows publish or keep."""
+    records = rows.filter(pc.is_valid(rows["weights_digest"]))
+    return set(zip(*(records[name].to_pylist() for name in ("tenant", "name", "digest")), strict=True))
+
+
+def _last_tries(tables: list[pa.Table]) -> dict[str, int]:
+    """Return the newest generation of each commit id in these data files, which may not have been committed.
+
+    A writer whom a rival preceded tries again at a later generation, so no older file of its commit was committed.
+    """
+    rows = _joined(tables)
+    rows = rows.filter(pc.and_(pc.invert(is_of_fold(rows)), pc.is_valid(rows["commit_id"])))
+    pairs = zip(rows["generation"].to_pylist(), rows["commit_id"].to_pylist(), strict=True)
+    return {commit: generation for generation, commit in sorted(pairs)}
 
 
 def _without_broken_fold(found: _Found) -> pa.Table:
@@ -217,6 +251,9 @@ def _without_broken_fold(found: _Found) -> pa.Table:
 
 def _losses(found: _Found, restored: pa.Table) -> Iterator[str]:
     """Yield one sentence for each thing that is lost."""
+    fold = restored.filter(pc.and_(is_of_fold(restored), pc.greater_equal(restored["row"], 0)))
+    if fold.num_rows and not is_whole_fold(fold):
+        yield f"adapters of generation {fold_generation(fold)} and older: data files of their fold may be missing"
     if found.is_log_lost:
         yield "any change that no whole data file has: the log that listed them is gone"
         return
@@ -297,8 +334,12 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
 
 
 def _rows_once(rows: pa.Table) -> pa.Table:
-    """Return each row number once: files that replaced one another have the same rows."""
-    first = {number: index for index, number in reversed(list(enumerate(rows["row"].to_pylist())))}
+    """Return each row of a fold once: files that replaced one another have the same rows.
+
+    Only a commit that the fold remembers has an id. In folds of an earlier release it has the number of another row.
+    """
+    keys = [commit or row for row, commit in zip(rows["row"].to_pylist(), rows["commit_id"].to_pylist(), strict=True)]
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}
     return rows.take(pa.array(sorted(first.values()), pa.int64()))
 
 

@@ -42,6 +42,7 @@ BASE = "tiny-base"
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 LATER = datetime.now(UTC) + timedelta(days=1)
 IN_A_FOLDER = pytest.mark.parametrize("store_uri", ["folder"], indirect=True)  # for rules that hold over any storage
+ON_S3 = pytest.mark.parametrize("store_uri", ["s3"], indirect=True)
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (8, 6),
     "model.layers.0.mlp.up_proj": (12, 6),

@@ -14,7 +14,7 @@ import pytest
 
 from lora_store import Catalogue, Event, GenerationGone, Location, Publish, Snapshot, Withdraw
 from lora_store.event_table import EventTable
-from lora_store.events import make_table, read_dated_events
+from lora_store.events import is_whole_fold, make_table, read_dated_events
 from lora_store.files import Files
 from tests.lora_store.builders import IN_A_FOLDER, LATER, NOON, MakeRecord, draw_events, embedding
 
@@ -70,6 +70,23 @@ def test_a_folded_pool_equals_the_pool_of_all_events(
     assert len(folds) >= 2
     for found in (folding.snapshot(), Catalogue(location).snapshot()):
         _check_equal(found, Snapshot(found.generation, slow.records, slow.previous, slow.encoder, slow.pending))
+
+
+@IN_A_FOLDER
+def test_a_fold_in_several_files_says_whether_it_is_whole(
+    location: Location, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_store.catalogue.FOLD_PART_ROWS", 4)
+    catalogue = Catalogue(location, min_tail=6)
+    catalogue.commit(lambda _: [Publish(make_record(f"a{number}")) for number in range(7)])
+    _check_equal(Catalogue(location).snapshot(), catalogue.snapshot())
+    table = EventTable(location)
+    parts = [table._read_rows(table._contents([name])) for name in table._data_files()]
+    assert len(parts) == 3 and is_whole_fold(pa.concat_tables(parts))
+    numbers = [number for part in parts for number in part["row"].to_pylist()]
+    assert len(set(numbers)) == len(numbers), "also those of commits"
+    for missing in range(3):
+        assert not is_whole_fold(pa.concat_tables(parts[:missing] + parts[missing + 1 :]))
 
 
 @IN_A_FOLDER

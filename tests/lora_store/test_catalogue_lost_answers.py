@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from uuid import uuid4
 from wsgiref.types import WSGIEnvironment
 
@@ -22,7 +23,8 @@ from lora_store import (
 )
 from lora_store.event_table import EventTable
 from lora_store.rules import publish_events, withdraw_events
-from tests.lora_store.builders import BASE, IN_A_FOLDER, NOON, MakeFolder, MakeRecord, OpenStore, embedding
+from lora_store.table_log import commit_name
+from tests.lora_store.builders import BASE, IN_A_FOLDER, NOON, ON_S3, MakeFolder, MakeRecord, OpenStore, embedding
 from tests.s3 import S3Endpoint
 
 
@@ -118,28 +120,54 @@ def test_a_change_of_the_store_repeated_with_its_id_happens_once(
         second.withdraw("local", ["poet"], "me", uuid4().hex)
 
 
-@pytest.mark.parametrize("times", [1, 3])
-def test_an_endpoint_that_loses_answers_to_commits(
-    s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int
-) -> None:
-    """The PUT of the log's next version succeeds but its answer is an error, so the retry finds its own write."""
-    lost = []
+@contextmanager
+def _lost_answers(endpoint: S3Endpoint, version: int, times: int) -> Iterator[list[str]]:
+    """Execute the PUT of this version of the log, and answer it with an error, so that a retry finds its own write."""
+    lost: list[str] = []
 
     def loses(environ: WSGIEnvironment) -> bool:
-        is_commit = environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith("2.json")
+        is_commit = environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith(commit_name(version))
         if is_commit and len(lost) < times:
             lost.append(environ["PATH_INFO"])
             return True
         return False
 
+    endpoint.loses_answer = loses
+    try:
+        yield lost
+    finally:
+        endpoint.loses_answer = lambda _: False
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_endpoint_that_loses_answers_to_commits(
+    s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int
+) -> None:
     store = LoraStore(s3_endpoint.uri(f"stores/{uuid4().hex}"), accepts_base=[BASE])
     published = store.commit([store.stage(make_folder())], [embedding()], [1.0], "me")
-    s3_endpoint.loses_answer = loses
-    try:
+    with _lost_answers(s3_endpoint, 2, times) as lost:
         withdrawn = store.withdraw("local", ["poet"], "me")
-    finally:
-        s3_endpoint.loses_answer = lambda _: False
     assert len(lost) >= 1
     assert (withdrawn.generation, [record.ref.name for record in withdrawn.records]) == (published + 1, ["poet"])
     with pytest.raises(AdapterNotFound):
         store.withdraw("local", ["poet"], "me")
+
+
+@ON_S3
+@pytest.mark.parametrize("maintain", ["fold", "compact"])
+def test_a_fold_or_compaction_whose_answer_is_lost_keeps_the_pool(
+    location: Location, s3_endpoint: S3Endpoint, make_record: MakeRecord, maintain: str
+) -> None:
+    """Its data files are all that the table consists of."""
+    catalogue = Catalogue(location)
+    for number in range(3):
+        catalogue.commit(_publish(make_record(f"a{number}")))
+    records = catalogue.snapshot().records
+    with _lost_answers(s3_endpoint, 4, times=1) as lost:
+        if maintain == "fold":
+            catalogue.vacuum(NOON)
+        else:
+            EventTable(location).compact()
+    assert len(lost) == 1
+    reopened = Catalogue(location).snapshot()
+    assert (reopened.generation, dict(reopened.records)) == (4, dict(records))

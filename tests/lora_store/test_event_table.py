@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from deltalake.transaction import AddAction
 
-from lora_store import Location, Publish, StoreDamaged
+from lora_store import Location, Publish, StoreDamaged, StoreFull
+from lora_store.data_files import write_rows
 from lora_store.event_table import EventTable, create_table
 from lora_store.events import make_table
 from lora_store.files import Files
@@ -101,6 +104,25 @@ def test_missing_data_files_are_reported(location: Location, rows: Rows) -> None
     files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
     with pytest.raises(StoreDamaged, match=r"zstd\.parquet is missing"):
         _refreshed(table)
+
+
+@IN_A_FOLDER
+def test_a_fold_that_finds_the_disk_full_leaves_no_part_of_it(
+    location: Location, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = _filled(location, rows, 3)
+    before = set(Files(location).entries())
+    parts = [rows(f"a{number}", 3) for number in range(1, 4)]
+
+    def write_unless_full(files: Files, part: pa.Table, *args: Any, **options: Any) -> AddAction:
+        if part is parts[-1]:
+            raise StoreFull("No space left on device")
+        return write_rows(files, part, *args, **options)
+
+    monkeypatch.setattr("lora_store.event_table.write_rows", write_unless_full)
+    with pytest.raises(StoreFull):
+        table.fold(parts, 3, table.read_files)
+    assert set(Files(location).entries()) == before
 
 
 def test_vacuum_leaves_one_data_file_and_every_row(location: Location, rows: Rows) -> None:

@@ -186,6 +186,21 @@ def test_a_new_file_is_written_once_and_never_replaced(tmp_path: Path) -> None:
         create_file(tmp_path / "gone" / "commit", b"ours")
 
 
+def test_a_new_file_whose_link_was_repeated_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS client that lost the server's answer repeats the call, and the server finds the name taken."""
+    link = os.link
+
+    def link_twice(*paths: Path) -> None:
+        link(*paths)
+        link(*paths)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    file = tmp_path / "commit"
+    assert create_file(file, b"ours") and not create_file(file, b"theirs")
+    assert file.read_bytes() == b"ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["commit"]
+
+
 def test_a_full_disk_is_not_an_unavailable_one() -> None:
     for error in (
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from lora_store import Catalogue, Location, Publish, Snapshot, StoreDamaged, Withdraw
 from lora_store.event_table import EventTable
-from lora_store.events import make_table
+from lora_store.events import SCHEMA, make_fold_table, make_table
 from lora_store.files import Files
 from lora_store.repair import Repaired, repair
 from lora_store.table_log import LAST_CHECKPOINT, LOG, checkpoint_name, commit_name
@@ -133,8 +135,7 @@ def test_the_pool_goes_on_above_every_generation_after_a_repair(
 
 def test_a_lost_log_is_made_again_from_the_data_files(location: Location, table: Location, fill: Fill) -> None:
     before = fill(6, min_tail=3).snapshot()
-    files = Files(table)
-    files.delete([file.name for file in files.entries() if file.name.startswith(LOG)])
+    _lose_log(table)
     done = _repaired(location)
     assert Catalogue(table).snapshot().records == before.records
     assert done.generation > before.generation - 1 and done.lost != ()
@@ -186,6 +187,108 @@ def test_a_broken_fold_without_them_is_reported(location: Location, table: Locat
     assert _names(Catalogue(table).snapshot()) == ["a5"]
 
 
+PART_ROWS = 4
+Parts = tuple[pa.Table, pa.Table]
+
+
+def _parts_of_today(snapshot: Snapshot, commits: dict[str, int]) -> Parts:
+    events = list(snapshot.folded())
+    first = make_fold_table(events, snapshot.generation, commits, slice(0, PART_ROWS))
+    return first, make_fold_table(events, snapshot.generation, {}, slice(PART_ROWS, None))
+
+
+def _older_parts(snapshot: Snapshot, commits: dict[str, int]) -> Parts:
+    """Return parts that have the same row numbers for commits and adapters, and do not say how many rows there are."""
+    events = list(snapshot.folded())
+    first = make_fold_table(events[:PART_ROWS], snapshot.generation, commits)
+    numbers = pc.if_else(pc.equal(first["event"], "fold"), None, first["num_samples"])
+    first = first.set_column(SCHEMA.get_field_index("num_samples"), SCHEMA.field("num_samples"), numbers)
+    return first, make_fold_table(events, snapshot.generation, {}).slice(PART_ROWS)
+
+
+FOLDS = pytest.mark.parametrize("make_parts", [_parts_of_today, _older_parts])
+MakeParts = Callable[[Snapshot, dict[str, int]], Parts]
+
+
+@pytest.fixture
+def part_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each data file of a fold, except the last, have the rows of this many events."""
+    monkeypatch.setattr("lora_store.events.FOLD_PART_ROWS", PART_ROWS)
+
+
+def _fold(table: Location, make_parts: MakeParts, snapshot: Snapshot) -> list[str]:
+    """Replace all events by a fold of two data files. Return the files that it replaced."""
+    replaced = EventTable(table)._data_files()
+    parts = make_parts(snapshot, {f"commit {number}": number for number in range(1, 8)})
+    EventTable(table).fold(parts, snapshot.generation, replaced)
+    return sorted(replaced)
+
+
+@FOLDS
+@IN_A_FOLDER
+def test_a_fold_of_two_files_is_whole_without_a_log(
+    location: Location, table: Location, fill: Fill, part_rows: None, make_parts: MakeParts
+) -> None:
+    before = fill(7).snapshot()
+    Files(table).delete(_fold(table, make_parts, before))
+    _lose_log(table)
+    done = _repaired(location)
+    assert len(done.lost) == 1 and "the log" in done.lost[0]
+    repaired = Catalogue(table)
+    assert repaired.snapshot().records == before.records
+    for number in range(1, 8):
+        assert repaired.commit(lambda _: pytest.fail("asked"), f"commit {number}") == number
+
+
+@FOLDS
+@IN_A_FOLDER
+def test_without_a_log_a_fold_that_a_crash_interrupted_does_not_count(
+    location: Location, table: Location, fill: Fill, part_rows: None, make_parts: MakeParts
+) -> None:
+    before = fill(7).snapshot()
+    EventTable(table)._write(make_parts(before, {})[0], f"fold-{before.generation:020}", is_change=False)
+    after = fill(1, start=7).snapshot()
+    _lose_log(table)
+    done = _repaired(location)
+    assert len(done.lost) == 1 and "the log" in done.lost[0]
+    assert Catalogue(table).snapshot().records == after.records
+
+
+@FOLDS
+@IN_A_FOLDER
+def test_a_part_of_a_fold_counts_where_no_other_file_has_its_adapters(
+    location: Location, table: Location, fill: Fill, part_rows: None, make_parts: MakeParts
+) -> None:
+    before = fill(7).snapshot()
+    replaced = _fold(table, make_parts, before)
+    last = next(name for name in EventTable(table)._data_files() if "a6" in _names_in(table, name))
+    left = {name for _, name in before.records} - set(_names_in(table, last))
+    Files(table).delete([*replaced, last])
+    _lose_log(table)
+    done = _repaired(location)
+    assert set(_names(Catalogue(table).snapshot())) == left
+    assert len(done.lost) == 2 and "generation 7 and older" in done.lost[0]
+
+
+@IN_A_FOLDER
+def test_a_broken_part_of_a_fold_costs_nothing_while_replaced_files_exist(
+    location: Location, table: Location, fill: Fill
+) -> None:
+    before = fill(7).snapshot()
+    _fold(table, _parts_of_today, before)
+    last = next(name for name in EventTable(table)._data_files() if "a6" in _names_in(table, name))
+    _break(table, last, "cut")
+    done = _repaired(location)
+    assert done.lost == ()
+    assert Catalogue(table).snapshot().records == before.records
+
+
+def _names_in(table: Location, file: str) -> list[str]:
+    """Return the names of the adapters in a data file."""
+    opened = EventTable(table)
+    return [name for name in opened._read_rows(opened._contents([file]))["name"].to_pylist() if name]
+
+
 @IN_A_FOLDER
 def test_rows_of_a_writer_whom_a_rival_preceded_are_not_restored(
     location: Location, table: Location, fill: Fill, make_record: MakeRecord
@@ -199,6 +302,26 @@ def test_rows_of_a_writer_whom_a_rival_preceded_are_not_restored(
     _break(table, commit_name(3), "empty")
     _repaired(location)
     assert _names(Catalogue(table).snapshot()) == ["a0", "a1", "a2"]
+
+
+@IN_A_FOLDER
+def test_without_a_log_a_commit_counts_only_at_its_last_try(
+    location: Location, table: Location, fill: Fill, make_record: MakeRecord
+) -> None:
+    """A writer whom a rival preceded leaves a data file that is older than the rival's."""
+    fill(2)
+    late = Publish(make_record("late"))
+    EventTable(table)._write(make_table([late], 3, "late"), "part", is_change=True)
+    fill(1, start=2)
+    assert Catalogue(table).commit(lambda _: [late], "late") == 4
+    _lose_log(table)
+    _repaired(location)
+    assert _names(Catalogue(table).snapshot()) == ["a0", "a1", "a2", "late"]
+
+
+def _lose_log(table: Location) -> None:
+    files = Files(table)
+    files.delete([file.name for file in files.entries() if file.name.startswith(LOG)])
 
 
 def _commit_of(table: Location, generation: int) -> str:
