@@ -268,10 +268,7 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
             names["skipped"].append(shown)
         elif on_conflict == "replace" and live is not None:
             names["replaced"].append(shown)
-            new = replace(versions[0], trial=None, live_since=datetime.now(UTC))
-            expires_at = versions[0].expires_at if live.is_unlisted else None  # a listed adapter stays listed
-            new = replace(new, visibility=live.visibility, expires_at=expires_at)
-            moves.append(((new,), live.ref.digest))
+            moves.append((versions[:1], live.ref.digest))
         else:
             refused.append(f"{shown} {problem}")
     if refused:
@@ -378,5 +375,12 @@ class _Importer:
             has_changed = (None if live is None else live.ref.digest) != digest
             if has_changed or (live is None and _problem(newest, new)):
                 raise ValueError(f"{new.ref} or its name was published while it was imported; import again")
-            events += version_events(versions)
+            events += version_events(versions if live is None else (_make_successor(new, live),))
         return events
+
+
+def _make_successor(record: AdapterRecord, live: AdapterRecord) -> AdapterRecord:
+    """Return the version as it replaces the live one: who may use the adapter, and whether it is listed, stays."""
+    expires_at = record.expires_at if live.is_unlisted else None
+    now = datetime.now(UTC)
+    return replace(record, trial=None, live_since=now, visibility=live.visibility, expires_at=expires_at)

@@ -353,6 +353,23 @@ def test_replace_keeps_who_may_use_the_adapter(pool: LoraStore, store_uri: str, 
     assert store.snapshot().public["poet"].ref.tenant == "acme"
 
 
+def test_replace_keeps_an_adapter_private_that_became_private_meanwhile(
+    pool: LoraStore, store_uri: str, put: Put, new: str
+) -> None:
+    target = opened(new)
+    put(target, "poet")
+
+    def hide(at: int, name: str) -> None:
+        if at == 1:
+            target.set_visibility("local", "poet", "private", ADMIN)
+            put(target, "poet", tenant="acme")
+
+    import_pool(Scripted(store_uri, hide), new, "replace")
+    live = target.snapshot().records
+    assert live["local", "poet"].ref == pool.snapshot().records["local", "poet"].ref
+    assert (live["local", "poet"].visibility, live["acme", "poet"].visibility) == ("private", "public")
+
+
 def test_a_listed_adapter_does_not_get_the_end_of_the_unlisted_one_that_it_replaces(
     pool: LoraStore, store_uri: str, put: Put, new: str
 ) -> None:
