@@ -8,11 +8,13 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any, Literal
 
 from lora_store.blobs import BlobStore
 from lora_store.catalogue import CATALOGUE, Catalogue
@@ -27,6 +29,7 @@ from lora_store.names import NamedPolicy
 from lora_store.pool_files import (
     CATALOGUE_FILE,
     COPIED_BY,
+    PART_BYTES,
     UNFINISHED,
     PoolSource,
     PoolState,
@@ -173,7 +176,7 @@ class StoreTarget:
         self._files.write(UNFINISHED, b"")
 
     def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        _put(self._blobs, self._files, name, pieces)
+        _put(self._location, self._blobs, self._files, name, pieces)
 
     def finish(self, state: PoolState) -> None:
         needed = state.blobs()
@@ -192,17 +195,37 @@ def _require_empty(files: Files, uri: str) -> None:
         raise ValueError(f"{uri}: holds blobs but no catalogue: it may be a damaged pool; name a new place")
 
 
-def _put(blobs: BlobStore, files: Files, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-    """Store a file, unless there is such a blob. Leave no damaged one behind."""
+def _put(
+    location: Location,
+    blobs: BlobStore,
+    files: Files,
+    name: str,
+    pieces: Callable[[], Iterator[bytes | memoryview]],
+) -> None:
+    """Store a file, unless there is such a blob. A damaged one changes nothing: a server may have stored it intact."""
     digest = name.rpartition("/")[2]
     if not name.startswith("blobs/"):
         files.write(name, b"".join(pieces()))
         return
-    try:
+    if location.is_local:
         blobs.put_pieces(digest, pieces)
-    except BlobCorrupted:
-        blobs.delete([digest])  # a bucket keeps what was written before the end
-        raise
+        return
+    with ExitStack() as opened:
+
+        def read() -> Iterator[bytes]:
+            file = opened.enter_context(_read_whole(pieces))  # a bucket keeps what was written before an error
+            return iter(partial(file.read, PART_BYTES), b"")
+
+        blobs.put_pieces(digest, read)
+
+
+@contextmanager
+def _read_whole(pieces: Callable[[], Iterator[bytes | memoryview]]) -> Iterator[IO[bytes]]:
+    """Yield a temporary file with all the pieces. Raises: the errors of the pieces, before it yields anything."""
+    with SpooledTemporaryFile(PART_BYTES) as file:
+        file.writelines(pieces())
+        file.seek(0)
+        yield file
 
 
 def import_pool(
@@ -316,7 +339,7 @@ class _Importer:
     """Copies files and commits names, some at a time, each under leases on their blobs."""
 
     def __init__(self, source: PoolSource, state: PoolState, location: Location, catalogue: Catalogue) -> None:
-        self._source, self._state, self._catalogue = source, state, catalogue
+        self._source, self._state, self._location, self._catalogue = source, state, location, catalogue
         self._files, self._blobs = Files(location), BlobStore(location.child("blobs"))
         self._leases = Leases(location, lambda: datetime.now(UTC))
 
@@ -364,7 +387,7 @@ class _Importer:
             self._leases.release(leases)
 
     def _copy(self, name: str) -> None:
-        _put(self._blobs, self._files, name, partial(read_checked, self._source, name))
+        _put(self._location, self._blobs, self._files, name, partial(read_checked, self._source, name))
 
     def _events(self, moves: Sequence[Move], newest: Snapshot) -> list[Event]:
         """Return the events of these moves. Raises: ValueError if the store's names changed since they were planned."""

@@ -413,6 +413,25 @@ def test_a_damaged_blob_is_refused_and_leaves_no_file(pool: LoraStore, archive: 
     assert opened(s3_uri).snapshot().records == {}
 
 
+@pytest.mark.parametrize("target", ["new", "s3_uri"])
+def test_a_damaged_blob_leaves_the_good_one_of_a_publish_meanwhile(
+    target: str, pool: LoraStore, store_uri: str, make_folder: MakeFolder, request: pytest.FixtureRequest
+) -> None:
+    uri = request.getfixturevalue(target)
+    store, digest = opened(uri), pool.snapshot().records["acme", "secret"].weights_digest
+    source = Path(store_uri, blob_file(digest))
+    source.write_bytes(source.read_bytes()[:-1] + b"!")
+
+    def publish(at: int, name: str) -> None:
+        if name == blob_file(digest):
+            store.commit([store.stage(make_folder("mine", 4))], [None], [0.5], "maker")
+
+    with pytest.raises(BlobCorrupted, match=digest):
+        import_pool(Scripted(store_uri, publish), uri)
+    assert store.snapshot().records["local", "mine"].weights_digest == digest
+    assert [check.problem for check in store.verify()] == [None, None]
+
+
 def changed_rows(change: Callable[[list[dict[str, Any]]], None]) -> Callable[[str, bytes], bytes]:
     def write(name: str, data: bytes) -> bytes:
         if name != CATALOGUE_FILE:
