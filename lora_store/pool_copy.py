@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,8 +68,8 @@ def export_pool(
         files = _list_files(state)
         missing = [name for name in files if name not in done]
 
-        def copy(name: str, sizes: dict[str, int | None] = files) -> str:
-            target.add(name, sizes[name], partial(read_checked, source, name))
+        def copy(name: str) -> str:
+            target.add(name, partial(read_checked, source, name))
             return name
 
         with ThreadPoolExecutor(target.num_threads) as pool:
@@ -87,9 +86,8 @@ def export_pool(
     return state
 
 
-def _list_files(state: PoolState) -> dict[str, int | None]:
-    projections = {f"{PROJECTIONS}/{name}": None for name in state.projections}
-    return projections | {blob_file(digest): size for digest, size in state.blobs().items()}
+def _list_files(state: PoolState) -> list[str]:
+    return [*(f"{PROJECTIONS}/{name}" for name in state.projections), *map(blob_file, state.blobs())]
 
 
 def read_checked(source: PoolSource, name: str) -> Iterator[bytes | memoryview]:
@@ -123,38 +121,17 @@ class ArchiveTarget:
         self._archive.close()
         self._partial.unlink(missing_ok=True)
 
-    def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        parts = pieces()
-        first = next(parts)  # before the header, since the file may be gone
-        if num_bytes is None:
-            data = b"".join([first, *parts])
-            first, parts, num_bytes = data, iter(()), len(data)
-        entry = tarfile.TarInfo(name)
-        entry.size, entry.mtime, entry.mode = num_bytes, int(time.time()), 0o600
-        self._archive.addfile(entry, _Reader(first, parts))  # type: ignore[arg-type]  # read is all that it calls
-        for _ in parts:  # reads to the end, which checks the digest
-            raise BlobCorrupted(name.rpartition("/")[2], "another digest")
+    def add(self, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+        with _read_whole(pieces) as (file, num_bytes):  # before the header, since it may be gone or damaged
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mtime, entry.mode = num_bytes, int(time.time()), 0o600
+            self._archive.addfile(entry, file)
 
     def finish(self, state: PoolState) -> None:
-        data = state.to_parquet()
-        self.add(CATALOGUE_FILE, len(data), lambda: iter([data]))
+        self.add(CATALOGUE_FILE, lambda: iter([state.to_parquet()]))
         self._archive.close()
         Files(Location(str(self._path.parent))).flush([self._partial.name])
         self._partial.replace(self._path)
-
-
-class _Reader:
-    """Pieces as a file that can only be read."""
-
-    def __init__(self, first: bytes | memoryview, rest: Iterator[bytes | memoryview]) -> None:
-        self._rest, self._buffer = rest, io.BytesIO(first)
-
-    def read(self, size: int) -> bytes:
-        data = self._buffer.read(size)
-        while len(data) < size and (piece := next(self._rest, None)) is not None:
-            self._buffer = io.BytesIO(piece)
-            data += self._buffer.read(size - len(data))
-        return data
 
 
 class StoreTarget:
@@ -175,7 +152,7 @@ class StoreTarget:
             raise ValueError(f"{uri}: holds a finished export; name a new place")
         self._files.write(UNFINISHED, b"")
 
-    def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+    def add(self, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
         _put(self._location, self._blobs, self._files, name, pieces)
 
     def finish(self, state: PoolState) -> None:
@@ -213,19 +190,20 @@ def _put(
     with ExitStack() as opened:
 
         def read() -> Iterator[bytes]:
-            file = opened.enter_context(_read_whole(pieces))  # a bucket keeps what was written before an error
+            file, _ = opened.enter_context(_read_whole(pieces))  # a bucket keeps what was written before an error
             return iter(partial(file.read, PART_BYTES), b"")
 
         blobs.put_pieces(digest, read)
 
 
 @contextmanager
-def _read_whole(pieces: Callable[[], Iterator[bytes | memoryview]]) -> Iterator[IO[bytes]]:
-    """Yield a temporary file with all the pieces. Raises: the errors of the pieces, before it yields anything."""
+def _read_whole(pieces: Callable[[], Iterator[bytes | memoryview]]) -> Iterator[tuple[IO[bytes], int]]:
+    """Yield a temporary file with all the pieces, and its size. Raises: the errors of the pieces, before that."""
     with SpooledTemporaryFile(PART_BYTES) as file:
         file.writelines(pieces())
+        num_bytes = file.tell()
         file.seek(0)
-        yield file
+        yield file, num_bytes
 
 
 def import_pool(
