@@ -352,8 +352,10 @@ class _Importer:
     def _import(self, moves: Sequence[Move]) -> None:
         records = [record for versions, _ in moves for record in versions]
         digests = list(dict.fromkeys(digest for record in records for digest in record.blobs))
-        leases = [self._leases.acquire(record.blobs) for record in records]
+        leases: list[str] = []
         try:
+            for record in records:
+                leases.append(self._leases.acquire(record.blobs))
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
                 list(pool.map(self._copy, map(blob_file, digests)))
             self._catalogue.commit(partial(self._events, moves))

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreDamaged, StoreFull, StoreIsNewer
+from lora_store import (
+    AdapterNotFound,
+    BlobCorrupted,
+    LoraStore,
+    Snapshot,
+    StoreDamaged,
+    StoreFull,
+    StoreIsNewer,
+    StoreUnavailable,
+)
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.events import SCHEMA
 from lora_store.files import Files
+from lora_store.leases import Leases
 from lora_store.location import Location
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
 from lora_store.pool_files import CATALOGUE_FILE, ArchivedPool, PoolState, StoredPool, blob_file
@@ -267,6 +277,22 @@ def test_an_interrupted_import_continues_with_what_is_missing(
     assert (len(done["equal"]), len(done["new"])) == (1, 1)
     assert facts(new) == facts(store_uri)
     assert import_pool(StoredPool(store_uri), new)["generation"] == done["generation"]
+
+
+def test_an_import_without_all_its_leases_keeps_none(
+    pool: LoraStore, store_uri: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = Leases.acquire
+
+    def fail_second(leases: Leases, digests: Collection[str]) -> str:
+        if Files(Location(new)).entries("holds"):
+            raise StoreUnavailable("down")
+        return acquire(leases, digests)
+
+    monkeypatch.setattr(Leases, "acquire", fail_second)
+    with pytest.raises(StoreUnavailable):
+        import_pool(StoredPool(store_uri), new)
+    assert Files(Location(new)).entries("holds") == []
 
 
 def test_conflicts_are_refused_or_skipped_or_replaced(pool: LoraStore, archive: Path, put: Put, new: str) -> None:
