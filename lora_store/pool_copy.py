@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any, Literal
 
 from lora_store.blobs import BlobStore
 from lora_store.catalogue import CATALOGUE, Catalogue
@@ -27,6 +28,7 @@ from lora_store.names import NamedPolicy
 from lora_store.pool_files import (
     CATALOGUE_FILE,
     COPIED_BY,
+    PART_BYTES,
     UNFINISHED,
     PoolSource,
     PoolState,
@@ -66,8 +68,8 @@ def export_pool(
         files = _list_files(state)
         missing = [name for name in files if name not in done]
 
-        def copy(name: str, sizes: dict[str, int | None] = files) -> str:
-            target.add(name, sizes[name], partial(read_checked, source, name))
+        def copy(name: str) -> str:
+            target.add(name, partial(read_checked, source, name))
             return name
 
         with ThreadPoolExecutor(target.num_threads) as pool:
@@ -84,9 +86,8 @@ def export_pool(
     return state
 
 
-def _list_files(state: PoolState) -> dict[str, int | None]:
-    projections = {f"{PROJECTIONS}/{name}": None for name in state.projections}
-    return projections | {blob_file(digest): size for digest, size in state.blobs().items()}
+def _list_files(state: PoolState) -> list[str]:
+    return [*(f"{PROJECTIONS}/{name}" for name in state.projections), *map(blob_file, state.blobs())]
 
 
 def read_checked(source: PoolSource, name: str) -> Iterator[bytes | memoryview]:
@@ -120,38 +121,17 @@ class ArchiveTarget:
         self._archive.close()
         self._partial.unlink(missing_ok=True)
 
-    def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        parts = pieces()
-        first = next(parts)  # before the header, since the file may be gone
-        if num_bytes is None:
-            data = b"".join([first, *parts])
-            first, parts, num_bytes = data, iter(()), len(data)
-        entry = tarfile.TarInfo(name)
-        entry.size, entry.mtime, entry.mode = num_bytes, int(time.time()), 0o600
-        self._archive.addfile(entry, _Reader(first, parts))  # type: ignore[arg-type]  # read is all that it calls
-        for _ in parts:  # reads to the end, which checks the digest
-            raise BlobCorrupted(name.rpartition("/")[2], "another digest")
+    def add(self, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+        with _read_whole(pieces) as (file, num_bytes):  # before the header, since it may be gone or damaged
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mtime, entry.mode = num_bytes, int(time.time()), 0o600
+            self._archive.addfile(entry, file)
 
     def finish(self, state: PoolState) -> None:
-        data = state.to_parquet()
-        self.add(CATALOGUE_FILE, len(data), lambda: iter([data]))
+        self.add(CATALOGUE_FILE, lambda: iter([state.to_parquet()]))
         self._archive.close()
         Files(Location(str(self._path.parent))).flush([self._partial.name])
         self._partial.replace(self._path)
-
-
-class _Reader:
-    """Pieces as a file that can only be read."""
-
-    def __init__(self, first: bytes | memoryview, rest: Iterator[bytes | memoryview]) -> None:
-        self._rest, self._buffer = rest, io.BytesIO(first)
-
-    def read(self, size: int) -> bytes:
-        data = self._buffer.read(size)
-        while len(data) < size and (piece := next(self._rest, None)) is not None:
-            self._buffer = io.BytesIO(piece)
-            data += self._buffer.read(size - len(data))
-        return data
 
 
 class StoreTarget:
@@ -172,8 +152,8 @@ class StoreTarget:
             raise ValueError(f"{uri}: holds a finished export; name a new place")
         self._files.write(UNFINISHED, b"")
 
-    def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        _put(self._blobs, self._files, name, pieces)
+    def add(self, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+        _put(self._location, self._blobs, self._files, name, pieces)
 
     def finish(self, state: PoolState) -> None:
         needed = state.blobs()
@@ -192,17 +172,38 @@ def _require_empty(files: Files, uri: str) -> None:
         raise ValueError(f"{uri}: holds blobs but no catalogue: it may be a damaged pool; name a new place")
 
 
-def _put(blobs: BlobStore, files: Files, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-    """Store a file, unless there is such a blob. Leave no damaged one behind."""
+def _put(
+    location: Location,
+    blobs: BlobStore,
+    files: Files,
+    name: str,
+    pieces: Callable[[], Iterator[bytes | memoryview]],
+) -> None:
+    """Store a file, unless there is such a blob. A damaged one changes nothing: a server may have stored it intact."""
     digest = name.rpartition("/")[2]
     if not name.startswith("blobs/"):
         files.write(name, b"".join(pieces()))
         return
-    try:
+    if location.is_local:
         blobs.put_pieces(digest, pieces)
-    except BlobCorrupted:
-        blobs.delete([digest])  # a bucket keeps what was written before the end
-        raise
+        return
+    with ExitStack() as opened:
+
+        def read() -> Iterator[bytes]:
+            file, _ = opened.enter_context(_read_whole(pieces))  # a bucket keeps what was written before an error
+            return iter(partial(file.read, PART_BYTES), b"")
+
+        blobs.put_pieces(digest, read)
+
+
+@contextmanager
+def _read_whole(pieces: Callable[[], Iterator[bytes | memoryview]]) -> Iterator[tuple[IO[bytes], int]]:
+    """Yield a temporary file with all the pieces, and its size. Raises: the errors of the pieces, before that."""
+    with SpooledTemporaryFile(PART_BYTES) as file:
+        file.writelines(pieces())
+        num_bytes = file.tell()
+        file.seek(0)
+        yield file, num_bytes
 
 
 def import_pool(
@@ -268,10 +269,7 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
             names["skipped"].append(shown)
         elif on_conflict == "replace" and live is not None:
             names["replaced"].append(shown)
-            new = replace(versions[0], trial=None, live_since=datetime.now(UTC))
-            expires_at = versions[0].expires_at if live.is_unlisted else None  # a listed adapter stays listed
-            new = replace(new, visibility=live.visibility, expires_at=expires_at)
-            moves.append(((new,), live.ref.digest))
+            moves.append((versions[:1], live.ref.digest))
         else:
             refused.append(f"{shown} {problem}")
     if refused:
@@ -319,7 +317,7 @@ class _Importer:
     """Copies files and commits names, some at a time, each under leases on their blobs."""
 
     def __init__(self, source: PoolSource, state: PoolState, location: Location, catalogue: Catalogue) -> None:
-        self._source, self._state, self._catalogue = source, state, catalogue
+        self._source, self._state, self._location, self._catalogue = source, state, location, catalogue
         self._files, self._blobs = Files(location), BlobStore(location.child("blobs"))
         self._leases = Leases(location, lambda: datetime.now(UTC))
 
@@ -354,8 +352,10 @@ class _Importer:
     def _import(self, moves: Sequence[Move]) -> None:
         records = [record for versions, _ in moves for record in versions]
         digests = list(dict.fromkeys(digest for record in records for digest in record.blobs))
-        leases = [self._leases.acquire(record.blobs) for record in records]
+        leases: list[str] = []
         try:
+            for record in records:
+                leases.append(self._leases.acquire(record.blobs))
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
                 list(pool.map(self._copy, map(blob_file, digests)))
             self._catalogue.commit(partial(self._events, moves))
@@ -367,7 +367,7 @@ class _Importer:
             self._leases.release(leases)
 
     def _copy(self, name: str) -> None:
-        _put(self._blobs, self._files, name, partial(read_checked, self._source, name))
+        _put(self._location, self._blobs, self._files, name, partial(read_checked, self._source, name))
 
     def _events(self, moves: Sequence[Move], newest: Snapshot) -> list[Event]:
         """Return the events of these moves. Raises: ValueError if the store's names changed since they were planned."""
@@ -378,5 +378,12 @@ class _Importer:
             has_changed = (None if live is None else live.ref.digest) != digest
             if has_changed or (live is None and _problem(newest, new)):
                 raise ValueError(f"{new.ref} or its name was published while it was imported; import again")
-            events += version_events(versions)
+            events += version_events(versions if live is None else (_make_successor(new, live),))
         return events
+
+
+def _make_successor(record: AdapterRecord, live: AdapterRecord) -> AdapterRecord:
+    """Return the version as it replaces the live one: who may use the adapter, and whether it is listed, stays."""
+    expires_at = record.expires_at if live.is_unlisted else None
+    now = datetime.now(UTC)
+    return replace(record, trial=None, live_since=now, visibility=live.visibility, expires_at=expires_at)

@@ -329,7 +329,7 @@ class LoraStore:
         """Make all of `staged` live and return the generation. `embeddings` and `probe_shifts` have one entry per item.
 
         Skip versions that are live with the same digest, visibility and encoder. On success release the leases; after
-        an error they remain, for another attempt or `discard`.
+        an error those of `staged` remain, for another attempt or `discard`.
         `precondition`: what the versions must be in the newest state; "live" needs no lease and keeps the visibility.
         `quota`: the limit for their tenant, checked against the newest state.
         `commit_id`: a repeated call with the same id commits nothing and returns the generation of the first call.
@@ -344,13 +344,22 @@ class LoraStore:
             for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True)
         ]
         leased = () if precondition == "live" else staged
-        renewed = [self.restage(item.record) for item in leased if not self._leases.is_safe(item.lease)]
-        generation = self._catalogue.commit(
-            lambda snapshot: publish_events(snapshot, records, precondition, quota=quota, **_make_arguments(staged)),
-            commit_id,
-        )
+        renewed: list[str] = []
+        arguments = _make_arguments(staged)
+        try:
+            for item in leased:
+                if not self._leases.is_safe(item.lease):
+                    renewed.append(self.restage(item.record).lease)
+            generation = self._catalogue.commit(
+                lambda snapshot: publish_events(snapshot, records, precondition, quota=quota, **arguments), commit_id
+            )
+        except StoreUnavailable:  # it may be committed
+            raise
+        except BaseException:
+            self._try_to_release(renewed)
+            raise
         self._require_blobs([item.record for item in leased])
-        self._try_to_release([item.lease for item in (*staged, *renewed)])
+        self._try_to_release([*(item.lease for item in staged), *renewed])
         return generation
 
     def check_commit(self, staged: Sequence[Staged]) -> None:

@@ -20,7 +20,7 @@ from deployments.cli import access, batch, compose, keys, name, pool, pool_upkee
 from deployments.cli.client import ServerFailed, call, check_free, open_client, use_key
 from deployments.cli.client import check as check_answer
 from deployments.cli.options import DEFAULT_URL, Json, Key, KeyAnywhere, Options, Strategy, Url, read_options
-from deployments.cli.output import err, fail, join_lines, out, print_json, say, show_controls, show_error
+from deployments.cli.output import counted, err, fail, join_lines, out, print_json, say, show_controls, show_error
 from deployments.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def serve(
         int | None, typer.Option(min=0, max=MAX_PORT, help="port of the Prometheus metrics; default: a free port")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option("--base-model", "-m", help="model hub id or folder; overrides the settings")
+        str | None, typer.Option("--base-model", "-m", help="model hub id, folder or GGUF file; overrides the settings")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; overrides the settings")] = None,
     template: Annotated[str | None, typer.Option(help="auto, alpaca or chat; overrides the settings")] = None,
@@ -288,8 +288,11 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     pool_facts, workers, defaults = found["pool"], found["workers"], found["defaults"]
     say(f"server:   {url}")
     say(f"model:    {', '.join(found.get('models', [found['base_model']]))}")
-    say(f"pool:     {pool_facts['num_adapters']} adapters that you may use, at generation {pool_facts['generation']}")
-    if pool_facts["num_adapters"] is not None:  # the Retriever answers
+    if pool_facts["num_adapters"] is None:
+        say("pool:     not known, because no Retriever answers")
+    else:
+        usable = counted(pool_facts["num_adapters"], "adapter")
+        say(f"pool:     {usable} that you may use, at generation {pool_facts['generation']}")
         for row in call(url, "GET", "/v1/loras", params={"limit": "1"}).get("unserved", []):
             show_error(row["text"])
     say(f"routing:  {defaults['strategy']}, k = {defaults['k']}")

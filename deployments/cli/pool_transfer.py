@@ -56,11 +56,21 @@ class ServedPool:
         return PoolState.from_parquet(response.content)
 
     def read(self, name: str) -> Iterator[bytes | memoryview]:
+        with self._open(name) as response:
+            try:
+                yield from response.iter_bytes()
+            except httpx.RemoteProtocolError:
+                with self._open(name):  # raises AdapterNotFound if the file was deleted while it was sent
+                    raise
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[httpx.Response]:
+        """Yield the answer with a file. Raises: AdapterNotFound if it is gone."""
         with self.client.stream("GET", f"/v1/pool/files/{quote(name)}") as response:
             if response.status_code == _MISSING:
                 raise AdapterNotFound(name.rpartition("/")[2])
             check(response)
-            yield from response.iter_bytes()
+            yield response
 
 
 def export_to(target: str, names: Sequence[str], store: str | None, url: str, *, as_peft: bool, as_json: bool) -> None:

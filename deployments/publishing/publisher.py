@@ -339,24 +339,18 @@ class Publisher:
         held = [item for item in staged if isinstance(item, Staged)]
         older: Mapping[Key, tuple[AdapterRecord, ...]] = {}
         committed: set[str] = set()
-        is_unsure = False
         try:
             older = await self._store.versions([item.ref.key for item in held])
             staged = [self._check_trial(item, older) for item in staged]
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
             if change.is_dry:
-                _, outcomes = await self._commit(outcomes, change)
+                _, outcomes = await self._commit(outcomes, change, held)
                 return await asyncio.to_thread(make_results, staged, outcomes, older, Settled(0, 0, 0))
-            is_unsure = True
-            generation, outcomes = await self._commit(outcomes, change)
-            is_unsure = False
+            generation, outcomes = await self._commit(outcomes, change, held)
             committed = {outcome.staged.lease for outcome in outcomes if isinstance(outcome, ValidatedAdapter)}
-        except (AdapterRefused, AdapterNotFound, QuotaExceeded, VersionConflict):
-            is_unsure = False
-            raise
         finally:
-            unused = [] if is_unsure else [item for item in held if item.lease not in committed]
+            unused = [item for item in held if item.lease not in committed]
             if unused:
                 await _clean_up(f"the staged files of {len(unused)} adapters", self._store.discard(unused))
             pushed_out = [record for versions in older.values() for record in versions] if committed else []
@@ -391,11 +385,12 @@ class Publisher:
         )
         return AdapterRefused(version.ref.name, [reason])
 
-    async def _commit(self, outcomes: list[Outcome], change: Change) -> tuple[int, list[Outcome]]:
+    async def _commit(self, outcomes: list[Outcome], change: Change, held: list[Staged]) -> tuple[int, list[Outcome]]:
         """Return (the generation of the commit, or 0 if nothing was new; the outcomes, taken names refused).
 
         If another publish changed what versions keep, take that over and commit again, so that neither is lost. A dry
         run only refuses what the commit would refuse.
+        `held` gets the versions that have another lease then. It is emptied if the outcome of the commit is unknown.
         """
         num_conflicts = 0
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter))):
@@ -403,15 +398,7 @@ class Publisher:
                 if change.is_dry:
                     await self._store.check_commit([item.staged for item in new])
                     break
-                generation = await self._store.commit(
-                    [item.staged for item in new],
-                    [None if item.embedded is None else item.embedded.embedding for item in new],
-                    [item.shift for item in new],
-                    change.actor,
-                    change.precondition,
-                    change.quota,
-                    uuid4().hex,  # a replica that died meanwhile may have committed
-                )
+                generation = await self._commit_once(new, change, held)
             except AdapterRefused as exc:  # another tenant owns this public name: continue without the adapter
                 refused = [item for item in new if item.staged.ref.name == exc.name]
                 if not refused:
@@ -422,14 +409,36 @@ class Publisher:
                 if change.is_dry:
                     break  # a publish takes the change over
                 num_conflicts += 1
-                taken = await self._validator.restaged(new, await self._store.take_over([item.staged for item in new]))
-                if num_conflicts > _MAX_SWAPS or not taken:
+                if num_conflicts > _MAX_SWAPS or change.precondition == "live":
+                    raise
+                again = await self._store.take_over([item.staged for item in new])
+                held += [item for item, old in zip(again, new, strict=True) if item.lease != old.staged.lease]
+                taken = await self._validator.restaged(new, again)
+                if not taken:
                     raise
                 outcomes = [taken.get(id(outcome), outcome) for outcome in outcomes]
                 continue
             logger.info("published %d adapters at generation %d", len(new), generation)
             return generation, outcomes
         return 0, outcomes
+
+    async def _commit_once(self, new: Sequence[ValidatedAdapter], change: Change, held: list[Staged]) -> int:
+        """Commit these versions and return the generation. See `_commit` for `held`."""
+        try:
+            return await self._store.commit(
+                [item.staged for item in new],
+                [None if item.embedded is None else item.embedded.embedding for item in new],
+                [item.shift for item in new],
+                change.actor,
+                change.precondition,
+                change.quota,
+                uuid4().hex,  # a replica that died meanwhile may have committed
+            )
+        except (AdapterRefused, AdapterNotFound, QuotaExceeded, VersionConflict):
+            raise
+        except BaseException:
+            held.clear()  # they may be live
+            raise
 
     async def _follow_encoder(
         self, generation: int, outcomes: list[Outcome], change: Change
@@ -447,7 +456,7 @@ class Publisher:
                     break
                 await self.catch_up(generation)
                 again = await self._validator.embed_again(outcomes)
-                generation, outcomes = await self._commit(again, Change(change.actor, precondition="live"))
+                generation, outcomes = await self._commit(again, Change(change.actor, precondition="live"), [])
         except Exception:
             logger.exception("adapters live at generation %d may lack an embedding by the new encoder", generation)
         return generation, outcomes

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreDamaged, StoreFull, StoreIsNewer
+from lora_store import (
+    AdapterNotFound,
+    BlobCorrupted,
+    LoraStore,
+    Snapshot,
+    StoreDamaged,
+    StoreFull,
+    StoreIsNewer,
+    StoreUnavailable,
+)
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.events import SCHEMA
 from lora_store.files import Files
+from lora_store.leases import Leases
 from lora_store.location import Location
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
 from lora_store.pool_files import CATALOGUE_FILE, ArchivedPool, PoolState, StoredPool, blob_file
@@ -269,6 +279,22 @@ def test_an_interrupted_import_continues_with_what_is_missing(
     assert import_pool(StoredPool(store_uri), new)["generation"] == done["generation"]
 
 
+def test_an_import_without_all_its_leases_keeps_none(
+    pool: LoraStore, store_uri: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = Leases.acquire
+
+    def fail_second(leases: Leases, digests: Collection[str]) -> str:
+        if Files(Location(new)).entries("holds"):
+            raise StoreUnavailable("down")
+        return acquire(leases, digests)
+
+    monkeypatch.setattr(Leases, "acquire", fail_second)
+    with pytest.raises(StoreUnavailable):
+        import_pool(StoredPool(store_uri), new)
+    assert Files(Location(new)).entries("holds") == []
+
+
 def test_conflicts_are_refused_or_skipped_or_replaced(pool: LoraStore, archive: Path, put: Put, new: str) -> None:
     store = opened(new)
     for name in ("poet", "mine"):
@@ -353,6 +379,23 @@ def test_replace_keeps_who_may_use_the_adapter(pool: LoraStore, store_uri: str, 
     assert store.snapshot().public["poet"].ref.tenant == "acme"
 
 
+def test_replace_keeps_an_adapter_private_that_became_private_meanwhile(
+    pool: LoraStore, store_uri: str, put: Put, new: str
+) -> None:
+    target = opened(new)
+    put(target, "poet")
+
+    def hide(at: int, name: str) -> None:
+        if at == 1:
+            target.set_visibility("local", "poet", "private", ADMIN)
+            put(target, "poet", tenant="acme")
+
+    import_pool(Scripted(store_uri, hide), new, "replace")
+    live = target.snapshot().records
+    assert live["local", "poet"].ref == pool.snapshot().records["local", "poet"].ref
+    assert (live["local", "poet"].visibility, live["acme", "poet"].visibility) == ("private", "public")
+
+
 def test_a_listed_adapter_does_not_get_the_end_of_the_unlisted_one_that_it_replaces(
     pool: LoraStore, store_uri: str, put: Put, new: str
 ) -> None:
@@ -394,6 +437,25 @@ def test_a_damaged_blob_is_refused_and_leaves_no_file(pool: LoraStore, archive: 
         import_pool(damaged, s3_uri)
     assert bad not in {file.name.rpartition("/")[2] for file in Files(Location(s3_uri)).entries("blobs")}
     assert opened(s3_uri).snapshot().records == {}
+
+
+@pytest.mark.parametrize("target", ["new", "s3_uri"])
+def test_a_damaged_blob_leaves_the_good_one_of_a_publish_meanwhile(
+    target: str, pool: LoraStore, store_uri: str, make_folder: MakeFolder, request: pytest.FixtureRequest
+) -> None:
+    uri = request.getfixturevalue(target)
+    store, digest = opened(uri), pool.snapshot().records["acme", "secret"].weights_digest
+    source = Path(store_uri, blob_file(digest))
+    source.write_bytes(source.read_bytes()[:-1] + b"!")
+
+    def publish(at: int, name: str) -> None:
+        if name == blob_file(digest):
+            store.commit([store.stage(make_folder("mine", 4))], [None], [0.5], "maker")
+
+    with pytest.raises(BlobCorrupted, match=digest):
+        import_pool(Scripted(store_uri, publish), uri)
+    assert store.snapshot().records["local", "mine"].weights_digest == digest
+    assert [check.problem for check in store.verify()] == [None, None]
 
 
 def changed_rows(change: Callable[[list[dict[str, Any]]], None]) -> Callable[[str, bytes], bytes]:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from lora_store import (
+    AdapterNotFound,
     AdapterRefused,
+    BlobStore,
     Feedback,
     Location,
     LoraStore,
@@ -23,7 +25,7 @@ from lora_store import (
     Withdrawn,
     decode_weights,
 )
-from lora_store.leases import Leases
+from lora_store.leases import LEASE_S, Leases
 from lora_store.peft_files import TEMPLATE_FILE, template_digest
 from tests.lora_store.builders import (
     BASE,
@@ -192,6 +194,18 @@ def test_a_commit_succeeds_although_its_leases_cannot_be_released(
     store._leases = Stuck(Location("unused"), store._now)
     assert _commit(store, staged) == 1
     assert len(stored("holds")) == 1
+
+
+def test_a_refused_commit_releases_the_leases_that_it_renewed(
+    store: LoraStore, location: Location, make_folder: MakeFolder, clock: FakeClock, stored: Stored
+) -> None:
+    staged = [store.stage(make_folder(name, seed)) for seed, name in enumerate(("poet", "bard"))]
+    clock.sleep(LEASE_S / 2)
+    for _ in range(2):  # the second time one of them cannot be renewed
+        with pytest.raises(AdapterNotFound):
+            store.commit(staged, [None, None], [0.5, 0.5], "me", "kept")
+        assert set(stored("holds")) == {item.lease for item in staged}
+        BlobStore(location.child("blobs")).delete([staged[1].record.weights_digest])
 
 
 def test_an_unlisted_adapter_is_withdrawn_once_its_time_is_over(

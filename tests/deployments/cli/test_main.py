@@ -358,7 +358,9 @@ def test_status_shows_the_models_the_pool_and_the_load() -> None:
     assert said.asked == [("GET", "/v1/stats"), ("GET", "/v1/loras?limit=1")]
     assert said.err == unserved[0]["text"]
     silent = stats | {"pool": {"generation": None, "oldest_generation": None, "num_adapters": None}}
-    assert run_with(silent, "status").asked == [("GET", "/v1/stats")]
+    unknown = run_with(silent, "status")
+    assert unknown.asked == [("GET", "/v1/stats")]
+    assert "pool: not known, because no Retriever answers" in unknown.out and "None" not in unknown.out
     for part in (
         *("tiny", "14 adapters that you may use, at generation 9", "mixture, k = 3"),
         *("2, 1 silent; 3 of 64 rows running, 5 waiting", "4 adapters in 40 of 512 rank rows"),

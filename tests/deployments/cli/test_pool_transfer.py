@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,11 +15,12 @@ import yaml
 from deployments.cli.pool_transfer import ServedPool
 from deployments.publishing.contract_files import read_contract
 from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, read_peft_folder, write_peft_folder
-from lora_store.pool_copy import StoreTarget, export_pool
-from lora_store.pool_files import PART_BYTES, PoolState, blob_file
+from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
+from lora_store.pool_files import PART_BYTES, ArchivedPool, PoolState, blob_file
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, words
 
+OnPart = Callable[[str, int], object]
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
 
@@ -39,15 +41,37 @@ def pool(tmp_path: Path) -> LoraStore:
     return store
 
 
-def serve(store: LoraStore, tenant: str | None) -> httpx.Client:
-    """Return a client of a server with this store, whose key is of this tenant."""
+class Sent(httpx.SyncByteStream):
+    """The parts of a file as a server sends them. The connection breaks where one is gone."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read, self._opening = read, read(0)
+
+    def __iter__(self) -> Iterator[bytes]:
+        part, number = self._opening, 0
+        while part:
+            yield part
+            number += 1
+            try:
+                part = self._read(number)
+            except AdapterNotFound:
+                raise httpx.RemoteProtocolError("peer closed connection") from None
+
+
+def serve(store: LoraStore, tenant: str | None, on_part: OnPart = lambda name, number: None) -> httpx.Client:
+    """Return a client of a server with this store, whose key is of this tenant. `on_part` is called before each."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/pool/export":
             return httpx.Response(200, content=store.pool_state(tenant).to_parquet())
         name = unquote(request.url.path).removeprefix("/v1/pool/files/")
+
+        def read(number: int) -> bytes:
+            on_part(name, number)
+            return store.pool_part(tenant, name, number)
+
         try:
-            return httpx.Response(200, content=store.pool_part(tenant, name, 0))
+            return httpx.Response(200, stream=Sent(read))
         except AdapterNotFound:
             return httpx.Response(404, json={"error": {"message": "gone"}})
 
@@ -63,6 +87,38 @@ def test_a_server_gives_what_the_key_owns(
     copy = LoraStore(target, accepts_base=[BASE])
     assert [name for _, name in sorted(copy.snapshot().records, key=lambda key: key[1])] == names
     assert all(check.problem is None for check in copy.verify())
+
+
+@pytest.mark.parametrize("kind", ["archive", "store"])
+def test_an_adapter_withdrawn_while_a_server_sends_it_is_left_out_whole(
+    kind: str, pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_store.store.PART_BYTES", 100)
+    weights = blob_file(pool.snapshot().records["local", "poet"].weights_digest)
+
+    def withdraw(name: str, number: int) -> None:
+        if (name, number) == (weights, 2):
+            pool.withdraw("local", ["poet"], "me")
+
+    target, source = tmp_path / f"copy.{kind}", ServedPool(serve(pool, None, withdraw))
+    if kind == "archive":
+        with ArchiveTarget(target) as archive:
+            export_pool(source, archive)
+        import_pool(ArchivedPool(target), str(target := tmp_path / "imported"))
+    else:
+        export_pool(source, StoreTarget(str(target)))
+    copy = LoraStore(str(target), accepts_base=[BASE])
+    assert list(copy.snapshot().records) == [("acme", "secretary")]
+    assert [check.problem for check in copy.verify()] == [None, None]
+
+
+def test_a_connection_that_breaks_otherwise_ends_the_export(pool: LoraStore, tmp_path: Path) -> None:
+    def interrupt(name: str, number: int) -> None:
+        if number == 1:
+            raise httpx.RemoteProtocolError("peer closed connection")
+
+    with pytest.raises(httpx.RemoteProtocolError, match="peer closed connection"):
+        export_pool(ServedPool(serve(pool, None, interrupt)), StoreTarget(str(tmp_path / "copy")))
 
 
 def test_a_key_without_adapters_is_told_how_to_copy_those_of_all_tenants(

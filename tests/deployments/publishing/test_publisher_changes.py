@@ -23,8 +23,11 @@ from lora_store import (
     Trial,
     VersionConflict,
 )
+from lora_store.staging import changed_version
 from retriever_svc import StaleIndex
-from tests.deployments.adapter_records import ENCODER, adapter
+from retriever_svc.embedded import Embedded
+from retriever_svc.errors import EncoderUnusable
+from tests.deployments.adapter_records import ENCODER, adapter, digest_of
 from tests.deployments.fake_publishing import Publishing, live
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
@@ -116,10 +119,20 @@ class Rival(FakeStore):
         return await super().commit(staged, *more)
 
 
-def rivalled(num_rivals: int) -> Publishing:
+class Resampling(Rival):
+    """The other publish gives the name samples too. A version that takes them over has another lease."""
+
+    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
+        taken = await super().take_over(staged)
+        theirs = {"samples_digest": digest_of("theirs"), "num_samples": 1}
+        held = [self._hold(changed_version(item.record, **theirs)) for item in taken]
+        return [replace(item, keeps=old.keeps) for item, old in zip(held, staged, strict=True)]
+
+
+def rivalled(num_rivals: int, store: type[Rival] = Rival) -> Publishing:
     publishing = Publishing()
     ours = replace(adapter("poet", version="ours"), ref=AdapterRef("local", "poet", "d" * 64))
-    publishing.pool = Rival({("local", "poet"): (ours,)})
+    publishing.pool = store({("local", "poet"): (ours,)})
     publishing.pool.num_rivals = num_rivals
     publishing.store = FakeHandle(publishing.pool)
     return publishing
@@ -134,10 +147,32 @@ def test_a_publish_keeps_the_tags_that_another_one_gives_meanwhile() -> None:
     assert publishing.pool.held == []
 
 
-def test_a_name_that_others_keep_changing_is_a_conflict() -> None:
-    publishing = rivalled(10)
+@pytest.mark.parametrize("store", [Rival, Resampling])
+def test_a_name_that_others_keep_changing_is_a_conflict(store: type[Rival]) -> None:
+    publishing = rivalled(10, store)
     with pytest.raises(VersionConflict):
         published(publishing, item(template="chat"))
+    assert publishing.pool.held == []
+
+
+def test_a_publish_that_cannot_embed_what_it_takes_over_releases_everything() -> None:
+    class FailsAgain(FakeRetriever):
+        async def embed(self, *batch: Any) -> list[Embedded | None]:
+            embedded = await super().embed(*batch)
+            self.unfit = EncoderUnusable("e5", "it is gone")
+            return embedded
+
+    publishing = rivalled(1, Resampling)
+    publishing.retriever = FakeHandle(FailsAgain())
+    with pytest.raises(EncoderUnusable):
+        published(publishing, item(template="chat"))
+    assert publishing.pool.held == []
+
+
+def test_a_publish_releases_the_leases_that_it_took_over() -> None:
+    publishing = rivalled(2, Resampling)
+    new = published(publishing, item(template="chat"))
+    assert publishing.pool.live["local", "poet"][0].ref == new.ref
     assert publishing.pool.held == []
 
 
