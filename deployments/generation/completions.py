@@ -134,9 +134,9 @@ class CompletionService:
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explain(plans)
                 if any(planned.plan.contract is not None for planned in plans):
-                    given, most = request.set_fields, self._models.first.max_new_tokens
+                    given = request.set_fields
                     plans = [
-                        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
+                        replace(planned, contract=applied_contract(planned.plan, question, sampling, given))
                         for question, planned in zip(questions, plans, strict=True)
                     ]
                 self._notes.note(questions[0], plans[0], caller, context.request_id)

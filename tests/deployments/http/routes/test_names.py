@@ -62,6 +62,7 @@ def test_a_client_that_only_sets_model_gets_the_whole_policy() -> None:
     assert (request.top_k, request.weighting, request.tags, request.abstain) == (3, "uniform", ("a",), "strict")
     assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (0.25, ("###",), 9)
     assert "temperature" not in job.sampling.unset and "top_p" in job.sampling.unset
+    assert job.sampling.max_tokens_is_default, "a long prompt gets a shorter answer"
     assert job.sampling.grammar is not None and job.template == "alpaca"
 
 
@@ -81,6 +82,7 @@ def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
     _, job, [([request],)] = answered(policy, body | {"max_completion_tokens": 2})
     assert (request.top_k, request.abstain, request.min_score, request.strategy) == (3, None, 0.5, "mixture")
     assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (1.5, ("a",), 2)
+    assert not job.sampling.max_tokens_is_default
     assert job.sampling.grammar is None
 
 
