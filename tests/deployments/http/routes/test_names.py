@@ -112,6 +112,29 @@ def test_a_policys_minimum_gives_way_to_a_requests_own_format_and_limit(
     assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos) == kept
 
 
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(
+    ("policy", "body", "limit", "has_format"),
+    [
+        ({"max_tokens": 4}, {"min_tokens": 5}, None, False),
+        ({"max_tokens": 5}, {"min_tokens": 5}, 5, False),
+        ({"max_tokens": 4}, {"min_tokens": 5, "max_tokens": 6}, 6, False),
+        (JSON_OBJECT, {"min_tokens": 5}, None, False),
+        (JSON_OBJECT, {"ignore_eos": True, "max_tokens": 9}, 9, False),
+        ({"structured_outputs": {"regex": "a"}}, {"ignore_eos": True}, None, False),
+        (JSON_OBJECT, {"min_tokens": 0, "ignore_eos": False}, None, True),
+    ],
+    ids=str,
+)
+def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum(
+    policy: dict[str, Any], body: dict[str, Any], limit: int | None, has_format: bool
+) -> None:
+    _, job, _ = answered(policy, CHAT | body)
+    assert (job.sampling.max_tokens, job.sampling.grammar is not None) == (limit, has_format)
+
+
 @pytest.mark.parametrize("policy", [MIXTURE, {"model": "poet"}, {"model": BASE}], ids=["mixture", "adapter", "base"])
 def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict[str, Any]) -> None:
     _, job, routed = answered(policy, CHAT)
