@@ -190,7 +190,8 @@ class PolicyFields(ApiRequest):
     ignore_eos: bool = False
     """Continue past the end token."""
     response_format: ResponseFormat | None = None
-    """`{"type": "json_object"}`, or `json_schema` with a schema that the answer follows, see structured output."""
+    """`{"type": "json_object"}`, with a `schema` or without, or `json_schema` with a schema that the answer follows,
+    see structured output."""
     structured_outputs: StructuredOutputs | None = None
     """vLLM's spelling: one of `json`, `regex`, `choice`, `grammar` and `json_object`, see structured output."""
 
