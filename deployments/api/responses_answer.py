@@ -138,13 +138,10 @@ class ResponseForm:
         response: ResponseObject = last["response"]
         return response
 
-    async def events(self, chunks: AsyncGenerator[JsonObject | None]) -> AsyncGenerator[JsonObject | None]:
-        """Yield the typed events of the chunks of a chat. They must include the usage. None stays a heartbeat."""
+    async def events(self, chunks: AsyncGenerator[JsonObject]) -> AsyncGenerator[JsonObject]:
+        """Yield the typed events of the chunks of a chat. They must include the usage."""
         async with aclosing(chunks):
             async for chunk in chunks:
-                if chunk is None:
-                    yield None
-                    continue
                 for event in self._events_of(chunk):
                     yield event
 

@@ -279,8 +279,8 @@ class CompletionService:
                 await asyncio.gather(*tasks, return_exceptions=True)
         return started.answer.whole([Completion.joined(deltas) for deltas in parts])
 
-    async def stream(self, started: StartedCompletion) -> AsyncGenerator[JsonObject | None]:
-        """Yield the chunks: the plans with the first text, text as it arrives, then the usage. None is a heartbeat.
+    async def stream(self, started: StartedCompletion) -> AsyncGenerator[JsonObject]:
+        """Yield the chunks: the plans with the first text, text as it arrives, then the usage.
 
         An error before the first text is raised before anything is yielded.
         """
@@ -289,10 +289,6 @@ class CompletionService:
         with started.held:
             async with aclosing(merge([row.deltas() for row in started.rows])) as deltas:
                 async for index, delta in deltas:
-                    if delta is None:
-                        if lasts:
-                            yield None
-                        continue
                     if not lasts:
                         yield started.answer.opening()
                     is_first = index not in lasts

@@ -52,16 +52,15 @@ def form_of(**fields: Any) -> ResponseForm:
 def streamed(deltas: Sequence[Delta], form: ResponseForm, *, with_end: bool = True) -> list[JsonObject]:
     answer = answer_of(num_logprobs=2)
 
-    async def chunks() -> AsyncGenerator[JsonObject | None]:
+    async def chunks() -> AsyncGenerator[JsonObject]:
         yield answer.opening()
         for delta in deltas:
-            yield None
             yield answer.chunk(0, delta)
         if with_end:
             yield answer.usage_chunk([deltas[-1]])
 
     async def collect() -> list[JsonObject]:
-        return [event async for event in form.events(chunks()) if event is not None]
+        return [event async for event in form.events(chunks())]
 
     return asyncio.run(collect())
 
