@@ -231,6 +231,13 @@ class MessagesRequest(Conversation, GenerationRequest):
     """A message has one answer."""
 
     @model_validator(mode="after")
+    def _ends_before_the_answer(self) -> Self:
+        if self.messages[-1].role == "assistant" and self.turns()[-1].role == "assistant":
+            what = "answers that the client begins: end messages with a message of the user"
+            raise unsupported(f"messages.{len(self.messages) - 1}", what)
+        return self
+
+    @model_validator(mode="after")
     def _one_path_and_format(self) -> Self:
         self._check_paths(1)
         if self._format is not None and self._format.type != "text":
