@@ -232,7 +232,7 @@ class PlanRow(ApiRequest):
 class PlanGiven(ApiRequest):
     """A plan that is sent back: `lora` of an answer or of `/v1/route`.
 
-    Its `candidates`, `policy` and `contract` are not read.
+    Its `candidates`, `why`, `policy` and `contract` are not read.
     """
 
     strategy: Strategy
@@ -242,7 +242,7 @@ class PlanGiven(ApiRequest):
     abstained: bool = False
     candidates: list[Any] = Field(default=[], max_length=64, exclude=True)  # may hold what cannot be serialized
     reason: str | None = Field(default=None, max_length=64)
-    why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
+    why: str | None = Field(default=None, max_length=MAX_TEXT_CHARS, exclude=True)  # the server's may have any length
     policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
     contract: dict[str, Any] | None = Field(default=None, max_length=2, exclude=True)
 
