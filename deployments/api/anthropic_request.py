@@ -116,6 +116,7 @@ class AnthropicMessage(TolerantRequest):
 class AnthropicTool(FunctionDefinition):
     """A tool that the client runs."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
     parameters: Schema | None = Field(alias="input_schema")
     type: Literal["custom"] = "custom"
 

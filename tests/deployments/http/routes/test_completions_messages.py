@@ -203,6 +203,11 @@ def test_an_input_with_a_number_that_json_lacks_is_refused_by_its_place() -> Non
     assert answer.status_code == 400 and "messages.0.content.0.input: " in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("length", "status"), [(128, 200), (129, 400)])
+def test_a_tool_may_have_a_name_as_long_as_anthropics(length: int, status: int) -> None:
+    assert post("/v1/messages", BODY | {"tools": [TOOL | {"name": "n" * length}]}).status_code == status
+
+
 @pytest.mark.parametrize(
     ("choice", "required", "only", "parallel"),
     [
