@@ -69,6 +69,7 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
     "context_management": ([],),
     "conversation": (),
     "prompt": (),
+    "prompt_logprobs": (),
     "truncation": ("disabled",),
 }
 NOT_SERVED_IN_ANTHROPIC: Passing = NOT_SERVED | {
@@ -76,6 +77,7 @@ NOT_SERVED_IN_ANTHROPIC: Passing = NOT_SERVED | {
     "context_management": ({},),
     "mcp_servers": ([],),
     "output_format": (),
+    "prompt_logprobs": (),
 }
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
@@ -137,6 +139,7 @@ _WHAT = {
     "background": "answers in the background: leave it out, and set stream: true for long answers",
     "conversation": "stored conversations: send the whole conversation in input",
     "prompt": "stored prompts: send the text in input",
+    "prompt_logprobs": "prompt_logprobs here: use /v1/chat/completions",
     "truncation": "shortened conversations: leave it out, and shorten input to the context of the model",
     "best_of": "a choice among answers",
 }

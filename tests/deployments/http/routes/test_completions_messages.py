@@ -241,6 +241,7 @@ def test_the_choice_of_tools_reaches_the_engine(
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "loook"}}, "did you mean 'look'"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "goes with type 'tool'"),
         ({"mcp_servers": [{"url": "https://x"}]}, "mcp_servers"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs here yet; use /v1/chat/completions"),
         ({"max_tokens": None}, "max_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
