@@ -339,8 +339,8 @@ class ChatCompletionRequest(GenerationRequest):
         AfterValidator(check_results),
     ]
     """Roles `system`, `developer` (as `system`), `user`, `assistant` and `tool`; content is text or a list of text
-    parts. An assistant's message may have `tool_calls`, and a tool's message names its call in `tool_call_id`. Adapters
-    are found by the user's turns, see conversations."""
+    parts. An assistant's message may have `tool_calls`, and a tool's message names its call in `tool_call_id`. The chat
+    template gets `name` and may show it. Adapters are found by the user's turns, see conversations."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Takes precedence over `max_tokens`."""
     logprobs: bool = False

@@ -212,7 +212,7 @@ def test_developer_is_system_and_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "two"}]
     turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "Ann"}]
     [question] = chat(messages=turns).questions()
-    assert question.prompt == (Message("system", "Be brief."), Message("user", "One two"))
+    assert question.prompt == (Message("system", "Be brief."), Message("user", "One two", name="Ann"))
 
 
 def test_usage_is_included_on_request() -> None:
