@@ -178,8 +178,9 @@ class ResponseForm:
         open_calls, new_calls = split_calls(delta)
         for call in open_calls:
             yield from self._add_call(call)
-        if text := delta.get("content"):
-            yield from self._add_text(text, choice["logprobs"]["content"] if choice["logprobs"] else [])
+        text, logprobs = delta.get("content") or "", choice["logprobs"]["content"] if choice["logprobs"] else []
+        if text or logprobs:  # some tokens have no text of their own
+            yield from self._add_text(text, logprobs)
         for call in new_calls:
             yield from self._add_call(call)
         if self._reason:
