@@ -165,12 +165,20 @@ class EncoderQueue(Generic[T]):
         return batch
 
     def _make_room(self, tenant: str, num_texts: int) -> None:
-        """Make room for a call, or refuse it. Raises: EncoderBusy."""
-        while self.num_waiting + num_texts > self._max_waiting:
-            most = self._places.displaced_by(tenant, self._max_waiting, num_texts)
+        """Make room for a call, or refuse it, which displaces no other. Raises: EncoderBusy."""
+        left = self._places.copy()
+        calls: dict[str, list[_Asked[T]]] = {}  # of tenants that give way, the newest last
+        displaced: list[_Asked[T]] = []
+        while left.num_held + num_texts > self._max_waiting:
+            most = left.displaced_by(tenant, self._max_waiting, num_texts)
             if most is None:
                 raise EncoderBusy(self.num_waiting)
-            self._fail(max(self._tenants[most], key=lambda asked: asked.number), EncoderBusy(self.num_waiting))
+            if most not in calls:
+                calls[most] = sorted(self._tenants[most], key=lambda asked: asked.number)
+            displaced.append(calls[most].pop())
+            left.give(most, len(displaced[-1].waiting))
+        for asked in displaced:
+            self._fail(asked, EncoderBusy(self.num_waiting))
 
     def _fail(self, asked: _Asked[T], error: Exception) -> None:
         self._drop(asked)

@@ -239,24 +239,27 @@ class HostRefused(DeploymentsError):
 
 @dataclass(eq=False)
 class OriginRefused(DeploymentsError):
-    """Without keys, pages of other origins may not send requests."""
+    """Without keys, pages of other origins may not send requests unless `cors_origins` lists them."""
 
     kind = Kind.FORBIDDEN
     code = "permission_denied"
-    remedy = "Serve the page from this server's own origin, or use keys."
-    text = "web pages of {self.origin!r} must not call this server; only its own and those of this machine may"
+    remedy = "Add the origin to `cors_origins`, serve the page from this server's own origin, or use keys."
+    text = (
+        "web pages of {self.origin!r} must not call this server; only its own, those of this machine, and those that"
+        " cors_origins lists may"
+    )
 
     origin: str
 
 
 class PublishingDisabled(DeploymentsError):
-    """This client may not change the pool: it is on another machine, or `publish_paths` is off."""
+    """This client may not change the pool, publish a folder of the server (`path`), or reindex with this encoder."""
 
     kind = Kind.FORBIDDEN
     code = "permission_denied"
     remedy = (
-        "Publish from the server's machine, or use a key with the role `publish`. See [keys and "
-        "tenants](../how-to/keys-and-tenants.md)."
+        "Without keys, do it on the server's machine. For a `path`, upload the files instead. For a reindex with keys,"
+        " add the encoder to `encoders`. See [keys and tenants](../how-to/keys-and-tenants.md#who-may-publish)."
     )
 
 
@@ -324,7 +327,7 @@ class BodyTooLarge(DeploymentsError):
 
     kind = Kind.TOO_LARGE
     code = "body_too_large"
-    remedy = "Send less, for example fewer prompts in one request."
+    remedy = "Send less, for example fewer prompts in one request. For an upload, raise `admission.max_weights_bytes`."
 
 
 class BodyTooSlow(DeploymentsError):

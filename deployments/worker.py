@@ -7,6 +7,7 @@ and those of the other deployments that import this module, do without them.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -65,6 +66,8 @@ class WorkerDeployment:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
         check_libraries(of_engine=True)
+        if isinstance(config, NativeWorkerConfig):
+            importlib.import_module("deployments.transformers_import")  # before anything else imports transformers
         from gpu_worker.bank.load_threads import load_executor, use_one_thread
         from gpu_worker.start import start_engine
 

@@ -19,7 +19,8 @@ class AdapterRefused(LoraStoreError):
     kind = Kind.INVALID
     code = "adapter_refused"
     remedy = (
-        "Correct every reason and publish again. `loraretriever publish --dry-run` finds most of them without a server."
+        "Correct every reason and publish again. `loraretriever publish --dry-run --config settings.yaml` finds most of"
+        " them without a server."
     )
 
     def __init__(self, name: str, reasons: Sequence[str]) -> None:

@@ -117,7 +117,10 @@ class NoAdapterMatched(RetrieverError):
 
     kind = Kind.UNANSWERABLE
     code = "no_adapter_matched"
-    remedy = "Use `fallback: base`, give the adapter more samples, or lower `lora.min_score`."
+    remedy = (
+        "Use `lora.fallback: base` or `lora.abstain: lenient`, or give the adapter more samples. If `min_score` is set,"
+        " lower it."
+    )
 
     def __init__(self, best_score: float | None, threshold: float) -> None:
         super().__init__(best_score, threshold)

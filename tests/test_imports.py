@@ -28,7 +28,7 @@ EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
 # Rooms of one floor do not import each other.
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
-        {"background", "json_types", "private_names", "serve_import"},
+        {"background", "json_types", "private_names", "serve_import", "transformers_import"},
         {"errors", "field_problems", "yaml_files"},
         {"api", "byte_budget"},
         {"scaling"},
@@ -170,3 +170,14 @@ assert pyarrow.table({"a": [1]}).to_pandas().equals(pandas.DataFrame({"a": [1]})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_worker_with_the_native_engine_does_without_scipy() -> None:
+    code = """
+import deployments.transformers_import, gpu_worker.start, sys
+from transformers.utils import is_scipy_available
+print([name for name in sys.modules if name.partition(".")[0] == "scipy"], is_scipy_available())
+import scipy.optimize  # what needs it can still import it
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[] False"

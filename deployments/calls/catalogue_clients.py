@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api.adapters import PublishItem
 from deployments.calls.typed_client import ServeClient, once, retry, stream
 from deployments.json_types import JsonObject
 from lora_store import (
@@ -55,6 +54,9 @@ from retriever_svc import (
     RouteRequest,
 )
 from retriever_svc.embedded import Embedded
+
+if TYPE_CHECKING:  # the requests' forms take a tenth of a second of a Worker
+    from deployments.api.adapters import PublishItem
 
 T = TypeVar("T")
 Buffer = NDArray[np.uint8]

@@ -18,7 +18,6 @@ from deployments.json_types import JsonObject
 
 _FIRST_DAY = "2000-01-01"
 commands = typer.Typer(cls=Commands, help="Create, list, rotate, expire and revoke the API keys of a keys file.")
-Limit = Annotated[int | None, typer.Option(min=0, help="limit of the key; default: none")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="id of the key, as `keys list` prints it")]
 KeysFile = Annotated[Path, typer.Option("--file", "-f", help="the keys file")]
 
@@ -35,11 +34,20 @@ def new(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="keys file to add the key to; default: print its entry")
     ] = None,
-    requests_per_minute: Limit = None,
-    tokens_per_minute: Limit = None,
-    concurrent_requests: Limit = None,
-    max_adapters: Limit = None,
-    max_bytes: Limit = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=0, help="requests a minute; default: no limit")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=0, help="tokens of prompts and answers a minute; default: no limit")
+    ] = None,
+    concurrent_requests: Annotated[
+        int | None, typer.Option(min=0, help="rows at once: prompts times n; default: no limit")
+    ] = None,
+    max_adapters: Annotated[
+        int | None, typer.Option(min=0, help="adapters that its tenant may hold; default: no limit")
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, help="bytes of weights that its tenant may hold, with older versions; default: no limit"),
+    ] = None,
     expires: Annotated[
         str, typer.Option(metavar="TIME", help="when it stops working: 30d, 12h, 2027-01-31, or never")
     ] = "never",

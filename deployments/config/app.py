@@ -91,7 +91,7 @@ class AppConfig(ModelSettings):
     without keys every encoder is allowed."""
     source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
     """Prefixes of URIs that adapters may be published from, by tenant; `*` means every tenant. They begin with s3://,
-    gs://, file://, hf://, runs:/ or models:/. A plain list applies to every tenant and is refused with keys."""
+    gs://, file://, hf://, runs:/ or models:/. A plain list applies to every tenant and is refused with `keys_file`."""
     max_upload_total_bytes: int = Field(default=2 << 30, ge=1)
     """Bytes of files that one Ingress replica receives at once, and that one Store replica checks at once, on their
     disks. Raise it together with the disk for `/tmp` if many publish at once; above it publishes wait up to a minute,

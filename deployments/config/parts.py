@@ -94,7 +94,7 @@ class RetrievalSettings(Settings):
     """The projection after the encoder, until a reindex activates another. `auto` is the packaged one, if there is one
     for the encoder; `none` compares plain embeddings."""
     abstain: Abstain = "balanced"
-    """How readily a prompt goes to the base model. With `lenient`, `balanced` and `strict`, adapters answer up to 8,
+    """How readily a prompt goes to the base model. With `lenient`, `balanced` and `strict`, adapters answer up to 6,
     3 and 1 % of everyday prompts; with `never`, every prompt gets adapters. Choose by what your users ask besides
     your tasks."""
     min_score: float | None = Field(default=None, ge=-1, le=1)

@@ -20,7 +20,7 @@ from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Wo
 from deployments.calls.worker_client import Workers
 from deployments.config.served_model import ServedModels
 from deployments.generation.notes import PromptNotes
-from deployments.generation.planner import AUTO, Planner, check_tokenized, prompt_tokens, tool_tokens
+from deployments.generation.planner import AUTO, Planner, check_tokenized, prompt_tokens
 from deployments.generation.row_stream import NO_ROOM, RowStream, compute_deadline, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
@@ -203,7 +203,7 @@ class CompletionService:
             question = replace(question, text=question.prompt)
         is_planned = self._models.are_several or not (question.model == AUTO and isinstance(question.prompt, str))
         num_read = self._planner.tokens_to_route(question) if is_planned else 0
-        num_tokens = prompt_tokens(question.prompt) + tool_tokens(question)
+        num_tokens = prompt_tokens(question.prompt, question.tools)
         work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
             planned = Planned(BASE_PLAN)  # for a text no template applies

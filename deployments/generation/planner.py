@@ -24,6 +24,7 @@ from deployments.observability.tracing import open_span
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, SamplingParams, TokenIds
+from gpu_worker.front.request.tools import Tools
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_TOKENS
@@ -69,14 +70,12 @@ def _num_tool_chars(question: Question) -> int:
     return 0 if question.tools is None else question.tools.num_chars
 
 
-def prompt_tokens(prompt: Prompt) -> int:
-    """Return how many tokens a prompt has: of text about a quarter of its characters, rounded up."""
-    return len(prompt.ids) if isinstance(prompt, TokenIds) else math.ceil(_num_chars(prompt) / _CHARS_PER_TOKEN)
-
-
-def tool_tokens(question: Question) -> int:
-    """Return about how many tokens the question's tools have."""
-    return math.ceil(_num_tool_chars(question) / _CHARS_PER_TOKEN)
+def prompt_tokens(prompt: Prompt, tools: Tools | None) -> int:
+    """Return how many tokens a prompt has with its tools: of text about a quarter of its characters, rounded up."""
+    num_tools = 0 if tools is None else math.ceil(tools.num_chars / _CHARS_PER_TOKEN)
+    if isinstance(prompt, TokenIds):
+        return num_tools + len(prompt.ids)
+    return num_tools + math.ceil(_num_chars(prompt) / _CHARS_PER_TOKEN)
 
 
 def check_chars(num_chars: int, model: ServedModel) -> None:
@@ -195,11 +194,10 @@ class Planner:
         An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
         """
         num_new = EXPECTED_NEW_TOKENS if sampling.max_tokens is None else sampling.max_tokens
-        num_tools = map(tool_tokens, questions)
-        num_tokens = sum(prompt_tokens(item.prompt) + num_choices * num_new for item in questions)
+        num_tokens = sum(prompt_tokens(item.prompt, item.tools) + num_choices * num_new for item in questions)
         return Work(
             num_rows=len(questions) * num_choices,
-            num_tokens=sum(num_tools) + num_tokens,
+            num_tokens=num_tokens,
             num_read=sum(map(self.tokens_to_route, questions)),
             rows_field="n" if num_choices > 1 else "prompt",
             tokens_field="max_tokens",

@@ -77,7 +77,7 @@ class RowStream:
             stream: HeartbeatStream[Delta] | None = None
             has_ended = False
             try:
-                usage.sent(name, self.question, prompt_tokens(self.job.prompt))
+                usage.sent(name, self.question, prompt_tokens(self.job.prompt, self.job.tools))
                 workers = self.workers.named(self.job.plan.base_model)
                 async with within(self.deadline):
                     await workers.ready()

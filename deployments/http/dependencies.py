@@ -141,7 +141,8 @@ def make_item(services: Services, item: PublishItem, caller: Caller, http: Reque
     """
     if item.path is not None and not (services.config.may_publish_paths and is_loopback(http)):
         raise PublishingDisabled(
-            "only clients on the server's machine may publish its folders, and only with publish_paths set"
+            "only clients on the server's machine may publish its folders, and only with publish_paths set; upload the"
+            " files instead"
         )
     return replace(item, tenant=caller.tenant, default_visibility=services.config.default_visibility)
 

@@ -41,7 +41,7 @@ _NOT_KEPT = (
 )
 # The other routes show nothing of the pool: health, the description of the API, the console's page.
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
-_UNCOUNTED = "/v1/models"  # clients and load balancers poll it
+_UNCOUNTED = "/v1/models"  # clients and load balancers poll it; the route counts searches and further pages
 # Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
 PROXY_HEADERS = frozenset(
     {
@@ -129,7 +129,9 @@ class RequestContextMiddleware:
         finally:
             if find_path(scope) not in _PROBES:
                 context.route = getattr(scope.get("route"), "path", _NOT_MATCHED)
-                self._usage_log.record(context, None if is_complete or context.code else CLIENT_LEFT)
+                if not (is_complete or context.code or context.is_recorded):
+                    context.status = CLIENT_LEFT
+                self._usage_log.record(context)
                 self._metrics.record_request(context)
 
 

@@ -48,9 +48,11 @@ class UsageLog:
 
         An error of the disk is logged, and the client gets its answer.
         """
-        if self._folder is None or context.is_recorded or context.caller is None or context.method == "GET":
+        if context.is_recorded or context.caller is None or context.method == "GET":
             return
         context.is_recorded = True
+        if self._folder is None:
+            return
         status = context.status if status is None else status
         parts = _split_by_base(context)
         line = b"".join(encode_event(part, part.base_model or self._base, status) for part in parts)

@@ -20,6 +20,7 @@ from retriever_svc.learning import OWN_PER_ACCEPTED
 logger = logging.getLogger(__name__)
 QUIET_S = 1.0  # from an outcome to its application, so that one commit follows several
 REST_FACTOR = 9  # the pause after an application, as a multiple of its time: a tenant's cost a tenth of a thread
+RETRY_S = 10.0  # from a failed application to the next attempt
 MAX_AT_ONCE = 2  # applications, so that no tenant keeps all others waiting
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -111,32 +112,43 @@ class Learning:
         try:
             while tenant in self._waiting:
                 await self._sleep(QUIET_S)
-                took_s = await self._apply_in_turn(tenant)
-                await self._sleep(REST_FACTOR * took_s)
+                took_s, has_failed = await self._apply_in_turn(tenant)
+                await self._sleep(REST_FACTOR * took_s + (RETRY_S if has_failed else 0.0))
         finally:
             self._applying.discard(tenant)
 
     async def finish(self, within_s: float) -> None:
-        """Apply the outcomes that wait, without their pauses and for at most `within_s`, because the replica ends."""
+        """Apply the outcomes that wait, without their pauses and for at most `within_s`, because the replica ends.
+
+        Those of a tenant that cannot be applied are not tried again.
+        """
+        failed: set[str] = set()
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self._waiting:
-                    await self._apply_in_turn(next(iter(self._waiting)))
+                while (tenant := next((each for each in self._waiting if each not in failed), None)) is not None:
+                    _, has_failed = await self._apply_in_turn(tenant)
+                    if has_failed:
+                        failed.add(tenant)
                 for _ in range(MAX_AT_ONCE):  # what is applied now ends first
                     await self._turns.acquire()
                 for _ in range(MAX_AT_ONCE):
                     self._turns.release()
 
-    async def _apply_in_turn(self, tenant: str) -> float:
-        """Apply the outcomes of a tenant if any still wait, and return how many seconds it took."""
+    async def _apply_in_turn(self, tenant: str) -> tuple[float, bool]:
+        """Apply the outcomes of a tenant if any still wait. Return how many seconds it took, and whether it failed.
+
+        After a failure they wait again. What was applied before it is applied once more, which changes nothing.
+        """
         async with self._turns:
-            began_s = self._clock()
-            try:
-                if tenant in self._waiting:
-                    await self._apply(tenant, self._waiting.pop(tenant))
-            except Exception:
-                logger.exception("the next outcome of tenant %s applies those that could not be applied", tenant)
-            return self._clock() - began_s
+            began_s, has_failed = self._clock(), False
+            if (actor := self._waiting.pop(tenant, None)) is not None:
+                try:
+                    await self._apply(tenant, actor)
+                except Exception:
+                    has_failed = True
+                    self._waiting.setdefault(tenant, actor)  # unless a newer outcome came meanwhile
+                    logger.exception("the outcomes of tenant %s could not be applied and still wait", tenant)
+            return self._clock() - began_s, has_failed
 
     async def _apply(self, tenant: str, actor: str) -> None:
         outcomes = await self._store.feedback(tenant, "outcome")

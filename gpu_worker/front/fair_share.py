@@ -22,6 +22,12 @@ class FairShare:
         self._held: Counter[str] = Counter()
         self.num_held = 0
 
+    def copy(self) -> FairShare:
+        """Return a count of its own with the same places."""
+        copied = FairShare(without_share=self._without_share)
+        copied._held, copied.num_held = self._held.copy(), self.num_held
+        return copied
+
     def take(self, tenant: str, count: int = 1) -> None:
         """Count places that the tenant now holds."""
         self._held[tenant] += count

@@ -180,12 +180,13 @@ def _check_generation_config(path: Path) -> None:
         raise BaseModelUnsupported(f"{path} is not a JSON object. Copy the model's files again")
 
 
-def load_base_model(config: NativeWorkerConfig) -> BaseModel:
+def load_base_model(config: NativeWorkerConfig, source: str | None = None) -> BaseModel:
     """Load the base model into host memory and check it. Of a multimodal checkpoint only the text part is loaded.
 
+    `source`: as in `load_tokenizer`.
     Raises: BaseModelUnsupported with the reason.
     """
-    source = model_source(config)
+    source = source or model_source(config)
     whole_config = load_config(source)
     part = text_options(whole_config)
     hf_config = part.get("config", whole_config)

@@ -74,7 +74,7 @@ class Engine:
         self._threads = thread_count(config.num_threads, shares_cores=config.shares_cores and config.device == "cpu")
         self.config, self.clock = config, clock
         passed = PassedCheck(config) if base is None else None
-        self.base, self.memory = load_planned(config, base)
+        self.base, self.memory = load_planned(config, base, None if passed is None else passed.source)
         self.max_len = self.memory.kv.max_len
         context = StepContext()
         found = Adaptable.of(self.base.model)

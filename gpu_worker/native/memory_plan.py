@@ -185,8 +185,11 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 20):,.0f} MiB"
 
 
-def load_planned(config: NativeWorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
+def load_planned(
+    config: NativeWorkerConfig, base: BaseModel | None, source: str | None = None
+) -> tuple[BaseModel, MemoryPlan]:
     """Load the base model onto its device and plan the memory. `base`: use this model, which is loaded already.
+    `source`: as in `load_base_model`.
 
     Raises: BaseModelUnsupported, WorkerConfigInvalid.
     """
@@ -195,7 +198,7 @@ def load_planned(config: NativeWorkerConfig, base: BaseModel | None) -> tuple[Ba
         free_bytes(device, config.device_share),
         mapping_limits(),
     )  # measured before the weights are loaded
-    base = base or load_base_model(config)
+    base = base or load_base_model(config, source)
     plan = plan_memory(config, base, num_free_bytes, limits)
     logger.info("%s: %s", config.base_model, plan)
     base.model.to(device)

@@ -140,7 +140,8 @@ class Load:
                 if got.status_code != 200:
                     return Outcome(ask, "", f"{got.status_code} {(await got.aread())!r}", False)
                 async for line in got.aiter_lines():
-                    events += [line] if line else []
+                    # Comments keep a stream open that waits, as on a busy machine.
+                    events += [line] if line and not line.startswith(":") else []
                     if len(events) == 2 and not has_begun:
                         has_begun, self.num_streaming = True, self.num_streaming + 1
         except httpx.HTTPError as exc:

@@ -158,6 +158,19 @@ async def test_the_newest_request_of_the_tenant_with_most_texts_makes_room(encod
     assert queue.num_waiting == 0
 
 
+async def test_a_call_that_is_refused_displaces_no_other(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=1, max_waiting=10)
+    asking(queue, "x", ["running"])
+    await settle()
+    waiting = [asking(queue, tenant, texts) for tenant, texts in (("a", ["1"] * 3), ("a", ["2"] * 3), ("b", ["3"] * 4))]
+    await settle()
+    with pytest.raises(EncoderBusy, match="10 prompts already wait"):
+        await queue.encoded("c", ["4"] * 5)  # more than a's newest call leaves, and b would keep fewer than c
+    assert queue.num_waiting == 10 and not any(task.done() for task in waiting)
+    await encoder.run(11)
+    assert [len(await task) for task in waiting] == [3, 3, 4]
+
+
 async def test_a_single_tenant_may_use_every_place_and_no_more(encoder: Encoder) -> None:
     queue = queue_of(encoder, batch_size=1, max_waiting=4)
     asking(queue, "a", ["1"])

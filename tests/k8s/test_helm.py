@@ -16,6 +16,7 @@ import yaml
 from tests.k8s.general import VERSION
 from tests.k8s.install_helm import install
 from tests.k8s.manifests import Document, Manifests
+from tests.k8s.network import egress_rules
 from tests.k8s.rendering import K8S
 
 CHART = K8S / "helm" / "loraretriever"
@@ -95,6 +96,7 @@ def test_helm_and_kustomize_render_the_same_application(
         ("gpu.nodeSelector.a=b", "nodeSelector"),
         ("replicas=2", "replicas"),
         ("settings.store_uri=pool", "must be an absolute path"),
+        ("redis.deploy=false", "redis.cidr"),
     ],
 )
 def test_a_value_that_the_server_does_not_know_is_refused(value: str, problem: str, helm: str) -> None:
@@ -111,7 +113,7 @@ def test_values_change_images_pods_claims_and_redis(helm: str, tmp_path: Path) -
             "container": {"resources": {"requests": {"memory": "24Gi"}, "limits": {"memory": "24Gi"}}},
         },
         "claims": {"pool": {"storageClassName": "nfs"}},
-        "redis": {"deploy": False, "address": "redis.internal:6379"},
+        "redis": {"deploy": False, "address": "redis.internal:6380", "cidr": "10.0.3.0/24"},
         "settings": {"retrieval": {"k": 5}},
     }
     manifests = template(helm, tmp_path, values=own)
@@ -125,7 +127,10 @@ def test_values_change_images_pods_claims_and_redis(helm: str, tmp_path: Path) -
         "storageClassName": "nfs",
         "resources": {"requests": {"storage": "50Gi"}},
     }
-    assert manifests.cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis.internal:6379"
+    assert manifests.cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis.internal:6380"
+    [rule] = egress_rules(manifests.named("NetworkPolicy", "loraretriever-to-redis"))
+    assert rule.reaches("10.0.3.7") and rule.ports == {("TCP", 6380)}
+    assert "loraretriever-redis" not in manifests.names("NetworkPolicy")
     assert not manifests.of_kind("StatefulSet")
     assert manifests.config.retrieval.k == 5 and manifests.config.retrieval.encoder_threads == 1
 

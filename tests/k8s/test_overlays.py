@@ -107,19 +107,8 @@ def test_every_pod_with_our_image_is_on_nodes_of_one_processor(
     assert {pod.spec["nodeSelector"]["kubernetes.io/arch"] for pod in pods} == {processor}
 
 
-def test_images_are_renamed_in_every_pod(kubectl: str, tmp_path: Path, rendered: Callable[[str], Manifests]) -> None:
-    """README describes this way to use another registry."""
-    documents = rendered("gpu-s3").documents
-    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(documents))
-    images = [{"name": f"loraretriever-{kind}", "newName": f"mine/{kind}", "newTag": "7"} for kind in ("cpu", "cuda")]
-    kustomization = {"kind": "Kustomization", "resources": ["all.yaml"], "images": images}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    pods = build(kubectl, tmp_path).pods
-    assert {pod.container["image"] for pod in pods if pod.is_ray} == {"mine/cpu:7", "mine/cuda:7"}
-
-
-def test_one_file_pins_every_image_by_digest(kubectl: str, tmp_path: Path) -> None:
-    """README describes this way to use digests: all pods, the Job's included, use components/images."""
+def test_one_file_names_the_registry_and_the_digest_of_every_image(kubectl: str, tmp_path: Path) -> None:
+    """README describes this way to use both: all pods, the Job's included, use components/images."""
     copied = tmp_path / "k8s"
     shutil.copytree(K8S, copied)
     pinned = copied / "components" / "images" / "kustomization.yaml"
@@ -128,6 +117,7 @@ def test_one_file_pins_every_image_by_digest(kubectl: str, tmp_path: Path) -> No
     for number, image in enumerate(kustomization["images"]):
         image.pop("newTag")
         image["digest"] = digests[image["name"]] = f"sha256:{number:064x}"
+        image["newName"] = f"registry.internal/{image['name']}"
     pinned.write_text(yaml.safe_dump(kustomization))
     found = set()
     for folder in (*(f"overlays/{name}" for name in OVERLAYS), "fetch-model"):
@@ -135,7 +125,7 @@ def test_one_file_pins_every_image_by_digest(kubectl: str, tmp_path: Path) -> No
             [kubectl, "kustomize", str(copied / folder)], capture_output=True, text=True, check=True, timeout=60
         ).stdout
         found |= set(re.findall(r" image: (\S+)", text))
-    assert found == {f"{name}@{digest}" for name, digest in digests.items()}
+    assert found == {f"registry.internal/{name}@{digest}" for name, digest in digests.items()}
     assert found != set()
 
 
@@ -232,8 +222,7 @@ def _fetch(manifests: Manifests, revision: str, folder: Path) -> subprocess.Comp
     """Run the Job's program with a hub that only reports its requests."""
     (folder / "huggingface_hub.py").write_text(HUB)
     container = manifests.pods[-1].container
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    environment |= {"REVISION": revision, "PYTHONPATH": str(folder)}
+    environment = {**manifests.pods[-1].variables, "REVISION": revision, "PYTHONPATH": str(folder)}
     command = [sys.executable, *container["command"][1:], *container["args"]]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -252,4 +241,6 @@ def test_the_patches_that_readme_shows_apply(kubectl: str, tmp_path: Path) -> No
     assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "default"}
     [rule] = egress_rules(manifests.named("NetworkPolicy", "loraretriever-kubernetes-api"))
     assert rule.reaches("10.0.0.1") and not rule.reaches("203.0.113.7")
+    [rule] = egress_rules(manifests.named("NetworkPolicy", "loraretriever-to-redis"))
+    assert rule.reaches("10.0.3.7") and rule.has_port("TCP", 6379)
     assert len(list(egress_rules(manifests.named("NetworkPolicy", "loraretriever-object-store")))) == 2

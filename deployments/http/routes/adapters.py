@@ -28,7 +28,7 @@ from deployments.api.adapters import (
     Tag,
 )
 from deployments.api.draws_report import draws_object
-from deployments.api.pool_responses import AdapterList, AdapterShown, adapter_list, shown_object
+from deployments.api.pool_responses import AdapterShown, adapter_list, shown_object
 from deployments.api.responses import (
     Published,
     SamplesChanged,
@@ -112,10 +112,11 @@ async def loras(
     after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
-) -> AdapterList:
+) -> JSONResponse:
     """Return a page of the adapters that the caller may use and that pass the filters, and their number."""
     wanted = PageRequest(limit, after, owner=owner, base=base, tags=tuple(tag or ()), words=search, sort=sort)
-    return adapter_list(await services.retriever.page(caller.tenant, wanted, min_generation), caller.tenant)
+    page = await services.retriever.page(caller.tenant, wanted, min_generation)
+    return JSONResponse(adapter_list(page, caller.tenant))
 
 
 @router.post(

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
-from deployments.api.pool_responses import ModelCard, ModelList, model_list
+from deployments.api.pool_responses import ModelCard, model_list
 from deployments.auth.authenticator import Caller
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound
@@ -37,13 +38,20 @@ class ModelQuery(ApiRequest):
     tag: list[Tag] = Field(fail_fast=True, default=[], max_length=32, description="adapters that carry all of these")
     name: str = Field(default="", max_length=256, description="ids with this in them, in any case")
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether the request counts against the key's rate: clients poll only the first page without a filter."""
+        return bool(self.after or self.name or self.tag) or self.owner is not None
+
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
-async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
+async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> JSONResponse:
     """List `auto`, the base models, model names, then every adapter the caller may name.
 
     If `has_more`, go on `after` `last_id`.
     """
+    if query.is_counted:
+        services.authenticator.count_request(caller)
     cards = _Cards(services.config.served_models, services.completions.sampling_defaults, caller)
     own, is_inside = cards.own(query, await services.retriever.names(caller.tenant, is_short=True), caller.tenant)
     wanted = PageRequest(
@@ -55,7 +63,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
     )
     page = await services.retriever.page(caller.tenant, wanted)
     found = own[: query.limit] + [cards.adapter(name, record, caller.tenant) for name, record in page.rows]
-    return model_list(found, has_more=page.has_more or len(own) > query.limit)
+    return JSONResponse(model_list(found, has_more=page.has_more or len(own) > query.limit))
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)

@@ -6,10 +6,11 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from deployments.api.base import ApiRequest
-from deployments.api.pool_responses import Health, Ready, Stats, UsageReport, usage_report
+from deployments.api.pool_responses import Health, Ready, Stats, usage_report
 from deployments.errors import RequestInvalid, RoleMissing
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
@@ -58,7 +59,7 @@ async def stats(services: AnyServices, caller: AnyCaller) -> Stats:
 
 
 @router.get("/v1/usage", response_model=None, responses=USAGE_ANSWERS)
-async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServices, caller: AnyCaller) -> UsageReport:
+async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServices, caller: AnyCaller) -> JSONResponse:
     """Return sums of requests and tokens, and durations, by day, tenant, key, adapter, version or base model.
 
     Without the role `admin` only those of the own tenant. Requests that other Ingress replicas answered in the last ten
@@ -79,4 +80,4 @@ async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServic
         raise RequestInvalid(
             f"by: the report has more than {MAX_ROWS} rows; ask for fewer days, or group by less", "by"
         )
-    return usage_report(wanted, rows, services.config.usage_days)
+    return JSONResponse(usage_report(wanted, rows, services.config.usage_days))

@@ -41,11 +41,11 @@ class PassedCheck:
 
     It is found again only with the same files of the model and of this package, by size and time of change, the same
     settings of the worker, versions of packages, compiled kernels, and processor or GPU. Create it before the model is
-    loaded: what changes meanwhile is not noted.
+    loaded: what changes meanwhile is not noted. `source`: what `model_source` returned.
     """
 
     def __init__(self, config: NativeWorkerConfig) -> None:
-        self._config, self._source = config, Path(model_source(config))
+        self._config, self.source = config, model_source(config)
         self._folder = config.cache_dir / "passed_checks"
         self._name = self._describe()
 
@@ -84,14 +84,14 @@ class PassedCheck:
         config = self._config
         is_missing = config.device != "cpu" and not torch.cuda.is_available()
         try:
-            if is_missing or not self._source.is_dir():
+            if is_missing or not Path(self.source).is_dir():
                 return ""
             code = [path for package in (gpu_worker, lora_store) for path in _sources(Path(package.__path__[0]))]
             if max(path.stat().st_mtime for path in code) > _IMPORTED_AT:
                 return ""
             missing = num_missing_kernels(config)  # it compiles the others
             facts = {
-                "files": [*_states(sorted(self._source.iterdir())), *_states(code)],
+                "files": [*_states(sorted(Path(self.source).iterdir())), *_states(code)],
                 "kernels": [missing, *_states(sorted((config.cache_dir / "native").glob("*.so")))],
                 "settings": repr(config),
                 "packages": [f"{name} {version(name)}" for name in _PACKAGES] + [platform.python_version()],

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from deployments.generation.row_stream import NO_ROOM, RowStream
 from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
 from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.front.request.tools import Function, Tools
 from tests.fakes import FakeHandle, as_ray_raises
 from tests.virtual_time import run_in_virtual_time
 
@@ -170,10 +171,12 @@ def test_an_error_that_is_not_a_death_ends_the_row(answer: Exception, way: Way) 
 
 
 @pytest.mark.parametrize("error", [PromptTooLong("long"), EngineFull("full")], ids=name)
-def test_a_prompt_is_charged_unless_the_server_had_no_room(error: Exception) -> None:
-    case = case_of((error,))
-    run(Case.collected, case)
-    assert case.usage.num_tokens == (0 if isinstance(error, NO_ROOM) else 12 // 4)
+def test_a_prompt_is_charged_with_its_tools_unless_the_server_had_no_room(error: Exception) -> None:
+    tools = Tools((Function("weather", "Tell it.", "{}"),))
+    for given, num_tokens in ((None, 12 // 4), (tools, 12 // 4 + 5)):
+        case = case_of((error,))
+        run(Case.collected, replace(case, row=replace(case.row, job=replace(case.row.job, tools=given))))
+        assert case.usage.num_tokens == (0 if isinstance(error, NO_ROOM) else num_tokens)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=name)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from deployments.observability.request_context import RequestContext
 from deployments.observability.usage import UsageLog
 from retriever_svc import NoAdapterMatched
+from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, get, post, request
 from tests.deployments.fake_retriever import FakeRetriever
@@ -114,6 +117,17 @@ def test_an_unexpected_error_is_a_500_without_details() -> None:
     assert response.status_code == 500
     assert error_of(response)["code"] == "internal_error"
     assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/loras", "/v1/usage?by=key"])
+def test_a_long_list_is_written_without_a_walk_over_its_values(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def walk(value: object) -> object:
+        raise AssertionError("this takes the event loop several times as long as writing the list")
+
+    monkeypatch.setattr("fastapi.routing.jsonable_encoder", walk)
+    listed = get(path, retriever=FakeRetriever([replace(adapter("poet"), source="hf://ré/poet")]))
+    assert listed.status_code == 200, listed.text
+    assert listed.content == json.dumps(listed.json(), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def test_the_api_describes_itself() -> None:

@@ -404,7 +404,7 @@ def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: 
     keys = write(tmp_path / "keys.json", entry("k", limits={"requests_per_minute": 2}), entry("free"))
 
     async def look(client: httpx.AsyncClient, _: Served) -> None:
-        for path in ("/v1/models", "/v1/models/auto", "/v1/models") * 2:
+        for path in ("/v1/models", "/v1/models/auto", "/v1/models?limit=20&name=") * 2:
             response = await client.get(path)
             assert (response.status_code, response.headers["x-ratelimit-remaining-requests"]) == (200, "2"), path
         left = []
@@ -421,7 +421,13 @@ def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: 
     ask(look, keys_file=keys, headers=bearer("k"))
 
 
-@pytest.mark.parametrize("path", ["/v1/loras", "/v1/pool/map"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/loras", "/v1/pool/map"),
+        *("/v1/models?name=a", "/v1/models?tag=a", "/v1/models?owner=acme", "/v1/models?after=auto"),
+    ],
+)
 def test_polling_a_list_uses_up_the_keys_requests(path: str, tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"requests_per_minute": 1}))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp
 
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.http.middleware import RequestContextMiddleware
@@ -341,15 +342,37 @@ def test_a_stream_whose_client_leaves_is_recorded_with_499(is_cancelled: bool, t
         if is_cancelled:
             raise asyncio.CancelledError
 
-    async def run() -> None:
-        log = UsageLog(tmp_path, BASE, Pool().put)
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        with suppress(asyncio.CancelledError):
-            await RequestContextMiddleware(app, RequestMetrics(FakeMetrics()), log)(scope, asyncio.Event().wait, _drop)
-
-    asyncio.run(run())
+    assert _statuses_of(app, UsageLog(tmp_path, BASE, Pool().put)) == ["499"]
     [event] = events_in(tmp_path)
     assert (event["status"], event["code"]) == (499, "")
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_a_client_that_leaves_after_the_last_text_of_its_stream_has_its_answer(
+    has_folder: bool, tmp_path: Path
+) -> None:
+    log = UsageLog(tmp_path if has_folder else None, BASE, Pool().put)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        find_context(scope).caller = LOCAL_CALLER
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        log.record(find_context(scope), 200)  # as the end of every stream does
+
+    assert _statuses_of(app, log) == ["200"]
+    assert [event["status"] for event in events_in(tmp_path)] == [200] * has_folder
+
+
+def _statuses_of(app: ASGIApp, log: UsageLog) -> list[str]:
+    """Send a request to this application. Return the statuses that the metrics counted."""
+    metrics = FakeMetrics()
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        with suppress(asyncio.CancelledError):
+            await RequestContextMiddleware(app, RequestMetrics(metrics), log)(scope, asyncio.Event().wait, _drop)
+
+    asyncio.run(run())
+    return [status for _, status, _ in metrics["requests_total"].counts]
 
 
 async def _drop(message: Any) -> None:

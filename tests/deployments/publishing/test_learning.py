@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from deployments.http.api import finish_at_end
-from deployments.publishing.learning import QUIET_S, REST_FACTOR, Learning, counted
+from deployments.publishing.learning import QUIET_S, REST_FACTOR, RETRY_S, Learning, counted
 from lora_store import Feedback, StoreUnavailable, VersionConflict
 from retriever_svc.learning import Effect, Learnt
 from tests.deployments.adapter_records import POOL, pool_of
@@ -100,10 +100,15 @@ def test_a_rejected_proposal_is_gone_and_makes_no_version() -> None:
 
 
 class BrokenForOne(FakeRetriever):
-    """It cannot apply the outcomes of the tenant `broken`, and does not end for the tenant `stuck`."""
+    """It cannot apply the outcomes of `broken`, nor at first those of `late`, and does not end for `stuck`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learning: list[str] = []
 
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
-        if tenant == "broken":
+        self.learning.append(tenant)
+        if tenant == "broken" or (tenant == "late" and self.learning.count("late") == 1):
             raise StoreUnavailable("down")
         if tenant == "stuck":
             await asyncio.Event().wait()
@@ -152,7 +157,12 @@ def test_outcomes_apply_in_the_order_of_arrival() -> None:
 
 
 def test_a_tenant_whose_outcomes_cannot_be_applied_keeps_no_other_from_it() -> None:
-    assert applied_for("well", "broken", "also well")[0] == ["well", "also well"]
+    assert applied_for("well", "broken", "also well", num_applied=2)[0] == ["well", "also well"]
+
+
+def test_outcomes_that_could_not_be_applied_are_applied_after_a_pause() -> None:
+    rest_s = 5.0 * REST_FACTOR
+    assert applied_for("late", took_s=5.0) == (["late"], [QUIET_S, rest_s + RETRY_S, QUIET_S, rest_s])
 
 
 def test_applying_rests_in_proportion_to_its_time() -> None:
@@ -166,19 +176,21 @@ def test_a_tenant_that_rests_or_takes_long_keeps_no_other_waiting() -> None:
 
 def test_outcomes_that_wait_when_the_replica_ends_are_applied_at_once() -> None:
     store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
-    store.given = {(tenant, "asked", asked.id): asked for tenant in ("one", "stuck", "two")}
+    store.given = {(tenant, "asked", asked.id): asked for tenant in ("one", "broken", "stuck", "two")}
+    retriever = BrokenForOne()
 
     async def never(seconds: float) -> None:
         await asyncio.Event().wait()
 
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         services, options = served.services, {"applies": True, "sleep": never}
-        learning = Learning(store, BrokenForOne(), services.publisher, services.background, **options)
-        for tenant in ("one", "two"):
+        learning = Learning(store, retriever, services.publisher, services.background, **options)
+        for tenant in ("one", "broken", "two"):
             await learning.judge(tenant, ("id", None, 1.0), "key")
         async with finish_at_end(replace(services, learning=learning), FastAPI()):
             assert store.ranked == []
         assert [tenant for tenant, _ in store.ranked] == ["one", "two"]
+        assert retriever.learning == ["one", "broken", "two"], "what cannot be applied is tried once"
         await learning.judge("stuck", ("id", None, 1.0), "key")
         await learning.finish(0.05)  # does not wait for ever
         services.background.cancel()

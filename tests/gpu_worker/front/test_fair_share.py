@@ -56,6 +56,15 @@ def test_returned_places_are_free_and_a_tenant_without_any_is_forgotten() -> Non
     assert share.has_share("a", 2) and not share.has_share("a", 3)
 
 
+def test_a_copy_counts_for_itself() -> None:
+    share = share_of(a=2, b=1)
+    copied = share.copy()
+    copied.give("a", 2)
+    copied.take("anonymous")
+    assert (share.num_held, copied.num_held, share.displaced_by("b", 3, 0)) == (3, 2, "a")
+    assert copied.has_share("anonymous", 9) and copied.has_share("b", 1)
+
+
 def test_a_full_queue_ends_with_equal_shares_in_any_order_of_arrival() -> None:
     for seed in range(50):
         draw, share, held = random.Random(seed), FairShare(), Counter[str]()
