@@ -162,8 +162,7 @@ class Ingress:
             started = await completions.start(request, caller, context)
             async with aclosing(completions.stream(started)) as chunks:
                 async for chunk in chunks:
-                    if chunk is not None:
-                        yield chunk
+                    yield chunk
 
     @contextmanager
     def _record_call(self, name: str, caller: Caller) -> Iterator[RequestContext]:

@@ -97,13 +97,10 @@ class MessageForm:
             pass
         return self._message()
 
-    async def events(self, chunks: AsyncGenerator[JsonObject | None]) -> AsyncGenerator[JsonObject | None]:
-        """Yield the typed events of the chunks of a chat. They must include the usage. None stays a heartbeat."""
+    async def events(self, chunks: AsyncGenerator[JsonObject]) -> AsyncGenerator[JsonObject]:
+        """Yield the typed events of the chunks of a chat. They must include the usage."""
         async with aclosing(chunks):
             async for chunk in chunks:
-                if chunk is None:
-                    yield None
-                    continue
                 for event in self._make_events(chunk):
                     yield event
 

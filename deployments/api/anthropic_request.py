@@ -116,6 +116,7 @@ class AnthropicMessage(TolerantRequest):
 class AnthropicTool(FunctionDefinition):
     """A tool that the client runs."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
     parameters: Schema | None = Field(alias="input_schema")
     type: Literal["custom"] = "custom"
 
@@ -229,6 +230,13 @@ class MessagesRequest(Conversation, GenerationRequest):
     """`{"format": {"type": "json_schema", "schema": {...}}}`, see structured output."""
     n: Literal[1] = 1
     """A message has one answer."""
+
+    @model_validator(mode="after")
+    def _ends_before_the_answer(self) -> Self:
+        if self.messages[-1].role == "assistant" and self.turns()[-1].role == "assistant":
+            what = "answers that the client begins: end messages with a message of the user"
+            raise unsupported(f"messages.{len(self.messages) - 1}", what)
+        return self
 
     @model_validator(mode="after")
     def _one_path_and_format(self) -> Self:

@@ -41,6 +41,10 @@ NOT_SERVED: Passing = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
+    "regex": ("",),
+    "ebnf": ("",),
+    "grammar": ("",),
+    "json_schema": ("",),
     "include_stop_str_in_output": (False,),
     "detokenize": (True,),
     "bad_words": ([],),
@@ -65,6 +69,7 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
     "context_management": ([],),
     "conversation": (),
     "prompt": (),
+    "prompt_logprobs": (),
     "truncation": ("disabled",),
 }
 NOT_SERVED_IN_ANTHROPIC: Passing = NOT_SERVED | {
@@ -72,6 +77,7 @@ NOT_SERVED_IN_ANTHROPIC: Passing = NOT_SERVED | {
     "context_management": ({},),
     "mcp_servers": ([],),
     "output_format": (),
+    "prompt_logprobs": (),
 }
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
@@ -121,6 +127,10 @@ _WHAT = {
     "guided_regex": "guided_regex: use structured_outputs.regex",
     "guided_choice": "guided_choice: use structured_outputs.choice",
     "guided_grammar": "guided_grammar: use structured_outputs.grammar",
+    "regex": "regex: use structured_outputs.regex",
+    "ebnf": "ebnf: use structured_outputs.grammar",
+    "grammar": "grammar: use structured_outputs.grammar",
+    "json_schema": "json_schema outside response_format: use response_format or structured_outputs.json",
     "chat_template": "templates of clients",
     "suffix": "text after the answer",
     "output_format": "output_format: use output_config.format",
@@ -129,6 +139,7 @@ _WHAT = {
     "background": "answers in the background: leave it out, and set stream: true for long answers",
     "conversation": "stored conversations: send the whole conversation in input",
     "prompt": "stored prompts: send the text in input",
+    "prompt_logprobs": "prompt_logprobs here: use /v1/chat/completions",
     "truncation": "shortened conversations: leave it out, and shorten input to the context of the model",
     "best_of": "a choice among answers",
 }
@@ -224,7 +235,7 @@ class PlanRow(ApiRequest):
 class PlanGiven(ApiRequest):
     """A plan that is sent back: `lora` of an answer or of `/v1/route`.
 
-    Its `candidates`, `policy` and `contract` are not read.
+    Its `candidates`, `why`, `policy` and `contract` are not read.
     """
 
     strategy: Strategy
@@ -234,7 +245,7 @@ class PlanGiven(ApiRequest):
     abstained: bool = False
     candidates: list[Any] = Field(default=[], max_length=64, exclude=True)  # may hold what cannot be serialized
     reason: str | None = Field(default=None, max_length=64)
-    why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
+    why: str | None = Field(default=None, max_length=MAX_TEXT_CHARS, exclude=True)  # the server's may have any length
     policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
     contract: dict[str, Any] | None = Field(default=None, max_length=2, exclude=True)
 

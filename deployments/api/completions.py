@@ -190,7 +190,8 @@ class PolicyFields(ApiRequest):
     ignore_eos: bool = False
     """Continue past the end token."""
     response_format: ResponseFormat | None = None
-    """`{"type": "json_object"}`, or `json_schema` with a schema that the answer follows, see structured output."""
+    """`{"type": "json_object"}`, with a `schema` or without, or `json_schema` with a schema that the answer follows,
+    see structured output."""
     structured_outputs: StructuredOutputs | None = None
     """vLLM's spelling: one of `json`, `regex`, `choice`, `grammar` and `json_object`, see structured output."""
 
@@ -338,8 +339,8 @@ class ChatCompletionRequest(GenerationRequest):
         AfterValidator(check_results),
     ]
     """Roles `system`, `developer` (as `system`), `user`, `assistant` and `tool`; content is text or a list of text
-    parts. An assistant's message may have `tool_calls`, and a tool's message names its call in `tool_call_id`. Adapters
-    are found by the user's turns, see conversations."""
+    parts. An assistant's message may have `tool_calls`, and a tool's message names its call in `tool_call_id`. The chat
+    template gets `name` and may show it. Adapters are found by the user's turns, see conversations."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Takes precedence over `max_tokens`."""
     logprobs: bool = False

@@ -85,15 +85,11 @@ class Contract(ApiRequest):
 
 @dataclass(frozen=True, slots=True)
 class AppliedContract:
-    """The part of an adapter's contract that applies to one prompt. `parts`: the names of what it sets there.
-
-    `max_new_tokens`: the most that its `max_tokens` can ask for.
-    """
+    """The part of an adapter's contract that applies to one prompt. `parts`: the names of what it sets there."""
 
     adapter: AdapterRef
     contract: Contract
     parts: tuple[str, ...]
-    max_new_tokens: int
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """Return the prompt with the instruction, as the model reads it."""
@@ -122,7 +118,7 @@ class AppliedContract:
         if "top_p" in values:
             values["top_p"] = values["top_p"] or LEAST_TOP_P
         if "max_tokens" in values:
-            values["max_tokens"] = min(values["max_tokens"], self.max_new_tokens)
+            values["max_tokens_is_default"] = True
         if "output_schema" in self.parts:
             values["grammar"] = self.contract.grammar()
         if "stop" in self.parts:
@@ -150,11 +146,10 @@ def applied_contract(
     question: Question,
     sampling: SamplingParams = _ANY,
     given: Collection[str] = (),
-    max_new_tokens: int = 1,
 ) -> AppliedContract | None:
     """Return what the contract of the plan's leading adapter sets that the request does not, None for nothing.
 
-    `given`: the fields that the request sets. `max_new_tokens`: the server's limit. Raises: RequestInvalid.
+    `given`: the fields that the request sets. Raises: RequestInvalid.
     """
     if plan.contract is None or not question.lora.contract or (leader := plan.leader) is None:
         return None
@@ -170,7 +165,7 @@ def applied_contract(
     if sampling.max_tokens is not None or sampling.min_tokens > contract.defaults.get("max_tokens", 0):
         left_out.add("max_tokens")
     parts = tuple(name for name in contract.parts if name not in left_out)
-    return AppliedContract(leader.ref, contract, parts, max_new_tokens) if parts else None
+    return AppliedContract(leader.ref, contract, parts) if parts else None
 
 
 def _takes_instruction(prompt: Prompt, contract: Contract) -> bool:

@@ -104,10 +104,8 @@ class ChatMessage(TolerantRequest):
 
     def message(self) -> Message:
         role = "system" if self.role == "developer" else self.role
-        if not self.tool_calls:
-            return Message(role, self.text)
-        calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls]
-        return Message(role, self.text, tuple(calls))
+        calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()]
+        return Message(role, self.text, tuple(calls), name=self.name or "")
 
 
 def check_results(messages: list[ChatMessage]) -> list[ChatMessage]:

@@ -145,12 +145,19 @@ class AppliedPolicy:
     def _find_conflicts(self, request: GenerationRequest) -> Set[str]:
         """Return the policy's fields that would make the request itself invalid.
 
-        A grammar of the request ends its answer, and so does its limit.
+        A grammar ends an answer, and so does its limit.
         """
-        tools, limit = request.used_tools(), request.token_limit
+        tools, limit, policy_limit = request.used_tools(), request.token_limit, self.policy.max_tokens
+        conflicts: set[str] = set()
         if request.sampling().grammar is not None or (tools is not None and tools.have_grammar):
-            return {"min_tokens", "ignore_eos"}
-        return {"min_tokens"} if limit is not None and limit < self.policy.min_tokens else set()
+            conflicts |= {"min_tokens", "ignore_eos"}
+        elif request.min_tokens or request.ignore_eos:
+            conflicts |= {"response_format", "structured_outputs"}
+        if limit is not None and limit < self.policy.min_tokens:
+            conflicts.add("min_tokens")
+        if policy_limit is not None and policy_limit < request.min_tokens:
+            conflicts.add("max_tokens")
+        return conflicts
 
     def apply_to_question(self, question: Question) -> Question:
         """Return the question with the policy's model, and with its options where it sets none."""

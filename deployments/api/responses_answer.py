@@ -138,13 +138,10 @@ class ResponseForm:
         response: ResponseObject = last["response"]
         return response
 
-    async def events(self, chunks: AsyncGenerator[JsonObject | None]) -> AsyncGenerator[JsonObject | None]:
-        """Yield the typed events of the chunks of a chat. They must include the usage. None stays a heartbeat."""
+    async def events(self, chunks: AsyncGenerator[JsonObject]) -> AsyncGenerator[JsonObject]:
+        """Yield the typed events of the chunks of a chat. They must include the usage."""
         async with aclosing(chunks):
             async for chunk in chunks:
-                if chunk is None:
-                    yield None
-                    continue
                 for event in self._events_of(chunk):
                     yield event
 
@@ -181,8 +178,9 @@ class ResponseForm:
         open_calls, new_calls = split_calls(delta)
         for call in open_calls:
             yield from self._add_call(call)
-        if text := delta.get("content"):
-            yield from self._add_text(text, choice["logprobs"]["content"] if choice["logprobs"] else [])
+        text, logprobs = delta.get("content") or "", choice["logprobs"]["content"] if choice["logprobs"] else []
+        if text or logprobs:  # some tokens have no text of their own
+            yield from self._add_text(text, logprobs)
         for call in new_calls:
             yield from self._add_call(call)
         if self._reason:

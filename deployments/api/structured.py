@@ -44,18 +44,26 @@ def _check_schema(name: str, is_given: bool, kind: str) -> None:
 
 
 class ResponseFormat(TolerantRequest):
-    """The format of a chat's answer."""
+    """The format of a chat's answer. `schema` is llama.cpp's, LoRAX's and Fireworks' spelling of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: Schema | None = Field(default=None, alias="schema")
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
-        _check_schema("json_schema", self.json_schema is not None, self.type)
+        if self.schema_ is None:
+            _check_schema("json_schema", self.json_schema is not None, self.type)
+        elif self.type == "text":
+            raise problem("schema", "goes with type 'json_object' or 'json_schema' only; type is 'text'")
+        elif self.json_schema is not None:
+            raise problem("schema", "json_schema gives the schema too; keep one of them")
         return self
 
     def grammar(self) -> Grammar | None:
         """Return the grammar of the answer, or None for any text. Raises: GrammarInvalid."""
+        if self.schema_ is not None:
+            return of_schema(self.schema_, "response_format.schema")
         if self.json_schema is not None:
             return of_schema(self.json_schema.schema_, "response_format.json_schema.schema")
         return Grammar("json_schema", ANY_OBJECT, "response_format") if self.type == "json_object" else None

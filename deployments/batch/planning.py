@@ -69,8 +69,7 @@ async def ask_planner(planner: Planner, models: ServedModels, tenant: str, name:
         request, sampling, questions, bound = await planner.apply_policy(request, tenant)
         plans = await planner.plan_all(questions, tenant)
         [planned] = plans if bound is None else bound.explain(plans)
-        given, most = request.set_fields, models.first.max_new_tokens
-        contract = applied_contract(planned.plan, questions[0], sampling, given, most)
+        contract = applied_contract(planned.plan, questions[0], sampling, request.set_fields)
         planned = replace(planned, contract=contract)
         template = models.named(planned.plan.base_model).template
         [job] = make_jobs(name, tenant, sampling, questions, [planned], [template])

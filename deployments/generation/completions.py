@@ -134,9 +134,9 @@ class CompletionService:
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explain(plans)
                 if any(planned.plan.contract is not None for planned in plans):
-                    given, most = request.set_fields, self._models.first.max_new_tokens
+                    given = request.set_fields
                     plans = [
-                        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
+                        replace(planned, contract=applied_contract(planned.plan, question, sampling, given))
                         for question, planned in zip(questions, plans, strict=True)
                     ]
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
@@ -279,8 +279,8 @@ class CompletionService:
                 await asyncio.gather(*tasks, return_exceptions=True)
         return started.answer.whole([Completion.joined(deltas) for deltas in parts])
 
-    async def stream(self, started: StartedCompletion) -> AsyncGenerator[JsonObject | None]:
-        """Yield the chunks: the plans with the first text, text as it arrives, then the usage. None is a heartbeat.
+    async def stream(self, started: StartedCompletion) -> AsyncGenerator[JsonObject]:
+        """Yield the chunks: the plans with the first text, text as it arrives, then the usage.
 
         An error before the first text is raised before anything is yielded.
         """
@@ -289,10 +289,6 @@ class CompletionService:
         with started.held:
             async with aclosing(merge([row.deltas() for row in started.rows])) as deltas:
                 async for index, delta in deltas:
-                    if delta is None:
-                        if lasts:
-                            yield None
-                        continue
                     if not lasts:
                         yield started.answer.opening()
                     is_first = index not in lasts

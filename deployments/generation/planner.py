@@ -50,7 +50,8 @@ def _check_limits(sampling: SamplingParams, questions: Sequence[Question], model
             raise PromptTooLong(
                 f"a prompt of {num_tokens} tokens does not fit a context of {model.max_model_len} tokens"
             )
-    _check_new_tokens(sampling.max_tokens, sampling.min_tokens, model)
+    asked = None if sampling.max_tokens_is_default else sampling.max_tokens
+    _check_new_tokens(asked, sampling.min_tokens, model)
 
 
 def _check_new_tokens(max_tokens: int | None, min_tokens: int, model: ServedModel) -> None:
@@ -135,7 +136,8 @@ class Planner:
             return request, sampling, [replace(each, plan=named, plan_s=seconds) for each in questions], None
         bound = AppliedPolicy.of(named, questions[0], tenant)
         filled = bound.apply_to_request(request)
-        sampling, questions = filled.sampling(), bound.make_questions(filled)
+        sampling = replace(filled.sampling(), max_tokens_is_default=request.token_limit is None)
+        questions = bound.make_questions(filled)
         _check_limits(sampling, questions, self._models.limiting(bound.policy.model))
         return filled, sampling, questions, bound
 

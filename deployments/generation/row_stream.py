@@ -64,8 +64,8 @@ class RowStream:
     deadline: float
     grace_s: float  # tolerated delay of a Worker
 
-    async def deltas(self, restart: Callable[[], None] | None = None) -> AsyncGenerator[tuple[int, Delta | None]]:
-        """Yield (index, delta), and (index, None) for each heartbeat. Leaving cancels the job at the Worker.
+    async def deltas(self, restart: Callable[[], None] | None = None) -> AsyncGenerator[tuple[int, Delta]]:
+        """Yield (index, delta). Leaving cancels the job at the Worker.
 
         A job whose Worker died is sent to another one, and charged once. If deltas have been yielded, this happens only
         with `restart`, which is called before the first delta is yielded again.
@@ -84,9 +84,10 @@ class RowStream:
                 stream = workers.client.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
                 until = self.deadline + self.grace_s  # the Worker keeps the deadline unless it hangs
                 while not isinstance(delta := await stream.next(until), StreamEnd):
-                    if delta is not None:
-                        last = delta
-                        self.context.record_delta(self.index, delta)
+                    if delta is None:  # a heartbeat
+                        continue
+                    last = delta
+                    self.context.record_delta(self.index, delta)
                     yield self.index, delta
                 has_ended = True
                 return
@@ -111,8 +112,7 @@ class RowStream:
         kept: list[Delta] = []
         async with aclosing(self.deltas(restart=kept.clear)) as deltas:
             async for _, delta in deltas:
-                if delta is not None:
-                    kept.append(delta)
+                kept.append(delta)
         return kept
 
 

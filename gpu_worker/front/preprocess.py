@@ -21,7 +21,7 @@ from gpu_worker.front.grammar.tool_grammar import tool_grammar
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompt_memo import PromptMemo
 from gpu_worker.front.request.prompts import Message, resolve_template, template_stops
-from gpu_worker.front.request.request import MAX_CHARS_PER_TOKEN, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.request.request import MAX_CHARS_PER_TOKEN, Job, Prompt, SamplingParams, TokenIds, Tokenized
 from gpu_worker.front.request.tool_parser import ToolCallParser
 from gpu_worker.front.request.tool_prompts import choose_style, find_style, render_conversation
 from gpu_worker.front.request.tools import Tools, ToolStyle
@@ -56,8 +56,8 @@ class PromptModel(Protocol):
 class RequestPreprocessor:
     """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to.
 
-    `max_new_tokens`: of jobs without `max_tokens`; None: what the context has left. Without `grammars`, jobs with
-    structured output are refused. `tool_parser`: the form of tool calls with the chat template, `auto`
+    `max_new_tokens`: of jobs whose client set no `max_tokens`; None: what the context has left. Without `grammars`,
+    jobs with structured output are refused. `tool_parser`: the form of tool calls with the chat template, `auto`
     for the one that it shows.
     """
 
@@ -120,7 +120,7 @@ class RequestPreprocessor:
 
         Raises: PromptTooLong, SamplingInvalid, GrammarInvalid, EngineFull.
         """
-        max_new_tokens = self._max_new_tokens(len(tokens), job.sampling.max_tokens)
+        max_new_tokens = self._max_new_tokens(len(tokens), job.sampling)
         if job.sampling.min_tokens > max_new_tokens:
             message = f"min_tokens must be at most the {max_new_tokens} new tokens that fit the context"
             raise SamplingInvalid(f"{message}, got {job.sampling.min_tokens}", "min_tokens")
@@ -255,11 +255,15 @@ class RequestPreprocessor:
                 f" {self._num_embeddings - 1}); remove it"
             )
 
-    def _max_new_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
+    def _max_new_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
         room = self._max_len - num_prompt_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            raise PromptTooLong(_too_long(num_prompt_tokens, wanted, self._max_len))
-        return min(room, self._max_unasked) if wanted is None else wanted
+        asked = None if sampling.max_tokens_is_default else sampling.max_tokens
+        if room < 1 or (asked is not None and asked > room):
+            raise PromptTooLong(_too_long(num_prompt_tokens, asked, self._max_len))
+        if asked is not None:
+            return asked
+        most = min(room, self._max_unasked)
+        return most if sampling.max_tokens is None else min(most, sampling.max_tokens)
 
     def _end_ids(self, job: Job) -> frozenset[int]:
         ids = frozenset(job.sampling.stop_token_ids)

@@ -66,6 +66,10 @@ def test_candidates_and_contract_of_a_plan_are_not_read(unread: list[Any]) -> No
     assert request("POST", "/v1/chat/completions", sent=sent).json()["lora"]["adapters"] == [ROW]
 
 
+def test_a_plan_can_be_sent_back_whatever_the_length_of_its_why() -> None:
+    assert replay(plan_of(ROW, why="x" * 100_000)).json()["lora"]["adapters"] == [ROW]
+
+
 def test_a_base_plan_and_its_abstention_are_replayed() -> None:
     plan = post("/v1/route", {"prompt": "a"}, retriever=FakeRetriever(abstains=True)).json()["data"][0]
     assert (plan["strategy"], plan["abstained"]) == ("base", True)

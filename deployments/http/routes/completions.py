@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import replace
+from typing import TypeVar
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -53,6 +53,7 @@ from gpu_worker.front.request.prompts import Message
 router = APIRouter(route_class=AnsweringRoute)
 _STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would buffer events
 _DONE = format_sse_event(data_str="[DONE]")
+T = TypeVar("T")
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
@@ -158,40 +159,33 @@ async def _respond(
 
 
 async def events(
-    chunks: AsyncGenerator[JsonObject | None],
+    chunks: AsyncGenerator[JsonObject],
     context: RequestContext,
     *,
     form: ResponseForm | MessageForm | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
-    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[bytes]:
     """Yield the chunks as server-sent events. Leaving closes `chunks`.
 
-    While the first chunk is awaited, each `keep_alive_s` yields a comment. An error before the first event or comment
-    is raised; a later one becomes the last event.
-    A chunk of None is a heartbeat of the source: it becomes a comment if the stream was silent for `keep_alive_s`.
+    While a chunk is awaited, each `keep_alive_s` yields a comment. An error before the first event or comment is
+    raised; a later one becomes the last event.
     """
     has_begun = False
     try:
         async with aclosing(chunks):
-            opening = asyncio.create_task(_next(chunks))
-            try:
-                while not (await asyncio.wait((opening,), timeout=keep_alive_s))[0]:
-                    has_begun = True
-                    yield KEEPALIVE_COMMENT
-            finally:
-                opening.cancel()
-                await asyncio.wait((opening,))
-            yield _event(opening.result())
-            has_begun, sent_at = True, clock()
-            async for chunk in chunks:
-                if chunk is not None:
-                    yield _event(chunk)
-                elif clock() - sent_at >= keep_alive_s:
-                    yield KEEPALIVE_COMMENT
-                else:
-                    continue
-                sent_at = clock()
+            while True:
+                coming = asyncio.create_task(_next(chunks))
+                try:
+                    while not (await asyncio.wait((coming,), timeout=keep_alive_s))[0]:
+                        has_begun = True
+                        yield KEEPALIVE_COMMENT
+                finally:
+                    await _end(coming)
+                chunk = coming.result()
+                if chunk is None:
+                    break
+                has_begun = True
+                yield _event(chunk)
     except Exception as exc:
         if not has_begun:
             raise
@@ -203,8 +197,20 @@ async def events(
         yield _DONE
 
 
-async def _next(chunks: AsyncGenerator[JsonObject | None]) -> JsonObject | None:
-    return await anext(chunks)
+async def _next(chunks: AsyncGenerator[JsonObject]) -> JsonObject | None:
+    """Return the next chunk, None after the last one."""
+    return await anext(chunks, None)
+
+
+async def _end(task: asyncio.Task[T]) -> None:
+    """Cancel the task unless it is done, and wait until it is, however often the caller is cancelled meanwhile.
+
+    What the task reads can be closed only then.
+    """
+    task.cancel()
+    while not task.done():
+        with suppress(asyncio.CancelledError):  # the caller is on its way out already
+            await asyncio.wait((task,))
 
 
 async def _continue(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
@@ -214,6 +220,6 @@ async def _continue(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator
             yield event
 
 
-def _event(chunk: JsonObject | None) -> bytes:
+def _event(chunk: JsonObject) -> bytes:
     """Return a server-sent event. Typed events have their type as its name."""
-    return format_sse_event(data_str=json.dumps(chunk), event=None if chunk is None else chunk.get("type"))
+    return format_sse_event(data_str=json.dumps(chunk), event=chunk.get("type"))

@@ -69,6 +69,8 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
 async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
+    if not model:  # a path that ends with the slash
+        raise ModelNotFound(model)
     served = services.config.served_models
     cards = _Cards(served, services.completions.sampling_defaults, caller)
     base_model, name = served.split(model)

@@ -33,7 +33,10 @@ TEMPLATE_FAILURES = (
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. A turn of the role `tool` is the result of the call `call_id` of function `name`."""
+    """One turn of a conversation. A turn of the role `tool` is the result of the call `call_id` of function `name`.
+
+    In other roles `name` is the participant's. Only some chat templates read it.
+    """
 
     role: Role
     content: str
@@ -126,7 +129,9 @@ def make_turn(message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     if message.role == "tool":
-        turn |= {"tool_call_id": _short_id(message.call_id), "name": message.name}
+        turn["tool_call_id"] = _short_id(message.call_id)
+    if message.role == "tool" or message.name:
+        turn["name"] = message.name
     return turn
 
 

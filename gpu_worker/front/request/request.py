@@ -50,6 +50,7 @@ class SamplingParams:
     ignore_eos: bool = False
     grammar: Grammar | None = None  # what the answer must follow; it ends the answer
     unset: frozenset[str] = frozenset()  # names of SAMPLING_DEFAULTS that the server's values replace
+    max_tokens_is_default: bool = False  # the client set none: less is given where the context has less room
 
     def __post_init__(self) -> None:
         self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 0, "be at least 0")

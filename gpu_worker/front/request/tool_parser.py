@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from gpu_worker.front.request.request import FinishReason
 from gpu_worker.front.request.tools import ToolCallPiece, ToolForm
 
-_MAX_LEAD = 128  # characters between a marker and the object
+_MAX_LEAD = 192  # characters between a marker and the object
 MAX_MALFORMED = 8  # in one answer: each is searched again for others, so their number is bounded
 _HEADER = re.compile(r'\{\s*"name"\s*:\s*"(?P<name>[A-Za-z0-9_.-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 

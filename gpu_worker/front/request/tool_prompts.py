@@ -139,9 +139,9 @@ def without_tool_turns(messages: Sequence[Message]) -> list[Message]:
         role: Role = "user" if message.role == "tool" else message.role
         text = _plain_text(message)
         if role == "user" and turns and turns[-1].role == "user" and (follows_result or message.role == "tool"):
-            turns[-1] = Message("user", f"{turns[-1].content}\n{text}")
+            turns[-1] = replace(turns[-1], content=f"{turns[-1].content}\n{text}")
         else:
-            turns.append(Message(role, text))
+            turns.append(Message(role, text, name="" if message.role == "tool" else message.name))
         follows_result = message.role == "tool"
     return turns
 

@@ -24,12 +24,12 @@ ANSWER = Answer("chat", "auto", [Planned(BASE_PLAN)], request_id="r")
 def streamed(deltas: list[Delta]) -> tuple[str, list[Any], str]:
     """Return the text, the calls and the reason of a stream. Each delta must fit the block that is open."""
 
-    async def chunks() -> AsyncGenerator[JsonObject | None]:
+    async def chunks() -> AsyncGenerator[JsonObject]:
         for chunk in [ANSWER.opening(), *[ANSWER.chunk(0, delta) for delta in deltas], ANSWER.usage_chunk(deltas[-1:])]:
             yield chunk
 
     async def collect() -> list[JsonObject]:
-        return [event async for event in MessageForm("auto", "r").events(chunks()) if event is not None]
+        return [event async for event in MessageForm("auto", "r").events(chunks())]
 
     blocks: list[JsonObject] = []
     reason = ""

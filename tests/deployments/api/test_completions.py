@@ -123,7 +123,7 @@ def test_a_value_out_of_its_range_is_refused_by_its_path(fields: dict[str, Any],
 def test_sampling_is_carried_over_field_by_field() -> None:
     bias = {"logit_bias": {"7": -100, "3": 2.5}}
     expected = SAMPLING | {"logit_bias": ((3, 2.5), (7, -100.0)), "logprobs": 4, "prompt_logprobs": 2}
-    expected |= {"grammar": None, "unset": frozenset()}
+    expected |= {"grammar": None, "unset": frozenset(), "max_tokens_is_default": False}
     assert asdict(chat(**SAMPLING, **bias, logprobs=True, top_logprobs=4, prompt_logprobs=2).sampling()) == expected
     assert asdict(completion(**SAMPLING, **bias, logprobs=4, prompt_logprobs=2).sampling()) == expected
     assert SamplingParams.__dataclass_fields__.keys() == expected.keys()
@@ -212,7 +212,7 @@ def test_developer_is_system_and_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "two"}]
     turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "Ann"}]
     [question] = chat(messages=turns).questions()
-    assert question.prompt == (Message("system", "Be brief."), Message("user", "One two"))
+    assert question.prompt == (Message("system", "Be brief."), Message("user", "One two", name="Ann"))
 
 
 def test_usage_is_included_on_request() -> None:

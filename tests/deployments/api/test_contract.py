@@ -35,7 +35,7 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 def applied(request: GenerationRequest, contract: dict[str, Any] = WHOLE) -> AppliedContract | None:
     plan = Plan("selection", (replace(ROWS[0], weight=0.3),), contract=json.dumps(contract))
     [question] = request.questions()
-    return applied_contract(plan, question, request.sampling(), request.set_fields, 512)
+    return applied_contract(plan, question, request.sampling(), request.set_fields)
 
 
 def test_a_contract_sets_what_the_request_does_not() -> None:
@@ -43,7 +43,8 @@ def test_a_contract_sets_what_the_request_does_not() -> None:
     found = applied(request)
     assert found is not None and list(found.parts) == ALL
     sampling = found.sampling(request.sampling())
-    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_tokens) == (0.25, 0, 1e-6, 512)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_tokens) == (0.25, 0, 1e-6, 900)
+    assert sampling.max_tokens_is_default and not request.sampling().max_tokens_is_default
     assert sampling.stop == ("END",) and sampling.grammar is not None
     assert list(json.loads(sampling.grammar.text)["properties"]) == ["z", "a"], "the answer has this order"
     assert sampling.with_defaults({"temperature": 1.5, "min_p": 0.1}).temperature == 0.25

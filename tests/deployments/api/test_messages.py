@@ -61,6 +61,12 @@ def test_tools_and_the_choice_among_them(fields: dict[str, Any], expected: Tools
     assert CompletionRequest.model_validate({"prompt": "Hi"}).used_tools() is None
 
 
+def test_the_name_of_a_participant_is_part_of_its_turn() -> None:
+    [question] = chat(messages=[USER | {"name": "Ada"}, ASSISTANT | {"name": "Bo"}, RESULT | {"name": "x"}]).questions()
+    assert isinstance(question.prompt, tuple)
+    assert [turn.name for turn in question.prompt] == ["Ada", "Bo", "get_weather"], "a result has its function's name"
+
+
 def test_calls_and_results_are_turns_of_the_conversation() -> None:
     [question] = chat(messages=[USER, ASSISTANT, RESULT], tools=[WEATHER]).questions()
     assert question.text == "Hi", "the user and not the tools finds the adapters"

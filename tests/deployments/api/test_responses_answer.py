@@ -52,16 +52,15 @@ def form_of(**fields: Any) -> ResponseForm:
 def streamed(deltas: Sequence[Delta], form: ResponseForm, *, with_end: bool = True) -> list[JsonObject]:
     answer = answer_of(num_logprobs=2)
 
-    async def chunks() -> AsyncGenerator[JsonObject | None]:
+    async def chunks() -> AsyncGenerator[JsonObject]:
         yield answer.opening()
         for delta in deltas:
-            yield None
             yield answer.chunk(0, delta)
         if with_end:
             yield answer.usage_chunk([deltas[-1]])
 
     async def collect() -> list[JsonObject]:
-        return [event async for event in form.events(chunks()) if event is not None]
+        return [event async for event in form.events(chunks())]
 
     return asyncio.run(collect())
 
@@ -99,6 +98,15 @@ def test_the_last_event_has_the_response_that_a_request_without_stream_gets() ->
     found = whole(DELTAS, form_of(**fields))
     assert last["response"] | {"created_at": 0} == found | {"created_at": 0}
     assert [entry["token"] for entry in found["output"][0]["content"][0]["logprobs"]] == ["Hel", "lo"]
+
+
+def test_tokens_without_a_text_of_their_own_keep_their_log_probabilities_in_a_stream() -> None:
+    deltas = (*DELTAS[:2], Delta("", 5, 4, "length", logprobs=(logprob("\ufffd"),)))
+    [*_, last] = streamed(deltas, form_of(include=[LOGPROBS]))
+    found = whole(deltas, form_of(include=[LOGPROBS]))
+    assert last["response"] | {"created_at": 0} == found | {"created_at": 0}
+    tokens = [entry["token"] for entry in found["output"][0]["content"][0]["logprobs"]]
+    assert tokens == ["Hel", "lo", "\ufffd"]
 
 
 def test_a_response_repeats_the_request_and_has_nothing_stored() -> None:

@@ -141,6 +141,7 @@ def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
         ({"background": True}, "background", "set stream: true"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "send the text in input"),
         ({"truncation": "auto"}, "truncation", "shorten input"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs", "use /v1/chat/completions"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0", "as clients do with store: false"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0", "leave it out"),
         ({"tools": [{"type": "web_search"}]}, "tools.0", "leave it out"),

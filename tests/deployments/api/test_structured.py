@@ -28,12 +28,19 @@ def with_schema(**fields: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", **fields}}}
 
 
+def schema_beside(kind: str, **fields: Any) -> dict[str, Any]:
+    """Return a format with the schema beside its type, as clients of llama.cpp, LoRAX and Fireworks send it."""
+    return {"response_format": {"type": kind, "schema": SCHEMA, **fields}}
+
+
 @pytest.mark.parametrize(
     ("fields", "grammar", "param"),
     [
         (with_schema(schema=SCHEMA, strict=True), ("json_schema", json.dumps(SCHEMA)), "response_format.json_schema"),
         (with_schema(schema=SCHEMA, strict=False), ("json_schema", json.dumps(SCHEMA)), "response_format.json_schema"),
         ({"response_format": {"type": "json_object"}}, ("json_schema", ANY), "response_format"),
+        (schema_beside("json_object"), ("json_schema", json.dumps(SCHEMA)), "response_format.schema"),
+        (schema_beside("json_schema"), ("json_schema", json.dumps(SCHEMA)), "response_format.schema"),
         ({"structured_outputs": {"json": SCHEMA}}, ("json_schema", json.dumps(SCHEMA)), "structured_outputs.json"),
         ({"structured_outputs": {"json": ANY}}, ("json_schema", ANY), "structured_outputs.json"),
         ({"structured_outputs": {"json_object": True}}, ("json_schema", ANY), "structured_outputs.json_object"),
@@ -66,6 +73,11 @@ def test_any_text_has_no_grammar(fields: dict[str, Any]) -> None:
             "response_format.json_schema: goes with type 'json_schema' only",
         ),
         ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        (schema_beside("text"), "response_format.schema: goes with type 'json_object' or 'json_schema' only"),
+        (
+            schema_beside("json_schema", json_schema={"schema": {}}),
+            "response_format.schema: json_schema gives the schema too",
+        ),
         (with_schema(), "response_format.json_schema.schema"),
         (with_schema(schema=[1]), "response_format.json_schema.schema"),
         ({"structured_outputs": {}}, "structured_outputs"),
@@ -83,6 +95,23 @@ def test_a_malformed_format_is_refused_at_its_field(fields: dict[str, Any], para
         parse(CHAT | fields)
     name, _, message = param.partition(": ")
     assert refused.value.param == name and message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("regex", "structured_outputs.regex"),
+        ("ebnf", "structured_outputs.grammar"),
+        ("grammar", "structured_outputs.grammar"),
+        ("json_schema", "response_format or structured_outputs.json"),
+    ],
+)
+def test_a_format_beside_the_other_fields_is_refused_with_what_to_use_instead(name: str, instead: str) -> None:
+    for request in (CHAT, {"prompt": "Once"}):
+        with pytest.raises(Unsupported, match=f"support {name}.*; use {instead}") as refused:
+            parse(request | {name: "a"})
+        assert refused.value.param == name
+        assert ignored_fields(parse(request | {name: ""})) == (), "it requests nothing"
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SERVED_IN_STRUCTURED))

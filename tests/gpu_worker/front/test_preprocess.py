@@ -69,6 +69,19 @@ def test_prompt_and_new_tokens_fit_the_context_or_are_refused(
         assert prepare(job, ignore).max_new_tokens == new_tokens
 
 
+@pytest.mark.parametrize(("num_prompt_tokens", "new_tokens"), [(10, 40), (120, 40), (121, 39), (159, 1), (160, None)])
+def test_a_default_of_max_tokens_is_shortened_to_the_room_that_the_prompt_leaves(
+    num_prompt_tokens: int, new_tokens: int | None, tiny_base: TinyBase
+) -> None:
+    sampling = SamplingParams(max_tokens=40, max_tokens_is_default=True)
+    job = Job("1", "x" * (num_prompt_tokens - 1), sampling=sampling)
+    prepare = RequestPreprocessor(tiny_base(), 160)
+    with pytest.raises(PromptTooLong, match="leave no room") if new_tokens is None else nullcontext():
+        assert prepare(job, ignore).max_new_tokens == new_tokens
+    within_the_servers = RequestPreprocessor(tiny_base(), 160, max_new_tokens=30)
+    assert new_tokens is None or within_the_servers(job, ignore).max_new_tokens == min(new_tokens, 30)
+
+
 def test_a_prompt_of_too_many_characters_is_refused(tiny_base: TinyBase) -> None:
     """It is refused before it is tokenized: 64 characters per token, a template's included."""
     prepare = RequestPreprocessor(tiny_base(), 10)

@@ -182,7 +182,8 @@ def test_odd_arguments_of_a_call_never_fail_a_finished_answer(path: str, stream:
 def with_input(text: str) -> str:
     """Return a body with a call whose input is this text."""
     call = {"type": "tool_use", "id": "c", "name": "f", "input": "HERE"}
-    return json.dumps(BODY | {"messages": [{"role": "assistant", "content": [call]}]}).replace('"HERE"', text)
+    turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": "So?"}]
+    return json.dumps(BODY | {"messages": turns}).replace('"HERE"', text)
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
@@ -200,6 +201,11 @@ def test_an_input_with_a_number_that_json_lacks_is_refused_by_its_place() -> Non
     sent = {"content": with_input('{"a": 1e999}'), "headers": {"content-type": "application/json"}}
     answer = request("POST", "/v1/messages", sent=sent)
     assert answer.status_code == 400 and "messages.0.content.0.input: " in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("length", "status"), [(128, 200), (129, 400)])
+def test_a_tool_may_have_a_name_as_long_as_anthropics(length: int, status: int) -> None:
+    assert post("/v1/messages", BODY | {"tools": [TOOL | {"name": "n" * length}]}).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -230,10 +236,12 @@ def test_the_choice_of_tools_reaches_the_engine(
             "messages.0.content.0.tool_use_id: no message before",
         ),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x"}]}]}, "name: is missing"),
+        ({"messages": [*BODY["messages"], {"role": "assistant", "content": "{"}]}, "messages.1: this server does not"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools of type 'web_search_20250305'"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "loook"}}, "did you mean 'look'"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "goes with type 'tool'"),
         ({"mcp_servers": [{"url": "https://x"}]}, "mcp_servers"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs here yet; use /v1/chat/completions"),
         ({"max_tokens": None}, "max_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -277,6 +285,15 @@ def test_tokens_are_counted_as_the_prompt_is_rendered(more: dict[str, Any]) -> N
     body = {"model": "poet", "messages": BODY["messages"]}
     counted = [post("/v1/messages/count_tokens", body | extra).json()["input_tokens"] for extra in ({}, more)]
     assert counted[0] > 0 and (counted[1] > counted[0]) == bool(more)
+
+
+def test_a_begun_answer_is_counted_and_an_empty_one_is_none() -> None:
+    def turns(text: str) -> dict[str, Any]:
+        return {"messages": [*BODY["messages"], {"role": "assistant", "content": text}]}
+
+    counted = [post("/v1/messages/count_tokens", {"model": "poet", **turns(text)}).json() for text in ("", "{")]
+    assert counted[1]["input_tokens"] > counted[0]["input_tokens"]
+    assert answered(turns(""))[1].prompt == (Message("user", "Hi"),)
 
 
 def test_tools_that_cannot_fit_the_context_are_not_tokenized() -> None:

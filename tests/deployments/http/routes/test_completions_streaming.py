@@ -39,7 +39,7 @@ def test_a_bad_mapping_is_refused_by_its_field() -> None:
 
 
 def events_of(*chunks: dict[str, Any] | Exception) -> list[str]:
-    async def source() -> AsyncGenerator[dict[str, Any] | None]:
+    async def source() -> AsyncGenerator[dict[str, Any]]:
         for chunk in chunks:
             if isinstance(chunk, Exception):
                 raise chunk
@@ -68,26 +68,18 @@ def test_an_error_in_the_middle_is_the_last_event() -> None:
     assert (error["code"], error["message"]) == ("unavailable", "it stopped")
 
 
-@pytest.mark.parametrize(("keep_alive_s", "num_comments"), [(3.0, 2), (6.0, 1), (7.0, 0)])
+@pytest.mark.parametrize(("keep_alive_s", "num_comments"), [(2.9, 2), (5.9, 1), (6.1, 0)])
 def test_a_silent_stream_is_kept_alive_by_comments(keep_alive_s: float, num_comments: int) -> None:
-    now = 0.0
-
-    async def source() -> AsyncGenerator[dict[str, Any] | None]:
-        nonlocal now
+    async def source() -> AsyncGenerator[dict[str, Any]]:
         yield {"n": 0}
-        for _ in range(6):
-            now += 1.0
-            yield None
+        await asyncio.sleep(6.0)
         yield {"n": 1}
-        now += 1.0
-        yield None
 
     async def collect() -> list[bytes]:
-        found = events(source(), CONTEXT, keep_alive_s=keep_alive_s, clock=lambda: now)
-        return [event async for event in found]
+        return [event async for event in events(source(), CONTEXT, keep_alive_s=keep_alive_s)]
 
     comment = b": ping\n\n"
-    opening, *between, last, done = asyncio.run(collect())
+    opening, *between, last, done = run_in_virtual_time(collect())
     assert between == [comment] * num_comments
     assert [opening, last, done] == [b'data: {"n": 0}\n\n', b'data: {"n": 1}\n\n', b"data: [DONE]\n\n"]
 
@@ -101,6 +93,15 @@ class SlowWorker(FakeWorker):
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
         await asyncio.sleep(self.delay_s)
+        async for delta in super().stream(job):
+            yield delta
+
+
+class SlowSecond(FakeWorker):
+    """Answers the first prompt at once, and another one after 35 seconds."""
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        await asyncio.sleep(35.0 if job.prompt == "Ho" else 0.0)
         async for delta in super().stream(job):
             yield delta
 
@@ -135,6 +136,14 @@ def test_a_stream_without_a_token_yet_begins_with_comments(path: str, delay_s: f
     assert [line[:9] for line in rest.splitlines()] == [line[:9] for line in prompt.text.splitlines()]
 
 
+def test_a_stream_sends_comments_while_another_of_its_prompts_waits_for_a_worker() -> None:
+    late, prompt = (stream_of("/v1/completions", worker) for worker in (SlowSecond(), FakeWorker()))
+    events = late.text.split("\n\n")
+    pings = [place for place, event in enumerate(events) if event == ": ping"]
+    assert len(pings) == 3 and pings[0] > 0 and pings[-1] < len(events) - 3, "between the two answers"
+    assert len(events) - len(pings) == len(prompt.text.split("\n\n"))
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_an_error_before_the_first_token_has_its_status_until_a_comment_is_sent(path: str) -> None:
     early, late = (stream_of(path, SlowWorker(seconds, [EngineFull("full")])) for seconds in (9.0, 11.0))
@@ -149,27 +158,52 @@ def test_an_error_before_the_first_token_has_its_status_until_a_comment_is_sent(
     assert last["error"]["code"] == "overloaded"
 
 
-@in_virtual_time
-async def test_leaving_before_the_first_chunk_leaves_the_chunks() -> None:
-    left = []
+def waiting(left: list[bool], *chunks: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+    """Return a stream that waits forever after these chunks. Leaving it takes a while."""
 
-    async def source() -> AsyncGenerator[dict[str, Any] | None]:
+    async def source() -> AsyncGenerator[dict[str, Any]]:
         try:
-            await asyncio.sleep(1000)
-            yield {"n": 1}
+            for chunk in chunks:
+                yield chunk
+            await asyncio.Event().wait()
         finally:
+            await asyncio.sleep(1)
             left.append(True)
 
-    stream = events(source(), CONTEXT)
-    assert await anext(stream) == b": ping\n\n"
+    return source()
+
+
+@pytest.mark.parametrize("chunks", [(), ({"n": 1},)], ids=["before the first chunk", "later"])
+@in_virtual_time
+async def test_leaving_while_a_chunk_is_awaited_leaves_the_chunks(chunks: tuple[dict[str, Any], ...]) -> None:
+    left: list[bool] = []
+    stream = events(waiting(left, *chunks), CONTEXT)
+    assert [await anext(stream) for _ in (*chunks, "a comment")][-1] == b": ping\n\n"
     await stream.aclose()
     assert left == [True]
+
+
+@in_virtual_time
+async def test_a_stream_that_is_cancelled_again_and_again_still_leaves_the_chunks() -> None:
+    """A disconnect cancels the response at each turn of the event loop until it has ended."""
+    left: list[bool] = []
+
+    async def read() -> None:
+        async for _ in events(waiting(left, {"n": 1}), CONTEXT):
+            pass
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(5)
+    while not reading.done():
+        reading.cancel()
+        await asyncio.sleep(0.3)
+    assert reading.cancelled() and left == [True]
 
 
 def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
     left = []
 
-    async def source() -> AsyncGenerator[dict[str, Any] | None]:
+    async def source() -> AsyncGenerator[dict[str, Any]]:
         try:
             while True:
                 yield {"n": 1}

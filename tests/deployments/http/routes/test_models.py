@@ -149,7 +149,7 @@ def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(
     assert card["parent"] == (None if name == BASE else BASE)
 
 
-@pytest.mark.parametrize("name", ["nobody", "other/poet", f"{BASE}:", f"{BASE}:nobody", "x:poet", "auto:poet"])
+@pytest.mark.parametrize("name", ["", "nobody", "other/poet", f"{BASE}:", f"{BASE}:nobody", "x:poet", "auto:poet"])
 def test_an_unknown_model_is_not_found(name: str) -> None:
     response = get(f"/v1/models/{name}")
     error = error_of(response)

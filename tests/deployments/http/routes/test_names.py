@@ -62,6 +62,7 @@ def test_a_client_that_only_sets_model_gets_the_whole_policy() -> None:
     assert (request.top_k, request.weighting, request.tags, request.abstain) == (3, "uniform", ("a",), "strict")
     assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (0.25, ("###",), 9)
     assert "temperature" not in job.sampling.unset and "top_p" in job.sampling.unset
+    assert job.sampling.max_tokens_is_default, "a long prompt gets a shorter answer"
     assert job.sampling.grammar is not None and job.template == "alpaca"
 
 
@@ -81,6 +82,7 @@ def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
     _, job, [([request],)] = answered(policy, body | {"max_completion_tokens": 2})
     assert (request.top_k, request.abstain, request.min_score, request.strategy) == (3, None, 0.5, "mixture")
     assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (1.5, ("a",), 2)
+    assert not job.sampling.max_tokens_is_default
     assert job.sampling.grammar is None
 
 
@@ -108,6 +110,29 @@ def test_a_policys_minimum_gives_way_to_a_requests_own_format_and_limit(
 ) -> None:
     _, job, _ = answered(policy, CHAT | body)
     assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos) == kept
+
+
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(
+    ("policy", "body", "limit", "has_format"),
+    [
+        ({"max_tokens": 4}, {"min_tokens": 5}, None, False),
+        ({"max_tokens": 5}, {"min_tokens": 5}, 5, False),
+        ({"max_tokens": 4}, {"min_tokens": 5, "max_tokens": 6}, 6, False),
+        (JSON_OBJECT, {"min_tokens": 5}, None, False),
+        (JSON_OBJECT, {"ignore_eos": True, "max_tokens": 9}, 9, False),
+        ({"structured_outputs": {"regex": "a"}}, {"ignore_eos": True}, None, False),
+        (JSON_OBJECT, {"min_tokens": 0, "ignore_eos": False}, None, True),
+    ],
+    ids=str,
+)
+def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum(
+    policy: dict[str, Any], body: dict[str, Any], limit: int | None, has_format: bool
+) -> None:
+    _, job, _ = answered(policy, CHAT | body)
+    assert (job.sampling.max_tokens, job.sampling.grammar is not None) == (limit, has_format)
 
 
 @pytest.mark.parametrize("policy", [MIXTURE, {"model": "poet"}, {"model": BASE}], ids=["mixture", "adapter", "base"])

@@ -110,6 +110,7 @@ def test_templates_get_calls_as_objects_and_ids_of_nine_characters() -> None:
     assert result == {"role": "tool", "content": "Rain", "tool_call_id": first["id"], "name": "f"}
     assert len(first["id"]) == 9 and first["id"].isalnum()
     assert make_turn(Message("user", "Hi")) == {"role": "user", "content": "Hi"}
+    assert make_turn(Message("user", "Hi", name="Ada")) == {"role": "user", "content": "Hi", "name": "Ada"}
 
 
 def test_the_size_of_a_message_counts_its_calls() -> None:

@@ -67,7 +67,7 @@ def objects_at(form: ToolForm, text: str, at: int, most: int | None) -> list[tup
                 return found
             at = more.end()
         lead = re.compile(form.lead.pattern + r"(?=\{)").match(text, at)
-        if lead is None or len(lead[0]) > 128:
+        if lead is None or len(lead[0]) > 192:
             return found
         try:
             decoder = json.JSONDecoder(strict=False, parse_constant=refuse)
@@ -225,6 +225,12 @@ def test_a_json_answer_of_a_bare_form_is_content_unless_it_names_a_function() ->
 
 def test_a_name_before_the_arguments_may_come_without_their_mark() -> None:
     assert fast(MISTRAL_ARGS, '[TOOL_CALLS]f{"a": 1}')[1] == [("f", '{"a": 1}')]
+
+
+def test_a_name_before_the_arguments_may_be_as_long_as_anthropics_clients_send() -> None:
+    name = "n" * 128
+    _, calls, _ = ToolCallParser(MISTRAL_ARGS, {name}).read(f'[TOOL_CALLS]{name}[ARGS]{{"a": 1}}', "stop")
+    assert [call.name for call in joined_calls(calls)] == [name]
 
 
 def test_many_malformed_calls_cost_no_more_than_a_few() -> None:

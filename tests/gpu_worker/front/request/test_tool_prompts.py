@@ -164,6 +164,8 @@ def test_results_and_the_next_question_are_one_turn() -> None:
     result = "<tool_response>\n{}\n</tool_response>"
     assert turns[-1].content == f"{result.format('Rain')}\n{result.format('Sun')}\nSo?"
     assert without_tool_turns([ASKED, ASKED]) == [ASKED, ASKED]
+    named = Message("user", "Hi", name="Ada")
+    assert without_tool_turns([named, Message("assistant", "Hm"), Message("tool", "Rain", (), "1", "f")])[0] == named
     [turn] = without_tool_turns([Message("assistant", "Hm", (ToolCall("1", "f", "{broken"),))])
     assert turn.content == "Hm\n" + call_text({"name": "f", "arguments": "{broken"}), "invalid arguments stay text"
 
