@@ -160,10 +160,32 @@ async def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing)
         await expect(page.locator("#confirm-text")).to_contain_text("50.0% (all adapters of globex 75.0%)")
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         assert served.store.called("approve") == []
+        held: list[Route] = []
+        await page.route("**/approve?dry_run=true", lambda route: held.append(route))
+
+        async def answer(count: int) -> None:
+            while len(held) < count:
+                await wait_frames(page, 1)
+            for _ in range(count):
+                async with page.expect_response("**/approve?dry_run=true"):
+                    await held.pop().continue_()
+            await wait_frames(page, 5)
+
         await approve.click()
+        await open_adapter(page, "coder")
+        await page.get_by_role("button", name="Withdraw…").click()
+        await answer(1)
+        await expect(page.locator("#confirm-title")).to_have_text("Withdraw coder?")
+        await expect(page.locator("#confirm-yes")).to_be_disabled()
+        await page.keyboard.press("Escape")
+        await open_adapter(page, "globex/poet")
+        for _ in range(2):
+            await approve.click()
+        await answer(2)
         async with page.expect_response(lambda answer: answer.request.url.endswith("/approve")) as answered:
             await page.get_by_role("button", name="Approve it all the same").click()
         assert (await answered.value).status == 200
+        await wait_frames(page, 5)
         assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
 
 
