@@ -5,11 +5,19 @@ import asyncio
 import pytest
 import torch
 
-from gpu_worker.front.calls import wait_for_first_logits
+from gpu_worker.front.calls import CompletionSink, wait_for_first_logits
 from gpu_worker.front.delta_stream import Events
 from gpu_worker.front.request.request import Delta
 
 LOGITS = torch.ones(3)
+
+
+@pytest.mark.parametrize("last", [Delta("a", 2, 1, "stop"), ValueError("refused")], ids=["answered", "failed"])
+def test_the_end_of_a_cancelled_request_is_dropped(last: Delta | Exception) -> None:
+    answer = CompletionSink()
+    answer.future.cancel()
+    answer(last)
+    assert answer.future.cancelled()
 
 
 @pytest.mark.parametrize(
