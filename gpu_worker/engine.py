@@ -89,18 +89,24 @@ class InferenceEngine(ABC):
     async def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
         """Yield None once the job has arrived, then new text: the first at once, later texts at intervals.
 
-        After `heartbeat_interval_s` without text yield None. Leaving the iterator early cancels the job.
+        After `heartbeat_interval_s` without text yield None, also while the job is prepared and its grammar compiled.
+        Leaving the iterator early cancels the job.
         Raises: the error of this job, a GpuWorkerError.
         """
         arrived = self._clock()
         yield None
-        [(row, events)] = await self._submit_all([job], arrived=arrived)
+        submitting = asyncio.create_task(self._submit_all([job], arrived=arrived))
         try:
+            while not (await asyncio.wait([submitting], timeout=heartbeat_interval_s))[0]:
+                yield None
+            [(_, events)] = submitting.result()
             async with aclosing(deltas(events, self._pace, heartbeat_interval_s)) as found:
                 async for delta in found:
                     yield delta
         finally:
-            self._cancel([row])
+            submitting.cancel()  # has no effect once the row is queued
+            if submitting.done() and not submitting.cancelled() and submitting.exception() is None:
+                self._cancel([row for row, _ in submitting.result()])
 
     async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         """Return each job's whole answer or error, in order. The jobs enter the queue together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -386,6 +387,9 @@ def _read_record(
     row: dict[str, Any], embedding: Embedding | None, generation: int, *, approved: bool = False
 ) -> AdapterRecord:
     values = {column: row[column] for column in _COLUMNS}
+    shift = values["probe_shift"]
+    if shift is not None and not math.isfinite(shift):  # earlier versions stored NaN, which no answer can hold
+        values["probe_shift"] = None
     values |= {"approved": approved, "trial": _read_trial(row), "is_offered": row["trial"] == _OFFERED}
     return AdapterRecord(ref=_read_ref(row), embedding=embedding, generation=generation, **values)
 

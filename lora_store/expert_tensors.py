@@ -167,7 +167,11 @@ class _Reader:
         self._set(module, {path}, rank, self._config.find_alpha(path, module))
 
     def _read_single(self, trained: str, module: str, pairs: Sequence[_Pair]) -> None:
-        """Put the pairs of single experts together. Parts of one parameter are blocks of its B."""
+        """Put the pairs of single experts together. Parts of one parameter are blocks of its B.
+
+        The rank rows of both parts alternate, whatever the file has of them: a fusion adds adapters by rank row, so the
+        rows of one part must have the same places in all of them.
+        """
         base, a, b = _without_prefix(trained), pairs[0].a, pairs[0].b
         paths = {f"{base}.{pair.expert}.{pair.leaf}" for pair in pairs}
         self._matches_left -= len(paths) * self._num_patterns
@@ -179,24 +183,22 @@ class _Reader:
         if len({(pair.a.shape, pair.a.dtype, pair.b.shape, pair.b.dtype) for pair in pairs}) > 1:
             raise ValueError("the experts' tensors differ in shape or dtype")
         cells = [(pair.expert or 0, _PARTS[pair.leaf or ""][1], pair) for pair in pairs]
-        places = sorted({place for _, place, _ in cells})
         last = max(expert for expert, *_ in cells)
         num, num_out = self._num_experts(module, last + 1), b.shape[0]
         if last >= num:
             raise ValueError(f"has expert {last}, but the base model has {num}")
-        width = num_out if module.endswith(_DOWN) or any(pair.leaf == _GATE_UP for pair in pairs) else 2 * num_out
-        a_shape, b_shape = (num, len(places) * rank, a.shape[1]), (num, width, len(places) * rank)
+        num_parts = 1 if module.endswith(_DOWN) or any(pair.leaf == _GATE_UP for pair in pairs) else 2
+        a_shape, b_shape = (num, num_parts * rank, a.shape[1]), (num, num_parts * num_out, num_parts * rank)
         self._room -= math.prod(a_shape) * a.bits().itemsize + math.prod(b_shape) * b.bits().itemsize
         if self._room < 0:
             raise ValueError("with zeros for the experts that are left out, they exceed admission.max_weights_bytes")
         all_a, all_b = np.zeros(a_shape, a.bits().dtype), np.zeros(b_shape, b.bits().dtype)
-        for expert, place, pair in cells:
-            rows = slice(places.index(place) * rank, (places.index(place) + 1) * rank)
-            all_a[expert, rows] = pair.a.bits()
-            all_b[expert, place * num_out : (place + 1) * num_out, rows] = pair.b.bits()
+        for expert, part, pair in cells:
+            all_a[expert, part::num_parts] = pair.a.bits()
+            all_b[expert, part * num_out : (part + 1) * num_out, part::num_parts] = pair.b.bits()
         self._add(module, a.with_bits(all_a), b.with_bits(all_b))
-        growth = math.sqrt(len(places)) if self._config.use_rslora else len(places)
-        self._set(module, paths, len(places) * rank, alphas.pop() * growth)  # the same scaling with more rank rows
+        growth = math.sqrt(num_parts) if self._config.use_rslora else num_parts
+        self._set(module, paths, num_parts * rank, alphas.pop() * growth)  # the same scaling with more rank rows
 
     def _num_experts(self, module: str, otherwise: int) -> int:
         return otherwise if self._shapes is None else self._shapes[module][2]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
+from gpu_worker.errors import LogitsNotFinite
 from gpu_worker.front.delta_stream import Events
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams
 from lora_store.adapter import AdapterRef
@@ -69,26 +71,30 @@ class Prober:
     async def shifts(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         """Return max|adapter - base| / max|base| over the logits after the prompt for each adapter, or its error.
 
-        A shift within rounding is 0.0. Raises: the engine's error for the base model.
+        A shift within rounding is 0.0. Raises: the engine's error for the base model; LogitsNotFinite if its logits are
+        not finite.
         """
         if self._base is None:
             [base] = await self._first_logits([self._job(BASE_PLAN)])
             if isinstance(base, Exception):
                 raise base
+            if not base.isfinite().all():
+                raise LogitsNotFinite("the base model's logits are not finite, so no adapter can be probed")
             self._base = base
         await self._load(weights_digests)  # load all first, so that one step computes all rows
         plans = [_make_plan(digest) for digest in weights_digests]
         adapted = await self._first_logits([self._job(plan) for plan in plans])
-        shifts = [logits if isinstance(logits, Exception) else _shift(self._base, logits) for logits in adapted]
-        return [0.0 if isinstance(shift, float) and shift <= self._noise else shift for shift in shifts]
+        return [logits if isinstance(logits, Exception) else self._shift(self._base, logits) for logits in adapted]
+
+    def _shift(self, base: Tensor, adapted: Tensor) -> float | Exception:
+        shift = float((adapted - base).abs().max() / base.abs().max())
+        if not math.isfinite(shift):  # vLLM computes on with such logits
+            return LogitsNotFinite("the adapter's weights make the model's logits non-finite; publish other weights")
+        return 0.0 if shift <= self._noise else shift
 
     def _job(self, plan: Plan) -> Job:
         sampling = SamplingParams(max_tokens=1, temperature=0)
         return Job(f"probe-{next(self._numbers)}", PROMPT, plan, sampling, tenant=_TENANT)
-
-
-def _shift(base: Tensor, adapted: Tensor) -> float:
-    return float((adapted - base).abs().max() / base.abs().max())
 
 
 def _make_plan(weights_digest: str) -> Plan:

@@ -71,6 +71,14 @@ def test_a_contract_is_read_as_it_was_written(make_record: MakeRecord) -> None:
     assert contracts == [record.contract for record in records] * 2
 
 
+@pytest.mark.parametrize("shift", [float("nan"), float("inf")])
+def test_a_shift_that_is_no_number_is_read_as_none(shift: float, make_record: MakeRecord) -> None:
+    record = make_record(probe_shift=shift)
+    events: list[Event] = [Publish(record), Keep(record, is_live=True)]
+    read = [event for _, event in read_dated_events(make_table(events, 7), after=0)]
+    assert [event.record.probe_shift for event in read if isinstance(event, Publish | Keep)] == [None, None]
+
+
 @pytest.mark.parametrize(
     "outputs",
     [None, OutputProfile(("no", "yes")), OutputProfile((), np.array([-127, 0, 42], np.int8))],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_store import AdapterRefused, Limits, ModuleWeights, check_folder
 from lora_store.adapter import Shapes
@@ -30,32 +31,32 @@ PREFIX = "base_model.model."
 Tensors = dict[str, Tensor]
 
 
-def single_experts(num: int = NUM) -> Tensors:
+def single_experts(num: int = NUM, rank: int = RANK, seed: int = 0) -> Tensors:
     """Return an adapter with a linear layer for each expert, as the models of transformers 4 have them."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     found = {}
     for expert in range(num):
         for leaf, (num_out, num_in) in LEAVES.items():
             name = f"{PREFIX}{EXPERTS}.{expert}.{leaf}"
-            found[f"{name}.lora_A.weight"] = torch.randn(RANK, num_in, generator=random)
-            found[f"{name}.lora_B.weight"] = torch.randn(num_out, RANK, generator=random)
+            found[f"{name}.lora_A.weight"] = torch.randn(rank, num_in, generator=random)
+            found[f"{name}.lora_B.weight"] = torch.randn(num_out, rank, generator=random)
     return found
 
 
 def stacked(single: Mapping[str, Tensor]) -> Tensors:
-    """Return the same adapter as PEFT stacks it, by a slow loop over experts and rank rows."""
+    """Return the same adapter as PEFT stacks it, by a slow loop over experts and rank rows. Parts take turns."""
     found = {}
     for wrapper, leaves in ((".base_layer", ["gate_proj", "up_proj"]), ("", ["down_proj"])):
         a_rows, b_columns = [], {}
         for expert in range(NUM):
-            for place, leaf in enumerate(leaves):
-                name = f"{PREFIX}{EXPERTS}.{expert}.{leaf}"
-                b = single[f"{name}.lora_B.weight"]
-                for rank in range(RANK):
+            for rank in range(RANK):
+                for part, leaf in enumerate(leaves):
+                    name = f"{PREFIX}{EXPERTS}.{expert}.{leaf}"
+                    b = single[f"{name}.lora_B.weight"]
                     a_rows.append(single[f"{name}.lora_A.weight"][rank])
                     column = torch.zeros(len(leaves) * len(b))
-                    column[place * len(b) : (place + 1) * len(b)] = b[:, rank]
-                    b_columns[(place * RANK + rank) * NUM + expert] = column
+                    column[part * len(b) : (part + 1) * len(b)] = b[:, rank]
+                    b_columns[(rank * len(leaves) + part) * NUM + expert] = column
         found[f"{PREFIX}{EXPERTS}{wrapper}.lora_A.weight"] = torch.stack(a_rows)
         found[f"{PREFIX}{EXPERTS}{wrapper}.lora_B.weight"] = torch.stack([b_columns[i] for i in sorted(b_columns)], 1)
     return found
@@ -113,6 +114,39 @@ def test_each_expert_gets_its_own_change(tmp_path: Path) -> None:
         a, b = (single[f"{PREFIX}{EXPERTS}.{expert}.gate_proj.lora_{side}.weight"] for side in "AB")
         torch.testing.assert_close(change[expert], torch.cat([5 / RANK * b @ a, torch.zeros(INNER, WIDTH)]))
     assert not change[1].any()
+
+
+def average(parts: Sequence[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """Return (sum_s m_s B_s) (sum_s m_s A_s), ranks padded with zeros. A (..., R, I), B (..., O, R)."""
+    rank = max(a.shape[-2] for _, a, _ in parts)
+    sum_a = sum(weight * F.pad(a, (0, 0, 0, rank - a.shape[-2])) for weight, a, _ in parts)
+    sum_b = sum(weight * F.pad(b, (0, rank - b.shape[-1])) for weight, _, b in parts)
+    return torch.as_tensor(sum_b) @ torch.as_tensor(sum_a)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_fusion_of_single_experts_averages_each_part_with_its_own_kind(use_rslora: bool, tmp_path: Path) -> None:
+    """As if every part were a layer of its own: of unequal ranks, and where an adapter has only one part."""
+    ranks = {0.5: 2, -0.7: 3, 0.9: 1}  # by the adapter's weight
+    files = {weight: single_experts(rank=rank, seed=rank) for weight, rank in ranks.items()}
+    files[0.9] = {key: tensor for key, tensor in files[0.9].items() if "up_proj" in key}
+    stored = []
+    for weight, tensors in files.items():
+        folder = folder_of(tmp_path / str(weight), tensors, r=ranks[weight], use_rslora=use_rslora)
+        module = check(folder)[f"{EXPERTS}.gate_up_proj"]
+        stored.append((weight, module.lora_a, module.scaling * module.lora_b))
+    found = average(stored)
+    for expert in range(NUM):
+        halves = []
+        for leaf in ("gate_proj", "up_proj"):
+            parts = []
+            for weight, tensors in files.items():
+                a, b = (tensors.get(f"{PREFIX}{EXPERTS}.{expert}.{leaf}.lora_{side}.weight") for side in "AB")
+                if a is not None and b is not None:
+                    scaling = 5 / (ranks[weight] ** 0.5 if use_rslora else ranks[weight])
+                    parts.append((weight, a, scaling * b))
+            halves.append(average(parts))
+        torch.testing.assert_close(found[expert], torch.cat(halves))
 
 
 def test_written_experts_are_read_again(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ _NUM_THREADS = 2
 _LONGEST_CHECK_S = 20.0  # the process limits its own CPU time; this is for a machine that gives it none
 _TOO_COMPLEX = "it needs too much time or memory; make it simpler"
 _TOO_SLOW = "an earlier answer failed because the next token took too long to find; make it simpler"
-_SLOW_FOR_S = 600.0  # how long a slow grammar is refused; the machine may have been busy
+_SLOW_FOR_S = 600.0  # how long a grammar is refused that took too much of the processor
 
 
 def _start() -> subprocess.Popen[str]:
@@ -66,9 +66,9 @@ class CheckProcess:
                 output, _ = process.communicate(
                     json.dumps({"kind": grammar.kind, "text": grammar.text}), timeout=_LONGEST_CHECK_S
                 )
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as exc:
                 process.kill()
-                output = ""
+                raise EngineFull("the machine was too busy to check the grammar; retry later") from exc
         found = json.loads(output) if process.returncode == 0 and output else {"error": _TOO_COMPLEX, "pointer": ""}
         if found["error"] is not None:
             raise GrammarInvalid(found["error"], found["pointer"])
@@ -107,7 +107,7 @@ class GrammarCompiler:
     milliseconds, without a process. A pool may have more schemas in contracts than there are entries.
 
     Refused grammars are remembered, so that a repeated one costs nothing: invalid ones until `max_refused` others came
-    later, and those that were too slow, also while an answer was generated, for ten minutes.
+    later, and those that took too much of the processor, also while an answer was generated, for ten minutes.
     """
 
     def __init__(

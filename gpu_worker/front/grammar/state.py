@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ class GrammarState:
         vocabulary: int,
         when_slow: Callable[[], None] = lambda: None,
     ) -> None:
-        """`when_slow` is called if updates take too long or the library gives up.
+        """`when_slow` is called if updates take too much processor time or the library gives up.
 
         `allowed`: the mask for the token behind the row's last one and `run`.
         """
@@ -63,12 +64,25 @@ class GrammarState:
         self.allowed: Mask = np.zeros(num_words(vocabulary), np.uint32)
         self.error: str | None = None
         self._when_slow = when_slow
-        self._spent_s = 0.0
+        self._spent_s = 0.0  # CPU time of the updates that have ended
+        self._running: tuple[int, float] | None = None  # of an update: its thread's CPU clock, and when it began
 
     def give_up(self, error: str) -> None:
-        """Fail because updates take too long. One may still run."""
+        """Fail because updates take too long. One may still run.
+
+        The grammar is slow only if they took the processor: a machine that stands still says nothing about it.
+        """
         self.error = error
-        self._when_slow()
+        if self._is_slow():
+            self._when_slow()
+
+    def _is_slow(self) -> bool:
+        """Return whether the updates, also one that runs, took more CPU time than those of such an answer may."""
+        spent_s, running = self._spent_s, self._running
+        if running is not None:
+            clock, began = running
+            spent_s += time.clock_gettime(clock) - began
+        return spent_s > _FREE_S + _TOKEN_S * (len(self._tokens) - self._start + len(self.run))
 
     @property
     def is_current(self) -> bool:
@@ -91,6 +105,7 @@ class GrammarState:
     def update(self) -> None:
         """Consume the row's new tokens and the run, and set `allowed` for the next one. Failures set `error`."""
         began = time.thread_time()
+        self._running = time.pthread_getcpuclockid(threading.get_ident()), began
         answer = [*self._tokens[self._start :], *self.run]
         if self._num_consumed > len(answer):  # the row has lost tokens: follow the remaining ones again
             self._matcher = self._fresh.deep_copy()
@@ -104,8 +119,9 @@ class GrammarState:
             if self._matcher.is_error():
                 self._when_slow()
         self._following = [] if self.error is not None else self._find_run()
+        self._running = None
         self._spent_s += time.thread_time() - began
-        if self.error is None and self._spent_s > _FREE_S + _TOKEN_S * len(answer):
+        if self.error is None and self._is_slow():
             self.give_up("it takes too long to find the tokens that may follow")
         self._mask_at = len(answer)
 

@@ -19,6 +19,16 @@ ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
 ALPACA_STOPS = ("### Instruction:", "### Response:")
+# What the code of a chat template raises for messages or tools that it does not expect.
+TEMPLATE_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ def render_chat(
     """Render with the tokenizer's chat template.
 
     Templates that want roles to alternate get the user's messages in a row as one.
-    Raises: PromptInvalid if there is none or it rejects the messages.
+    Raises: PromptInvalid if there is none or it rejects the messages or tools.
     """
     if not tokenizer.chat_template:
         raise PromptInvalid(
@@ -89,11 +99,12 @@ def render_chat(
     conversation = [make_turn(message) for message in messages]
     try:
         return tokenizer.apply_chat_template(conversation, tools, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as exc:  # filters raise these for values of the client
+    except TEMPLATE_FAILURES as exc:
         joined = _join_user_messages(messages)
         if len(joined) < len(messages):
             return render_chat(joined, tokenizer, tools)
-        raise PromptInvalid(f"the base model's chat template rejects the messages: {exc}") from exc
+        rejected = "messages" if tools is None else "messages or tools"
+        raise PromptInvalid(f"the base model's chat template rejects the {rejected}: {exc}") from exc
 
 
 def _join_user_messages(messages: Sequence[Message]) -> list[Message]:

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from gpu_worker.errors import PromptInvalid
 from gpu_worker.front.request.prompts import (
+    TEMPLATE_FAILURES,
     ChatTokenizer,
     Message,
     Role,
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 _PROBE = Function("probe_the_weather_of", "Return the weather", '{"type": "object", "properties": {"a": {}}}')
 _QUESTION = Message("user", "How is the weather?")
 _CALLS = tuple(ToolCall(f"call0000{n}", _PROBE.name, json.dumps({"a": n})) for n in range(2))
-_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # a template's own code may raise these
 
 
 def find_style(tokenizer: ChatTokenizer, parser: str = "auto") -> ToolStyle:
@@ -78,7 +76,7 @@ def _rendered(tokenizer: ChatTokenizer, messages: Sequence[Message], *, add_gene
     turns, tools = [make_turn(message) for message in messages], [_as_json(_PROBE)]
     try:
         return tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except _FAILURES:
+    except TEMPLATE_FAILURES:
         return None
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import Completion, Delta, SamplingParams, TokenIds
+from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds
 from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, collect, job, tokens_of
+from tests.gpu_worker.conformance.driver import GREEDY, PATIENCE_S, HostedEngine, collect, job, tokens_of
 from tests.tiny import byte_tokenizer, plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -134,6 +136,59 @@ def test_a_stream_begins_with_a_heartbeat_and_ends_with_a_reason(hosted: HostedE
     assert Completion.joined(found).text == whole.text
     assert [delta.finish_reason for delta in found[:-1]] == [None] * (len(found) - 1)
     assert (found[-1].finish_reason, found[-1].num_new_tokens) == ("length", 8)
+
+
+class SlowGrammars:
+    """Stands in for the grammar compiler: every job waits for it until `may_end` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_end = asyncio.Event()
+        self.num_waiting = 0
+        monkeypatch.setattr(RequestPreprocessor, "compile_grammar", self._compile)
+
+    async def _compile(self, asked: Job) -> None:
+        self.num_waiting += 1
+        try:
+            await self.may_end.wait()
+        finally:
+            self.num_waiting -= 1
+
+
+def test_a_stream_gives_heartbeats_while_its_grammar_is_compiled(
+    hosted: HostedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = SlowGrammars(monkeypatch)
+
+    async def read() -> list[Delta | None]:
+        async with asyncio.timeout(PATIENCE_S / 4), aclosing(hosted.engine.stream(job("slow"), 0.01)) as stream:
+            assert [await anext(stream) for _ in range(4)] == [None] * 4
+            grammars.may_end.set()
+            return [delta async for delta in stream]
+
+    found = [delta for delta in hosted.run(read()) if delta is not None]
+    [whole] = hosted.answers(job("slow"))
+    assert Completion.joined(found).text == whole.text
+
+
+@pytest.mark.parametrize("is_queued", [False, True], ids=["while its grammar is compiled", "before it reads its text"])
+def test_a_stream_that_is_left_early_computes_nothing_more(
+    is_queued: bool, hosted: HostedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars, num_before = SlowGrammars(monkeypatch), hosted.status().counters.num_new_tokens
+    long = job("left", sampling=greedy(max_tokens=240, logprobs=None))
+
+    async def leave() -> None:
+        async with asyncio.timeout(PATIENCE_S / 4), aclosing(hosted.engine.stream(long, 0.01)) as stream:
+            assert [await anext(stream) for _ in range(2)] == [None] * 2
+            if is_queued:
+                grammars.may_end.set()
+                while not (await hosted.engine.status()).num_running:
+                    await asyncio.sleep(0)
+        while (status := await hosted.engine.status()).num_running + status.num_waiting + grammars.num_waiting:
+            await asyncio.sleep(0.01)
+
+    hosted.run(leave())
+    assert hosted.status().counters.num_new_tokens - num_before < 240
 
 
 def test_leaving_a_stream_frees_its_place_and_its_adapter(hosted: HostedEngine, adapter: MakeAdapter) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, PlanTooLarge
+from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, LogitsNotFinite, PlanTooLarge
 from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Strategy
@@ -226,6 +226,15 @@ def test_a_probe_gives_the_effect_of_each_adapter_or_its_error(hosted: HostedEng
     assert isinstance(of_large, float) and isinstance(of_small, float)
     assert of_large > of_small > 0
     assert of_idle == of_lost == 0.0
+
+
+def test_a_probe_refuses_an_adapter_that_overflows(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    good, other = adapter(1), adapter(2)
+    huge = {name: replace(module, lora_a=module.lora_a * 1e38) for name, module in other.modules.items()}
+    hosted.add(AdapterWeights("f" * 64, huge))
+    shift, error = hosted.run(hosted.engine.probe([good.weights_digest, "f" * 64]))
+    assert isinstance(shift, float) and shift > 0.0
+    assert isinstance(error, LogitsNotFinite)
 
 
 def test_only_the_same_tenant_finds_a_prompt_under_the_same_plan(hosted: HostedEngine, adapter: MakeAdapter) -> None:

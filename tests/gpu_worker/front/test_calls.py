@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from gpu_worker.front.calls import CompletionSink, wait_for_first_logits
+from gpu_worker.errors import LogitsNotFinite
+from gpu_worker.front.calls import CompletionSink, Prober, wait_for_first_logits
 from gpu_worker.front.delta_stream import Events
-from gpu_worker.front.request.request import Delta
+from gpu_worker.front.request.request import Delta, Job
 
 LOGITS = torch.ones(3)
 
@@ -38,3 +41,25 @@ def test_a_probe_ends_with_its_row(events: list[Delta | Exception], expected: ob
 
     found = asyncio.run(main())
     assert found is expected or isinstance(found, expected)  # type: ignore[arg-type]
+
+
+async def load(weights_digests: Collection[str]) -> None:
+    """Load nothing."""
+
+
+def test_a_probe_refuses_logits_that_are_not_finite() -> None:
+    """vLLM computes on with such logits, where the native engine fails the row."""
+    found = {"base": LOGITS, "a": LOGITS * 1.5, "b": torch.tensor([1.0, torch.nan, 1.0]), "c": LOGITS * torch.inf}
+
+    async def first_logits(jobs: Sequence[Job]) -> list[Tensor | Exception]:
+        return [found[job.plan.adapters[0].weights_digest if job.plan.adapters else "base"] for job in jobs]
+
+    async def shifts() -> list[float | Exception]:
+        return await Prober(first_logits, load, torch.float32).shifts(["a", "b", "c"])
+
+    good, *bad = asyncio.run(shifts())
+    assert good == 0.5
+    assert [type(error) for error in bad] == [LogitsNotFinite] * 2
+    found["base"] = found["b"]
+    with pytest.raises(LogitsNotFinite, match="base model"):
+        asyncio.run(shifts())

@@ -14,6 +14,7 @@ from llguidance import LLTokenizer
 from gpu_worker.errors import EngineFull, GrammarInvalid
 from gpu_worker.front.grammar import compiler as compiler_module
 from gpu_worker.front.grammar import library
+from gpu_worker.front.grammar import state as state_module
 from gpu_worker.front.grammar.compiler import CheckProcess, GrammarCompiler
 from gpu_worker.front.request.grammar import Grammar
 from tests.gpu_worker.engine_driver import run
@@ -151,12 +152,16 @@ def test_many_refusals_are_remembered_apart_from_compiled_grammars(make: Make, c
     assert checks.checked == ["bad 1", "bad 2", "a", "b", "bad 3", "bad 2"], "the second was forgotten for the third"
 
 
-def test_a_slow_grammar_is_refused_for_a_while(make: Make, checks: Checks) -> None:
+def test_a_slow_grammar_is_refused_for_a_while(make: Make, checks: Checks, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     compiler = make(clock=lambda: now[0])
     checks.released.set()
     state = compiler.state(GOOD, "a", [], 0, len(TOKENS))
     state.give_up("it took more than 2 s")
+    assert use(compiler) == [ord("a")], "it took no processor time: the machine stood still"
+    monkeypatch.setattr(state_module, "_FREE_S", -1.0)
+    state.give_up("it took more than 2 s")
+    monkeypatch.undo()
     with pytest.raises(
         GrammarInvalid, match=r"grammar cannot be compiled: an earlier answer failed .* make it simpler"
     ):
@@ -198,6 +203,15 @@ def test_a_failure_of_the_machine_is_not_remembered(make: Make, checks: Checks) 
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert compiler.num_grammars == 0
+    assert use(compiler) == [ord("a")]
+
+
+def test_a_check_that_the_machine_gives_no_time_is_not_remembered(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = make(new_check=CheckProcess)
+    monkeypatch.setattr(compiler_module, "_LONGEST_CHECK_S", 0.0)
+    with pytest.raises(EngineFull, match="too busy to check the grammar; retry later"):
+        use(compiler)
+    monkeypatch.undo()
     assert use(compiler) == [ord("a")]
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
 
 from gpu_worker.front.grammar.state import LONGEST_RUN, GrammarState, num_words, only_id
 from gpu_worker.front.request.grammar import Grammar
+from tests.gpu_worker.engine_driver import PATIENCE_S
 from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.gpu_worker.front.grammar.small_vocabulary import (
     EMPTY,
@@ -22,6 +26,9 @@ from tests.gpu_worker.front.grammar.small_vocabulary import (
     state_of,
 )
 from tests.soak import Scale
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 GRAMMARS = [
     Grammar("regex", "(red|gr\u00fcn)+[0-9]{1,3}"),
@@ -178,6 +185,44 @@ def test_a_token_that_the_grammar_does_not_allow_is_an_error() -> None:
 
 def test_a_mask_has_a_bit_for_every_id() -> None:
     assert [num_words(vocabulary) for vocabulary in (1, 32, 33, 262_144)] == [1, 1, 2, 8192]
+
+
+class StuckMatcher:
+    """A matcher whose next call waits for `may_end`, and computes meanwhile if it `is_busy`."""
+
+    def __init__(self, is_busy: bool) -> None:
+        self._is_busy, self.has_begun, self.may_end = is_busy, threading.Event(), threading.Event()
+
+    def deep_copy(self) -> StuckMatcher:
+        return self
+
+    def consume_tokens(self, tokens: list[int]) -> bool:
+        self.has_begun.set()
+        while not self.may_end.wait(0 if self._is_busy else PATIENCE_S):
+            pass
+        return False
+
+    def is_error(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("is_busy", [True, False], ids=["computes", "waits for the machine"])
+def test_a_grammar_that_is_given_up_is_slow_only_if_it_took_the_processor(
+    is_busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_worker.front.grammar.state._FREE_S", 0.1)
+    matcher, slow = StuckMatcher(is_busy), threading.Event()
+    state = GrammarState(cast("LLMatcher", matcher), [], 0, len(TOKENS), when_slow=slow.set)
+    updating = threading.Thread(target=state.update)
+    updating.start()
+    assert matcher.has_begun.wait(PATIENCE_S)
+    end = time.monotonic() + (PATIENCE_S if is_busy else 0.3)
+    while not slow.is_set() and time.monotonic() < end:
+        time.sleep(0.05)
+        state.give_up("it took too long")
+    matcher.may_end.set()
+    updating.join()
+    assert slow.is_set() == is_busy and state.error is not None
 
 
 def test_an_answer_whose_masks_take_long_together_fails(monkeypatch: pytest.MonkeyPatch) -> None:

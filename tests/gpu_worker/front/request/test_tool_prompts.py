@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = Tools((Function("get_weather", "Return the weather", json.dumps(CITY)),))
 ASKED = Message("user", "How is it in Rome?")
 CALL = ToolCall("call_1", "get_weather", '{"city": "Rome"}')
+DEEP = reduce(lambda schema, _: {"items": schema}, range(400), {})
 LOOP = [ASKED, Message("assistant", "", (CALL,)), Message("tool", "Rain", (), "call_1", "get_weather")]
 
 
@@ -86,6 +88,24 @@ def test_a_template_that_knows_tools_gets_them_calls_and_results() -> None:
     assert '"name": "get_weather", "description": "Return the weather"' in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>' in text
     assert "<|im_start|>user\n<tool_response>\nRain\n</tool_response><|im_end|>\n<|im_start|>assistant\n" in text
+
+
+@pytest.mark.parametrize(
+    ("code", "schema"),
+    [
+        ("{{ parameters.properties|dictsort }}", {"properties": "none"}),
+        ("{{ '%(type)s' % parameters }}", {"title": "no type"}),
+        ("{{ 10 // parameters.properties|length }}", {"properties": {}}),
+        ("{{ range(parameters.maxItems) }}", {"maxItems": 10**9}),
+        ("{% macro f(s) %}{{ f(s['items']) if s else 1 }}{% endmacro %}{{ f(parameters) }}", DEEP),
+    ],
+    ids=["AttributeError", "KeyError", "ZeroDivisionError", "OverflowError", "RecursionError"],
+)
+def test_a_tool_that_the_templates_code_cannot_read_is_refused(code: str, schema: dict[str, Any]) -> None:
+    template = f"{HERMES_TEMPLATE}{{% set parameters = tools[0].function.parameters %}}{code}"
+    tokenizer, tools = tokenizer_with(template), Tools((Function("f", "", json.dumps(schema)),))
+    with pytest.raises(PromptInvalid, match="rejects the messages or tools"):
+        render_conversation([ASKED], "chat", tokenizer, ToolStyle(HERMES, is_native=True), tools)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "auto"])
