@@ -32,15 +32,21 @@ _TRUSTED = "trusted"
 _EVERY_BASE = ServedBases()
 Value = TypeVar("Value")
 _MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
+_MAX_POINTS_KEPT = 32 * MAX_POINTS  # of all callers' maps
 _BLOCK = 4096  # records compared at a time; other threads may run in between
 _WIDER = 16  # times as many are searched again where equal weights hide others: each search reads all that tie
+
+
+def _count_points(drawn: tuple[Layout, PoolMap]) -> int:
+    """Return the size of a map in points, at least what makes room for `_MAX_VALUES` small ones."""
+    return max(len(drawn[1].names), _MAX_POINTS_KEPT // _MAX_VALUES)
 
 
 class PerCallerCache(Generic[Value]):
     """Values by caller. Two threads may compute the same value at once; both results are equal."""
 
-    def __init__(self) -> None:
-        self._values: LruCache[tuple[str, ...], Value] = LruCache(_MAX_VALUES)
+    def __init__(self, getsizeof: Callable[[Value], int] = lambda _: 1, maxsize: int = _MAX_VALUES) -> None:
+        self._values: LruCache[tuple[str, ...], Value] = LruCache(maxsize, getsizeof)
         self._lock = threading.Lock()
 
     def get(self, key: tuple[str, ...], compute: Callable[[], Value]) -> Value:
@@ -69,7 +75,9 @@ class Pool:
     bases: ServedBases = _EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
-    _maps: PerCallerCache[tuple[Layout, PoolMap]] = field(default_factory=PerCallerCache)
+    _maps: PerCallerCache[tuple[Layout, PoolMap]] = field(
+        default_factory=lambda: PerCallerCache(_count_points, _MAX_POINTS_KEPT)
+    )
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)

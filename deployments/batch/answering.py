@@ -190,14 +190,14 @@ class PartAnswerer(OfflineEngines):
         return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
 
     def _record(self, planned: PlannedPart, outcomes: Sequence[Completion | Exception | None]) -> None:
-        """Store the usage of the part. A part that is answered again counts once."""
+        """Store the usage of the part. A part that is answered again, on a later day too, counts once."""
         settings = self._batch.settings
         if settings.config.usage_days:
             segment = f"{self._batch.id}-{planned.part.number}"
             models = [body.get("model", AUTO) for body in make_bodies(planned.rows, settings.defaults)]
             first = settings.config.served_models.first.name
             lines = [
-                usage_line(f"{segment}-{row}", settings.tenant, model, first, asked, outcome)
+                usage_line(f"{segment}-{row}", settings.tenant, model, first, asked, outcome, self._batch.began_at)
                 for row, (model, asked, outcome) in enumerate(zip(models, planned.asked, outcomes, strict=True))
             ]
             kept = timedelta(settings.config.usage_days)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -92,7 +93,7 @@ class LoraRetriever:
 
         A text is the user's message of a chat; with `as_is` it is continued without a template. `lora`: options of a
         request's `lora` object, for all prompts or one for each. `fields`: other fields of a request, such as
-        `max_tokens`, `temperature` and `seed`.
+        `max_tokens`, `temperature` and `seed`. An interrupt, such as Ctrl-C, ends the call and its rows.
 
         Raises: ValueError for fields that ask for more than `Generated` returns; EngineStopped, StoreUnavailable; of
         several base models, what keeps one that a prompt needs from being served.
@@ -110,7 +111,22 @@ class LoraRetriever:
             {"model": model, **fields, **({} if own is None else {"lora": dict(own)}), **_asking(prompt, as_is)}
             for prompt, own in zip(given, options, strict=True)
         ]
-        return self._thread.submit(lambda: asyncio.run(self._answer(bodies))).result()
+        running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+        async def answer() -> list[Generated]:
+            answering = asyncio.ensure_future(self._answer(bodies))
+            running.set_result((asyncio.get_running_loop(), answering))
+            return await answering
+
+        answered = self._thread.submit(lambda: asyncio.run(answer()))
+        try:
+            return answered.result()
+        except BaseException:  # also an interrupt of the caller, as by Ctrl-C, which the thread does not see
+            if not answered.cancel() and not answered.done():
+                loop, task = running.result()
+                with suppress(RuntimeError):  # it has just ended
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
 
     def close(self) -> None:
         """Stop the engines and free their memory."""

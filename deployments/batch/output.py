@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -21,7 +22,10 @@ _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
 class Manifest(BaseModel):
-    """The settings that all parts share. `generation`: the pool's when the run began. `run`: an id of its own."""
+    """The settings that all parts share. `generation`: the pool's when the run began. `run`: an id of its own.
+
+    `began_at` is the time of all its usage events.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +34,7 @@ class Manifest(BaseModel):
     input: JsonObject
     settings: JsonObject
     run: str = Field(default_factory=lambda: uuid4().hex)
+    began_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
 class BatchOutput:

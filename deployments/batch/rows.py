@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -118,7 +119,13 @@ def make_columns(asked: Asked, outcome: Completion | Exception | None) -> JsonOb
 
 
 def usage_line(
-    name: str, tenant: str, model: object, base: str, asked: Asked, outcome: Completion | Exception | None
+    name: str,
+    tenant: str,
+    model: object,
+    base: str,
+    asked: Asked,
+    outcome: Completion | Exception | None,
+    ended_at: datetime,
 ) -> bytes:
     """Return the row's usage event, without a duration. The status of a row that was not planned is 400.
 
@@ -137,4 +144,4 @@ def usage_line(
     elif outcome is not None:
         counts = (outcome.num_prompt_tokens, outcome.num_new_tokens)
         context.record_delta(0, Delta("", *counts, num_cached_tokens=outcome.num_cached_tokens))
-    return encode_event(context, context.base_model or base, status, is_timed=False)
+    return encode_event(context, context.base_model or base, status, ended_at=ended_at)

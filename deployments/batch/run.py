@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import pyarrow as pa
 
@@ -73,6 +74,7 @@ class BatchRun:
     parts: tuple[Part, ...]
     num_done: int
     id: str
+    began_at: datetime
 
     @property
     def num_rows_left(self) -> int:
@@ -102,7 +104,17 @@ def begin(settings: BatchSettings) -> BatchRun:
     unserved = settings.config.served_models.bases.unserved(records.values())
     num_adapters = len(records) - sum(num for _, num in unserved)
     num_done = len(parts) - len(left)
-    return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, num_done, manifest.run)
+    return BatchRun(
+        settings,
+        source,
+        manifest.generation,
+        num_adapters=num_adapters,
+        unserved=unserved,
+        parts=left,
+        num_done=num_done,
+        id=manifest.run,
+        began_at=manifest.began_at,
+    )
 
 
 def check_devices(config: AppConfig) -> None:

@@ -38,7 +38,9 @@ def open_client(
     key, hooks = _key.get(), {"response": [_note_ignored_key()]}
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with httpx.Client(base_url=url, timeout=timeout_s, headers=headers, event_hooks=hooks) as client:
+        with httpx.Client(
+            base_url=url, timeout=timeout_s, headers=headers, event_hooks=hooks, mounts=_make_mounts(url)
+        ) as client:
             yield client
     except httpx.ConnectError:
         fail(f"no server answers at {url}; {remedy}")
@@ -57,6 +59,11 @@ def use_key(key: str | None) -> None:
 def has_key() -> bool:
     """Return whether this command sends a key."""
     return _key.get() is not None
+
+
+def _make_mounts(url: str) -> dict[str, None]:
+    """Return the `mounts` of a client that uses the proxy which the environment names, except for this machine."""
+    return {"http://": None, "https://": None} if is_this_machine(url) else {}
 
 
 def _note_ignored_key() -> Callable[[httpx.Response], None]:
@@ -138,7 +145,8 @@ def lora_path(name: str) -> str:
 def answers(url: str) -> bool:
     """Return whether anything listens at the address."""
     try:
-        httpx.get(f"{url}/health", timeout=_PROBE_TIMEOUT_S)
+        with httpx.Client(timeout=_PROBE_TIMEOUT_S, mounts=_make_mounts(url)) as client:
+            client.get(f"{url}/health")
     except httpx.ConnectError:
         return False
     except (httpx.TransportError, httpx.InvalidURL):

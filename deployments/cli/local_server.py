@@ -215,7 +215,7 @@ class Server:
         last = "no answer"
         while time.monotonic() < deadline:
             try:
-                response = httpx.get(f"{self.url}/ready", timeout=30)
+                response = httpx.get(f"{self.url}/ready", timeout=30, trust_env=False)  # not through `http_proxy`
             except httpx.TransportError as exc:
                 last = str(exc)
             else:

@@ -240,6 +240,7 @@ async function approve() {
   const url = `${path()}/approve`, { id, digest } = shown;
   await change(async () => {
     const { draws, generation } = await post(`${url}?dry_run=true`, { digest });
+    if (shown?.id !== id || byId("view-adapter").hidden) return generation; // the dialog may ask about something else by now
     const text = `Then auto may choose version ${digest.slice(0, 12)} for every tenant. ${draws.text}`;
     const yes = draws.needs_confirmation ? "Approve it all the same" : "Approve";
     if (!(await confirmed(`Approve ${id}?`, text, yes))) return generation;

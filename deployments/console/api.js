@@ -77,7 +77,11 @@ export function upload(path, form, onProgress) {
         return;
       }
       accepted(key);
-      resolve(JSON.parse(request.responseText));
+      try {
+        resolve(JSON.parse(request.responseText));
+      } catch {
+        reject(new ApiError(request.status, "the answer is not JSON; look under Adapters whether the adapter is published"));
+      }
     };
     request.send(form);
   });

@@ -55,22 +55,23 @@ export function soon(work, ms = 200) {
   return () => { clearTimeout(timer); timer = setTimeout(work, ms); };
 }
 
-/** Asks for confirmation, if `typed` is given by typing it. Resolves to whether the user confirmed. */
+let settle = () => {}; // answers the question that the dialog asks
+
+/** Asks for confirmation, if `typed` is given by typing it. Resolves to whether the user confirmed; an earlier question that is open to false. */
 export function confirmed(title, text, yes, typed = "") {
   const dialog = byId("confirm-dialog"), field = byId("confirm-typed");
+  settle(false);
   say("confirm-title", title);
   say("confirm-text", text);
   say("confirm-yes", yes);
   byId("confirm-typing").hidden = !typed;
   field.value = "";
-  const check = () => { byId("confirm-yes").disabled = field.value !== typed; };
-  field.addEventListener("input", check);
+  field.oninput = () => { byId("confirm-yes").disabled = field.value !== typed; };
+  field.oninput();
   byId("confirm-no").onclick = () => dialog.close();
-  check();
+  dialog.onclose = () => { if (!dialog.open) settle(dialog.returnValue === "yes"); }; // else it is open for another question by now
+  if (dialog.open) dialog.close();
   dialog.returnValue = "";
   dialog.showModal();
-  return new Promise((resolve) => {
-    const close = () => { field.removeEventListener("input", check); resolve(dialog.returnValue === "yes"); };
-    dialog.addEventListener("close", close, { once: true });
-  });
+  return new Promise((resolve) => { settle = resolve; });
 }

@@ -14,15 +14,15 @@ import * as stats from "./stats.js";
 import * as usage from "./usage.js";
 
 const VIEWS = ["ask", "compare", "adapters", "adapter", "publish", "status"];
-let generation = 0; // the newest generation shown
+let generation = 0; // the newest generation heard of
 
-/** Reloads the pool at generation `wanted` or later. */
+/** Reloads what shows an earlier generation than `wanted`. */
 function follow(wanted) {
-  if (wanted === null || wanted <= generation) return;
-  generation = wanted;
-  map.load(wanted);
-  pool.load(wanted);
-  ask.followPool();
+  if (wanted === null) return;
+  map.follow(wanted);
+  pool.follow(wanted);
+  if (wanted > generation) ask.followPool();
+  generation = Math.max(generation, wanted);
 }
 
 /** Reloads the pool at any generation. */
@@ -30,11 +30,6 @@ function showAll() {
   map.load(0);
   pool.load(0);
   ask.refresh();
-}
-
-/** Notes that this generation is shown, so that it is not loaded again. */
-function seen(shown) {
-  generation = Math.max(generation, shown);
 }
 
 /** Offers the strategies that the server lists, in Ask and in Compare. The choice stays, and everything if the server lists none now. */
@@ -92,13 +87,14 @@ map.start({ onChoose: (name) => { location.hash = `adapter/${encodeURIComponent(
 ask.start({ onPlan: (prompt, chosen) => map.place(prompt, chosen?.adapters.map((one) => one.name) ?? [], follow) });
 compare.start();
 offerStrategies();
-pool.start({ onShown: seen });
+pool.start();
 adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; } });
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
 usage.start();
 stats.start({ onGeneration: followServer });
 key.start(() => {
   for (const part of [adapter, map, pool, stats, usage]) part.forget(); // what another key may not see
+  generation = 0; // each tenant has its own
   offerStrategies();
   showAll();
   stats.refresh();

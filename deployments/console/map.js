@@ -27,7 +27,10 @@ let hits = NO_HITS; // of the search: names with its words, how many there are, 
 let found = new Set(); // those of them that are on the map, best first
 let near = []; // the adapters in view
 let current = null; // the name under the pointer or the arrow keys
+let shown = 0; // the generation that is drawn
+let loading = 0; // the one that is being read
 let numLoads = 0;
+let numPlacings = 0; // of the prompt
 let last = null; // the last search: its text, and a promise that it is done
 let hasFailed = false; // it, or a part of it, so that the note says why
 let onChoose = () => {};
@@ -49,26 +52,37 @@ export function start(callbacks) {
   byId("map-form").addEventListener("submit", (event) => { event.preventDefault(); goToFound(); });
 }
 
+/** Draws the pool again if an earlier generation than `wanted` is drawn. */
+export function follow(wanted) {
+  if (wanted > Math.max(shown, loading)) load(wanted);
+}
+
 /** Draws the pool at `generation` or later. */
 export async function load(generation) {
   const number = ++numLoads;
+  loading = generation;
   try {
     const answer = await read(`v1/pool/map?min_generation=${generation}`);
     if (number !== numLoads) return;
     drawn = answer;
-    if (asked) await locatePrompt();
+    shown = Math.max(generation, answer.generation);
     note("");
-    fit();
     last = null; // of another generation, or of another key
     search();
+    await placePrompt();
   } catch (error) {
     if (number === numLoads) say("map-note", reasonOf(error));
+  } finally {
+    if (number === numLoads) loading = 0;
   }
 }
 
 /** Forgets the adapters, but not the last prompt. */
 export function forget() {
   drawn = NOTHING;
+  shown = loading = 0;
+  numLoads += 1;
+  numPlacings += 1;
   hits = NO_HITS;
   prompt = last = null;
   chosen = [];
@@ -76,32 +90,31 @@ export function forget() {
   fit();
 }
 
-/** Marks the prompt and its adapters; none if `text` is null. Calls `follow` if the server has a newer generation. */
-export async function place(text, names, follow) {
+/** Marks the prompt and its adapters; none if `text` is null. Calls `onNewer` if the server has a newer generation. */
+export async function place(text, names, onNewer) {
   asked = text === null ? null : { text, names };
+  const generation = await placePrompt();
+  if (generation > drawn.generation) onNewer(generation);
+}
+
+/** Draws the map, then the last prompt, whose place depends on the generation. Returns the generation of its place, or 0. */
+async function placePrompt() {
+  const number = ++numPlacings;
   prompt = null;
   chosen = [];
   fit();
-  if (!asked) return;
+  if (!asked) return 0;
+  const body = { prompt: asked.text, adapters: asked.names, min_generation: drawn.generation };
   try {
-    const generation = await locatePrompt();
+    const answer = await post("v1/pool/map", body, { quietly: true });
+    if (number !== numPlacings) return 0; // it is placed again
+    ({ prompt, adapters: chosen } = answer);
     fit();
-    if (generation > drawn.generation) follow(generation);
+    return answer.generation;
   } catch (error) {
-    note(error.message);
+    if (number === numPlacings) note(error.message);
+    return 0;
   }
-}
-
-/** Locates the prompt. Its place depends on the generation, so this runs again after a change of the pool. */
-async function locatePrompt() {
-  const mine = asked;
-  const body = { prompt: mine.text, adapters: mine.names, min_generation: drawn.generation };
-  const answer = await post("v1/pool/map", body, { quietly: true });
-  if (mine === asked) {
-    prompt = answer.prompt;
-    chosen = answer.adapters;
-  }
-  return answer.generation;
 }
 
 function note(problem) {

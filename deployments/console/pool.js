@@ -10,12 +10,11 @@ const FIELDS = { search: "search", tag: "pool-tag", owner: "pool-owner", base: "
 const seen = { "pool-tags": new Set(), "pool-owners": new Set(), "pool-bases": new Set() }; // what the filters suggest
 let before = []; // the last id of each previous page
 let lastId = null; // of the current page
-let generation = 0;
+let shown = 0; // the generation of the rows
+let loading = 0; // the one that is being read
 let numLoads = 0;
-let onShown = () => {};
 
-export function start(callbacks) {
-  onShown = callbacks.onShown;
+export function start() {
   const choose = soon(() => {
     if (!byId("view-adapters").hidden) history.replaceState(null, "", `#adapters?${chosen()}`);
     before = [];
@@ -52,14 +51,21 @@ export function enter(address) {
 export function forget() {
   for (const values of Object.values(seen)) values.clear();
   before = [];
+  shown = loading = 0;
+  numLoads += 1;
   show({ data: [], total: 0, last_id: null, has_more: false });
   say("pool-count", "");
 }
 
+/** Shows the page again if its rows are of an earlier generation than `wanted`. */
+export function follow(wanted) {
+  if (wanted > Math.max(shown, loading)) load(wanted);
+}
+
 /** Shows the page at generation `wanted` or later. */
 export async function load(wanted = 0) {
-  generation = Math.max(generation, wanted);
   const number = ++numLoads;
+  const generation = loading = Math.max(shown, loading, wanted);
   const query = chosen();
   byId("adapter-back").href = `#adapters?${query}`;
   for (const [name, value] of Object.entries({ limit: PAGE, after: before.at(-1) ?? "", min_generation: generation })) query.set(name, value);
@@ -68,10 +74,12 @@ export async function load(wanted = 0) {
     if (number !== numLoads) return; // a newer load has started
     if (!page.data.length && before.length) { before.pop(); load(); return; }
     show(page);
-    onShown(page.generation);
+    shown = Math.max(generation, page.generation);
     sayOrHide("pool-error", page.unserved.map(({ text }) => `${text}.`).join(" "));
   } catch (error) {
     if (number === numLoads) sayOrHide("pool-error", reasonOf(error));
+  } finally {
+    if (number === numLoads) loading = 0;
   }
 }
 

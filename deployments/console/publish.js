@@ -22,7 +22,9 @@ export function start(callbacks) {
     if (!hasFiles(event)) return;
     event.preventDefault();
     drop.classList.remove("over");
-    previewDropped([...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean)); // only readable during this event
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean); // only readable during this event
+    handlers.onDrop();
+    preview(droppedFolders(entries), "drop the folder of the adapter, not its files");
   });
   byId("folder").addEventListener("change", (event) => {
     preview(chosenFolders([...event.target.files]), "the folder is empty");
@@ -34,19 +36,20 @@ export function start(callbacks) {
   byId("preview-clear").addEventListener("click", () => { cards = []; byId("previews").replaceChildren(); follow(); });
 }
 
-async function previewDropped(entries) {
-  handlers.onDrop();
-  await preview(await droppedFolders(entries), "drop the folder of the adapter, not its files");
-}
-
-async function preview(folders, whyNone) {
-  sayOrHide("publish-error", folders.length ? "" : whyNone);
-  const bases = folders.length ? await acceptedBases() : null;
-  for (const folder of suggested(folders)) {
-    const card = cardOf(folder, await inspected(folder, bases));
-    cards.push(card);
-    byId("previews").append(card.node);
-    check(card);
+/** Shows the folders, or promised ones. If there are none, says `whyNone`. */
+async function preview(promised, whyNone) {
+  try {
+    const folders = await promised;
+    sayOrHide("publish-error", folders.length ? "" : whyNone);
+    const bases = folders.length ? await acceptedBases() : null;
+    for (const folder of suggested(folders)) {
+      const card = cardOf(folder, await inspected(folder, bases));
+      cards.push(card);
+      byId("previews").append(card.node);
+      check(card);
+    }
+  } catch (error) {
+    sayOrHide("publish-error", `a file cannot be read: ${error.message}`);
   }
   follow();
 }

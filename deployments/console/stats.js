@@ -8,6 +8,7 @@ const NUM_RATES = 40;
 const rates = [];
 let before = null; // the previous sample
 let timer = 0;
+let numForgotten = 0; // keys before the present one
 let onGeneration = () => {};
 
 export function start(callbacks) {
@@ -22,6 +23,7 @@ export function start(callbacks) {
 
 /** Forgets the metrics. */
 export function forget() {
+  numForgotten += 1;
   before = null;
   rates.length = 0;
   drawSpark();
@@ -31,8 +33,10 @@ export function forget() {
 
 export async function refresh() {
   clearTimeout(timer);
+  const number = numForgotten;
   try {
     const stats = await read("v1/stats", { quietly: true });
+    if (number !== numForgotten) return; // of another key
     show(stats);
     const silent = (stats.workers ? stats.workers.replicas.silent : 0) + stats.pool.replicas.silent;
     connection(silent ? `${silent} replica${silent > 1 ? "s" : ""} not responding` : "live", silent ? "slow" : "good");

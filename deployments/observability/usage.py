@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -156,13 +157,13 @@ def _read_all(descriptor: int) -> bytes:
         return file.read()
 
 
-def encode_event(context: RequestContext, base: str, status: int, *, is_timed: bool = True) -> bytes:
-    """Return the line of a request in a segment. `is_timed`: whether the context began with the request."""
+def encode_event(context: RequestContext, base: str, status: int, *, ended_at: datetime | None = None) -> bytes:
+    """Return the line of a request in a segment. By default it ends now; one with an `ended_at` has no durations."""
     assert context.caller is not None
     num_prompt, num_cached, num_new = context.num_tokens
-    first_s = context.first_token_s if is_timed else None
+    first_s = context.first_token_s if ended_at is None else None
     event = {
-        "time": int(time.time() * 1000),
+        "time": int((time.time() if ended_at is None else ended_at.timestamp()) * 1000),
         "request_id": context.request_id,
         "tenant": context.caller.tenant,
         "key": context.caller.key_id,
@@ -177,6 +178,6 @@ def encode_event(context: RequestContext, base: str, status: int, *, is_timed: b
         "code": context.code,
         "queued_s": round(context.queued_s, 4),
         "first_token_s": None if first_s is None else round(first_s, 4),
-        "total_s": round(time.monotonic() - context.arrived_at, 4) if is_timed else None,
+        "total_s": round(time.monotonic() - context.arrived_at, 4) if ended_at is None else None,
     }
     return json.dumps(event).encode() + b"\n"

@@ -51,7 +51,12 @@ class AnswerScorer(Scorer):
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         """Return one score for each example. Raises: WorkerStarting, DeadlineExceeded, and what a Worker raises."""
         await self._workers.made_for(adapter.base_model).ready()
-        return await asyncio.gather(*[self._score(adapter, example) for example in examples])
+        try:
+            async with asyncio.TaskGroup() as group:  # the first error cancels the other rows
+                scoring = [group.create_task(self._score(adapter, example)) for example in examples]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in scoring]
 
     async def _score(self, adapter: AdapterRecord, example: Sample) -> float:
         assert example.output is not None, "examples have outputs"

@@ -31,10 +31,11 @@ class CompletionSink:
 
     def __call__(self, event: Delta | Exception) -> None:
         if isinstance(event, Exception):
-            self.future.set_exception(event)
+            if self.future.set_running_or_notify_cancel():  # else the caller has cancelled the request
+                self.future.set_exception(event)
             return
         self._deltas.append(event)
-        if event.finish_reason is not None:
+        if event.finish_reason is not None and self.future.set_running_or_notify_cancel():
             self.future.set_result(Completion.joined(self._deltas))
 
 

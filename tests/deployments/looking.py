@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Locator, Page, Route, expect
 
 from tests.browsing import Browsing, address_of
 from tests.deployments.adapter_records import BASE
@@ -54,6 +54,12 @@ async def wait_frames(page: Page, count: int) -> None:
     await page.evaluate(
         "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })", count
     )
+
+
+async def report_generation(route: Route, generation: int) -> None:
+    """Answer with the server's metrics, of a pool at this generation."""
+    answer = await (await route.fetch()).json()
+    await route.fulfill(json={**answer, "pool": {**answer["pool"], "generation": generation}})
 
 
 def folder_of(parent: Path, name: str, samples: Sequence[str] = (), config: str = CONFIG) -> Path:

@@ -12,7 +12,7 @@ from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import entry, write
-from tests.deployments.looking import ask, folder_of, go, last_turn, look
+from tests.deployments.looking import ask, folder_of, go, last_turn, look, report_generation
 
 pytestmark = pytest.mark.browser
 
@@ -115,10 +115,19 @@ async def test_another_key_sees_nothing_of_the_one_before(browsing: Browsing, tm
         await go(page, "Status")
         await expect(page.locator("#metric-waiting")).to_have_text("2")
         await expect(page.locator("#usage-rows tr")).to_have_count(1)
+        async with page.expect_response("**/v1/loras?*min_generation=9"):
+            await page.route("**/v1/stats", lambda route: report_generation(route, 9))
+        await page.unroute_all(behavior="wait")
         await page.go_back()
         await page.go_back()
         await page.locator("#key-button").click()
-        await use(page, "second")
+        async with page.expect_request("**/v1/loras?*") as listing, page.expect_request("**/v1/pool/map?*") as drawing:
+            await use(page, "second")
+        for request in (
+            await listing.value,
+            await drawing.value,
+        ):  # the other tenant's generation may be an earlier one
+            assert request.url.endswith("min_generation=0")
         await expect(facts).to_contain_text(own["globex"].ref.digest[:12])
         await expect(strategy.locator("option")).not_to_have_count(1)
         assert await strategy.input_value() == "fusion"

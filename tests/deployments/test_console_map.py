@@ -10,8 +10,9 @@ from playwright.async_api import Page, Route, expect
 
 from retriever_svc import NoAdapterMatched
 from tests.browsing import Browsing
-from tests.deployments.console_fakes import LaidOutRetriever
-from tests.deployments.looking import look
+from tests.deployments.adapter_records import adapter
+from tests.deployments.console_fakes import LaidOutRetriever, MappedRetriever
+from tests.deployments.looking import ask, look, report_generation
 
 pytestmark = pytest.mark.browser
 WIDE: dict[str, Any] = {"viewport": {"width": 1400, "height": 1000}}
@@ -137,6 +138,37 @@ async def test_enter_waits_for_a_search_that_has_not_come_back(browsing: Browsin
         await page.clock.run_for(1000)  # what the field does some time after the last key
         answers.set()
         await expect(page.locator("#map-spoken")).to_have_text(retriever.names[0])
+
+
+async def test_a_change_is_shown_once_the_server_answers_whatever_failed_before(browsing: Browsing) -> None:
+    retriever, generations, failed = MappedRetriever(), [7], set[str]()
+
+    async def fail_first(route: Route) -> None:
+        url = route.request.url
+        if url.endswith("min_generation=8") and url not in failed:
+            failed.add(url)
+            await route.fulfill(status=503, json={"error": {"message": "busy"}})
+        else:
+            await route.continue_()
+
+    async with look(browsing, retriever=retriever) as (page, _):
+        await page.route("**/v1/stats", lambda route: report_generation(route, generations[-1]))
+        for path in ("**/v1/pool/map?*", "**/v1/loras?*"):
+            await page.route(path, fail_first)
+        await ask(page)
+        await expect(page.locator("#map .prompt")).to_have_count(1)
+        await page.route(
+            "**/v1/pool/map", lambda route: route.fulfill(status=503, json={"error": {"message": "no place"}})
+        )
+        retriever.held = [*retriever.held, adapter("novelist")]
+        generations.append(8)
+        for rows in ("#map-list li", "#pool-rows tr"):
+            await expect(page.locator(rows)).to_have_count(3)
+        assert len(failed) == 2
+        await expect(page.locator("#map-note")).to_have_text("no place")  # that of the prompt, and only that
+        await expect(page.locator("#map .prompt")).to_have_count(0)
+        await expect(page.locator("#pool-error")).to_be_hidden()
+        await page.unroute_all(behavior="wait")
 
 
 async def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing) -> None:

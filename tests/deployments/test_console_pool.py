@@ -160,10 +160,32 @@ async def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing)
         await expect(page.locator("#confirm-text")).to_contain_text("50.0% (all adapters of globex 75.0%)")
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         assert served.store.called("approve") == []
+        held: list[Route] = []
+        await page.route("**/approve?dry_run=true", lambda route: held.append(route))
+
+        async def answer(count: int) -> None:
+            while len(held) < count:
+                await wait_frames(page, 1)
+            for _ in range(count):
+                async with page.expect_response("**/approve?dry_run=true"):
+                    await held.pop().continue_()
+            await wait_frames(page, 5)
+
         await approve.click()
+        await open_adapter(page, "coder")
+        await page.get_by_role("button", name="Withdraw…").click()
+        await answer(1)
+        await expect(page.locator("#confirm-title")).to_have_text("Withdraw coder?")
+        await expect(page.locator("#confirm-yes")).to_be_disabled()
+        await page.keyboard.press("Escape")
+        await open_adapter(page, "globex/poet")
+        for _ in range(2):
+            await approve.click()
+        await answer(2)
         async with page.expect_response(lambda answer: answer.request.url.endswith("/approve")) as answered:
             await page.get_by_role("button", name="Approve it all the same").click()
         assert (await answered.value).status == 200
+        await wait_frames(page, 5)
         assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
 
 
@@ -448,13 +470,28 @@ async def test_a_folder_gets_the_name_that_the_command_line_gives(browsing: Brow
         assert found == [*map(nearest_name, names), "a b", "a-b"]  # two would be called a-b
 
 
-async def test_a_dropped_file_is_refused_with_the_remedy(browsing: Browsing, tmp_path: Path) -> None:
+async def test_a_drop_and_an_answer_that_cannot_be_used_are_reported(browsing: Browsing, tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(b"12345")
     async with look(browsing) as (page, _):
         await drop_folder(page, file)
         await expect(page.locator("#publish-error")).to_have_text("drop the folder of the adapter, not its files")
         await expect(page.locator("#publish-form")).to_be_hidden()
+        await drop_folder(page, folder_of(tmp_path, "verses"))
+        await expect(page.locator("#publish-error")).to_be_hidden()
+        await page.route("**/v1/loras", lambda route: route.fulfill(status=200, body="<html>"))
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        await expect(page.locator("#previews .bad .state")).to_contain_text("the answer is not JSON")
+        await expect(page.locator("#publish-button")).to_be_enabled()
+        await page.evaluate(
+            """() => {
+              const reader = { readEntries: (_, fail) => fail(new Error("gone")) };
+              const entry = { isDirectory: true, name: "verses", createReader: () => reader };
+              DataTransferItem.prototype.webkitGetAsEntry = () => entry;
+            }"""
+        )
+        await drop_folder(page, tmp_path / "verses")
+        await expect(page.locator("#publish-error")).to_have_text("a file cannot be read: gone")
 
 
 async def test_a_dialog_closes_with_the_page_that_it_asks_about(browsing: Browsing) -> None:

@@ -60,6 +60,15 @@ def test_a_map_is_computed_once_per_generation_and_caller() -> None:
     assert now.after(snapshot_of(*PUBLIC[:2], generation=2)).map("local")[1].num_adapters == 2
 
 
+def test_maps_are_kept_up_to_a_number_of_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_MAX_POINTS_KEPT", 2 * len(PUBLIC))
+    now = Pool.of(snapshot_of(*PUBLIC), FakeEncoder({}), IndexSettings())
+    first, second = now.map("one"), now.map("two")
+    assert now.map("one") is first
+    now.map("three")
+    assert now.map("one") is first and now.map("two") is not second
+
+
 def test_a_large_pool_is_shown_in_part_evenly() -> None:
     num, most = 600, 200
     index = AdapterIndex.of([record_of(f"a{number:05}", EAST) for number in range(num)], 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import time
 from contextlib import closing
 from dataclasses import replace
 from datetime import date
@@ -41,7 +42,9 @@ async def answer(run: BatchRun, answerer: PartAnswerer) -> list[dict[str, int]]:
     return list(await asyncio.gather(*[answerer.answer(part) for part in planned]))
 
 
-async def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Place) -> None:
+async def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = prompts(18)
     bad: dict[int, tuple[dict[str, Any], str]] = {
         1: ({"prompt": None}, "invalid_request"),
@@ -60,7 +63,10 @@ async def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(pla
     before = next(iter(usage.sums(query)), dict.fromkeys(SUMS, 0))
     with closing(PartAnswerer(run)) as answerer:
         reported = await answer(run, answerer)
-        await answer(replace(run, parts=run.parts[:1]), answerer)  # counts once
+        tomorrow = time.time() + 86_400
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: tomorrow)
+            await answer(replace(run, parts=run.parts[:1]), answerer)  # counts once
     [after] = usage.sums(query)
     tokens = [sum(row[name] or 0 for row in place.written()) for name in ("num_prompt_tokens", "num_new_tokens")]
     assert (after["key"], after["base"]) == ("batch", place.config.served_model.name)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import ray
 
-from deployments.batch.answering import PartAnswerer
+from deployments.batch.answering import OfflineEngine, PartAnswerer
 from deployments.batch.offline import Generated, LoraRetriever
 from deployments.batch.planning import PartPlanner
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool
 from gpu_worker.config import PACKAGED_MODEL, NativeSettings
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.front.request.request import Completion, Job
 from lora_store import LoraStore
 from lora_store.pool_copy import ArchiveTarget, export_pool, import_pool
 from lora_store.pool_files import ArchivedPool, StoredPool
@@ -132,6 +134,25 @@ def test_fields_whose_results_would_be_lost_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{field}: an answer here is one text"):
         offline.generate("Hi", **SHORT, **{field: value})
+
+
+def test_an_interrupted_call_ends_its_rows(offline: LoraRetriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete, cancelled = OfflineEngine.complete, list[int]()
+
+    async def interrupted(self: OfflineEngine, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        try:
+            return await complete(self, jobs)
+        except asyncio.CancelledError:
+            cancelled.append(len(jobs))
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OfflineEngine, "complete", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            offline.generate(["Explain the sea"] * 64, max_tokens=200, temperature=0, ignore_eos=True)
+    assert offline.generate("Explain the sea", **SHORT)[0].num_new_tokens == 6  # calls take turns
+    assert cancelled == [64]
 
 
 def test_a_text_is_a_message_of_a_chat_unless_it_is_taken_as_it_is(offline: LoraRetriever) -> None:

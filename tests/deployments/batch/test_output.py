@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from deployments.errors import BatchRefused
 
 def manifest(generation: int = 3, **changes: Any) -> Manifest:
     settings = {"template": "alpaca", "retrieval": {"k": 3, "weights": "softmax"}, "part_rows": 4} | changes
-    return Manifest(generation=generation, input={"in.parquet": "abc"}, settings=settings, run="one")
+    began_at = datetime(2026, 11, generation, tzinfo=UTC)
+    return Manifest(generation=generation, input={"in.parquet": "abc"}, settings=settings, run="one", began_at=began_at)
 
 
-def test_a_continued_run_keeps_the_generation_it_began_with(tmp_path: Path) -> None:
+def test_a_continued_run_keeps_the_generation_and_the_time_it_began_with(tmp_path: Path) -> None:
     assert BatchOutput(str(tmp_path)).begin(manifest(3)).generation == 3
     assert BatchOutput(str(tmp_path)).begin(manifest(9)) == manifest(3)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -106,9 +107,11 @@ def test_answers_or_errors_are_added_to_their_rows() -> None:
 
 @pytest.mark.parametrize("model", [5, ["a"], "m" * 300])
 def test_the_usage_of_a_row_with_any_model_can_be_stored(model: Any) -> None:
-    line = usage_line("run-0", "acme", model, "base", Asked(error={"code": "invalid_request"}), None)
+    began_at = datetime(2026, 11, 30, tzinfo=UTC)
+    line = usage_line("run-0", "acme", model, "base", Asked(error={"code": "invalid_request"}), None, began_at)
     table = pa.Table.from_pylist(list(parse_events("run", line)), SCHEMA)
     assert table["model"].to_pylist() == [str(model)[:256]] and table["status"].to_pylist() == [400]
-    line = usage_line("run-0", "acme", model, "base", Asked(), Completion("A verse.", 3, 2, "stop"))
+    line = usage_line("run-0", "acme", model, "base", Asked(), Completion("A verse.", 3, 2, "stop"), began_at)
     [event] = parse_events("run", line)
     assert (event["completion_tokens"], event["first_token_s"], event["total_s"]) == (2, None, None)
+    assert event["time"] == began_at.timestamp() * 1000

@@ -93,6 +93,18 @@ def test_the_space_around_a_key_is_left_out_and_what_no_header_carries_is_refuse
         assert "that no header can carry" in said.err and "cret" not in said.out + said.err
 
 
+def test_only_servers_elsewhere_are_asked_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with scripted(NO) as proxy, scripted(NO) as server:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert client.answers(server.url)
+        for url in (server.url, "http://loras.example"):
+            assert run("--key", "k", "list", "--url", url).exit_code == 1
+    assert [path.partition("?")[0] for _, path in server.asked] == ["/health", "/v1/loras"]
+    assert [path.partition("?")[0] for _, path in proxy.asked] == ["http://loras.example/v1/loras"]
+
+
 def test_a_key_that_the_server_ignores_is_noted_once() -> None:
     page = {"generation": 1, "data": [], "last_id": "", "has_more": True}
     with scripted((200, page), (200, page | {"has_more": False})) as server:

@@ -205,6 +205,7 @@ def test_ray_starts_the_python_processes_of_the_first_actors_at_once(monkeypatch
 
 
 def test_the_start_waits_for_ready_and_reports_the_last_answer_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port('127.0.0.1')}")  # where nothing listens
     with ready_server(503, 200) as server:
         assert server.wait_ready(timeout_s=120) == {"status": 200}
     silent = Server(config_of(), port=free_port("127.0.0.1"))

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.calls.worker_client import serve_worker
 from deployments.publishing.evaluation import AnswerScorer
-from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.errors import AdapterLoadFailed, EngineStopped
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import AdapterRecord, Sample
@@ -42,6 +42,16 @@ class Broken(FakeWorker):
         yield
 
 
+class Ended(FakeWorker):
+    """Fails at the first prompt, and never answers the others."""
+
+    async def stream(self, job: Job):  # type: ignore[no-untyped-def]
+        if job.request_id == "evaluate-0":
+            raise EngineStopped("the engine has stopped")
+        await asyncio.Event().wait()
+        yield
+
+
 def scored(worker: FakeWorker, adapter: AdapterRecord = POET) -> tuple[list[float], list[Job]]:
     """Return the scores of the examples, and the jobs that the worker got."""
     handle = FakeHandle(worker)
@@ -59,6 +69,18 @@ def test_an_answer_equal_but_for_case_space_and_full_stop_scores_one() -> None:
     assert len({job.request_id for job in jobs}) == 8
     asked = {(job.sampling.temperature, job.sampling.max_tokens, job.tenant, job.template) for job in jobs}
     assert asked == {(0, 6, "evaluate:", "chat")}, "greedy, short, and in turn with tenants"
+
+
+def test_a_failed_example_ends_the_rows_of_the_others() -> None:
+    handle = FakeHandle(Ended())
+
+    async def run() -> None:
+        with pytest.raises(EngineStopped):
+            await AnswerScorer(workers_of(serve_worker(handle)), CHATTING).scores(POET, EXAMPLES)
+        streams = [response for response in handle.responses if hasattr(response.answer, "__aiter__")]
+        assert len(streams) >= 4 and all(stream.num_cancels for stream in streams)
+
+    asyncio.run(run())
 
 
 def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:

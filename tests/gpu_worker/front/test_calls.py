@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from gpu_worker.errors import LogitsNotFinite
-from gpu_worker.front.calls import Prober, wait_for_first_logits
+from gpu_worker.front.calls import CompletionSink, Prober, wait_for_first_logits
 from gpu_worker.front.delta_stream import Events
 from gpu_worker.front.request.request import Delta, Job
 
 LOGITS = torch.ones(3)
+
+
+@pytest.mark.parametrize("last", [Delta("a", 2, 1, "stop"), ValueError("refused")], ids=["answered", "failed"])
+def test_the_end_of_a_cancelled_request_is_dropped(last: Delta | Exception) -> None:
+    answer = CompletionSink()
+    answer.future.cancel()
+    answer(last)
+    assert answer.future.cancelled()
 
 
 @pytest.mark.parametrize(
