@@ -205,8 +205,8 @@ class EventTable:
     def fold(self, parts: Iterable[pa.Table], generation: int, covered: Collection[str]) -> None:
         """Replace the data files `covered`, which hold rows up to `generation`, by the rows of one fold.
 
-        The new files become part of the table only with the commit. A concurrent append is kept. Two concurrent folds
-        both remain, and readers use the newer one.
+        The new files become part of the table only with the commit. A concurrent append is kept. Where a rival replaced
+        one of `covered` meanwhile, its files remain and these are deleted.
         """
         with self._errors():
             while not self._is_current():
@@ -234,7 +234,7 @@ class EventTable:
                     if len(contents) < len(names):
                         return
                     added = self._write(all_columns_in(contents, pa.schema(self._table.schema().to_arrow())), "part")
-                    self._replace(names, [added], needs_all=True)
+                    self._replace(names, [added])
                 self._clean_log()
         except StoreUnavailable as exc:  # committed data is not affected
             logger.warning("cannot compact the catalogue now; a later commit will: %s", exc.cause)
@@ -289,11 +289,10 @@ class EventTable:
             return False
         return True
 
-    def _replace(self, covered: Collection[str], added: Sequence[AddAction], *, needs_all: bool = False) -> bool:
-        """Commit the files `added` in place of those of `covered` that are still part of the table.
+    def _replace(self, covered: Collection[str], added: Sequence[AddAction]) -> bool:
+        """Commit the files `added` in place of `covered`.
 
-        Return False if rivals took every attempt, or, with `needs_all`, replaced one of `covered`. The files `added`
-        are deleted then.
+        Return False if rivals took every attempt or replaced one of `covered`. The files `added` are deleted then.
         """
         names = {action.path for action in added}
         for attempt in range(_MAX_COMMITS + 1):
@@ -302,7 +301,7 @@ class EventTable:
             if not names.isdisjoint(current):  # an attempt whose answer was lost committed all of them
                 return True
             stale = sorted(current.intersection(covered))
-            if attempt == _MAX_COMMITS or (needs_all and len(stale) < len(covered)):
+            if attempt == _MAX_COMMITS or len(stale) < len(covered):
                 break
             if self._commit(added, stale):
                 return True

@@ -356,7 +356,7 @@ class _State:
         key = record.ref.key
         if is_live:
             self.records[key] = record
-        else:
+        elif record.ref not in {old.ref for old in self.previous.get(key, ())}:  # two folds of one generation have it
             self.previous[key] = (*self.previous.get(key, ()), record)
 
     def _keep(self, key: Key, versions: tuple[AdapterRecord, ...]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from lora_store import Catalogue, Event, GenerationGone, Location, Publish, Snapshot, Withdraw
 from lora_store.event_table import EventTable
-from lora_store.events import is_whole_fold, make_table, read_dated_events
+from lora_store.events import Fold, Keep, is_whole_fold, make_fold_table, make_table, read_dated_events
 from lora_store.files import Files
 from tests.lora_store.builders import IN_A_FOLDER, LATER, NOON, MakeRecord, draw_events, embedding
 
@@ -185,6 +185,25 @@ def test_writers_that_fold_at_the_same_time_lose_nothing(location: Location, mak
     assert set(reopened.snapshot().records) == wanted
     reopened.vacuum(LATER)
     assert set(Catalogue(location).snapshot().records) == wanted
+
+
+def test_two_folds_of_one_generation_keep_each_version_once(location: Location, make_record: MakeRecord) -> None:
+    catalogue = Catalogue(location)
+    for digest in "abc":
+        catalogue.commit(lambda _, digest=digest: [Publish(make_record(digest=digest * 64))])
+    wanted = catalogue.snapshot()
+    covered = [file.name for file in Files(location).entries() if file.name.startswith("part-")]
+    parts = [make_fold_table(list(wanted.folded()), wanted.generation, {})]
+    for _ in range(2):
+        EventTable(location).fold(parts, wanted.generation, covered)
+    assert Catalogue(location).snapshot().versions(("local", "poet")) == wanted.versions(("local", "poet"))
+    assert len(wanted.versions(("local", "poet"))) == 3
+
+
+def test_a_version_that_two_folds_of_a_pool_kept_is_read_once(make_record: MakeRecord) -> None:
+    older = Keep(make_record(digest="e" * 64), is_live=False)
+    found = Snapshot(0, {}).after([Fold(None, None), Keep(make_record(), is_live=True), older, older], 1)
+    assert [record.ref for record in found.versions(("local", "poet"))] == [make_record().ref, older.record.ref]
 
 
 def test_readers_do_not_wait_for_a_write(location: Location, make_record: MakeRecord) -> None:
