@@ -50,7 +50,7 @@ $(FILLED): $(READY) $(wildcard gpu_worker/native/kernels/*.cpp gpu_worker/native
 
 # Named, since collecting all tests takes half a minute.
 E2E_TESTS := tests/cluster tests/servers tests/e2e
-# One after the other: two servers that start at once may exceed the thirty seconds that Ray gives itself on a slow machine.
+# In one process: two servers that start at once may exceed the thirty seconds that Ray gives itself on a slow machine.
 test: $(FILLED) ## run every test: those without a server two at a time, then those with servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
 	$(BIN)/python -m pytest $(E2E_TESTS)

@@ -19,7 +19,7 @@ class AdapterRefused(LoraStoreError):
     kind = Kind.INVALID
     code = "adapter_refused"
     remedy = (
-        "Correct every reason and publish again. `loraretriever publish --dry-run --config settings.yaml` finds most of"
+        "Correct every reason and publish again. `loraretriever publish --dry-run --config FILE` finds most of"
         " them without a server."
     )
 

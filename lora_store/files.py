@@ -200,7 +200,9 @@ def create_file(path: Path, data: bytes) -> bool:
         _write_private(temporary, [data], durable=True)
         os.link(temporary, path)
     except FileExistsError:
-        if temporary.stat().st_nlink != 2:  # NFS may repeat a link that it made, and then finds the name taken
+        with temporary.open("rb") as file:  # opened, since NFS asks the server then
+            num_names = os.fstat(file.fileno()).st_nlink
+        if num_names != 2:  # otherwise NFS repeated a link that it had made, and found the name taken
             return False
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
+from tempfile import TemporaryFile
 from typing import IO, Any, Literal
 
 from lora_store.blobs import BlobStore
@@ -122,7 +122,8 @@ class ArchiveTarget:
         self._partial.unlink(missing_ok=True)
 
     def add(self, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        with _read_whole(pieces) as (file, num_bytes):  # before the header, since it may be gone or damaged
+        # before the header, since it may be gone or damaged
+        with _read_whole(pieces, self._path.parent) as (file, num_bytes):
             entry = tarfile.TarInfo(name)
             entry.size, entry.mtime, entry.mode = num_bytes, int(time.time()), 0o600
             self._archive.addfile(entry, file)
@@ -197,10 +198,16 @@ def _put(
 
 
 @contextmanager
-def _read_whole(pieces: Callable[[], Iterator[bytes | memoryview]]) -> Iterator[tuple[IO[bytes], int]]:
-    """Yield a temporary file with all the pieces, and its size. Raises: the errors of the pieces, before that."""
-    with SpooledTemporaryFile(PART_BYTES) as file:
-        file.writelines(pieces())
+def _read_whole(
+    pieces: Callable[[], Iterator[bytes | memoryview]], folder: Path | None = None
+) -> Iterator[tuple[IO[bytes], int]]:
+    """Yield a temporary file with all the pieces, and its size. Raises: the errors of the pieces, before that.
+
+    `folder`: of the file; None is the folder of the machine for temporary files.
+    """
+    with TemporaryFile(dir=folder) as file:
+        for piece in pieces():
+            file.write(piece)
         num_bytes = file.tell()
         file.seek(0)
         yield file, num_bytes

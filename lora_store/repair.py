@@ -195,8 +195,8 @@ def _restore(found: _Found) -> pa.Table:
 def _newest_fold(rows: pa.Table, after: int) -> pa.Table:
     """Return the rows of the newest fold above generation `after`, each once; none if there is no such fold.
 
-    A crash may leave a part of a fold that never replaced anything. Skip a fold that is not whole if the rows up to its
-    generation have all its versions without it.
+    A crash may leave a part of a fold that never replaced anything. Skip an incomplete fold whose versions are all in
+    other rows up to its generation.
     """
     while (generation := fold_generation(rows)) > after:
         is_part = pc.and_(is_of_fold(rows), pc.equal(rows["generation"], generation))

@@ -305,8 +305,14 @@ class LoraStore:
 
         A version that takes over other samples has another lease. Raises: AdapterNotFound, BlobCorrupted.
         """
-        snapshot = self.snapshot()
-        return [self._take_over(item, snapshot.records.get(item.ref.key)) for item in staged]
+        snapshot, taken = self.snapshot(), list[Staged]()
+        try:
+            for item in staged:
+                taken.append(self._take_over(item, snapshot.records.get(item.ref.key)))
+        except BaseException:
+            self._try_to_release(sorted({item.lease for item in taken} - {item.lease for item in staged}))
+            raise
+        return taken
 
     def _take_over(self, staged: Staged, live: AdapterRecord | None) -> Staged:
         record = staged.record if live is None else take_over(staged.record, live, staged.keeps)

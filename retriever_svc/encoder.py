@@ -87,7 +87,7 @@ class Encoder:
     surrogates) reads as "?". `num_threads` sets the encoder's thread count, and torch's for the whole process unless a
     saved network of the packaged encoder is used, which does without torch.
     With `dtype` auto a vector also depends slightly on the texts that are encoded with it, as bfloat16 is rounded.
-    `exact_by`: what computes in float32. OpenVINO does so for the packaged encoder, and torch for others.
+    `exact_by`: the library that computes the packaged encoder with `dtype` float32. torch computes other encoders.
     `max_cached_texts`: the number of cached vectors for each owner of texts.
     `projection` follows the model, if one is set with `projected`.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.

@@ -66,6 +66,8 @@ class BatchOutput:
         if recorded != wanted.settings:
             raise BatchRefused(f"{self._uri} was started with other settings: {_differing(recorded, wanted.settings)}")
         self._files.delete([file.name for file in self._files.entries() if file.name.startswith(".part-")])
+        if "began_at" not in manifest.model_fields_set:  # of an earlier version
+            self._files.write(_MANIFEST, manifest.model_dump_json(indent=1).encode())
         return manifest
 
     def done(self) -> set[int]:

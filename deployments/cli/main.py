@@ -20,7 +20,7 @@ from deployments.cli import access, batch, compose, keys, name, pool, pool_upkee
 from deployments.cli.client import ServerFailed, call, check_free, open_client, use_key
 from deployments.cli.client import check as check_answer
 from deployments.cli.options import DEFAULT_URL, Json, Key, KeyAnywhere, Options, Strategy, Url, read_options
-from deployments.cli.output import counted, err, fail, join_lines, out, print_json, say, show_controls, show_error
+from deployments.cli.output import counted, err, fail, join_lines, out, print_json, say, show_controls, show_warning
 from deployments.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         usable = counted(pool_facts["num_adapters"], "adapter")
         say(f"pool:     {usable} that you may use, at generation {pool_facts['generation']}")
         for row in call(url, "GET", "/v1/loras", params={"limit": "1"}).get("unserved", []):
-            show_error(row["text"])
+            show_warning(row["text"])
     say(f"routing:  {defaults['strategy']}, k = {defaults['k']}")
     if workers is None:
         say("workers:  shown to keys with the role admin")

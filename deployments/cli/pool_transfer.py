@@ -59,7 +59,7 @@ class ServedPool:
         with self._open(name) as response:
             try:
                 yield from response.iter_bytes()
-            except httpx.RemoteProtocolError:
+            except (httpx.RemoteProtocolError, httpx.ReadError):
                 with self._open(name):  # raises AdapterNotFound if the file was deleted while it was sent
                     raise
 

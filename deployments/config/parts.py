@@ -79,9 +79,9 @@ class RetrievalSettings(Settings):
     encoder_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the encoder. Unset: the CPUs that the process may use. Set it where containers share a machine."""
     encoder_dtype: EncoderDtype = "auto"
-    """How the encoder computes. `auto` is OpenVINO, in bfloat16 where the processor has it. `float32` is OpenVINO too
-    with the packaged encoder, and torch with others: set it where vectors of different machines are compared. Encoding
-    then takes longer."""
+    """How the encoder computes. `auto` is OpenVINO, in bfloat16 where the processor has it. `float32` computes in
+    float32: with OpenVINO for the packaged encoder, with torch for others. Set it where vectors of different machines
+    are compared; encoding then takes longer."""
     strategy: RoutedStrategy = "mixture"
     """How adapters are composed. Change it when `loraretriever pool evaluate` shows better answers on your pool."""
     strategy_options: dict[str, float] = {}

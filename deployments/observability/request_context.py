@@ -60,7 +60,7 @@ class RequestContext:
     num_read: int = 0  # tokens that the encoder read for an answer of vectors
     rows: dict[int, RowTimes] = field(default_factory=dict)
     plans: Sequence[Planned] = ()  # one for each prompt
-    is_recorded: bool = False  # as usage, where that is kept: its status is settled
+    is_recorded: bool = False  # its status is final, and its usage is recorded where usage is kept
 
     def record_plans(self, plans: Sequence[Planned], seconds: float) -> None:
         """Record the plans. A request of several prompts is reported with the strategy and base model of its first."""

@@ -20,7 +20,7 @@ from retriever_svc.learning import OWN_PER_ACCEPTED
 logger = logging.getLogger(__name__)
 QUIET_S = 1.0  # from an outcome to its application, so that one commit follows several
 REST_FACTOR = 9  # the pause after an application, as a multiple of its time: a tenant's cost a tenth of a thread
-RETRY_S = 10.0  # from a failed application to the next attempt
+RETRY_S, LONGEST_RETRY_S = 10.0, 600.0  # from a failed application to the next attempt: doubled each time
 MAX_AT_ONCE = 2  # applications, so that no tenant keeps all others waiting
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -109,11 +109,13 @@ class Learning:
                 self._background.start(self._apply_waiting(tenant), "applying outcomes")
 
     async def _apply_waiting(self, tenant: str) -> None:
+        pause_s = RETRY_S
         try:
             while tenant in self._waiting:
                 await self._sleep(QUIET_S)
                 took_s, has_failed = await self._apply_in_turn(tenant)
-                await self._sleep(REST_FACTOR * took_s + (RETRY_S if has_failed else 0.0))
+                await self._sleep(REST_FACTOR * took_s + (pause_s if has_failed else 0.0))
+                pause_s = min(2 * pause_s, LONGEST_RETRY_S) if has_failed else RETRY_S
         finally:
             self._applying.discard(tenant)
 

@@ -390,7 +390,8 @@ class Publisher:
 
         If another publish changed what versions keep, take that over and commit again, so that neither is lost. A dry
         run only refuses what the commit would refuse.
-        `held` gets the versions that have another lease then. It is emptied if the outcome of the commit is unknown.
+        `held`: what the caller must discard. Versions with new leases are added; it is emptied if the commit may have
+        taken place.
         """
         num_conflicts = 0
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter))):

@@ -70,7 +70,7 @@ def _make_schema(value: object) -> dict[str, Any]:
 
 def _vllm() -> Iterator[str]:
     """Yield what `engine: vllm` has besides the settings of both engines."""
-    yield "##   With `engine: vllm`, without the settings of the engine `native`; remove ## from a setting here:"
+    yield "##   With `engine: vllm`, without the settings of the engine `native`; to set one of these, remove its ##:"
     both, meanings = find_meanings(CommonSettings), find_meanings(VllmSettings)
     for field in fields(VllmSettings):
         if field.name not in both and field.name != "engine":

@@ -123,10 +123,8 @@ async def test_another_key_sees_nothing_of_the_one_before(browsing: Browsing, tm
         await page.locator("#key-button").click()
         async with page.expect_request("**/v1/loras?*") as listing, page.expect_request("**/v1/pool/map?*") as drawing:
             await use(page, "second")
-        for request in (
-            await listing.value,
-            await drawing.value,
-        ):  # the other tenant's generation may be an earlier one
+        requests = await listing.value, await drawing.value
+        for request in requests:  # the other tenant's generation may be an earlier one
             assert request.url.endswith("min_generation=0")
         await expect(facts).to_contain_text(own["globex"].ref.digest[:12])
         await expect(strategy.locator("option")).not_to_have_count(1)

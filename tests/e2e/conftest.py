@@ -25,7 +25,7 @@ from tests.tiny import linear_shapes, tiny_config
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
-    """Return settings in float32, so that rows of a batch can be compared with rows alone.
+    """Return settings whose workers compute in float32, so that rows of a batch can be compared with rows alone.
 
     On one thread: next to other processes that compute, two threads mostly wait for each other, and busily.
     """

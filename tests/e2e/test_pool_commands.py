@@ -104,13 +104,13 @@ def test_doctor_and_measured_routing(live: Live, pool: list[Path], tmp_path: Pat
 
 
 @pytest.fixture
-def full_counts(scale: Scale) -> None:
+def only_in_soak(scale: Scale) -> None:
     if not scale.is_full:
         pytest.skip("each replica converts an encoder twice: in make soak")
 
 
 def test_reindex_swaps_the_encoder_on_every_replica(
-    full_counts: None, live: Live, pool: list[Path], tmp_path: Path
+    only_in_soak: None, live: Live, pool: list[Path], tmp_path: Path
 ) -> None:
     before = {stats.encoder for stats in live.on_all("Retriever", "index_stats")}
     other = other_encoder(tmp_path / "encoder")

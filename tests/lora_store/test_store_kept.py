@@ -140,6 +140,20 @@ def test_two_publishes_at_once_lose_nothing_of_each_other(
     assert [check.problem for check in store.verify() if check.problem] == []
 
 
+def test_a_version_that_cannot_be_taken_over_leaves_no_lease_of_another(
+    store: LoraStore, make_folder: MakeFolder, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = [store.stage(make_folder(name=name, seed=1, inputs=())) for name in ("a", "b")]
+    theirs = [store.stage(make_folder(name=name, inputs=(name,))) for name in ("a", "b")]
+    for item in theirs:
+        commit(store, item)
+    take_over, leases = store._take_over, set(stored("holds"))
+    monkeypatch.setattr(store, "_take_over", lambda item, live: take_over(item, live if item is ours[0] else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        store.take_over(ours)
+    assert set(stored("holds")) == leases
+
+
 @pytest.mark.parametrize("earlier", [None, "It writes poems."])
 def test_a_description_never_replaces_several_samples_of_a_publish_at_the_same_time(
     store: LoraStore, make_folder: MakeFolder, earlier: str | None

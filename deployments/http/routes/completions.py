@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
@@ -207,10 +207,15 @@ async def _end(task: asyncio.Task[T]) -> None:
 
     What the task reads can be closed only then.
     """
+    cancelled: asyncio.CancelledError | None = None
     task.cancel()
     while not task.done():
-        with suppress(asyncio.CancelledError):  # the caller is on its way out already
+        try:
             await asyncio.wait((task,))
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _continue(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

@@ -34,7 +34,7 @@ _NUM_THREADS = 2
 _LONGEST_CHECK_S = 20.0  # the process limits its own CPU time; this is for a machine that gives it none
 _TOO_COMPLEX = "it needs too much time or memory; make it simpler"
 _TOO_SLOW = "an earlier answer failed because the next token took too long to find; make it simpler"
-_SLOW_FOR_S = 600.0  # how long a grammar is refused that took too much of the processor
+_SLOW_FOR_S = 600.0  # how long a grammar that used too much CPU time is refused
 
 
 def _start() -> subprocess.Popen[str]:
@@ -107,7 +107,7 @@ class GrammarCompiler:
     milliseconds, without a process. A pool may have more schemas in contracts than there are entries.
 
     Refused grammars are remembered, so that a repeated one costs nothing: invalid ones until `max_refused` others came
-    later, and those that took too much of the processor, also while an answer was generated, for ten minutes.
+    later, and those that used too much CPU time, also while an answer was generated, for ten minutes.
     """
 
     def __init__(

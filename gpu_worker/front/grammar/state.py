@@ -70,7 +70,7 @@ class GrammarState:
     def give_up(self, error: str) -> None:
         """Fail because updates take too long. One may still run.
 
-        The grammar is slow only if they took the processor: a machine that stands still says nothing about it.
+        The grammar is slow only if they took CPU time: a delay of the machine does not make it slow.
         """
         self.error = error
         if self._is_slow():

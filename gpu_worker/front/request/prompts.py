@@ -114,7 +114,8 @@ def _join_user_messages(messages: Sequence[Message]) -> list[Message]:
     joined: list[Message] = []
     for message in messages:
         if joined and joined[-1].role == message.role == "user":
-            joined[-1] = replace(message, content=f"{joined[-1].content}\n\n{message.content}")
+            name = message.name if joined[-1].name == message.name else ""
+            joined[-1] = replace(message, content=f"{joined[-1].content}\n\n{message.content}", name=name)
         else:
             joined.append(message)
     return joined

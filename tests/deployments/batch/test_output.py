@@ -23,6 +23,13 @@ def test_a_continued_run_keeps_the_generation_and_the_time_it_began_with(tmp_pat
     assert BatchOutput(str(tmp_path)).begin(manifest(9)) == manifest(3)
 
 
+def test_a_run_of_an_earlier_version_gets_one_time_for_all_its_continuations(tmp_path: Path) -> None:
+    earlier = manifest().model_dump_json(exclude={"began_at"})
+    tmp_path.joinpath("_manifest.json").write_text(earlier)
+    continued = BatchOutput(str(tmp_path)).begin(manifest())
+    assert BatchOutput(str(tmp_path)).begin(manifest()).began_at == continued.began_at
+
+
 def test_existing_parts_are_found_and_form_one_dataset(tmp_path: Path) -> None:
     output = BatchOutput(str(tmp_path / "out"))
     output.begin(manifest())

@@ -171,7 +171,7 @@ def test_a_stream_gives_heartbeats_while_its_grammar_is_compiled(
 
 
 @pytest.mark.parametrize("is_queued", [False, True], ids=["while its grammar is compiled", "before it reads its text"])
-def test_a_stream_that_is_left_early_computes_nothing_more(
+def test_a_stream_that_is_left_early_is_not_answered_to_the_end(
     is_queued: bool, hosted: HostedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars, num_before = SlowGrammars(monkeypatch), hosted.status().counters.num_new_tokens

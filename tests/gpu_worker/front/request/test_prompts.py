@@ -70,6 +70,14 @@ def test_messages_of_the_user_in_a_row_are_one_where_roles_must_alternate(templa
         render([Message("assistant", "Hi"), *turns], "chat", tokenizer)
 
 
+@pytest.mark.parametrize(("names", "kept"), [(("Ada", "Ada"), "Ada"), (("Ada", "Bob"), ""), (("Ada", ""), "")])
+def test_joined_messages_have_a_name_only_if_one_participant_wrote_them(names: tuple[str, str], kept: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ALTERNATING.replace("{{ m.role }}", "{{ m.name }}")
+    turns = [Message("user", text, name=name) for text, name in zip(("One", "Two"), names, strict=True)]
+    assert render(turns, "chat", tokenizer) == f"[{kept}]One\n\nTwo"
+
+
 @pytest.mark.parametrize(
     ("name", "template", "reason"),
     [
