@@ -159,13 +159,13 @@ def test_an_error_before_the_first_token_has_its_status_until_a_comment_is_sent(
 
 
 def waiting(left: list[bool], *chunks: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-    """Return a stream that waits forever after these chunks. Leaving it takes a while."""
+    """Return a stream that is silent for long after these chunks. Leaving it takes a while."""
 
     async def source() -> AsyncGenerator[dict[str, Any]]:
         try:
             for chunk in chunks:
                 yield chunk
-            await asyncio.Event().wait()
+            await asyncio.sleep(1000)
         finally:
             await asyncio.sleep(1)
             left.append(True)
