@@ -85,6 +85,7 @@ async def started(*args: Any, **options: Any) -> WorkerDeployment:
 
 def test_the_objects_of_the_engines_modules_are_not_looked_at_for_garbage() -> None:
     code = """
+import gc
 from deployments.worker import import_engine
 import_engine(is_native=True)
 print(gc.get_freeze_count() > 100_000, gc.isenabled())

@@ -145,8 +145,7 @@ def test_a_version_that_cannot_be_taken_over_leaves_no_lease_of_another(
 ) -> None:
     ours = [store.stage(make_folder(name=name, seed=1, inputs=())) for name in ("a", "b")]
     theirs = [store.stage(make_folder(name=name, inputs=(name,))) for name in ("a", "b")]
-    for item in theirs:
-        commit(store, item)
+    store.commit(theirs, [embedding()] * 2, [1.0] * 2, "me")
     take_over, leases = store._take_over, set(stored("holds"))
     monkeypatch.setattr(store, "_take_over", lambda item, live: take_over(item, live if item is ours[0] else 1 / 0))
     with pytest.raises(ZeroDivisionError):
