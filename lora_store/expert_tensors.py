@@ -188,6 +188,8 @@ class _Reader:
         if last >= num:
             raise ValueError(f"has expert {last}, but the base model has {num}")
         num_parts = 1 if module.endswith(_DOWN) or any(pair.leaf == _GATE_UP for pair in pairs) else 2
+        if len({cell[:2] for cell in cells}) < len(cells) or any(part >= num_parts for _, part, _ in cells):
+            raise ValueError("an expert has the same part under two names, such as w1 and gate_proj")
         a_shape, b_shape = (num, num_parts * rank, a.shape[1]), (num, num_parts * num_out, num_parts * rank)
         self._room -= math.prod(a_shape) * a.bits().itemsize + math.prod(b_shape) * b.bits().itemsize
         if self._room < 0:

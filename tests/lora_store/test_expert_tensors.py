@@ -206,6 +206,11 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], Shapes, str]] = {
     "two names": (lambda x: x | {f"_orig_mod.{k}": t for k, t in x.items()}, SHAPES, "are the same tensor"),
     "two paths": (respelled("model.layers", "layers", ".1."), SHAPES, "also in the file under another path"),
     "a long path": (respelled(EXPERTS, "model." * 20 + EXPERTS), SHAPES, "are no experts of the"),
+    "one part under two names": (
+        lambda x: x | respelled("gate_proj", "w1")(x),
+        SHAPES,
+        "the same part under two names",
+    ),
     "two dtypes": (
         lambda x: {k: t.half() if ".1." in k else t for k, t in x.items()},
         SHAPES,
