@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -199,13 +200,15 @@ def load_base_model(config: NativeWorkerConfig, source: str | None = None) -> Ba
             f" {_LARGEST_CUDA_HEAD}"
         )
     register()
-    model = _load_model(config, source, hf_config, part)
-    dtype = model.dtype
-    is_chosen = config.dtype == "auto" and config.device == "cpu"
-    if is_chosen and dtype == torch.float32 and load_linear_kernel(config.cache_dir) is not None:
-        store_narrow(model)
-    pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
-    tokenizer = load_tokenizer(config, source)
+    with ThreadPoolExecutor(1) as thread:  # a large tokenizer takes a second, and is read by another core
+        reading = thread.submit(load_tokenizer, config, source)
+        model = _load_model(config, source, hf_config, part)
+        dtype = model.dtype
+        is_chosen = config.dtype == "auto" and config.device == "cpu"
+        if is_chosen and dtype == torch.float32 and load_linear_kernel(config.cache_dir) is not None:
+            store_narrow(model)
+        pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
+        tokenizer = reading.result()
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,
