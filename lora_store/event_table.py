@@ -290,9 +290,9 @@ class EventTable:
         return True
 
     def _replace(self, covered: Collection[str], added: Sequence[AddAction]) -> bool:
-        """Commit the files `added` in place of `covered`.
+        """Replace the data files `covered` by those in `added`, with one commit.
 
-        Return False if rivals took every attempt or replaced one of `covered`. The files `added` are deleted then.
+        If rivals take every attempt, or replace a file of `covered`, delete those in `added` and return False.
         """
         names = {action.path for action in added}
         for attempt in range(_MAX_COMMITS + 1):

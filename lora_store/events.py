@@ -155,7 +155,8 @@ SCHEMA = pa.schema(
         pa.field("ranks", pa.list_(pa.int32())),
         pa.field("target_modules", pa.list_(pa.string())),
         pa.field("num_bytes", pa.int64()),
-        pa.field("num_samples", pa.int32()),  # of a fold, since older releases ignore it there: how many events it has
+        # In the first row of a fold: how many events the fold has. Older releases ignore it there.
+        pa.field("num_samples", pa.int32()),
         pa.field("template", pa.string()),
         pa.field("encoder", pa.string()),
         pa.field("embedding", pa.list_(pa.float32())),

@@ -342,7 +342,7 @@ def test_a_stream_whose_client_leaves_is_recorded_with_499(is_cancelled: bool, t
         if is_cancelled:
             raise asyncio.CancelledError
 
-    assert _statuses_of(app, UsageLog(tmp_path, BASE, Pool().put)) == ["499"]
+    assert _read_statuses(app, UsageLog(tmp_path, BASE, Pool().put)) == ["499"]
     [event] = events_in(tmp_path)
     assert (event["status"], event["code"]) == (499, "")
 
@@ -358,11 +358,11 @@ def test_a_client_that_leaves_after_the_last_text_of_its_stream_has_its_answer(
         await send({"type": "http.response.start", "status": 200, "headers": []})
         log.record(find_context(scope), 200)  # as the end of every stream does
 
-    assert _statuses_of(app, log) == ["200"]
+    assert _read_statuses(app, log) == ["200"]
     assert [event["status"] for event in events_in(tmp_path)] == [200] * has_folder
 
 
-def _statuses_of(app: ASGIApp, log: UsageLog) -> list[str]:
+def _read_statuses(app: ASGIApp, log: UsageLog) -> list[str]:
     """Send a request to this application. Return the statuses that the metrics counted."""
     metrics = FakeMetrics()
 
