@@ -44,8 +44,8 @@ def pool(tmp_path: Path) -> LoraStore:
 class Sent(httpx.SyncByteStream):
     """The parts of a file as a server sends them. The connection breaks where one is gone."""
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        self._read, self._opening = read, read(0)
+    def __init__(self, read: Callable[[int], bytes], error: type[httpx.TransportError]) -> None:
+        self._read, self._error, self._opening = read, error, read(0)
 
     def __iter__(self) -> Iterator[bytes]:
         part, number = self._opening, 0
@@ -55,10 +55,15 @@ class Sent(httpx.SyncByteStream):
             try:
                 part = self._read(number)
             except AdapterNotFound:
-                raise httpx.RemoteProtocolError("peer closed connection") from None
+                raise self._error("peer closed connection") from None
 
 
-def serve(store: LoraStore, tenant: str | None, on_part: OnPart = lambda name, number: None) -> httpx.Client:
+def serve(
+    store: LoraStore,
+    tenant: str | None,
+    on_part: OnPart = lambda name, number: None,
+    error: type[httpx.TransportError] = httpx.RemoteProtocolError,
+) -> httpx.Client:
     """Return a client of a server with this store, whose key is of this tenant. `on_part` is called before each."""
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -71,7 +76,7 @@ def serve(store: LoraStore, tenant: str | None, on_part: OnPart = lambda name, n
             return store.pool_part(tenant, name, number)
 
         try:
-            return httpx.Response(200, stream=Sent(read))
+            return httpx.Response(200, stream=Sent(read, error))
         except AdapterNotFound:
             return httpx.Response(404, json={"error": {"message": "gone"}})
 
@@ -89,9 +94,12 @@ def test_a_server_gives_what_the_key_owns(
     assert all(check.problem is None for check in copy.verify())
 
 
-@pytest.mark.parametrize("kind", ["archive", "store"])
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("archive", httpx.RemoteProtocolError), ("store", httpx.RemoteProtocolError), ("store", httpx.ReadError)],
+)
 def test_an_adapter_withdrawn_while_a_server_sends_it_is_left_out_whole(
-    kind: str, pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, error: type[httpx.TransportError], pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_store.store.PART_BYTES", 100)
     weights = blob_file(pool.snapshot().records["local", "poet"].weights_digest)
@@ -100,7 +108,7 @@ def test_an_adapter_withdrawn_while_a_server_sends_it_is_left_out_whole(
         if (name, number) == (weights, 2):
             pool.withdraw("local", ["poet"], "me")
 
-    target, source = tmp_path / f"copy.{kind}", ServedPool(serve(pool, None, withdraw))
+    target, source = tmp_path / f"copy.{kind}", ServedPool(serve(pool, None, withdraw, error))
     if kind == "archive":
         with ArchiveTarget(target) as archive:
             export_pool(source, archive)
