@@ -43,7 +43,8 @@ inline int32_t sum_of(i32x16 v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// Sums: 16 int32 sums. Weights<kBits>: a step's weights of 32 outputs. add: sum += w . x for the 4 inputs at x.
+// Sums: 16 int32 sums. Weights<kBits>: a step's weights of 32 outputs. add: sum += w . x for the 4 inputs at x. AVX2 has
+// loops of its own.
 #if defined(__AVX512VNNI__)
 constexpr int kMostRows = 12, kMostGroupRows = 8;  // sums, two weights and an input are in registers
 
@@ -79,52 +80,7 @@ struct Weights {
   }
 };
 #elif defined(__AVX2__)
-constexpr int kMostRows = 2, kMostGroupRows = 2;
-
-struct Sums {
-  __m256i of[2];
-
-  static Sums all(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
-  f32x16 floats() const {
-    f32x16 v;
-    for (int h = 0; h < 2; ++h) {
-      const __m256 half = _mm256_cvtepi32_ps(of[h]);
-      std::memcpy((char*)&v + 32 * h, &half, sizeof half);
-    }
-    return v;
-  }
-};
-
-// The pairs of products fit 16 bits: 2 * 127 * 128 with the signs moved from weights to inputs.
-template <int kBits>
-struct Weights {
-  __m256i values[4], sizes[4];
-
-  explicit Weights(const uint8_t* p) {
-    const __m256i mask = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(kZero<kBits> == 8 ? 8 : -128);
-    for (int q = 0; q < 4; ++q) {
-      if constexpr (kBits == 8) {
-        values[q] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(p + 32 * q)), zero);
-        sizes[q] = _mm256_abs_epi8(values[q]);
-      } else {
-        const __m256i both = _mm256_loadu_si256((const __m256i*)(p + 32 * (q % 2)));
-        sizes[q] = _mm256_and_si256(q < 2 ? both : _mm256_srli_epi16(both, 4), mask);
-      }
-    }
-  }
-
-  void add(const int8_t* x, Sums& to_low, Sums& to_high) const {
-    int32_t four;
-    std::memcpy(&four, x, sizeof four);
-    const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-    for (int q = 0; q < 4; ++q) {
-      const __m256i with_signs = kBits == 8 ? _mm256_sign_epi8(inputs, values[q]) : inputs;
-      const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(sizes[q], with_signs), ones);
-      __m256i& sum = (q < 2 ? to_low : to_high).of[q % 2];
-      sum = _mm256_add_epi32(sum, products);
-    }
-  }
-};
+constexpr int kMostRows = 8, kMostGroupRows = 8;  // 8 sums, weights and an input are in 16 registers: see multiply_quarters
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int kMostRows = 2, kMostGroupRows = 2;
 
@@ -205,6 +161,10 @@ constexpr bool kLoadsSigned = true;
 constexpr bool kLoadsSigned = false;
 #endif
 
+#if defined(__AVX2__) && defined(__F16C__)
+inline f32x8 load_eight_halves(const uint8_t* p) { return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#endif
+
 inline f32x16 load_halves(const uint8_t* p) {  // of finite numbers
 #ifdef __AVX512F__
   return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -216,6 +176,52 @@ inline f32x16 load_halves(const uint8_t* p) {  // of finite numbers
   return (f32x16)((u32x16)sizes | ((bits & 0x8000) << 16));
 #endif
 }
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#define HAS_QUARTERS
+constexpr int kQuarter = 8;  // outputs in a vector
+
+inline __m256i load_quarter(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+// Sets sums[r] to x[r] . the weights of 8 outputs in one block. `weights`: of quarter `q` of the panel's first step.
+template <int R, int kBits, int64_t kInputs>
+inline void sum_quarter(const int8_t* x, const int32_t* row_sums, const uint8_t* weights, int q, __m256i* sums) {
+  constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8;
+  const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sums[r] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kInputs; i += kStep, weights += kStepBytes) {
+    __m256i values, sizes;
+    if constexpr (kBits == 8) {
+      values = _mm256_xor_si256(load_quarter(weights), _mm256_set1_epi8(-128));
+      sizes = _mm256_abs_epi8(values);
+    } else {
+      const __m256i both = load_quarter(weights);
+      sizes = _mm256_and_si256(q < 2 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      std::memcpy(&four, x + r * kInputs + i, sizeof four);
+      const __m256i inputs = _mm256_set1_epi32(four);
+      if constexpr (kBits == 8) {  // pairs of products fit 16 bits, with the weights' signs moved to the inputs
+        const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(inputs, values));
+        sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, ones));
+      } else {  // so do all pairs of a block
+        static_assert(kInputs / kStep * 2 * 127 * 15 < 1 << 15);
+        sums[r] = _mm256_add_epi16(sums[r], _mm256_maddubs_epi16(sizes, inputs));
+      }
+      if constexpr (R > 2) asm volatile("" : "+x"(sums[r])::"memory");  // g++ would load all inputs first, and keep sums in memory
+    }
+  }
+  if constexpr (kBits == 4) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      sums[r] = _mm256_sub_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_slli_epi32(_mm256_set1_epi32(row_sums[r]), 3));
+  }
+}
+#endif
 
 // Rows of x as integers, in blocks of one scale. The rows' parts of a block are adjacent, as tiles read them. The memory is
 // the calling thread's, until it makes others.
@@ -278,6 +284,55 @@ inline void store_row(bf16* y, f32x16 low, f32x16 high, int64_t left) {
   if (left > kLanes) store_part(y + kLanes, high, left - kLanes);
 }
 
+#ifdef HAS_QUARTERS
+// y[r][0 .. 32) = x[first + r] . panel + bias, where y has one pointer per row. Sums of more than 8 outputs of several rows
+// would not be in registers.
+template <int R, int kBits, int kGroup, bool kHasOffsets>
+void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float* scales, const float* bias,
+              bf16* const* y, int64_t left) {
+  constexpr int64_t kInputs = kGroup == 0 ? kBlock : kGroup;
+  constexpr int64_t kNumScaleBytes = kGroup == 0 ? 0 : kHasOffsets ? 2 * kScaleBytes : kScaleBytes;
+  constexpr int64_t kBytes = kNumScaleBytes + kPanel * kInputs * kBits / 8;
+  constexpr int kQuarters = kPanel / kQuarter;
+  const int8_t* codes = x.codes + first * kInputs;
+  const int32_t* sums = x.sums + first;
+  const float* row_scales = x.scales + first;
+  alignas(64) f32x8 totals[R][kQuarters] = {};
+  for (int64_t b = 0; b < x.num_blocks; ++b, panel += kBytes) {
+    const uint8_t* weights = panel + kNumScaleBytes;
+    if constexpr (R <= 2)  // a quarter of each step at a time is no order that the processor reads ahead in
+      for (int64_t j = 0; j < kBytes; j += 64) __builtin_prefetch(panel + 2 * kBytes + j);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuarters; ++q) {
+      __m256i found[R];
+      sum_quarter<R, kBits, kInputs>(codes, sums, weights + 32 * (kBits == 8 ? q : q % 2), q, found);
+      f32x8 scale, offset;
+      if constexpr (kGroup != 0) scale = load_eight_halves(panel + q * 2 * kQuarter);
+      if constexpr (kHasOffsets) offset = load_eight_halves(panel + kScaleBytes + q * 2 * kQuarter);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const f32x8 sum = (f32x8)_mm256_cvtepi32_ps(found[r]);
+        if constexpr (kGroup != 0) {
+          totals[r][q] += sum * (scale * row_scales[r]);
+        } else {
+          totals[r][q] += sum * row_scales[r];
+        }
+        if constexpr (kHasOffsets) totals[r][q] += offset * (row_scales[r] * static_cast<float>(sums[r]));
+        asm volatile("" ::: "memory");
+      }
+    }
+    codes += x.num_rows * kInputs;
+    sums += x.num_rows;
+    row_scales += x.num_rows;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const float* of_row = (const float*)totals[r];
+    store_row(y[r], load(of_row) * load(scales) + load(bias),
+              load(of_row + kLanes) * load(scales + kLanes) + load(bias + kLanes), left);
+  }
+}
+#else
 // y[r][0 .. 32) = x[first + r] . panel + bias, where y has one pointer per row. g++ keeps the sums in memory if it does
 // not unroll the loops over rows early.
 template <int R, int kBits, int kGroup, bool kHasOffsets>
@@ -341,6 +396,8 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
               high_total[r] * load(scales + kLanes) + load(bias + kLanes), left);
   }
 }
+
+#endif
 
 template <int kBits, int kGroup, bool kHasOffsets>
 struct Kind {
