@@ -140,7 +140,7 @@ def main(
         figures=figures,
         table=text,
         runs=[{"alone": alone, "busy": busy, "batch": batch}],
-        keeps_other_vendors=True,
+        keeps_other_processors=True,
     )
 
 

@@ -259,7 +259,7 @@ def main(
     if quick or proxy:
         return
     write_results(
-        "http", figures=figures_of(found, single), table=text, runs=[*found, *single], keeps_other_vendors=True
+        "http", figures=figures_of(found, single), table=text, runs=[*found, *single], keeps_other_processors=True
     )
     plots.bars("http/plot", medians, f"tokens/s, {NUM_ROWS} streams")
 

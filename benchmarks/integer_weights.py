@@ -161,7 +161,7 @@ def main(
     text = shown(table)
     if not quick:
         medians = {name: round(statistics.median(values), 3) for name, values in figures.items()}
-        write_results("integer_weights", figures=medians, table=text, runs=found, keeps_other_vendors=True)
+        write_results("integer_weights", figures=medians, table=text, runs=found, keeps_other_processors=True)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def main(
     runs = [{kind: dict(zip(("p50", "p99"), np.percentile(times, [50, 99]), strict=True)) for kind, times in r.items()}
             for r in found]  # fmt: skip
     write_results(
-        "latency", figures=figures, table=table, runs=[{"first_tokens_ms": firsts}, *runs], keeps_other_vendors=True
+        "latency", figures=figures, table=table, runs=[{"first_tokens_ms": firsts}, *runs], keeps_other_processors=True
     )
     plots.bars("latency/plot", {kind: float(np.median([r[kind]["p99"] for r in runs])) for kind in KINDS},
                "p99 between tokens of running rows, ms, while")  # fmt: skip

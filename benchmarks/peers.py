@@ -325,14 +325,16 @@ def main(
             table, figures = report_bits(rounds_of_bits)
             if not quick:
                 parts = {"figures": figures, "table": table, "runs": rounds_of_bits}
-                write_part("peers_by_bits", bits, **parts, keeps_other_vendors=True)
+                write_part("peers_by_bits", bits, **parts, keeps_other_processors=True)
         return
     found, base_found, versions = measure(vllm_python, *counts)
     table = report(found, base_found, versions)
     if quick:
         return
     figures = figures_of(found, base_found)
-    write_results("peers", figures=figures, table=table, runs=[versions, *found, *base_found], keeps_other_vendors=True)
+    write_results(
+        "peers", figures=figures, table=table, runs=[versions, *found, *base_found], keeps_other_processors=True
+    )
     medians = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
     medians |= {VLLM_BASE: statistics.median(round_[VLLM_BASE] for round_ in base_found)} if base_found else {}
     plots.bars("peers/plot", medians, f"tokens/s, {NUM_ROWS} rows")

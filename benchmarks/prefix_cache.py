@@ -128,7 +128,7 @@ def main(
     table.add_row("nothing shared, tokens/s", *(f"{value:.0f}" for value in speeds), f"{ratio:.3f}")
     text = shown(table)
     if not quick:
-        write_results("prefix_cache", figures=figures, table=text, runs=found, keeps_other_vendors=True)
+        write_results("prefix_cache", figures=figures, table=text, runs=found, keeps_other_processors=True)
 
 
 if __name__ == "__main__":

@@ -30,25 +30,26 @@ def write_results(
     figures: Mapping[str, float],
     table: str,
     runs: Sequence[Mapping[str, Any]],
-    keeps_other_vendors: bool = False,
+    keeps_other_processors: bool = False,
 ) -> Path:
     """Write `results.json` and `table.txt` in `results/<study>/` and return the path of the JSON file.
 
-    `figures`: numbers by name; `runs`: the raw rows behind them. `keeps_other_vendors`: if `results.json` is of a
-    processor of another vendor, write `results.<vendor>.json` and `table.<vendor>.txt` instead.
+    `figures`: numbers by name; `runs`: the raw rows behind them. `keeps_other_processors`: if `results.json` is of a
+    processor of another kind, write `results.<kind>.json` and `table.<kind>.txt` instead.
     """
     content = _circumstances() | {"figures": dict(figures), "runs": list(runs)}
-    return _write(study, content, [table], _suffix(study) if keeps_other_vendors else "")
+    return _write(study, content, [table], _suffix(study) if keeps_other_processors else "")
 
 
-def vendor_of(machine: str) -> str:
-    """Return the processor's vendor: the letters that the machine's description begins with, in lower case."""
-    return re.findall(r"^[a-z]*", machine.lower())[0]
+def processor_of(machine: str) -> str:
+    """Return the kind of processor by a machine's description: its vendor, and AVX2 if it has no AVX-512."""
+    vendor = re.findall(r"^[a-z]*", machine.lower())[0]
+    return f"{vendor}-avx2" if ", AVX2," in machine else vendor
 
 
 def _suffix(study: str) -> str:
-    path, own = RESULTS / study / "results.json", vendor_of(machine())
-    first = vendor_of(json.loads(path.read_text(encoding="utf-8"))["machine"]) if path.exists() else own
+    path, own = RESULTS / study / "results.json", processor_of(machine())
+    first = processor_of(json.loads(path.read_text(encoding="utf-8"))["machine"]) if path.exists() else own
     return "" if first == own else f".{own}"
 
 
@@ -59,18 +60,18 @@ def write_part(
     figures: Mapping[str, float],
     table: str,
     runs: Sequence[Mapping[str, Any]],
-    keeps_other_vendors: bool = False,
+    keeps_other_processors: bool = False,
 ) -> Path:
     """Write one part of a study that several scripts share, and keep the other parts.
 
     The file's `figures` are those of all parts. Its `runs` have one entry for each part with the circumstances, numbers
-    and rows of that part. The circumstances at the top level are those of the last writer. `keeps_other_vendors`: see
-    `write_results`.
+    and rows of that part. The circumstances at the top level are those of the last writer. `keeps_other_processors`:
+    see `write_results`.
     Raises: ValueError if another part has a number of the same name.
     """
     (RESULTS / study).mkdir(parents=True, exist_ok=True)
     with FileLock(RESULTS / study / ".lock"):
-        return _write_part(study, part, figures, table, runs, _suffix(study) if keeps_other_vendors else "")
+        return _write_part(study, part, figures, table, runs, _suffix(study) if keeps_other_processors else "")
 
 
 def _write_part(

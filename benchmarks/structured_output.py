@@ -122,7 +122,7 @@ def main(quick: Quick = False, few: bool = False) -> None:
     table.add_row("first schema, s", "", f"{first:.1f}", "")
     text = shown(table)
     if not quick:
-        write_results("structured_output", figures=figures, table=text, runs=runs, keeps_other_vendors=True)
+        write_results("structured_output", figures=figures, table=text, runs=runs, keeps_other_processors=True)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def main(
     table, medians = table_and_medians(found)
     if quick:
         return
-    write_results("throughput", figures=figures, table=table, runs=[*found, *turns], keeps_other_vendors=True)
+    write_results("throughput", figures=figures, table=table, runs=[*found, *turns], keeps_other_processors=True)
     plot(medians)
 
 

@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.engine_cases import NUM_NEW, Quick, shown, table_of
 from benchmarks.http import HTTP_AUTO, HTTP_ONE
-from benchmarks.results_file import RESULTS, machine, vendor_of, write_results
+from benchmarks.results_file import RESULTS, machine, processor_of, write_results
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.observability.request_context import RequestContext, RowTimes
 from deployments.observability.usage import SEND_EVERY_S, UsageLog
@@ -65,10 +65,10 @@ def measure(folder: Path, num_segments: int, per_segment: int) -> list[dict[str,
 
 
 def answer_ms() -> float:
-    """Return how long a busy server of this vendor's processors takes for one answer over HTTP."""
-    own = vendor_of(machine())
+    """Return how long a busy server on this kind of processor takes for one answer over HTTP."""
+    own = processor_of(machine())
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "http").glob("results*.json"))]
-    [content] = [each for each in files if vendor_of(each["machine"]) == own] or files[:1]
+    [content] = [each for each in files if processor_of(each["machine"]) == own] or files[:1]
     return 1000 * NUM_NEW / statistics.median(run[HTTP_ONE] for run in content["runs"] if HTTP_AUTO in run)
 
 
@@ -91,7 +91,7 @@ def main(
     table.add_row("usage's share", f"{100 * figures['share']:.3f} %")
     text = shown(table)
     if not quick:
-        write_results("usage_cost", figures=figures, table=text, runs=found, keeps_other_vendors=True)
+        write_results("usage_cost", figures=figures, table=text, runs=found, keeps_other_processors=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import processor_of
 from docs.generate.markdown import Block, table
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -30,7 +31,7 @@ _CLIENTS = {"vllm bench serve": "`vllm bench serve`, 4 adapters in turn", "guide
 class NumberTable:
     """A table of numbers. `rows`: a text, and a format of the study's numbers by name (`numbers_of`).
 
-    It has a column for each vendor of processors that the study has results of (`results_of`).
+    It has a column for each kind of processor that the study has results of (`results_of`).
     """
 
     study: str
@@ -265,7 +266,7 @@ def integer_weights() -> str:
 
 
 def peers_by_bits() -> str:
-    """Return this engine's speed over llama.cpp's with the same weights, a table for each vendor of processors."""
+    """Return this engine's speed over llama.cpp's with the same weights, a table for each kind of processor."""
     return "\n".join(map(_peers_by_bits, results_of("peers_by_bits"))) + "\n" + measured("peers_by_bits") + "\n"
 
 
@@ -338,7 +339,8 @@ def _is_in_tree(command: str) -> bool:
 
 
 def _on(result: Mapping[str, Any]) -> str:
-    return f"({result['machine'].split(',')[0].replace('(R)', '').split()[0]})"
+    vendor = result["machine"].split(",")[0].replace("(R)", "").split()[0]
+    return f"({vendor}, AVX2)" if processor_of(result["machine"]).endswith("-avx2") else f"({vendor})"
 
 
 def _cell(numbers: str, figures: Mapping[str, float]) -> str:
@@ -350,7 +352,7 @@ def _cell(numbers: str, figures: Mapping[str, float]) -> str:
 
 
 def results_of(study: str) -> list[dict[str, Any]]:
-    """Return the study's results: `results.json`, then those of processors of other vendors."""
+    """Return the study's results: `results.json`, then those of other kinds of processors."""
     others = sorted((RESULTS / study).glob("results.*.json"))
     return [_result(study), *[_read(path) for path in others]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import results_file
-from benchmarks.results_file import TreeChanged, write_part, write_results
+from benchmarks.results_file import TreeChanged, processor_of, write_part, write_results
 
 REAL_COMMIT = results_file.commit
 
@@ -49,3 +49,8 @@ def test_a_tree_is_changed_by_tracked_files_other_than_results(tmp_path: Path, m
     assert not REAL_COMMIT().endswith("+")
     module.write_text("2")
     assert REAL_COMMIT().endswith("+")
+
+
+@pytest.mark.parametrize(("capability", "kind"), [("AVX512", "amd"), ("AVX2", "amd-avx2")])
+def test_processors_with_and_without_long_vectors_are_of_two_kinds(capability: str, kind: str) -> None:
+    assert processor_of(f"AMD EPYC, 2 cores, 24 GiB, {capability}, torch 2.13.0+cpu") == kind

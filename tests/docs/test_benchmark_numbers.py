@@ -37,7 +37,7 @@ def test_a_table_has_the_numbers_of_its_study_rounded(name: str) -> None:
     assert len(rows) == len(block.rows) and all(re.search(r"\d", " ".join(row)) for row in rows), "a row has no number"
 
 
-def test_results_of_other_vendors_have_a_column_and_an_origin_each() -> None:
+def test_results_of_other_kinds_of_processors_have_a_column_and_an_origin_each() -> None:
     amd, intel = results_of("throughput")
     head, *rows = TABLES["results-throughput"]().splitlines()
     assert [cell.split()[-1] for cell in head.split("|")[2:-1]] == ["(AMD)", "(Intel)"]

@@ -19,7 +19,10 @@
 #include "tiles.h"
 #include "vectors.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__F16C__)
+#define HAS_QUARTERS
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
@@ -44,7 +47,7 @@ inline int32_t sum_of(i32x16 v) {
 }
 
 // Sums: 16 int32 sums. Weights<kBits>: a step's weights of 32 outputs. add: sum += w . x for the 4 inputs at x. AVX2 has
-// loops of its own.
+// neither: see `sum_quarter`.
 #if defined(__AVX512VNNI__)
 constexpr int kMostRows = 12, kMostGroupRows = 8;  // sums, two weights and an input are in registers
 
@@ -79,8 +82,8 @@ struct Weights {
     asm("vpdpbusd %2, %1, %0" : "+v"(to_high.of) : "v"(high), "v"(inputs));
   }
 };
-#elif defined(__AVX2__)
-constexpr int kMostRows = 8, kMostGroupRows = 8;  // 8 sums, weights and an input are in 16 registers: see multiply_quarters
+#elif defined(HAS_QUARTERS)
+constexpr int kMostRows = 8, kMostGroupRows = 8;  // their sums of 8 outputs, weights and an input are in 16 registers
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int kMostRows = 2, kMostGroupRows = 2;
 
@@ -155,14 +158,10 @@ struct Weights {
 #endif
 
 // Whether a path changes 8-bit weights to signed numbers as it loads them, so that no sum of inputs corrects for kZero.
-#if (defined(__AVX2__) && !defined(__AVX512VNNI__)) || (!defined(__AVX2__) && defined(__ARM_FEATURE_DOTPROD))
+#ifdef __ARM_FEATURE_DOTPROD
 constexpr bool kLoadsSigned = true;
 #else
 constexpr bool kLoadsSigned = false;
-#endif
-
-#if defined(__AVX2__) && defined(__F16C__)
-inline f32x8 load_eight_halves(const uint8_t* p) { return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #endif
 
 inline f32x16 load_halves(const uint8_t* p) {  // of finite numbers
@@ -177,9 +176,10 @@ inline f32x16 load_halves(const uint8_t* p) {  // of finite numbers
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-#define HAS_QUARTERS
-constexpr int kQuarter = 8;  // outputs in a vector
+#ifdef HAS_QUARTERS
+constexpr int kQuarter = 8;  // outputs
+
+inline f32x8 load_eight_halves(const uint8_t* p) { return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
 inline __m256i load_quarter(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -212,7 +212,8 @@ inline void sum_quarter(const int8_t* x, const int32_t* row_sums, const uint8_t*
         static_assert(kInputs / kStep * 2 * 127 * 15 < 1 << 15);
         sums[r] = _mm256_add_epi16(sums[r], _mm256_maddubs_epi16(sizes, inputs));
       }
-      if constexpr (R > 2) asm volatile("" : "+x"(sums[r])::"memory");  // g++ would load all inputs first, and keep sums in memory
+      if constexpr (R > 2)  // g++ would load the inputs of all rows first, and keep sums in memory
+        asm volatile("" : "+x"(sums[r])::"memory");
     }
   }
   if constexpr (kBits == 4) {
@@ -318,7 +319,7 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
           totals[r][q] += sum * row_scales[r];
         }
         if constexpr (kHasOffsets) totals[r][q] += offset * (row_scales[r] * static_cast<float>(sums[r]));
-        asm volatile("" ::: "memory");
+        asm volatile("" ::: "memory");  // row after row, as in sum_quarter
       }
     }
     codes += x.num_rows * kInputs;
