@@ -19,6 +19,7 @@ from gpu_worker.native.kernels.kernel_loading import load_library
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
 PANEL = 32  # outputs of a panel of the kernel
 _ROWS_PER_READ, _ROWS_PER_READ_TILES, _ROWS_PER_READ_INTEGERS = 11, 26, 5
+_ROWS_PER_READ_OLDER, _ROWS_PER_READ_INTEGERS_OLDER = 3, 2  # processors without bfloat16 instructions
 _PADDED_INPUTS = 64  # integer weights are padded to a multiple of it
 
 
@@ -40,14 +41,18 @@ class LinearKernel:
 
     `has_bf16_products`: the library uses the processor's bfloat16 instructions. A prebuilt one for older processors
     does not, nor does one of an old compiler. `has_tiles`: it uses the processor's tiles (AMX) too, as Linux permits.
-    `rows_per_read`: rows that a large layer computes in the time in which its weights are read.
+    `rows_per_read`: rows that a large layer computes in the time in which its weights are read, of bfloat16 numbers and
+    of integers.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.pack, self.linear = library.pack_bf16, library.linear_bf16
         self.has_bf16_products = bool(library.has_bf16_products())
         self.has_tiles = bool(library.has_tiles())
-        self.rows_per_read = _ROWS_PER_READ_TILES if self.has_tiles else _ROWS_PER_READ
+        self.rows_per_read, self.rows_per_read_of_integers = _ROWS_PER_READ_OLDER, _ROWS_PER_READ_INTEGERS_OLDER
+        if self.has_bf16_products:
+            self.rows_per_read = _ROWS_PER_READ_TILES if self.has_tiles else _ROWS_PER_READ
+            self.rows_per_read_of_integers = _ROWS_PER_READ_INTEGERS
         self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
         self.pack_integers = library.pack_integers
         sizes = c_int32, c_int32, c_int64, c_int64, c_int64
@@ -114,7 +119,7 @@ class KernelLinear(nn.Module):
         self._bits, self._group, self._num_kinds, num_threads = 16, 0, 0, torch.get_num_threads()
         if isinstance(weight, QuantizedWeight):
             assert is_half, "products of integers give bfloat16"
-            self.rows_per_read = _ROWS_PER_READ_INTEGERS
+            self.rows_per_read = kernel.rows_per_read_of_integers
             self._bits, self._group = weight.bits, weight.group
             halves, self._scales[: self.out_features] = weight.stored_scales()
             self._num_kinds = 0 if halves is None else len(halves)
