@@ -27,14 +27,14 @@ def ids(answer: dict[str, Any]) -> list[str]:
     return [card["id"] for card in answer["data"]]
 
 
-def pages(limit: int, **query: Any) -> list[list[str]]:
+def pages(limit: int, after_field: str = "after", **query: Any) -> list[list[str]]:
     """Return the ids of every page, each requested after the previous one."""
 
     async def walk(client: httpx.AsyncClient, served: Served) -> list[list[str]]:
         found: list[list[str]] = []
         after, has_more = "", True
         while has_more:
-            response = await client.get("/v1/models", params={"limit": limit, "after": after, **query})
+            response = await client.get("/v1/models", params={"limit": limit, after_field: after, **query})
             assert response.status_code == 200, response.text
             answer = response.json()
             found.append(ids(answer))
@@ -49,9 +49,10 @@ def pages(limit: int, **query: Any) -> list[list[str]]:
     return walked
 
 
+@pytest.mark.parametrize("after_field", ["after", "after_id"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 26, 27, 28, 1000])
-def test_pages_contain_every_model_once_and_in_order(limit: int) -> None:
-    found = pages(limit)
+def test_pages_contain_every_model_once_and_in_order(limit: int, after_field: str) -> None:
+    found = pages(limit, after_field)
     assert [name for page in found for name in page] == ["auto", BASE, *[record.ref.name for record in MANY]]
     assert len(found) == -(-27 // limit)
 
@@ -101,7 +102,15 @@ def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("page=2", "page")]
+    ("query", "param"),
+    [
+        ("limit=0", "limit"),
+        ("limit=1001", "limit"),
+        ("limit=x", "limit"),
+        ("page=2", "page"),
+        ("before_id=poet", "before_id"),
+        ("after=a&after_id=b", "after_id"),
+    ],
 )
 def test_a_malformed_query_is_refused_by_its_field(query: str, param: str) -> None:
     response = get(f"/v1/models?{query}")
