@@ -188,7 +188,8 @@ class Conversation(TolerantRequest):
 
         Raises: PydanticCustomError for a result without its call; RequestInvalid for an input that JSON cannot hold.
         """
-        turns = [] if self.system is None else [Message("system", "\n".join(block.text for block in self.system))]
+        system = "\n".join(block.text for block in self.system or ())
+        turns = [Message("system", system)] if system else []
         names: dict[str, str] = {}
         for place, message in enumerate(self.messages):
             turns += self._results(place, message, names)

@@ -68,6 +68,11 @@ def test_a_message_has_the_answer_the_usage_and_the_plan() -> None:
     assert (job.sampling.stop, job.sampling.top_k, job.sampling.max_tokens) == (("#",), 5, 9)
 
 
+@pytest.mark.parametrize("system", ["", [], [{"type": "text", "text": ""}], None], ids=str)
+def test_an_empty_system_text_is_no_turn(system: Any) -> None:
+    assert answered({"system": system})[1].prompt == (Message("user", "Hi"),)
+
+
 @pytest.mark.parametrize(
     ("last", "reason", "sequence"),
     [
