@@ -74,6 +74,7 @@ class ContentBlock(TolerantRequest):
     tool_use_id: CallId | None = None
     content: _Text = Field(default=[])
     is_error: bool = False
+    """Of a result: its text in the prompt begins with `Error: `."""
 
     @model_validator(mode="before")
     @classmethod
@@ -212,7 +213,7 @@ class Conversation(TolerantRequest):
             if call_id not in names:
                 path = f"messages.{place}.content.{number}.tool_use_id"
                 raise problem(path, "no message before this one has a tool_use with this id")
-            text = "\n".join(part.text for part in block.content)
+            text = ("Error: " if block.is_error else "") + "\n".join(part.text for part in block.content)
             yield Message("tool", text, (), call_id, names[call_id])
 
 

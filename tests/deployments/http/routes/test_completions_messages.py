@@ -170,6 +170,14 @@ def test_results_become_turns_of_the_tool_before_the_text_beside_them() -> None:
     )
 
 
+def test_a_result_that_is_an_error_says_so_in_the_prompt() -> None:
+    call = {"type": "tool_use", "id": "c", "name": "look"}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "No such city", "is_error": True}
+    turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    [_, turn] = answered({"messages": turns, "tools": [TOOL]})[1].prompt
+    assert turn == Message("tool", "Error: No such city", (), "c", "look")
+
+
 ODD = ['{"a": 1e999}', '{"a": "\\ud83d"}', '{"a": ' + "[" * 1200 + "]" * 1200 + "}"]
 
 
