@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.api.base import (
     NOT_SERVED_IN_ANTHROPIC,
-    LoraOptions,
     Passing,
     TolerantRequest,
     problem,
@@ -20,6 +19,7 @@ from deployments.api.base import (
 from deployments.api.completions import (
     MAX_MESSAGES,
     GenerationRequest,
+    PromptRequest,
     Question,
     StopString,
 )
@@ -275,13 +275,15 @@ class MessagesRequest(Conversation, GenerationRequest):
         return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]
 
 
-class CountTokensRequest(Conversation):
+class CountTokensRequest(Conversation, PromptRequest):
     """`POST /v1/messages/count_tokens`"""
 
-    model: str = Field(default="auto", min_length=1, max_length=256)
-    """As in `/v1/messages`."""
+    @model_validator(mode="after")
+    def _one_path(self) -> Self:
+        self._check_paths(1)
+        return self
 
     def question(self) -> Question:
         """Return the conversation as a question, whose adapters may name a template. Raises: GrammarInvalid."""
-        turns: Any = self.turns()
-        return Question(turns, question_text(turns), self.model, LoraOptions(), tools=self.used_tools())
+        (options, alias), turns = self._options(0), self.turns()
+        return Question(turns, question_text(turns), self.model, options, alias, self.used_tools())

@@ -255,7 +255,7 @@ class CompletionService:
         """
         context.model = question.model
         async with within(deadline):
-            named = await self._planner.find_policy(question.model, caller.tenant)
+            named = await self._planner.find_policy(question.model, caller.tenant, question.lora.min_generation)
         if named is None:
             return question, None
         bound = AppliedPolicy.of(named, question, caller.tenant)
