@@ -90,9 +90,11 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
-    if served.bases.check(versions[0], model) != base_model and base_model:
+    pinned = name.partition("@")[2]  # "" is the live one
+    record = next(version for version in versions if version.ref.digest.startswith(pinned))
+    if served.bases.check(record, model) != base_model and base_model:
         raise ModelNotFound(model)
-    return cards.adapter(model, versions[0], caller.tenant)
+    return cards.adapter(model, record, caller.tenant)
 
 
 class _Cards:

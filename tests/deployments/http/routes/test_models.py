@@ -158,6 +158,26 @@ def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(
     assert card["parent"] == (None if name == BASE else BASE)
 
 
+class TwoVersions(FakeRetriever):
+    """Has an earlier version of the poet for another template."""
+
+    async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        return 7, [adapter("poet", template="chat"), adapter("poet", version="older", template="alpaca")]
+
+
+@pytest.mark.parametrize("prefix", ["", f"{BASE}:"])
+def test_a_version_that_is_named_by_its_digest_has_a_card_of_its_own(prefix: str) -> None:
+    live, older = adapter("poet").ref.digest, adapter("poet", version="older").ref.digest
+    for version, template in (
+        ("", "chat"),
+        (f"@{live[:8]}", "chat"),
+        (f"@{older[:8]}", "alpaca"),
+        (f"@{older}", "alpaca"),
+    ):
+        card = get(f"/v1/models/{prefix}poet{version}", retriever=TwoVersions()).json()
+        assert (card["id"], card["template"]) == (f"{prefix}poet{version}", template)
+
+
 @pytest.mark.parametrize("name", ["", "nobody", "other/poet", f"{BASE}:", f"{BASE}:nobody", "x:poet", "auto:poet"])
 def test_an_unknown_model_is_not_found(name: str) -> None:
     response = get(f"/v1/models/{name}")
