@@ -312,8 +312,14 @@ class GenerationRequest(PromptRequest, PolicyFields):
         return None if self.response_format is None else self.response_format.grammar()
 
     @property
+    def limit_field(self) -> str:
+        """The name of the field that limits the new tokens."""
+        return "max_tokens"
+
+    @property
     def token_limit(self) -> int | None:
-        return self.max_tokens
+        limit: int | None = getattr(self, self.limit_field)
+        return limit
 
     @property
     @abstractmethod
@@ -377,8 +383,8 @@ class ChatCompletionRequest(GenerationRequest):
         return self
 
     @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def num_logprobs(self) -> int | None:

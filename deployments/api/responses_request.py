@@ -278,8 +278,8 @@ class ResponsesRequest(GenerationRequest):
         return {"format": shown}
 
     @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_output_tokens is None else "max_output_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
