@@ -31,7 +31,7 @@ class PromptInvalid(GpuWorkerError):
 
 
 class PromptTooLong(GpuWorkerError, FieldError):
-    """Prompt and new tokens together exceed `worker.max_model_len`, or `max_tokens` exceeds `max_new_tokens`."""
+    """Prompt and new tokens together exceed `worker.max_model_len`."""
 
     kind = Kind.INVALID
     code = "context_length_exceeded"

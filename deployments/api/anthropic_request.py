@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.api.base import (
     NOT_SERVED_IN_ANTHROPIC,
-    LoraOptions,
     Passing,
     TolerantRequest,
     problem,
@@ -20,6 +19,7 @@ from deployments.api.base import (
 from deployments.api.completions import (
     MAX_MESSAGES,
     GenerationRequest,
+    PromptRequest,
     Question,
     StopString,
 )
@@ -74,6 +74,7 @@ class ContentBlock(TolerantRequest):
     tool_use_id: CallId | None = None
     content: _Text = Field(default=[])
     is_error: bool = False
+    """Of a result: its text in the prompt begins with `Error: `."""
 
     @model_validator(mode="before")
     @classmethod
@@ -188,7 +189,8 @@ class Conversation(TolerantRequest):
 
         Raises: PydanticCustomError for a result without its call; RequestInvalid for an input that JSON cannot hold.
         """
-        turns = [] if self.system is None else [Message("system", "\n".join(block.text for block in self.system))]
+        system = "\n".join(block.text for block in self.system or ())
+        turns = [Message("system", system)] if system else []
         names: dict[str, str] = {}
         for place, message in enumerate(self.messages):
             turns += self._results(place, message, names)
@@ -211,7 +213,7 @@ class Conversation(TolerantRequest):
             if call_id not in names:
                 path = f"messages.{place}.content.{number}.tool_use_id"
                 raise problem(path, "no message before this one has a tool_use with this id")
-            text = "\n".join(part.text for part in block.content)
+            text = ("Error: " if block.is_error else "") + "\n".join(part.text for part in block.content)
             yield Message("tool", text, (), call_id, names[call_id])
 
 
@@ -273,13 +275,15 @@ class MessagesRequest(Conversation, GenerationRequest):
         return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]
 
 
-class CountTokensRequest(Conversation):
+class CountTokensRequest(Conversation, PromptRequest):
     """`POST /v1/messages/count_tokens`"""
 
-    model: str = Field(default="auto", min_length=1, max_length=256)
-    """As in `/v1/messages`."""
+    @model_validator(mode="after")
+    def _one_path(self) -> Self:
+        self._check_paths(1)
+        return self
 
     def question(self) -> Question:
         """Return the conversation as a question, whose adapters may name a template. Raises: GrammarInvalid."""
-        turns: Any = self.turns()
-        return Question(turns, question_text(turns), self.model, LoraOptions(), tools=self.used_tools())
+        (options, alias), turns = self._options(0), self.turns()
+        return Question(turns, question_text(turns), self.model, options, alias, self.used_tools())

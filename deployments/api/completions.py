@@ -147,14 +147,19 @@ class StreamOptions(TolerantRequest):
     include_usage: bool = False
 
 
-class PolicyFields(ApiRequest):
-    """The fields of a request that the policy of a model name may set too."""
+class ModelFields(ApiRequest):
+    """The fields of a request that choose its model and its adapters."""
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     """`auto`, the base model's name, an adapter's name, `owner/name` of another tenant, `name@digest`, or
     `base:adapter` and `base:auto`; in a request also a model name, see model names."""
     lora: LoraOptions = LoraOptions()
     """Options for retrieval and composition, see lora options."""
+
+
+class PolicyFields(ModelFields):
+    """The fields of a request that the policy of a model name may set too."""
+
     max_tokens: int | None = Field(default=None, ge=1)
     """The most new tokens. Without it an answer may fill the context, within the setting `max_new_tokens`. In
     completions 0 goes with `echo` or `prompt_logprobs`."""
@@ -203,17 +208,49 @@ class PolicyFields(ApiRequest):
         return self
 
 
-class GenerationRequest(TolerantRequest, PolicyFields):
+class PromptRequest(TolerantRequest, ModelFields):
+    """A request with prompts, which may name their adapters in the fields of other servers too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    merged_adapters: MergedAdapters | None = None
+    """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
+    lora_path: AdapterName | Paths | None = None
+    """SGLang's spelling: one adapter's name, or a list with one for each prompt, where null is the base model."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_adapters(self) -> Self:
+        aliases = [name for name in ("merged_adapters", "lora_path") if getattr(self, name) is not None]
+        if not aliases:
+            return self
+        ways = [*aliases, *([f"lora.{self.lora.names_adapters}"] if self.lora.names_adapters else [])]
+        if len(ways) > 1:
+            raise problem(ways[0], f"{ways[1]} names the adapters too")
+        if self.lora.strategy is not None:
+            raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
+        return self
+
+    def _options(self, place: int) -> tuple[LoraOptions, str | None]:
+        """Return the options of the prompt at `place`, and the field of another API that they come from."""
+        if self.merged_adapters is not None:
+            return self.merged_adapters.options(self.lora), "merged_adapters"
+        if self.lora_path is not None:
+            path = self.lora_path if isinstance(self.lora_path, str) else self.lora_path[place]
+            return options_of_path(path, self.lora), "lora_path"
+        return self.lora, None
+
+    def _check_paths(self, num_prompts: int) -> None:
+        if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
+            raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
+
+
+class GenerationRequest(PromptRequest, PolicyFields):
     """Shared fields of chat and text completions."""
 
     model_config = ConfigDict(extra="allow")
     always_shows_usage: ClassVar[bool] = False
     """Whether every stream ends with the usage, without `stream_options`."""
 
-    merged_adapters: MergedAdapters | None = None
-    """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
-    lora_path: AdapterName | Paths | None = None
-    """SGLang's spelling: one adapter's name, or a list with one for each prompt, where null is the base model."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -233,18 +270,6 @@ class GenerationRequest(TolerantRequest, PolicyFields):
     """Accepted without effect."""
     prompt_cache_key: Label | None = None
     """Accepted without effect."""
-
-    @model_validator(mode="after")
-    def _one_way_to_name_adapters(self) -> Self:
-        aliases = [name for name in ("merged_adapters", "lora_path") if getattr(self, name) is not None]
-        if not aliases:
-            return self
-        ways = [*aliases, *([f"lora.{self.lora.names_adapters}"] if self.lora.names_adapters else [])]
-        if len(ways) > 1:
-            raise problem(ways[0], f"{ways[1]} names the adapters too")
-        if self.lora.strategy is not None:
-            raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
-        return self
 
     @model_validator(mode="after")
     def _whole_answers_alone(self) -> Self:
@@ -287,8 +312,14 @@ class GenerationRequest(TolerantRequest, PolicyFields):
         return None if self.response_format is None else self.response_format.grammar()
 
     @property
+    def limit_field(self) -> str:
+        """The name of the field that limits the new tokens."""
+        return "max_tokens"
+
+    @property
     def token_limit(self) -> int | None:
-        return self.max_tokens
+        limit: int | None = getattr(self, self.limit_field)
+        return limit
 
     @property
     @abstractmethod
@@ -308,23 +339,10 @@ class GenerationRequest(TolerantRequest, PolicyFields):
     def questions(self) -> list[Question]:
         """Return one question per prompt, in order."""
 
-    def _options(self, place: int) -> tuple[LoraOptions, str | None]:
-        """Return the options of the prompt at `place`, and the field of another API that they come from."""
-        if self.merged_adapters is not None:
-            return self.merged_adapters.options(self.lora), "merged_adapters"
-        if self.lora_path is not None:
-            path = self.lora_path if isinstance(self.lora_path, str) else self.lora_path[place]
-            return options_of_path(path, self.lora), "lora_path"
-        return self.lora, None
-
     def _check_only_format(self, field: str) -> None:
         """Refuse the fields that give the format of the answer as `field` of another API does."""
         if self.structured_outputs is not None or self.response_format is not None:
             raise problem(field, "the request gives the format of the answer twice; keep one of them")
-
-    def _check_paths(self, num_prompts: int) -> None:
-        if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
-            raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -365,8 +383,8 @@ class ChatCompletionRequest(GenerationRequest):
         return self
 
     @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def num_logprobs(self) -> int | None:

@@ -186,7 +186,7 @@ class ResponseForm:
         if self._reason:
             if not self._items:
                 yield from self._open_message()
-            yield from self._close()
+            yield from self._close(self._end)
 
     def _add_text(self, text: str, logprobs: list[ChatToken]) -> Iterator[JsonObject]:
         if not self._is_open or self._items[-1]["type"] != "message":
@@ -227,17 +227,17 @@ class ResponseForm:
         yield self._of_item("response.content_part.added", content_index=0, part=deepcopy(part))
 
     def _open(self, item: OutputMessage | OutputCall) -> Iterator[JsonObject]:
-        yield from self._close()
+        yield from self._close("completed")
         self._items.append(item)
         self._is_open = True
         yield self._of_item("response.output_item.added", item=deepcopy(item))
 
-    def _close(self) -> Iterator[JsonObject]:
-        """Complete the open item, if there is one."""
+    def _close(self, status: Literal["completed", "incomplete"]) -> Iterator[JsonObject]:
+        """End the open item, if there is one."""
         if not self._is_open:
             return
         item, self._is_open = self._items[-1], False
-        item["status"] = self._end
+        item["status"] = status
         if item["type"] == "message":
             part = item["content"][0]
             about = {"text": part["text"], "logprobs": part["logprobs"]}

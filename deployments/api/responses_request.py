@@ -278,8 +278,8 @@ class ResponsesRequest(GenerationRequest):
         return {"format": shown}
 
     @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_output_tokens is None else "max_output_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -294,7 +294,7 @@ class ResponsesRequest(GenerationRequest):
     def questions(self) -> list[Question]:
         """Return the conversation as one question, with `instructions` as its first message."""
         turns = turns_of_items(self.input)
-        if self.instructions is not None:
+        if self.instructions:
             turns = (Message("system", self.instructions), *turns)
         options, alias = self._options(0)
         return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
-from deployments.api.base import LoraOptions, Passing, TolerantRequest, problem
-from deployments.api.completions import MAX_MESSAGES, Ids, Question, Text
+from deployments.api.base import Passing, TolerantRequest, problem
+from deployments.api.completions import MAX_MESSAGES, Ids, PromptRequest, Question, Text
 from deployments.api.messages import ChatMessage, make_turns, question_text
 from gpu_worker.front.request.request import Tokenized
 
@@ -20,12 +20,11 @@ NOT_SERVED_IN_TOKENIZE: Passing = {
 }
 
 
-class TokenizeRequest(TolerantRequest):
+class TokenizeRequest(PromptRequest):
     """`POST /tokenize`: a text or a conversation."""
 
     not_served: ClassVar[Passing] = NOT_SERVED_IN_TOKENIZE
 
-    model: str = Field(default="auto", min_length=1, max_length=256)
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
@@ -35,14 +34,16 @@ class TokenizeRequest(TolerantRequest):
     def _one_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise problem("prompt", "give either prompt or messages")
+        self._check_paths(1)
         return self
 
     def question(self) -> Question:
         """Return the prompt as a question, whose adapters may name a template."""
+        options, alias = self._options(0)
         if self.messages is None:
-            return Question(self.prompt or "", self.prompt, self.model, LoraOptions())
+            return Question(self.prompt or "", self.prompt, self.model, options, alias)
         turns = make_turns(self.messages)
-        return Question(turns, question_text(turns), self.model, LoraOptions())
+        return Question(turns, question_text(turns), self.model, options, alias)
 
 
 class TokenizeAnswer(TypedDict):

@@ -27,6 +27,7 @@ import ipaddress
 import logging
 import os
 import re
+import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -49,8 +50,8 @@ ID_HEADER = "x-request-id"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _PREFIX_V6 = 64  # the smallest network of one customer
-_LATE = (408, "Request Timeout", "request_too_slow", "the head of the request did not arrive in time")
-_TOO_MANY = (429, "Too Many Requests", "rate_limit_exceeded", "this address has too many open connections")
+_LATE = "the head of the request did not arrive in time"
+_TOO_MANY = "this address has too many open connections"
 
 
 def bound_headers() -> list[Middleware]:
@@ -162,7 +163,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         address = make_counting_key(self.client)
         if not self.book.enter(address):
-            self._close(*_TOO_MANY, answers=True)
+            self._refuse("429 Too Many Requests", "rate_limit_error", "rate_limit_exceeded", _TOO_MANY)
             return
         self._address = address
         self._await_head(with_deadline=True)
@@ -236,8 +237,10 @@ class BoundedProtocol(H11Protocol):
         self._head_is_here()
         if self.transport.get_write_buffer_size():  # the client has not read its earlier answers
             self.transport.abort()
+        elif has_begun:
+            self._refuse("408 Request Timeout", "invalid_request_error", "request_too_slow", _LATE)
         else:
-            self._close(*_LATE, answers=has_begun)
+            self.transport.close()
 
     def _await_reading(self) -> None:
         """Start the deadline by which the client must read part of the unsent answer, if there is one."""
@@ -262,12 +265,14 @@ class BoundedProtocol(H11Protocol):
             self.book.leave(self._address)
             self._address = None
 
-    def _close(self, status: int, reason: str, code: str, message: str, *, answers: bool) -> None:
-        """Close the connection. `answers`: first send an error in the API's format, past h11, which allows none yet."""
-        if answers:
-            body = f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null,"code":"{code}"}}}}'
-            head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
+    def _refuse(self, status: str, type_: str, code: str, message: str) -> None:
+        """Send an error in the API's format, past h11, which allows none yet, and close the connection."""
+        body = f'{{"error":{{"message":"{message}","type":"{type_}","param":null,"code":"{code}"}}}}'
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        head += f"{ID_HEADER}: {uuid.uuid4().hex}\r\n"
+        if status.startswith("429"):
+            head += "retry-after: 1\r\n"
+        self.transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
         self.transport.close()
         self._await_reading()
 

@@ -118,7 +118,7 @@ class CompletionService:
         async with within(deadline):
             request, sampling, questions, bound = await self._planner.apply_policy(request, caller.tenant)
             with ExitStack() as stack:
-                work = self._planner.measure_work(sampling, questions, request.n)
+                work = self._planner.measure_work(request, sampling, questions)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
                 ids = [question for question in questions if isinstance(question.prompt, TokenIds)]
                 for question in ids:
@@ -255,7 +255,7 @@ class CompletionService:
         """
         context.model = question.model
         async with within(deadline):
-            named = await self._planner.find_policy(question.model, caller.tenant)
+            named = await self._planner.find_policy(question.model, caller.tenant, question.lora.min_generation)
         if named is None:
             return question, None
         bound = AppliedPolicy.of(named, question, caller.tenant)

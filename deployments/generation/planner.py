@@ -38,9 +38,12 @@ _CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usag
 _TOKENIZED_CHARS_PER_TOKEN = 8  # of the context: more than any text of a natural language has
 
 
-def _check_limits(sampling: SamplingParams, questions: Sequence[Question], model: ServedModel) -> None:
+def _check_limits(
+    sampling: SamplingParams, questions: Sequence[Question], model: ServedModel, limit_field: str
+) -> None:
     """Check the sizes of a request before it is tokenized. The Worker counts tokens exactly.
 
+    `limit_field`: the request's field that limits the new tokens.
     Raises: PromptTooLong, RequestInvalid.
     """
     for question in questions:
@@ -51,11 +54,13 @@ def _check_limits(sampling: SamplingParams, questions: Sequence[Question], model
                 f"a prompt of {num_tokens} tokens does not fit a context of {model.max_model_len} tokens"
             )
     asked = None if sampling.max_tokens_is_default else sampling.max_tokens
-    _check_new_tokens(asked, sampling.min_tokens, model)
+    _check_new_tokens(asked, sampling.min_tokens, model, limit_field)
 
 
-def _check_new_tokens(max_tokens: int | None, min_tokens: int, model: ServedModel) -> None:
-    for field, wanted in (("max_tokens", max_tokens), ("min_tokens", min_tokens)):
+def _check_new_tokens(
+    max_tokens: int | None, min_tokens: int, model: ServedModel, limit_field: str = "max_tokens"
+) -> None:
+    for field, wanted in ((limit_field, max_tokens), ("min_tokens", min_tokens)):
         if wanted is not None and wanted > model.max_new_tokens:
             raise RequestInvalid(f"{field}: at most {model.max_new_tokens}, got {wanted}", field)
 
@@ -124,7 +129,8 @@ class Planner:
         Raises: PromptTooLong, ModelNotFound, RequestInvalid, SamplingInvalid, GrammarInvalid, StaleIndex.
         """
         sampling, questions = request.sampling(), request.questions()
-        _check_limits(sampling, questions, self._models.limiting(request.model))  # before any call
+        limits, field = self._models.limiting(request.model), request.limit_field
+        _check_limits(sampling, questions, limits, field)  # before any call
         if not self._may_be_name(request.model):
             return request, sampling, questions, None
         strategy, min_generation = _strategy_of_one(request.lora), request.lora.min_generation
@@ -138,7 +144,7 @@ class Planner:
         filled = bound.apply_to_request(request)
         sampling = replace(filled.sampling(), max_tokens_is_default=request.token_limit is None)
         questions = bound.make_questions(filled)
-        _check_limits(sampling, questions, self._models.limiting(bound.policy.model))
+        _check_limits(sampling, questions, self._models.limiting(bound.policy.model), field)
         return filled, sampling, questions, bound
 
     def require_base(self, model: str) -> None:
@@ -188,19 +194,19 @@ class Planner:
         adapters = [choice.model_copy(update={"name": name}) for choice, name in zip(given, names, strict=True)]
         return policy.model_copy(update={"lora": policy.lora.model_copy(update={"adapters": adapters})})
 
-    def measure_work(self, sampling: SamplingParams, questions: Sequence[Question], num_choices: int) -> Work:
+    def measure_work(self, request: GenerationRequest, sampling: SamplingParams, questions: Sequence[Question]) -> Work:
         """Return how much a request asks for. Raises: ModelNotFound.
 
         An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
         """
         num_new = EXPECTED_NEW_TOKENS if sampling.max_tokens is None else sampling.max_tokens
-        num_tokens = sum(prompt_tokens(item.prompt, item.tools) + num_choices * num_new for item in questions)
+        num_tokens = sum(prompt_tokens(item.prompt, item.tools) + request.n * num_new for item in questions)
         return Work(
-            num_rows=len(questions) * num_choices,
+            num_rows=len(questions) * request.n,
             num_tokens=num_tokens,
             num_read=sum(map(self.tokens_to_route, questions)),
-            rows_field="n" if num_choices > 1 else "prompt",
-            tokens_field="max_tokens",
+            rows_field="n" if request.n > 1 else "prompt",
+            tokens_field=request.limit_field,
         )
 
     async def plan_all(

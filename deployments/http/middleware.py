@@ -108,8 +108,8 @@ class RequestContextMiddleware:
                 headers["X-Content-Type-Options"] = "nosniff"
                 if headers.get("content-type", "").startswith(_NOT_KEPT):
                     headers["Cache-Control"] = "no-store"
-                if context.ignores_key:
-                    headers["x-ignored-headers"] = "authorization"
+                if context.ignored_header:
+                    headers["x-ignored-headers"] = context.ignored_header
                 if context.ignored:
                     names = [quote(name, safe="[]") for name in context.ignored[:_MAX_LISTED]]
                     more = ["..."] if len(context.ignored) > _MAX_LISTED else []
@@ -178,10 +178,11 @@ class Admission:
         check_origin(headers, self._config)  # before a key is read
         context, path = find_context(scope), find_path(scope)
         if path.startswith(_GUARDED):
-            authorization = headers.get("authorization")
-            context.ignores_key = authorization is not None and not self._config.has_keys
-            if authorization is None and (key := headers.get("x-api-key")) is not None:  # of Anthropic's clients
-                authorization = f"Bearer {key}"
+            header = "authorization" if "authorization" in headers else "x-api-key"  # the latter of Anthropic's clients
+            sent = headers.get(header)
+            if sent is not None and not self._config.has_keys:
+                context.ignored_header = header
+            authorization = f"Bearer {sent}" if sent is not None and header == "x-api-key" else sent
             context.caller = self._authenticator.authenticate(authorization)
             context.tenant = context.caller.tenant
             if not (context.method == "GET" and path.startswith(_UNCOUNTED)):

@@ -42,7 +42,7 @@ class RequestContext:
     arrived_at: float = field(default_factory=time.monotonic)
     caller: Caller | None = None  # set by the authentication, on routes that need a key
     tenant: str = ANONYMOUS_TENANT  # the caller's
-    ignores_key: bool = False  # the client sent a key, but this server has none
+    ignored_header: str = ""  # the header of the client's key, where this server has none
     status: int = CLIENT_LEFT
     code: str = ""  # of the API's error object
     model: str = ""  # as the client asked

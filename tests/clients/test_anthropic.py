@@ -91,7 +91,8 @@ def test_errors(client: Any) -> None:
 
 
 def test_models(client: Any, model_name: str) -> None:
-    """the list of models; a model name and its policy"""
-    assert model_name in [model.id for model in client.models.list()]
+    """the list of models, page by page; a model name and its policy"""
+    listed = [model.id for model in client.models.list()]
+    assert model_name in listed and [model.id for model in client.models.list(limit=2)] == listed
     answer = client.messages.create(**OPTIONS | {"model": model_name}, messages=ASKED)
     assert [row["name"] for row in answer.lora["adapters"]] == ["coder"]

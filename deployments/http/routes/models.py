@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deployments.api.adapters import Tag
-from deployments.api.base import ApiRequest
+from deployments.api.base import ApiRequest, problem
 from deployments.api.pool_responses import ModelCard, model_list
 from deployments.auth.authenticator import Caller
 from deployments.config.served_model import ServedModel, ServedModels
@@ -34,9 +34,17 @@ class ModelQuery(ApiRequest):
 
     limit: int = Field(default=MAX_PAGE, ge=1, le=MAX_PAGE)
     after: str = Field(default="", max_length=256, description="the last id of the page before")
+    after_id: str = Field(default="", max_length=256, description="Anthropic's spelling of `after`")
     owner: str | None = Field(default=None, max_length=64, description="only adapters of this tenant")
     tag: list[Tag] = Field(fail_fast=True, default=[], max_length=32, description="adapters that carry all of these")
     name: str = Field(default="", max_length=256, description="ids with this in them, in any case")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.after and self.after_id:
+            raise problem("after_id", "after is given too; keep one of them")
+        self.after = self.after or self.after_id
+        return self
 
     @property
     def is_counted(self) -> bool:
@@ -82,9 +90,11 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
-    if served.bases.check(versions[0], model) != base_model and base_model:
+    pinned = name.partition("@")[2]  # "" is the live one
+    record = next(version for version in versions if version.ref.digest.startswith(pinned))
+    if served.bases.check(record, model) != base_model and base_model:
         raise ModelNotFound(model)
-    return cards.adapter(model, versions[0], caller.tenant)
+    return cards.adapter(model, record, caller.tenant)
 
 
 class _Cards:

@@ -78,7 +78,7 @@ def alpaca_prompt(instruction: str) -> str:
 def render_alpaca(messages: Sequence[Message]) -> str:
     """Render preamble, system text and Instruction / Response pairs. The prompt ends where the answer begins."""
     parts = [ALPACA_PREAMBLE]
-    parts += [m.content for m in messages if m.role == "system"]
+    parts += [m.content for m in messages if m.role == "system" and m.content]
     for message in messages:
         if message.role == "user":
             parts.append(f"### Instruction:\n{message.content}")

@@ -130,7 +130,9 @@ def test_tools_calls_and_results_count_as_work() -> None:
     config = config_of()
     retriever = serve_retriever(FakeHandle(FakeRetriever(())))
     planner = Planner(config.served_models, config.retrieval, retriever)
-    found = [planner.measure_work(request.sampling(), request.questions(), 1).num_tokens for request in (more, plain)]
+    found = [
+        planner.measure_work(request, request.sampling(), request.questions()).num_tokens for request in (more, plain)
+    ]
     assert found[0] - found[1] == tokens[0] + tokens[1] - tokens[2]
 
 

@@ -136,6 +136,18 @@ def test_an_answer_cut_at_the_limit_is_incomplete() -> None:
         assert (found["output"][0]["status"], found["output"][0]["content"][0]["text"]) == ("incomplete", "Hello")
 
 
+def test_only_the_last_item_of_a_cut_answer_is_incomplete() -> None:
+    calls = [ToolCallPiece(place, "{", f"call_{place}", "f") for place in range(2)]
+    cut = (
+        Delta("Well", 5, 1),
+        Delta("", 5, 2, tool_calls=(calls[0],)),
+        Delta("", 5, 3, "length", tool_calls=(calls[1],)),
+    )
+    ended = [event["item"] for event in streamed(cut, form_of()) if event["type"] == "response.output_item.done"]
+    for items in (ended, whole(cut, form_of())["output"]):
+        assert [item["status"] for item in items] == ["completed", "completed", "incomplete"]
+
+
 def test_an_empty_answer_is_an_empty_message() -> None:
     events = streamed([Delta("", 5, 1, "stop")], form_of())
     assert [event["type"] for event in events] == [*OPENED, *CLOSED, "response.completed"]

@@ -41,6 +41,10 @@ def test_a_text_is_one_user_message() -> None:
     assert prompt_of(asked()) == ((Message("user", "Hi"),), "Hi")
 
 
+def test_empty_instructions_are_no_turn() -> None:
+    assert prompt_of(asked(instructions="")) == prompt_of(asked())
+
+
 def test_instructions_and_items_are_the_chat_with_the_same_messages() -> None:
     items = [
         {"type": "message", "role": "user", "content": "one", "status": "completed", "id": "msg_1"},

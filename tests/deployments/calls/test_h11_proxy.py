@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deployments.api.error_table import RETRIED, STATUSES
 from deployments.calls import h11_proxy
 from deployments.calls.h11_proxy import (
     CALLBACK,
@@ -22,6 +24,7 @@ from deployments.calls.h11_proxy import (
 )
 from deployments.calls.proxy_limits import SAMPLING_VARIABLE, TRACING_VARIABLE, ProxyLimits
 from deployments.errors import BodyTooSlow, RateLimited
+from lora_store.error_kinds import ReportedError
 from tests.deployments.proxy_server import Timers, connect, hello, let_arrive, server_of
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -101,11 +104,16 @@ async def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces:
     assert (await answer_to(*pieces)).startswith(b"HTTP/1.1 400")
 
 
-def code_of(answer: bytes) -> str:
+def check_refusal(answer: bytes, error: type[ReportedError]) -> None:
+    """Check that the answer is what the application would answer to this error, but for its text."""
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert b"application/json" in head
-    code: str = json.loads(body)["error"]["code"]
-    return code
+    assert error.kind is not None
+    status, type_ = STATUSES[error.kind]
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"application/json" in head
+    assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head)
+    assert (b"\r\nretry-after: " in head) == (status in RETRIED)
+    found = json.loads(body)["error"]
+    assert (found["type"], found["code"]) == (type_, error.code)
 
 
 @pytest.mark.parametrize("start", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\n"])
@@ -121,8 +129,7 @@ async def test_a_head_that_is_not_complete_in_time_is_refused(start: bytes) -> N
         answer = await reader.read()
         await let_arrive()
         assert book.num_connections == 0
-    assert answer.startswith(b"HTTP/1.1 408")
-    assert code_of(answer) == BodyTooSlow.code
+    check_refusal(answer, BodyTooSlow)
 
 
 async def test_a_connection_without_a_byte_is_closed_silently() -> None:
@@ -147,7 +154,7 @@ async def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_
         await timers.advance(10)
         late = await reader.read()
     assert answer.startswith(b"HTTP/1.1 200")
-    assert code_of(late) == BodyTooSlow.code
+    check_refusal(late, BodyTooSlow)
 
 
 async def test_a_partial_head_after_a_request_has_a_deadline_too() -> None:
@@ -201,7 +208,7 @@ async def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> 
             await asyncio.sleep(0.01)
         reader, _ = await connect(port)
         answer = await reader.read()
-        assert answer.startswith(b"HTTP/1.1 429") and code_of(answer) == RateLimited.code
+        check_refusal(answer, RateLimited)
         assert (await ask(port, "127.0.0.3")).startswith(b"HTTP/1.1 200")
         for reader, writer in busy:
             writer.write(b"x")

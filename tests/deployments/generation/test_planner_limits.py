@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from gpu_worker.config import NativeSettings
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
+from tests.deployments.key_files import bearer, entry, write
 
 
 def refused(path: str, body: dict[str, Any], **settings: Any) -> tuple[int, dict[str, Any]]:
@@ -42,12 +44,28 @@ def test_a_prompt_that_cannot_fit_is_refused_without_any_call(model: str, stream
         assert "641" in error["message"] and "10 tokens" in error["message"]
 
 
-def test_more_new_tokens_than_the_servers_limit_are_refused() -> None:
-    for field in ("max_tokens", "max_completion_tokens"):
-        status, error = refused("/v1/chat/completions", chat("Hi", **{field: 301}), max_new_tokens=300)
-        assert (status, error["param"]) == (400, "max_tokens")
-        assert "at most 300" in error["message"]
-        assert post("/v1/chat/completions", chat("Hi", **{field: 300}), max_new_tokens=300).status_code == 200
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "max_tokens"),
+        ("/v1/chat/completions", "max_completion_tokens"),
+        ("/v1/responses", "max_output_tokens"),
+        ("/v1/responses", "max_tokens"),
+    ],
+)
+def test_more_new_tokens_than_the_servers_limit_are_refused_by_the_field_that_asks(path: str, field: str) -> None:
+    body = {"input": "Hi"} if path == "/v1/responses" else chat("Hi")
+    status, error = refused(path, body | {field: 301}, max_new_tokens=300)
+    assert (status, error["code"], error["param"]) == (400, "invalid_request", field)
+    assert error["message"] == f"{field}: at most 300, got 301"
+    assert post(path, body | {field: 300}, max_new_tokens=300).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_more_tokens_than_the_key_allows_are_refused_by_the_field_that_asks(tmp_path: Path, field: str) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", "local", limits={"tokens_per_minute": 100}))
+    answer = post("/v1/chat/completions", chat("Hi", **{field: 200}), headers=bearer("a"), keys_file=keys)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, field)
 
 
 def test_numbers_of_tokens_messages_and_prompts_have_limits() -> None:

@@ -138,7 +138,15 @@ def test_a_role_allows_its_routes_and_no_others(keys: Path, role: str) -> None:
     ask(ask_all, keys_file=keys, publish_paths=True, headers=bearer(role))
 
 
-@pytest.mark.parametrize(("sent", "noted"), [({}, None), ({"Authorization": "Bearer none"}, "authorization")])
+@pytest.mark.parametrize(
+    ("sent", "noted"),
+    [
+        ({}, None),
+        ({"Authorization": "Bearer none"}, "authorization"),
+        ({"x-api-key": "none"}, "x-api-key"),
+        ({"Authorization": "Bearer none", "x-api-key": "none"}, "authorization"),
+    ],
+)
 def test_a_key_is_noted_as_ignored_where_there_are_none(keys: Path, sent: dict[str, str], noted: str | None) -> None:
     for path in ("/v1/models", "/v1/nowhere"):
         assert get(path, headers=sent).headers.get("x-ignored-headers") == noted

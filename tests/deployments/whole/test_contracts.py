@@ -71,6 +71,12 @@ def test_auto_finds_by_the_users_text_and_asks_by_the_contract(tmp_path: Path) -
         counted = await tenants.ask(OWNER, "POST", "/tokenize", json={"messages": CHAT["messages"], "model": "mood"})
         [*_, (_, prompt, *_)] = tenants.served.worker.called("tokenize")
         assert counted.status_code == 200 and prompt == job.prompt
+        other = tenants.names[OWNER][0]
+        for fields in ({"lora": {"contract": False}}, {"lora_path": other}, {"merged_adapters": {"ids": [other]}}):
+            for path in ("/tokenize", "/v1/messages/count_tokens"):
+                counted = await tenants.ask(OWNER, "POST", path, json={"messages": CHAT["messages"]} | fields)
+                [*_, (_, prompt, *_)] = tenants.served.worker.called("tokenize")
+                assert counted.status_code == 200 and prompt == (Message("user", TEXT),), (path, fields)
         job, lora = await ask(tenants, OTHER, model=f"{OWNER}/mood", temperature=1.0, lora={"explain": True})
         assert lora["contract"] == {"adapter": f"{OWNER}/mood", "applied": APPLIED[:-1]}
         assert job.sampling.temperature == 1.0

@@ -68,6 +68,11 @@ def test_a_message_has_the_answer_the_usage_and_the_plan() -> None:
     assert (job.sampling.stop, job.sampling.top_k, job.sampling.max_tokens) == (("#",), 5, 9)
 
 
+@pytest.mark.parametrize("system", ["", [], [{"type": "text", "text": ""}], None], ids=str)
+def test_an_empty_system_text_is_no_turn(system: Any) -> None:
+    assert answered({"system": system})[1].prompt == (Message("user", "Hi"),)
+
+
 @pytest.mark.parametrize(
     ("last", "reason", "sequence"),
     [
@@ -163,6 +168,14 @@ def test_results_become_turns_of_the_tool_before_the_text_beside_them() -> None:
         Message("tool", "Rain", (), "c", "look"),
         Message("user", "So?\nSay."),
     )
+
+
+def test_a_result_that_is_an_error_says_so_in_the_prompt() -> None:
+    call = {"type": "tool_use", "id": "c", "name": "look"}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "No such city", "is_error": True}
+    turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    [_, turn] = answered({"messages": turns, "tools": [TOOL]})[1].prompt
+    assert turn == Message("tool", "Error: No such city", (), "c", "look")
 
 
 ODD = ['{"a": 1e999}', '{"a": "\\ud83d"}', '{"a": ' + "[" * 1200 + "]" * 1200 + "}"]

@@ -27,14 +27,14 @@ def ids(answer: dict[str, Any]) -> list[str]:
     return [card["id"] for card in answer["data"]]
 
 
-def pages(limit: int, **query: Any) -> list[list[str]]:
+def pages(limit: int, after_field: str = "after", **query: Any) -> list[list[str]]:
     """Return the ids of every page, each requested after the previous one."""
 
     async def walk(client: httpx.AsyncClient, served: Served) -> list[list[str]]:
         found: list[list[str]] = []
         after, has_more = "", True
         while has_more:
-            response = await client.get("/v1/models", params={"limit": limit, "after": after, **query})
+            response = await client.get("/v1/models", params={"limit": limit, after_field: after, **query})
             assert response.status_code == 200, response.text
             answer = response.json()
             found.append(ids(answer))
@@ -49,9 +49,10 @@ def pages(limit: int, **query: Any) -> list[list[str]]:
     return walked
 
 
+@pytest.mark.parametrize("after_field", ["after", "after_id"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 26, 27, 28, 1000])
-def test_pages_contain_every_model_once_and_in_order(limit: int) -> None:
-    found = pages(limit)
+def test_pages_contain_every_model_once_and_in_order(limit: int, after_field: str) -> None:
+    found = pages(limit, after_field)
     assert [name for page in found for name in page] == ["auto", BASE, *[record.ref.name for record in MANY]]
     assert len(found) == -(-27 // limit)
 
@@ -101,7 +102,15 @@ def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("page=2", "page")]
+    ("query", "param"),
+    [
+        ("limit=0", "limit"),
+        ("limit=1001", "limit"),
+        ("limit=x", "limit"),
+        ("page=2", "page"),
+        ("before_id=poet", "before_id"),
+        ("after=a&after_id=b", "after_id"),
+    ],
 )
 def test_a_malformed_query_is_refused_by_its_field(query: str, param: str) -> None:
     response = get(f"/v1/models?{query}")
@@ -147,6 +156,26 @@ def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(
     card = ask(show).json()
     assert card["id"] == name
     assert card["parent"] == (None if name == BASE else BASE)
+
+
+class TwoVersions(FakeRetriever):
+    """Has an earlier version of the poet for another template."""
+
+    async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        return 7, [adapter("poet", template="chat"), adapter("poet", version="older", template="alpaca")]
+
+
+@pytest.mark.parametrize("prefix", ["", f"{BASE}:"])
+def test_a_version_that_is_named_by_its_digest_has_a_card_of_its_own(prefix: str) -> None:
+    live, older = adapter("poet").ref.digest, adapter("poet", version="older").ref.digest
+    for version, template in (
+        ("", "chat"),
+        (f"@{live[:8]}", "chat"),
+        (f"@{older[:8]}", "alpaca"),
+        (f"@{older}", "alpaca"),
+    ):
+        card = get(f"/v1/models/{prefix}poet{version}", retriever=TwoVersions()).json()
+        assert (card["id"], card["template"]) == (f"{prefix}poet{version}", template)
 
 
 @pytest.mark.parametrize("name", ["", "nobody", "other/poet", f"{BASE}:", f"{BASE}:nobody", "x:poet", "auto:poet"])

@@ -43,6 +43,10 @@ def test_alpaca_turns_follow_the_system_text_and_end_where_the_answer_begins() -
     )
 
 
+def test_alpaca_has_no_paragraph_for_an_empty_system_text() -> None:
+    assert render_alpaca([Message("system", ""), *TURNS[1:]]) == render_alpaca(TURNS[1:])
+
+
 def test_chat_is_the_tokenizers_own_template() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
