@@ -294,15 +294,17 @@ class _State:
                 self.pending.pop(old.ref)
 
     def _offer(self, record: AdapterRecord) -> None:
-        """Keep a version for a trial of the live one, in place of others that were never live."""
+        """Keep a version for a trial of the live one, in place of others that were never live.
+
+        One that was live is kept already, and stays in its place.
+        """
         key = record.ref.key
         if key in self.records:
             live, *older = self._versions(key)
-            was_live = any(old.ref == record.ref and not old.is_offered for old in older)
-            kept = [old for old in older if old.ref != record.ref and not old.is_offered]
-            was_approved = any(old.ref == record.ref and old.approved for old in older)
-            offered = replace(record, trial=None, is_offered=not was_live, approved=was_approved)
-            self._keep(key, (replace(live, trial=record.trial), *kept, offered))
+            were_live = [old for old in older if not old.is_offered]
+            is_kept = any(old.ref == record.ref for old in were_live)
+            kept = older if is_kept else [*were_live, replace(record, trial=None)]
+            self._keep(key, (replace(live, trial=record.trial), *kept))
 
     def _change(self, ref: AdapterRef, **changes: Any) -> None:
         """Change the record of this version, if it is live."""
