@@ -194,7 +194,7 @@ def _open_regular(path: Path, max_bytes: int, remedy: str = "") -> Iterator[Bina
     except FileNotFoundError as exc:
         raise FileRefused(path.name, ["is missing"]) from exc
     except OSError as exc:
-        problem = "is a symbolic link" if path.is_symlink() else f"cannot be read: {exc.strerror}"
+        problem = "is a symbolic link" if os.path.islink(path) else f"cannot be read: {exc.strerror}"
         raise FileRefused(path.name, [problem]) from exc
     try:
         status = os.fstat(descriptor)

@@ -394,7 +394,8 @@ class EventTable:
     def _errors(self) -> Iterator[None]:
         """Turn errors of the disk or the endpoint into StoreUnavailable, and those of damaged files into StoreDamaged.
 
-        `deltalake` names no file, so the log is read again to find it.
+        `deltalake` names no file, so the log is read again to find it, and once more, since a rival may change the log
+        while it is read.
         """
         with store_errors():
             try:
@@ -403,9 +404,10 @@ class EventTable:
                 raise
             except DeltaError:
                 damaged = read_log(self._files).damaged
-                if damaged:
-                    name = min(damaged)
-                    raise StoreDamaged(self._path(name), damaged[name]) from None
+                again = read_log(self._files).damaged if damaged else {}
+                if both := damaged.keys() & again.keys():
+                    name = min(both)
+                    raise StoreDamaged(self._path(name), again[name]) from None
                 raise
 
 

@@ -20,7 +20,7 @@ from deltalake.exceptions import DeltaError
 from numpy.typing import NDArray
 from pyarrow.fs import FileSelector
 
-from lora_store.errors import StoreFull, StoreUnavailable
+from lora_store.errors import AdapterNotFound, StoreFull, StoreUnavailable
 from lora_store.location import Location
 
 Result = TypeVar("Result")
@@ -67,6 +67,7 @@ class Files:
         """Yield the object's bytes in order, each part in new memory. Without such an object, yield nothing.
 
         Each part is (N,) with N = `part_bytes`, except the last. An empty object has one empty part.
+        Raises: AdapterNotFound if it is deleted while it is read.
         """
         with store_errors():
             try:
@@ -77,8 +78,13 @@ class Files:
                 num_bytes = file.size()
                 for start in range(0, max(num_bytes, 1), part_bytes):
                     part = np.empty(min(part_bytes, num_bytes - start), np.uint8)
-                    if file.readinto(part) != len(part):
-                        raise OSError(f"{name} became shorter while it was read")
+                    try:
+                        if file.readinto(part) != len(part):
+                            raise OSError(f"{name} became shorter while it was read")
+                    except OSError as exc:
+                        if self.contains(name):
+                            raise
+                        raise AdapterNotFound(name.rpartition("/")[2]) from exc
                     yield part
 
     def read_part(self, name: str, start: int, num_bytes: int) -> bytes | None:

@@ -140,11 +140,13 @@ class GarbageCollector:
 
     def verify(self, wanted: Mapping[str, AdapterRef]) -> Iterator[BlobCheck]:
         """Read and hash each of these blobs. Yield one result per blob."""
-        pairs = list(wanted.items())
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
+        pairs, pool = list(wanted.items()), ThreadPoolExecutor(_NUM_READERS)
+        try:
             for start in range(0, len(pairs), _CHECKED_TOGETHER):
                 checks = pool.map(self._check, pairs[start : start + _CHECKED_TOGETHER])
                 yield from (check for check in checks if check is not None)
+        finally:  # a caller that leaves does not wait for blobs that are being read
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, wanted: tuple[str, AdapterRef]) -> BlobCheck | None:
         digest, ref = wanted

@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import datetime
 from uuid import uuid4
 
+from lora_store.errors import StoreUnavailable
 from lora_store.files import Files
 from lora_store.location import Location
 
@@ -47,9 +49,14 @@ class Leases:
     def acquire(self, digests: Collection[str]) -> str:
         """Lease these blobs, whether they exist yet or not, and wait for sweeps that may delete one of them."""
         lease = ".".join([self._stamp(), *digests])
-        self._leases.write(lease, b"", durable=False)  # a power failure ends the process that needs it, too
-        while self._is_swept(digests):
-            self._sleep(_POLL_S)
+        try:
+            self._leases.write(lease, b"", durable=False)  # a power failure ends the process that needs it, too
+            while self._is_swept(digests):
+                self._sleep(_POLL_S)
+        except BaseException:
+            with suppress(StoreUnavailable):  # then it expires
+                self.release([lease])
+            raise
         return lease
 
     def release(self, leases: Collection[str]) -> None:

@@ -33,7 +33,9 @@ K = TypeVar("K")
 V = TypeVar("V")
 Key = tuple[str, str]  # (tenant, name)
 EVERYBODY = ""  # no tenant has this name
-KEPT_VERSIONS = 3  # per live name, including the live one; `name@digest`, replay and rollback can use these
+# Versions that were live, per live name, including the live one; `name@digest`, replay and rollback can use these. One
+# version that was only offered for a trial is kept beside them.
+KEPT_VERSIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +281,12 @@ class _State:
     def _publish(self, record: AdapterRecord) -> None:
         key = record.ref.key
         older = self._versions(key)
-        kept = tuple(replace(old, trial=None) for old in older if old.ref != record.ref)[: KEPT_VERSIONS - 1]
+        others = [replace(old, trial=None) for old in older if old.ref != record.ref]
+        kept = [old for old in others if not old.is_offered][: KEPT_VERSIONS - 1]
+        oldest = kept[-1].generation if len(kept) == KEPT_VERSIONS - 1 else 0
+        kept += [old for old in others if old.is_offered and old.generation >= oldest]  # until three are newer
         if record.visibility == "private":
-            kept = tuple(replace(old, visibility="private") for old in kept)
+            kept = [replace(old, visibility="private") for old in kept]
         was_approved = any(old.ref == record.ref and old.approved for old in older)
         self._keep(key, (replace(record, approved=True) if was_approved else record, *kept))
         for old in older:
@@ -289,15 +294,17 @@ class _State:
                 self.pending.pop(old.ref)
 
     def _offer(self, record: AdapterRecord) -> None:
-        """Keep a version for a trial of the live one, in place of others that were never live."""
+        """Keep a version for a trial of the live one, in place of others that were never live.
+
+        One that was live is kept already, and stays in its place.
+        """
         key = record.ref.key
         if key in self.records:
             live, *older = self._versions(key)
-            was_live = any(old.ref == record.ref and not old.is_offered for old in older)
-            kept = [old for old in older if old.ref != record.ref and not old.is_offered][: KEPT_VERSIONS - 2]
-            was_approved = any(old.ref == record.ref and old.approved for old in older)
-            offered = replace(record, trial=None, is_offered=not was_live, approved=was_approved)
-            self._keep(key, (replace(live, trial=record.trial), *kept, offered))
+            were_live = [old for old in older if not old.is_offered]
+            is_kept = any(old.ref == record.ref for old in were_live)
+            kept = older if is_kept else [*were_live, replace(record, trial=None)]
+            self._keep(key, (replace(live, trial=record.trial), *kept))
 
     def _change(self, ref: AdapterRef, **changes: Any) -> None:
         """Change the record of this version, if it is live."""

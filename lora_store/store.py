@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -392,8 +392,7 @@ class LoraStore:
             return wanted
 
         generation = self._commit_on_full_disk(events, commit_id)
-        for name in names:
-            self.feedback.delete(tenant, name)
+        self._delete_proposals(keys)
         return Withdrawn(generation, tuple(gone))
 
     def expire(self, commit_id: str | None = None) -> Withdrawn:
@@ -413,9 +412,16 @@ class LoraStore:
             return wanted
 
         generation = self._commit_on_full_disk(events, commit_id)
-        for tenant, name in {record.ref.key for record in gone}:
-            self.feedback.delete(tenant, name)
+        self._delete_proposals({record.ref.key for record in gone})
         return Withdrawn(generation, tuple(gone))
+
+    def _delete_proposals(self, keys: Iterable[Key]) -> None:
+        """Delete the proposals for adapters that were withdrawn, which stay so if this fails."""
+        try:
+            for tenant, name in keys:
+                self.feedback.delete(tenant, name)
+        except StoreUnavailable as exc:
+            logger.warning("proposals for withdrawn adapters stay until they are too old: %s", exc)
 
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, VersionConflict."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 CONFIG_FILE = "adapter_config.json"
 # The files that validation reads; the pickle is refused. Other files of a training run are never copied or uploaded.
 ADAPTER_FILES = (
@@ -46,10 +49,11 @@ def adapter_folders(path: Path) -> list[AdapterFolder]:
     """Return `path` itself if it is an adapter or a training run's output, otherwise those in it, sorted.
 
     Of a training run this is the last checkpoint, unless the output folder holds the final adapter itself. Names are
-    the nearest valid ones, but where two folders would get the same.
+    the nearest valid ones, but where two folders would get the same. A folder in `path` that this process may not enter
+    is left out. Raises: OSError if it may not enter `path`.
     """
-    at = [path] if _adapter_at(path) else sorted(path.glob("*"))
-    found = [adapter for place in at if (adapter := _adapter_at(place))]
+    own = _adapter_at(path)
+    found = [own] if own else [adapter for place in sorted(path.glob("*")) if (adapter := _adapter_in(place))]
     nearest = [nearest_name(adapter.name) for adapter in found]
     times = Counter(nearest)
     return [
@@ -64,6 +68,14 @@ def nearest_name(text: str) -> str:
         return text
     letters = unicodedata.normalize("NFKD", text[:200]).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._]+", "-", letters).strip("-")[:64] or text
+
+
+def _adapter_in(path: Path) -> AdapterFolder | None:
+    try:
+        return _adapter_at(path)
+    except PermissionError as exc:
+        logger.warning("%s is left out: %s", path, exc.strerror)
+        return None
 
 
 def _adapter_at(path: Path) -> AdapterFolder | None:
@@ -88,5 +100,9 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of the existing files of the adapter in `folder`. Links count with their own size."""
-    return sum((folder / name).lstat().st_size for name in ADAPTER_FILES if (folder / name).is_file())
+    """Return the size of the existing files of the adapter in `folder`. Links count with their own size.
+
+    Files that this process may not reach count nothing.
+    """
+    files = [folder / name for name in ADAPTER_FILES]
+    return sum(os.lstat(file).st_size for file in files if os.path.isfile(file))  # unlike Path.is_file it never raises

@@ -10,7 +10,7 @@ from pathlib import Path
 from deployments.api import error_table
 from deployments.api.adapters import PublishItem
 from deployments.errors import NotReady
-from deployments.publishing.adapter_folders import adapter_folders
+from deployments.publishing.adapter_folders import AdapterFolder, adapter_folders
 from deployments.publishing.publisher import Publisher
 from retriever_svc import ServedBases
 
@@ -32,20 +32,23 @@ class Preload:
         """
         self._paths, self._publisher, self._approves = paths, publisher, approves
         self._bases = bases or ServedBases()
+        self._left: list[AdapterFolder] | None = None  # not published, and not refused for good; None before the start
+        self._refused: dict[str, str] = {}
+        self._is_ready = False
         self._task = asyncio.get_event_loop().create_task(self._publish())
 
     def refused(self) -> dict[str, str]:
-        """Return the refused folders with the reasons, once the preload has ended.
+        """Return the folders that are not published, with the reasons. Try those again that met an error that may pass.
 
-        Raises: NotReady before that, and after a failure of the whole preload, which is then started again.
+        Raises: NotReady while there are such folders, except those for a base model whose workers do not answer.
         """
-        if not self._task.done():
-            raise NotReady("the server is still starting")
-        if (error := self._task.exception()) is not None:
-            logger.error("publishing the preloaded adapters failed; it will be retried", exc_info=error)
+        if self._task.done() and self._left != []:
+            if (error := self._task.exception()) is not None:
+                logger.error("publishing the preloaded adapters failed; it will be retried", exc_info=error)
             self._task = asyncio.get_running_loop().create_task(self._publish())
-            raise NotReady("publishing the preloaded adapters failed; it will be retried")
-        return self._task.result()
+        if not self._is_ready:
+            raise NotReady("the server is still starting: its preloaded adapters are not published yet")
+        return dict(self._refused)
 
     async def wait(self) -> None:
         """Return once it has ended, with or without errors."""
@@ -55,21 +58,27 @@ class Preload:
         if not self._task.get_loop().is_closed():
             self._task.cancel()
 
-    async def _publish(self) -> dict[str, str]:
-        refused = {}
-        folders = [found for path in self._paths for found in adapter_folders(path)]
-        for start in range(0, len(folders), _BATCH):
-            batch = [PublishItem(found.path, found.name) for found in folders[start : start + _BATCH]]
+    async def _publish(self) -> None:
+        if self._left is None:
+            self._left = [found for path in self._paths for found in adapter_folders(path)]
+        passing: dict[Path | None, Exception] = {}
+        for start in range(0, len(self._left), _BATCH):
+            batch = [PublishItem(found.path, found.name) for found in self._left[start : start + _BATCH]]
             lacking = await self._lacking(batch)
             outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
             if self._approves:
                 await self._approve(batch)
+            for item in batch:
+                self._refused.pop(str(item.path), None)
             for upload, outcome in zip(lacking, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     logger.error("%s was not published: %s", upload.path, outcome)
-                    _, body = error_table.describe(outcome)
-                    refused[str(upload.path)] = body["error"]["message"]
-        return refused
+                    status, body = error_table.describe(outcome)
+                    self._refused[str(upload.path)] = body["error"]["message"]
+                    if status in error_table.RETRIED:
+                        passing[upload.path] = error_table.as_reported(outcome)
+        self._left = [found for found in self._left if found.path in passing]
+        self._is_ready |= all(isinstance(error, NotReady) for error in passing.values())  # of the Store: no worker
 
     async def _lacking(self, batch: Sequence[PublishItem]) -> list[PublishItem]:
         """Return those without a served version. Versions that were updated or rolled back since are not changed."""

@@ -41,6 +41,7 @@ from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_worker import SHAPES
 from tests.deployments.publishing.local_hub import local_hub
+from tests.locked import lock
 
 UNIT = np.array([1.0, 0.0], np.float32)
 POET = ("local", "poet")
@@ -120,6 +121,18 @@ async def test_a_version_does_not_depend_on_its_source(
     staged, expected = await stores.stage(upload), await stores.stage(PublishItem(folder, "poet"))
     assert (staged.ref, staged.samples) == (expected.ref, (Sample("Rhyme."), Sample("Sing.")))
     assert staged.record.source == (upload.source or "poet")
+
+
+@pytest.mark.parametrize("prefix", [None, "file://"])
+async def test_a_folder_that_the_server_may_not_enter_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str | None
+) -> None:
+    stores = Stores(tmp_path, source_prefixes=(f"file://{tmp_path}",))
+    folder = stores.adapter()
+    upload = PublishItem(folder) if prefix is None else PublishItem(source=f"{prefix}{folder}", name="poet")
+    lock(folder, monkeypatch)
+    with pytest.raises(AdapterRefused, match="'poet' cannot be read: Permission denied"):
+        await stores.stage(upload)
 
 
 async def test_only_weights_that_others_may_change_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

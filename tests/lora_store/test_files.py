@@ -17,7 +17,7 @@ import pytest
 from deltalake.exceptions import DeltaError
 from moto.s3.models import s3_backends
 
-from lora_store import Location, LoraStore, StoreFull, StoreUnavailable
+from lora_store import AdapterNotFound, Location, LoraStore, StoreFull, StoreUnavailable
 from lora_store.disk_cache import DiskCache
 from lora_store.files import Files, create_file, open_for_arrow, store_errors
 from tests.lora_store.builders import BASE, MakeFolder, embedding
@@ -139,22 +139,31 @@ def test_a_folder_that_cannot_be_written_is_unavailable(folder_uri: str) -> None
         below_a_file.read("a/b")
 
 
-def test_an_object_deleted_during_a_read_does_not_exist(s3_endpoint: S3Endpoint) -> None:
+def read_while_deleted(endpoint: S3Endpoint, at: int, read: Callable[[Files, str], object]) -> object:
+    """Return what `read` of two bytes returns if they are deleted before its request `at`, counted from 0."""
     name = uuid4().hex
-    files = Files(Location(s3_endpoint.uri("vanishing")))
-    files.write(name, b"x")
+    files = Files(Location(endpoint.uri("vanishing")))
+    files.write(name, b"xy")
     requests = itertools.count()
 
-    def delete_before_the_second() -> None:
-        if next(requests) == 1:  # the first one checks that it exists
+    def delete() -> None:
+        if next(requests) == at:
             s3_backends["123456789012"]["aws"].delete_object("pool", f"vanishing/{name}")
 
-    s3_endpoint.on_request = delete_before_the_second
+    endpoint.on_request = delete
     try:
-        assert files.read(name) is None
+        return read(files, name)
     finally:
-        s3_endpoint.on_request = lambda: None
-    assert next(requests) > 2
+        endpoint.on_request = lambda: None
+        assert next(requests) > at + 1
+
+
+def test_an_object_deleted_during_a_read_does_not_exist(s3_endpoint: S3Endpoint) -> None:
+    """The first request checks that it exists, the others read it."""
+    assert read_while_deleted(s3_endpoint, 1, Files.read) is None
+    for at in (1, 2):
+        with pytest.raises(AdapterNotFound):
+            read_while_deleted(s3_endpoint, at, lambda files, name: list(files.read_parts(name, 1)))
 
 
 def test_on_a_local_disk_only_the_owner_reads_the_store(tmp_path: Path, make_folder: MakeFolder) -> None:

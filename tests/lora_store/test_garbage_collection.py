@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
-from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, StoreUnavailable
+from lora_store import AdapterNotFound, AdapterRef, BlobStore, Collected, Location, LoraStore, StoreUnavailable
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
 from tests.lora_store.builders import (
@@ -224,6 +224,27 @@ def test_verify_reads_every_needed_blob_once_and_names_damaged_and_missing_ones(
 
 
 @IN_A_FOLDER
+def test_a_verification_that_is_left_reads_no_further_blob(store: LoraStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {f"{number:064}": AdapterRef("local", "poet", "0" * 64) for number in range(64)}
+    read: list[str] = []
+    may_end = threading.Event()
+
+    def check(blobs: BlobStore, digest: str) -> None:
+        read.append(digest)
+        assert digest == next(iter(wanted)) or may_end.wait(60)
+
+    monkeypatch.setattr(BlobStore, "check", check)
+    checks = store.verify(wanted)
+    assert isinstance(checks, Generator) and next(checks).digest == next(iter(wanted))
+    late = threading.Timer(2, may_end.set)
+    late.start()
+    checks.close()
+    assert not may_end.is_set(), "it waited for the readers"
+    assert len(read) <= 9
+    may_end.set()
+    late.cancel()
+
+
 def test_verify_does_not_report_blobs_withdrawn_meanwhile(
     store: LoraStore, open_store: OpenStore, publish: PublishOne, location: Location
 ) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 import pytest
 
-from lora_store import BlobStore, Location, hash_blob
+from lora_store import BlobStore, Location, StoreUnavailable, hash_blob
 from lora_store.files import Files
 from lora_store.leases import INTENT_S, LEASE_S, SWEEP_S, Leases
 from tests.lora_store.builders import FakeClock, Stored
@@ -149,6 +150,16 @@ def test_a_sweep_that_is_late_or_fails_deletes_nothing(pool: Pool, clock: FakeCl
         pool.sweep(fail)
     assert (pool.blobs.get(DIGEST), stored("sweeps")) == (DATA, {})
     assert pool.sweep() == [DIGEST]
+
+
+def test_a_stage_that_cannot_look_for_sweeps_leaves_no_lease(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(files: Files) -> NoReturn:
+        raise StoreUnavailable("a timeout")
+
+    with monkeypatch.context() as patched, pytest.raises(StoreUnavailable):
+        patched.setattr(Files, "entries", fail)
+        pool.stage()
+    assert pool.holds.entries() == []
 
 
 def test_a_lease_expires_and_is_unsafe_long_before(pool: Pool, clock: FakeClock) -> None:

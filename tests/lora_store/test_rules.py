@@ -195,6 +195,19 @@ def test_an_offered_version_is_kept_with_its_share_beside_the_live_one(store: Lo
     assert store.snapshot().records["local", "poet"].trial == Trial(again.ref.digest, 0.2, is_shadow=True)
 
 
+def test_an_offered_version_is_kept_beside_three_that_were_live_until_three_are_newer(
+    store: LoraStore, publish: PublishOne
+) -> None:
+    first, second, third = [publish(seed=seed).ref.digest for seed in range(3)]
+    offered = publish(seed=3, share=0.1).ref.digest
+    assert states(store) == [(third, False), (second, False), (first, False), (offered, True)]
+    newer = [publish(seed=seed).ref.digest for seed in (4, 5)]
+    assert states(store) == [(newer[1], False), (newer[0], False), (third, False), (offered, True)]
+    assert [check.problem for check in store.verify()] == [None] * 8
+    publish(seed=6)
+    assert [is_offered for _, is_offered in states(store)] == [False] * 3
+
+
 @pytest.mark.parametrize("change", ["share", "publish", "promote", "withdraw"])
 def test_a_trial_ends(change: str, store: LoraStore, publish: PublishOne) -> None:
     live = publish(seed=0)
@@ -223,8 +236,10 @@ def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
     assert store.snapshot().records["local", "poet"].trial == trial
     assert store.set_trial("local", "poet", trial, "me") == generation
     assert states(store) == [(live.ref.digest, False), (first.ref.digest, False)]
-    publish(seed=0, share=0.5)  # it was live once, so a roll back may choose it
-    assert states(store)[1:] == [(first.ref.digest, False)]
+    last = publish(seed=2)
+    publish(seed=1, share=0.5)  # it was live once, and a rollback returns to it
+    assert states(store) == [(version.ref.digest, False) for version in (last, live, first)]
+    assert store.snapshot().records["local", "poet"].trial == Trial(live.ref.digest, 0.5)
 
 
 def test_an_approved_version_that_is_tried_again_stays_approved(store: LoraStore, publish: PublishOne) -> None:

@@ -18,9 +18,11 @@ from lora_store import (
     LoraStore,
     Sample,
     Staged,
+    StoreUnavailable,
     VersionConflict,
+    Withdrawn,
 )
-from tests.lora_store.builders import BASE, IN_A_FOLDER, MakeFolder, embedding
+from tests.lora_store.builders import BASE, IN_A_FOLDER, FakeClock, MakeFolder, embedding
 
 pytestmark = IN_A_FOLDER
 
@@ -81,6 +83,21 @@ def test_a_withdrawal_deletes_the_proposals_for_the_adapter(store: LoraStore, ma
     store.feedback.put("local", "proposed", Feedback.proposed("Rhyme", "poet", "key"), datetime.now(UTC))
     store.withdraw("local", ["poet"], "owner")
     assert store.feedback.all("local", "proposed", "poet") == []
+
+
+@pytest.mark.parametrize("ttl_s", [None, 60.0], ids=["withdraw", "expire"])
+def test_a_withdrawal_is_done_even_if_the_proposals_cannot_be_deleted(
+    store: LoraStore, make_folder: MakeFolder, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, ttl_s: float | None
+) -> None:
+    def fail(tenant: str, adapter: str) -> NoReturn:
+        raise StoreUnavailable("a timeout")
+
+    store.commit([store.stage(make_folder(), ttl_s=ttl_s)], [embedding()], [1.0], "owner")
+    record = live(store)
+    monkeypatch.setattr(store.feedback, "delete", fail)
+    clock.sleep(60)
+    gone = store.withdraw("local", ["poet"], "owner") if ttl_s is None else store.expire()
+    assert gone == Withdrawn(2, (record,))
 
 
 def test_an_edit_makes_a_version_of_the_same_weights_and_keeps_the_rest(

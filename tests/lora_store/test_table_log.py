@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
-from lora_store import Location, StoreDamaged
+from lora_store import Location, StoreDamaged, StoreUnavailable
 from lora_store.event_table import EventTable, create_table
 from lora_store.events import SCHEMA
 from lora_store.files import Files
-from lora_store.table_log import LOG, check_sizes, checkpoint_name, commit_name, read_log
+from lora_store.table_log import LAST_CHECKPOINT, LOG, check_sizes, checkpoint_name, commit_name, read_log
 
 
 @pytest.fixture
@@ -58,6 +60,27 @@ def test_the_log_begins_with_the_newest_whole_checkpoint(files: Files, location:
 
 def test_without_a_log_the_log_is_missing(location: Location) -> None:
     assert read_log(Files(location)).damaged == {LOG: "is missing"}
+
+
+def test_a_log_that_a_rival_changes_while_it_is_read_is_not_damaged(
+    files: Files, location: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ChangedFiles(Files):
+        """Get a checkpoint after the log was listed."""
+
+        def read(self, name: str) -> bytes | None:
+            if name == LAST_CHECKPOINT and not self.contains(checkpoint_name(3)):
+                DeltaTable(location.delta_uri, storage_options=location.storage_options).create_checkpoint()
+            return super().read(name)
+
+    def time_out(table: DeltaTable) -> None:
+        raise DeltaError("a timeout")
+
+    monkeypatch.setattr("lora_store.event_table.Files", ChangedFiles)
+    monkeypatch.setattr(DeltaTable, "update_incremental", time_out)
+    with pytest.raises(StoreUnavailable, match="a timeout"):
+        EventTable(location).update()
+    assert files.contains(checkpoint_name(3))
 
 
 def test_an_empty_commit_counts_until_a_checkpoint_replaces_it(files: Files) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from deployments.publishing.adapter_folders import (
     ADAPTER_FILES,
     AdapterFolder,
@@ -15,6 +17,7 @@ from lora_store.peft_config import CONFIG_FILE
 from lora_store.peft_files import MLX_WEIGHTS_FILE, PICKLE_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
 from lora_store.validation import Label
+from tests.locked import lock
 
 
 def test_the_adapters_files_are_those_that_validation_reads(tmp_path: Path) -> None:
@@ -43,6 +46,20 @@ def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: P
     assert adapter_folders(tmp_path) == [AdapterFolder(tmp_path / name, name) for name in "abcd"]
     assert adapter_folders(tmp_path / "a") == [AdapterFolder(tmp_path / "a", "a")]
     assert adapter_folders(tmp_path / "empty") == []
+
+
+def test_a_folder_that_may_not_be_entered_is_left_out_unless_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("lost+found", "poet"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG_FILE).touch()
+    lock(tmp_path / "lost+found", monkeypatch)
+    assert [found.name for found in adapter_folders(tmp_path)] == ["poet"]
+    assert f"{tmp_path}/lost+found" in caplog.text
+    assert folder_bytes(tmp_path / "lost+found") == 0
+    with pytest.raises(PermissionError):
+        adapter_folders(tmp_path / "lost+found")
 
 
 def test_the_last_checkpoint_stands_for_a_training_run(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from lora_store import VersionConflict
+from deployments.errors import NotReady
+from lora_store import AdapterRefused, StoreUnavailable, VersionConflict
 from tests.deployments.adapter_records import BASE, adapter, key_of, pool_of
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask
@@ -19,16 +20,42 @@ from tests.deployments.key_files import entry, write
 from tests.deployments.preloads import preload_of
 
 
-def test_a_failed_preload_is_retried_by_a_call_of_ready(tmp_path: Path) -> None:
-    async def ready(client: httpx.AsyncClient, served: Served) -> list[int]:
-        statuses = []
-        for _ in range(2):
-            statuses.append((await client.get("/ready")).status_code)
+@pytest.mark.parametrize(
+    ("method", "error", "statuses"),
+    [
+        ("commit", VersionConflict(3), [503, 200]),
+        ("stage", StoreUnavailable("a timeout"), [503, 200]),
+        ("stage", NotReady("no worker of the base model 'code' has answered yet"), [200, 200]),
+        ("stage", AdapterRefused("poet", ["it is bad"]), [200, 200]),
+    ],
+    ids=["all failed", "one failed", "one base model is away", "one is refused"],
+)
+def test_calls_of_ready_repeat_a_preload_until_nothing_failed_that_may_pass(
+    tmp_path: Path, method: str, error: Exception, statuses: list[int]
+) -> None:
+    async def ready(client: httpx.AsyncClient, served: Served) -> list[httpx.Response]:
+        answers = []
+        for _ in statuses:
+            answers.append(await client.get("/ready"))
             await served.services.preload.wait()
-        return statuses
+        return answers
 
-    store = FakeStore(failing={"commit": (VersionConflict(3), 1)})
-    assert ask(ready, store=store, preload=preload_of(tmp_path, "poet")) == [503, 200]
+    store = FakeStore(failing={method: (error, 1)})
+    answers = ask(ready, store=store, preload=preload_of(tmp_path, "poet", "sql"))
+    assert [answer.status_code for answer in answers] == statuses
+    is_final = isinstance(error, AdapterRefused)
+    assert {name for _, name in store.live} == ({"sql"} if is_final else {"poet", "sql"})
+    assert list(answers[-1].json()["refused"]) == (["poet"] if is_final else [])
+
+
+def test_a_repeated_preload_leaves_adapters_withdrawn_that_it_had_published(tmp_path: Path) -> None:
+    async def ready_after_a_withdrawal(client: httpx.AsyncClient, served: Served) -> None:
+        assert (await client.delete("/v1/loras/sql")).status_code == 200
+        await client.get("/ready")
+        await served.services.preload.wait()
+
+    store = FakeStore(failing={"stage": (NotReady("no worker"), 1)})
+    ask(ready_after_a_withdrawal, store=store, preload=preload_of(tmp_path, "poet", "sql"))
     assert list(store.live) == [("local", "poet")]
 
 
