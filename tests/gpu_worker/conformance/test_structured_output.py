@@ -150,6 +150,22 @@ def test_a_grammar_that_becomes_too_complex_fails_the_answer(grammar: Grammar, h
     assert isinstance(hosted.error(bound(grammar)), GrammarInvalid), "it is refused for some time"
 
 
+def nested(depth: int) -> object:
+    """Return a schema of objects inside objects, each of which has two levels of JSON."""
+    return {"type": "object", "properties": {"a": nested(depth - 1)}, "required": ["a"]} if depth else {"const": 1}
+
+
+@pytest.mark.parametrize(
+    "grammar", [of_schema(nested(40)), Grammar("regex", "a\0?b", "structured_outputs.regex")], ids=["depth", "zero"]
+)
+def test_a_grammar_that_only_vllm_refuses_is_named(grammar: Grammar, hosted: HostedEngine) -> None:
+    [outcome] = hosted.outcomes(bound(grammar))
+    if hosted.config.engine == "native":
+        assert isinstance(outcome, Completion)
+    else:
+        assert isinstance(outcome, GrammarInvalid) and outcome.param == grammar.param, outcome
+
+
 def test_a_stream_follows_its_grammar_and_refuses_a_bad_one(hosted: HostedEngine) -> None:
     async def streamed(asked: Job) -> str:
         return "".join([delta.text async for delta in hosted.engine.stream(asked) if delta is not None])
