@@ -109,11 +109,15 @@ class _Part:
             self._bank.drop(digest)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Put:
-    """An adapter on its way to the workers. `is_done`: they have answered. `refusals`: why they do not hold it."""
+    """An adapter that the workers get. `adapter`: until it is sent; a bank of any size would be twice in memory.
 
-    adapter: DeviceAdapter
+    `is_done`: they have answered. `refusals`: why they do not hold it.
+    """
+
+    digest: str
+    adapter: DeviceAdapter | None
     is_done: asyncio.Event = field(default_factory=asyncio.Event)
     refusals: list[str] = field(default_factory=list)
 
@@ -131,7 +135,7 @@ class RemoteBank:
         self._sender: asyncio.Task[None] | None = None
 
     def put(self, adapter: DeviceAdapter) -> None:
-        put = self._puts[adapter.weights_digest] = _Put(adapter)
+        put = self._puts[adapter.weights_digest] = _Put(adapter.weights_digest, adapter)
         self._append(put)
 
     def drop(self, digest: str) -> None:
@@ -171,13 +175,19 @@ class RemoteBank:
 
 
 def _end(put: _Put, unfit: Mapping[str, str]) -> None:
-    digest = put.adapter.weights_digest
-    if digest in unfit:
-        logger.warning("the vLLM workers refuse the adapter %s: %s", digest[:12], unfit[digest])
-        put.refusals.append(unfit[digest])
+    if put.digest in unfit:
+        logger.warning("the vLLM workers refuse the adapter %s: %s", put.digest[:12], unfit[put.digest])
+        put.refusals.append(unfit[put.digest])
     put.is_done.set()
 
 
 def _encoded(changes: Sequence[_Put | str]) -> list[Change]:
-    """Return the changes as plain values."""
-    return [("drop", change) if isinstance(change, str) else packed(change.adapter) for change in changes]
+    """Return the changes as plain values, and let go of the adapters."""
+    encoded: list[Change] = []
+    for change in changes:
+        if isinstance(change, str):
+            encoded.append(("drop", change))
+        elif change.adapter is not None:
+            encoded.append(packed(change.adapter))
+            change.adapter = None
+    return encoded

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -86,6 +88,22 @@ def test_written_returns_when_the_workers_hold_the_adapter() -> None:
         assert far.calls == []
         await bank.written([one.weights_digest])
         assert far.calls == [[f"put {one.weights_digest}"]]
+
+    served(main)
+
+
+def test_an_adapter_that_the_workers_hold_is_not_kept_here() -> None:
+    async def main(far: Far, bank: RemoteBank) -> None:
+        one = adapter(1)
+        digest, tensor = one.weights_digest, weakref.ref(one.modules["m"].a)
+        bank.put(one)
+        del one
+        await bank.drained()
+        gc.collect()
+        assert tensor() is None
+        await bank.written([digest])
+        bank.drop(digest)
+        await bank.drained()
 
     served(main)
 
