@@ -122,6 +122,10 @@ class _Put:
     refusals: list[str] = field(default_factory=list)
 
 
+_Queued = _Put | str | asyncio.Event
+"""An adapter to send, the digest of one to drop, or what to set when all before it has been applied."""
+
+
 class RemoteBank:
     """Sends changes of the workers' banks to them, in order and several at a time.
 
@@ -130,7 +134,7 @@ class RemoteBank:
 
     def __init__(self, send: Send, on_failure: Callable[[Exception], object]) -> None:
         self._send, self._on_failure = send, on_failure
-        self._queue: list[_Put | str] = []  # a string is the digest of an adapter to drop
+        self._queue: list[_Queued] = []
         self._puts: dict[str, _Put] = {}  # the last one of each digest
         self._sender: asyncio.Task[None] | None = None
 
@@ -150,9 +154,11 @@ class RemoteBank:
                 raise AdapterUnfit(put.refusals[0])
 
     async def drained(self) -> None:
-        """Return once all changes so far have been applied."""
-        while self._sender is not None:
-            await asyncio.shield(self._sender)
+        """Return once all changes so far have been applied, or cannot be."""
+        if self._sender is not None:
+            applied = asyncio.Event()
+            self._queue.append(applied)
+            await applied.wait()
 
     def _append(self, change: _Put | str) -> None:
         self._queue.append(change)
@@ -160,18 +166,28 @@ class RemoteBank:
             self._sender = asyncio.get_running_loop().create_task(self._send_all())
 
     async def _send_all(self) -> None:
+        changes: list[_Queued] = []
         try:
             while self._queue:
                 changes, self._queue = self._queue, []
-                unfit = await self._send(await asyncio.to_thread(_encoded, changes))
+                encoded = await asyncio.to_thread(_encoded, changes)
+                unfit = await self._send(encoded) if encoded else {}
                 for change in changes:
                     if isinstance(change, _Put):
                         _end(change, unfit)
+                _set_events(changes)
         except Exception as exc:
             logger.exception("cannot change the adapters of the vLLM workers")
             self._on_failure(exc)
         finally:
             self._sender = None
+            _set_events([*changes, *self._queue])
+
+
+def _set_events(changes: Sequence[_Queued]) -> None:
+    for change in changes:
+        if isinstance(change, asyncio.Event):
+            change.set()
 
 
 def _end(put: _Put, unfit: Mapping[str, str]) -> None:
@@ -181,13 +197,13 @@ def _end(put: _Put, unfit: Mapping[str, str]) -> None:
     put.is_done.set()
 
 
-def _encoded(changes: Sequence[_Put | str]) -> list[Change]:
+def _encoded(changes: Sequence[_Queued]) -> list[Change]:
     """Return the changes as plain values, and let go of the adapters."""
     encoded: list[Change] = []
     for change in changes:
         if isinstance(change, str):
             encoded.append(("drop", change))
-        elif change.adapter is not None:
+        elif isinstance(change, _Put) and change.adapter is not None:
             encoded.append(packed(change.adapter))
             change.adapter = None
     return encoded
