@@ -11,10 +11,11 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -222,6 +223,14 @@ class InferenceEngine(ABC):
         async def prepare(job: Job, sink: Sink) -> Row:
             await self._preprocess.compile_grammar(job)
             work = partial(self._prepare, job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
+
+            def prepare_or_wait() -> Row | Future[Any]:
+                return self._preprocess.begin_prompt(job) or work()
+
+            found = await asyncio.wrap_future(self._preparing.submit(job.tenant, prepare_or_wait))
+            if isinstance(found, Row):
+                return found
+            await asyncio.shield(asyncio.wrap_future(found))  # the prompt of another row, which has a thread
             return await asyncio.wrap_future(self._preparing.submit(job.tenant, work))
 
         ended = await asyncio.gather(*map(prepare, jobs, sinks), return_exceptions=True)

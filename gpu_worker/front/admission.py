@@ -57,6 +57,7 @@ class Admission:
         self._reserving: dict[RowAssignment, Row] = {}  # part of the bank -> the row that reserves it
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
+        self._refused: list[Row] = []  # rows of this walk that the bank had no room for
         self._is_full = False  # the KV cache has no room for the next row
         self._num_joined = 0  # rows appended, requeued or removed
         self._seen: tuple[int, ...] | None = None  # state when no row could start; None: search again
@@ -118,6 +119,7 @@ class Admission:
         """Start rows in turn while there is KV, then begin prefetches."""
         self._is_full = self._kv_cache.num_free == 0
         self._window.refresh()
+        self._refused.clear()
         for row in self.waiting.requeued:
             if not self._is_full:
                 self._try_start(row)
@@ -163,7 +165,7 @@ class Admission:
             self._fail(row, exc)
             return
         if not row.is_pinned:
-            row.num_passes += 1
+            self._refused.append(row)
             if row.num_passes > _MAX_PASSES and not self._is_reserved(row):
                 self._reserving[self._residency.part_of(row.weights_digests)] = row
         elif self._kv_cache.fits(len(row.tokens), row.prefix):
@@ -180,11 +182,20 @@ class Admission:
         self._is_full = self._kv_cache.num_free == 0
 
     def _pin(self, row: Row) -> None:
-        """Bring the row's adapters into the bank if there is room. Raises: the error of its loads or plan."""
-        if not row.is_pinned:
-            missing = [digest for digest in row.adapter_set if digest not in self._residency]
-            loaded = {digest: row.loads[digest].result() for digest in missing}
-            row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
+        """Bring the row's adapters into the bank if there is room, which passes over the rows that it refused.
+
+        Raises: the error of the row's loads or plan.
+        """
+        if row.is_pinned:
+            return
+        missing = [digest for digest in row.adapter_set if digest not in self._residency]
+        loaded = {digest: row.loads[digest].result() for digest in missing}
+        row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
+        if row.is_pinned and row.adapter_set:
+            part = self._residency.part_of(row.weights_digests)
+            for refused in self._refused:
+                if self._residency.part_of(refused.weights_digests) is part:
+                    refused.num_passes += 1
 
     def _fail(self, row: Row, error: Exception) -> None:
         for companion in self.waiting.same_adapters(row):

@@ -123,6 +123,10 @@ def _outcome(call: _Call) -> Callable[[], None]:
         return partial(call.result.set_result, call.work())
     except Exception as exc:
         return partial(call.result.set_exception, exc)
+    except BaseException as exc:  # a panic of a library, which callers do not expect
+        failed = RuntimeError(f"the call ended with {exc!r}")
+        failed.__cause__ = exc
+        return partial(call.result.set_exception, failed)
 
 
 def _fail(call: _Call, error: Exception) -> None:

@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -114,6 +115,16 @@ class RequestPreprocessor:
         row = self.of_tokens(job, tokens, sink, capture_first_logits=capture_first_logits)
         row.deadline = math.inf if job.time_left_s is None else arrived + job.time_left_s
         return row
+
+    def begin_prompt(self, job: Job) -> Future[Any] | None:
+        """Tokenize the job's prompt for its row. If another row does so now, return the future of its end.
+
+        Raises: PromptInvalid, PromptTooLong.
+        """
+        if isinstance(job.prompt, TokenIds):
+            return None
+        begun = self._memo.begin(job, self._tokens)
+        return None if begun.done() else begun
 
     def of_tokens(self, job: Job, tokens: list[int], sink: Sink, *, capture_first_logits: bool = False) -> Row:
         """Make a row with these tokens instead of the job's prompt.

@@ -81,7 +81,7 @@ class Row:
     lookup: Lookup | None = None  # makes the guesses
     has_started: bool = False
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at its first start
-    num_passes: int = 0  # times that other rows entered the bank before it
+    num_passes: int = 0  # rows behind it that entered the bank while it had no room there
     first_logits: torch.Tensor | None = None
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)  # since the last delta
     prompt_offsets: Sequence[

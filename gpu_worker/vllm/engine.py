@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from vllm import TokensPrompt
+from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -30,7 +31,7 @@ from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.engine import EngineHealth, InferenceEngine
-from gpu_worker.errors import EngineStopped
+from gpu_worker.errors import EngineStopped, GrammarInvalid, SamplingInvalid
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.front.request.request import Job
@@ -221,15 +222,19 @@ class VllmEngine(InferenceEngine):
         return super()._prepare(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
 
     async def _generate(self, row: Row) -> AsyncGenerator[Sequence[NewToken]]:
-        """Run the row in vLLM. Raises: EngineStopped if vLLM fails for another reason than the request itself."""
+        """Run the row in vLLM.
+
+        Raises: GrammarInvalid or SamplingInvalid for what only vLLM refuses; EngineStopped if vLLM fails for another
+        reason than the request itself.
+        """
         path = make_path(row.plan)
         request = None if path is None else LoRARequest(path, self._plan_ids(path), path)
         prompt = TokensPrompt(prompt_token_ids=row.tokens[: row.num_prompt_tokens])
         if path is not None or not self._config.prefix_cache_shares_base:
             prompt["cache_salt"] = row.tenant  # vLLM's prefix cache separates plans by path, and tenants by this
-        params = sampling_params(row, self._model.vocab_size)
         name = f"{next(self._request_numbers)}"
         try:
+            params = sampling_params(row, self._model.vocab_size)
             async with aclosing(self._llm.generate(prompt, params, name, lora_request=request)) as outputs:
                 async for output in outputs:
                     row.num_cached_tokens = output.num_cached_tokens or 0
@@ -238,6 +243,11 @@ class VllmEngine(InferenceEngine):
                     if row.has_unsound_prompt:
                         raise row.failure
                     yield self._new_tokens(row, output.outputs[0])
+        except VLLMClientError as exc:
+            message, grammar = str(exc.args[0]), row.sampling.grammar
+            if grammar is None:
+                raise SamplingInvalid(message) from exc
+            raise GrammarInvalid(message, param=grammar.param) from exc
         except EngineDeadError as exc:
             self._fail(exc)
             raise EngineStopped("a process of vLLM has ended") from exc

@@ -109,13 +109,21 @@ class _Part:
             self._bank.drop(digest)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Put:
-    """An adapter on its way to the workers. `is_done`: they have answered. `refusals`: why they do not hold it."""
+    """An adapter that the workers get. `adapter`: until it is sent; a bank of any size would be twice in memory.
 
-    adapter: DeviceAdapter
+    `is_done`: they have answered. `refusals`: why they do not hold it.
+    """
+
+    digest: str
+    adapter: DeviceAdapter | None
     is_done: asyncio.Event = field(default_factory=asyncio.Event)
     refusals: list[str] = field(default_factory=list)
+
+
+_Queued = _Put | str | asyncio.Event
+"""An adapter to send, the digest of one to drop, or what to set when all before it has been applied."""
 
 
 class RemoteBank:
@@ -126,12 +134,12 @@ class RemoteBank:
 
     def __init__(self, send: Send, on_failure: Callable[[Exception], object]) -> None:
         self._send, self._on_failure = send, on_failure
-        self._queue: list[_Put | str] = []  # a string is the digest of an adapter to drop
+        self._queue: list[_Queued] = []
         self._puts: dict[str, _Put] = {}  # the last one of each digest
         self._sender: asyncio.Task[None] | None = None
 
     def put(self, adapter: DeviceAdapter) -> None:
-        put = self._puts[adapter.weights_digest] = _Put(adapter)
+        put = self._puts[adapter.weights_digest] = _Put(adapter.weights_digest, adapter)
         self._append(put)
 
     def drop(self, digest: str) -> None:
@@ -146,9 +154,11 @@ class RemoteBank:
                 raise AdapterUnfit(put.refusals[0])
 
     async def drained(self) -> None:
-        """Return once all changes so far have been applied."""
-        while self._sender is not None:
-            await asyncio.shield(self._sender)
+        """Return once all changes so far have been applied, or cannot be."""
+        if self._sender is not None:
+            applied = asyncio.Event()
+            self._queue.append(applied)
+            await applied.wait()
 
     def _append(self, change: _Put | str) -> None:
         self._queue.append(change)
@@ -156,28 +166,44 @@ class RemoteBank:
             self._sender = asyncio.get_running_loop().create_task(self._send_all())
 
     async def _send_all(self) -> None:
+        changes: list[_Queued] = []
         try:
             while self._queue:
                 changes, self._queue = self._queue, []
-                unfit = await self._send(await asyncio.to_thread(_encoded, changes))
+                encoded = await asyncio.to_thread(_encoded, changes)
+                unfit = await self._send(encoded) if encoded else {}
                 for change in changes:
                     if isinstance(change, _Put):
                         _end(change, unfit)
+                _set_events(changes)
         except Exception as exc:
             logger.exception("cannot change the adapters of the vLLM workers")
             self._on_failure(exc)
         finally:
             self._sender = None
+            _set_events([*changes, *self._queue])
+
+
+def _set_events(changes: Sequence[_Queued]) -> None:
+    for change in changes:
+        if isinstance(change, asyncio.Event):
+            change.set()
 
 
 def _end(put: _Put, unfit: Mapping[str, str]) -> None:
-    digest = put.adapter.weights_digest
-    if digest in unfit:
-        logger.warning("the vLLM workers refuse the adapter %s: %s", digest[:12], unfit[digest])
-        put.refusals.append(unfit[digest])
+    if put.digest in unfit:
+        logger.warning("the vLLM workers refuse the adapter %s: %s", put.digest[:12], unfit[put.digest])
+        put.refusals.append(unfit[put.digest])
     put.is_done.set()
 
 
-def _encoded(changes: Sequence[_Put | str]) -> list[Change]:
-    """Return the changes as plain values."""
-    return [("drop", change) if isinstance(change, str) else packed(change.adapter) for change in changes]
+def _encoded(changes: Sequence[_Queued]) -> list[Change]:
+    """Return the changes as plain values, and let go of the adapters."""
+    encoded: list[Change] = []
+    for change in changes:
+        if isinstance(change, str):
+            encoded.append(("drop", change))
+        elif isinstance(change, _Put) and change.adapter is not None:
+            encoded.append(packed(change.adapter))
+            change.adapter = None
+    return encoded

@@ -203,7 +203,7 @@ class RowRunner:
         task.add_done_callback(partial(self._ended, row))
 
     async def _compute(self, row: Row) -> Delta:
-        """Run the row in the workers and return its last delta. Raises: RequestFailed, EngineStopped."""
+        """Run the row in the workers and return its last delta. Raises: RequestFailed, GrammarFailed, EngineStopped."""
         await self._bank.written(row.adapter_set)
         async with aclosing(self._generate(row)) as steps:
             async for tokens in steps:
@@ -211,10 +211,16 @@ class RowRunner:
                 last = self._deliver(row, tokens)
                 if last is not None:
                     return last
-        raise RequestFailed(row.request_id)
+        if row.grammar is None:
+            raise RequestFailed(row.request_id)
+        row.grammar.fail()  # vLLM's matcher refused a token that its mask allowed
+        raise row.failure
 
     def _deliver(self, row: Row, tokens: Sequence[NewToken]) -> Delta | None:
-        """Append the tokens and send their text. Return the last delta; tokens after it are ignored."""
+        """Append the tokens and send their text. Return the last delta; tokens after it are ignored.
+
+        Raises: GrammarFailed if the answer ends before its grammar does.
+        """
         counters = self._queue.counters
         for token, scored in tokens:
             if row.num_new_tokens == 0 and not row.capture_first_logits:  # probes are not traffic
@@ -222,6 +228,10 @@ class RowRunner:
                 counters.num_cached_tokens += row.num_cached_tokens
             delta = row.append_token(token, scored)
             counters.num_new_tokens += not row.capture_first_logits
+            if row.grammar is not None and token in row.end_ids:
+                row.grammar.check_end()
+                if row.grammar.error is not None:
+                    raise row.failure
             if delta is not None and delta.finish_reason is not None:
                 return delta
             if delta is not None and not self._queue.send(row, delta):

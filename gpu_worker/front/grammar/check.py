@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_CPU_S = 2
 MAX_BYTES = 1 << 31  # address space of the checking process
 _NUM_STEPS = 48
-_MAX_SUBSCHEMAS = 500
+_MAX_PLACE_S = MAX_CPU_S / 2  # for finding the wrong part of a schema that is known to be wrong
 _END = 256
 
 
@@ -86,7 +86,11 @@ def _message(matcher: LLMatcher) -> str:
 
 
 def _find_place(error: str, text: str, vocabulary: LLTokenizer) -> str:
-    """Return the JSON pointer of the innermost schema that has this error on its own, or "" for the whole schema."""
+    """Return the JSON pointer of the innermost schema that has this error on its own.
+
+    It is "" for the whole schema, and if the search takes too long.
+    """
+    end = time.process_time() + _MAX_PLACE_S
     try:
         root = json.loads(text)
     except (ValueError, RecursionError):
@@ -94,8 +98,8 @@ def _find_place(error: str, text: str, vocabulary: LLTokenizer) -> str:
     if not isinstance(root, dict):
         return ""
     shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
-    for number, (pointer, schema) in enumerate(subschemas(root)):
-        if number == _MAX_SUBSCHEMAS:
+    for pointer, schema in subschemas(root):
+        if time.process_time() > end:
             break
         alone = json.dumps(shared | schema if pointer else schema)
         if _find_error("json_schema", alone, vocabulary) == error:

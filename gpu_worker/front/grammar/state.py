@@ -17,6 +17,7 @@ BITS = 32
 LONGEST_RUN = 8  # ids that are known to follow; the search costs a mask for each
 # The CPU time that the masks of an answer may take, and what each of its tokens adds. Other rows wait meanwhile.
 _FREE_S, _TOKEN_S = 0.25, 0.01
+_GAVE_UP = "it allows no further token, or it is too complex"
 Mask = NDArray[np.uint32]
 """A bit for each id, the lowest first."""
 
@@ -76,6 +77,21 @@ class GrammarState:
         if self._is_slow():
             self._when_slow()
 
+    def check_end(self) -> None:
+        """Fail if the row's last token ends the answer before the grammar does.
+
+        For an engine whose masks are not of this object: where its library gives up, it allows no other token.
+        """
+        answer = self._tokens[self._start :]
+        matcher = self._fresh.deep_copy()
+        if matcher.try_consume_tokens(answer) == len(answer) - 1 and not matcher.is_accepting():
+            self.fail()
+
+    def fail(self) -> None:
+        """Fail because the library gave up."""
+        self.error = _GAVE_UP
+        self._when_slow()
+
     def _is_slow(self) -> bool:
         """Return whether the updates, also one that runs, took more CPU time than those of such an answer may."""
         spent_s, running = self._spent_s, self._running
@@ -115,7 +131,7 @@ class GrammarState:
             self._num_consumed = len(answer)
             self._matcher.unsafe_compute_mask_ptr(self.allowed.ctypes.data, self.allowed.nbytes)
         if not is_valid or self._matcher.is_error() or not self.allowed.any():
-            self.error = "it allows no further token, or it is too complex"
+            self.error = _GAVE_UP
             if self._matcher.is_error():
                 self._when_slow()
         self._following = [] if self.error is not None else self._find_run()

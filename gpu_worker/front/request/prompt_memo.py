@@ -36,6 +36,13 @@ class PromptMemo:
 
         Raises: what `tokenize` raises. A GpuWorkerError is cached too.
         """
+        return _outcome(self.begin(job, tokenize).result(), job, tokenize)
+
+    def begin(self, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Future[_Outcome]:
+        """Tokenize the job's prompt unless another row has begun to. Return the future of the outcome.
+
+        Raises: what `tokenize` raises.
+        """
         key = _make_key(job)
         with self._lock:
             found = self._known.get(key)
@@ -45,11 +52,12 @@ class PromptMemo:
                     self._known.popitem(last=False)
             else:
                 self._known.move_to_end(key)
-        return self._made(key, made, job, tokenize) if found is None else _outcome(found.result(), job, tokenize)
+        if found is not None:
+            return found
+        self._make(key, made, job, tokenize)
+        return made
 
-    def _made(
-        self, key: bytes, made: Future[_Outcome], job: Job, tokenize: Callable[[Job], Sequence[int]]
-    ) -> Sequence[int]:
+    def _make(self, key: bytes, made: Future[_Outcome], job: Job, tokenize: Callable[[Job], Sequence[int]]) -> None:
         """Tokenize the prompt and pass the outcome to the waiting rows. Raises: what `tokenize` raises."""
         try:
             tokens = tokenize(job)
@@ -61,7 +69,6 @@ class PromptMemo:
             made.set_result(None)
             raise
         made.set_result(tokens)
-        return tokens
 
     def _forget(self, key: bytes) -> None:
         with self._lock:

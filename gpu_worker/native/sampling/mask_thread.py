@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from gpu_worker.front.grammar.state import GrammarState
+
+logger = logging.getLogger(__name__)
 
 LONGEST_MASK_S = 2.0
 
@@ -71,4 +74,8 @@ def _update(states: Sequence[GrammarState], abandoned: threading.Event) -> None:
         if abandoned.is_set():
             return
         if not state.is_current:
-            state.update()
+            try:
+                state.update()
+            except BaseException:  # a panic of the library is no Exception
+                logger.exception("a grammar cannot be followed")
+                state.fail()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from jsonschema import Draft202012Validator
 
-from gpu_worker.errors import GrammarInvalid
+from gpu_worker.errors import GrammarFailed, GrammarInvalid
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Completion, Job, SamplingParams
 from gpu_worker.front.text.token_bytes import TokenBytes
@@ -126,6 +126,44 @@ def test_a_grammar_that_cannot_be_compiled_fails_only_its_own_job(
     assert isinstance(neighbour, Completion)
     assert isinstance(refused, GrammarInvalid), refused
     assert (refused.pointer, refused.param) == (pointer, grammar.param)
+
+
+_WIDE = "|".join(f".{{1,{number}}}{chr(97 + number % 26)}{number}" for number in range(2, 4000))
+_PARTS = [f"part{number}" for number in range(60)]
+_DEEP = "".join(f'{part}: {part} {part} | "a"\n' for part in _PARTS)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("regex", f"x{{50}}({_WIDE})"),
+        Grammar("grammar", f'start: /x{{50}}/ ({"|".join(_PARTS)}) "c"\n{_DEEP}'),
+    ],
+    ids=["when a mask is computed", "when a token is read"],
+)
+def test_a_grammar_that_becomes_too_complex_fails_the_answer(grammar: Grammar, hosted: HostedEngine) -> None:
+    """Its check, which follows fewer bytes, passes."""
+    likely_a = tuple((token, 50.0) for token in range(256) if _BYTES(token) == b"a")
+    failed, neighbour = hosted.outcomes(bound(grammar, logit_bias=likely_a), job("neighbour"))
+    assert isinstance(failed, GrammarFailed), failed
+    assert isinstance(neighbour, Completion)
+    assert isinstance(hosted.error(bound(grammar)), GrammarInvalid), "it is refused for some time"
+
+
+def nested(depth: int) -> object:
+    """Return a schema of objects inside objects, each of which has two levels of JSON."""
+    return {"type": "object", "properties": {"a": nested(depth - 1)}, "required": ["a"]} if depth else {"const": 1}
+
+
+@pytest.mark.parametrize(
+    "grammar", [of_schema(nested(40)), Grammar("regex", "a\0?b", "structured_outputs.regex")], ids=["depth", "zero"]
+)
+def test_a_grammar_that_only_vllm_refuses_is_named(grammar: Grammar, hosted: HostedEngine) -> None:
+    [outcome] = hosted.outcomes(bound(grammar))
+    if hosted.config.engine == "native":
+        assert isinstance(outcome, Completion)
+    else:
+        assert isinstance(outcome, GrammarInvalid) and outcome.param == grammar.param, outcome
 
 
 def test_a_stream_follows_its_grammar_and_refuses_a_bad_one(hosted: HostedEngine) -> None:

@@ -91,6 +91,23 @@ def test_a_wide_plan_that_was_passed_over_reserves_the_bank(make_engine: MakeEng
     raise AssertionError("the wide plan never ran")
 
 
+def test_a_wide_plan_that_nothing_passed_over_reserves_nothing(make_engine: MakeEngine, shapes: Shapes) -> None:
+    """Every new request is one more look at the waiting ones."""
+    small, wide = (random_adapter(shapes, 0, rank=4), random_adapter(shapes, 1, rank=8))
+    engine = make_engine(by_digest(small, wide), bank_rank_rows=8, max_batch_size=4)
+    ask(engine, job_of("small", only(small), "small", 100))
+    engine.step()
+    waiting = ask(engine, job_of("wide", only(wide), "wide", 2))
+    for number in range(60):
+        ask(engine, job_of("base", BASE_PLAN, number, 1))
+        engine.step()
+    behind = ask(engine, job_of("small", only(small), "behind", 1))
+    engine.step()
+    assert behind.is_finished and not waiting.is_finished
+    engine.run_until_idle()
+    assert waiting.is_finished
+
+
 class Slow:
     """Fetches end when the test says so, and are counted by digest."""
 

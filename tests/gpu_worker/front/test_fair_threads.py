@@ -137,6 +137,19 @@ def test_the_error_of_a_call_is_its_own(hold: Callable[..., Held]) -> None:
     assert following.result(PATIENCE_S) == "next"
 
 
+def test_a_call_that_panics_answers_and_frees_its_place() -> None:
+    """A panic of a library in Rust is no Exception."""
+    threads = FairThreads("test", num_threads=1, max_calls=1, full="no room")
+
+    def panic() -> None:
+        raise BaseException("a panic")
+
+    with pytest.raises(RuntimeError, match="a panic"):
+        threads.submit("a", panic).result(PATIENCE_S)
+    assert threads.submit("a", lambda: "next").result(PATIENCE_S) == "next"
+    threads.close()
+
+
 def test_calls_that_wait_when_the_threads_close_fail(hold: Callable[..., Held]) -> None:
     held = hold()
     waiting = held.submit("a", "late")

@@ -13,12 +13,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from gpu_worker.errors import EngineStopped
-from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams
 from gpu_worker.native.engine import NativeEngine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
@@ -283,6 +285,34 @@ def test_leaving_the_iterator_cancels_at_the_next_step(gated: Gated) -> None:
     native.stop()
     assert engine.num_steps <= 1 + 1 + 4, "one step may have begun before the cancel arrived"
     assert_nothing_held(engine)
+
+
+def test_rows_that_wait_for_one_prompt_hold_no_threads(
+    make_engine: MakeEngine, start: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, may_end = threading.Event(), threading.Event()
+
+    def render_slowly(*args: Any) -> str:
+        entered.set()
+        assert may_end.wait(PATIENCE_S)
+        return "long"
+
+    monkeypatch.setattr("gpu_worker.front.preprocess.render_conversation", render_slowly)
+    native = start(make_engine({}))
+    together = [replace(greedy("", request_id=f"{n}", num_new=2), prompt=(Message("user", "long"),)) for n in range(8)]
+
+    async def main() -> None:
+        slow = asyncio.create_task(native.generate(together))
+        assert await asyncio.to_thread(entered.wait, PATIENCE_S)
+        try:
+            async with asyncio.timeout(PATIENCE_S / 2):
+                [quick] = await native.generate([greedy("x", num_new=2)])
+            assert isinstance(quick, Completion) and not slow.done()
+        finally:
+            may_end.set()
+        assert all(isinstance(answer, Completion) for answer in await slow)
+
+    run(main())
 
 
 async def stop_while_blocked(native: NativeEngine, gate: Gate) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -90,6 +92,22 @@ def test_written_returns_when_the_workers_hold_the_adapter() -> None:
     served(main)
 
 
+def test_an_adapter_that_the_workers_hold_is_not_kept_here() -> None:
+    async def main(far: Far, bank: RemoteBank) -> None:
+        one = adapter(1)
+        digest, tensor = one.weights_digest, weakref.ref(one.modules["m"].a)
+        bank.put(one)
+        del one
+        await bank.drained()
+        gc.collect()
+        assert tensor() is None
+        await bank.written([digest])
+        bank.drop(digest)
+        await bank.drained()
+
+    served(main)
+
+
 def test_a_failure_is_reported_and_later_changes_are_sent_again() -> None:
     one, two = adapter(1), adapter(2)
 
@@ -102,6 +120,46 @@ def test_a_failure_is_reported_and_later_changes_are_sent_again() -> None:
         bank.put(two)
         await bank.drained()
         assert far.calls == [[f"put {two.weights_digest}"]]
+
+    served(main)
+
+
+def test_waiting_for_changes_ends_while_others_come_and_go() -> None:
+    one = adapter(1)
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        async def change_for_ever() -> None:
+            while True:
+                bank.put(one)
+                bank.drop(one.weights_digest)
+                await asyncio.sleep(0)
+
+        changing = asyncio.ensure_future(change_for_ever())
+        while not far.calls:
+            await asyncio.sleep(0)
+        num_before = len(far.calls)
+        await bank.drained()
+        assert len(far.calls) <= num_before + 2
+        changing.cancel()
+        await bank.drained()
+
+    served(main)
+
+
+def test_waiting_for_changes_ends_when_they_fail() -> None:
+    async def main(far: Far, bank: RemoteBank) -> None:
+        far.may_answer.clear()
+        bank.put(adapter(1))
+        while not far.calls:
+            await asyncio.sleep(0)
+        waiting = [asyncio.ensure_future(bank.drained())]
+        await asyncio.sleep(0)
+        bank.put(adapter(2))
+        waiting.append(asyncio.ensure_future(bank.drained()))
+        far.error = RuntimeError("lost")
+        far.may_answer.set()
+        await asyncio.gather(*waiting)
+        assert far.failures == [far.error]
 
     served(main)
 

@@ -126,16 +126,18 @@ def test_more_fusions_than_fit_their_rows_all_run_with_adapters(serve: Callable[
 def test_a_row_that_waits_for_long_reserves_only_the_rows_that_it_needs(
     fusions_wait: bool, serve: Callable[..., Any]
 ) -> None:
-    """Two of the first three plans fill their rows. Every new request is a pass over those that wait."""
+    """Two of the first three plans fill their rows. Every new request for one of them passes over the third."""
 
     async def main(bench: Bench, plans: list[Plan]) -> None:
         fusions = [fusion_of(*plans[:2], weight=weight) for weight in (0.1, 0.2, 0.3)]
         full, other = (fusions, plans[3]) if fusions_wait else (plans[:3], fusions[0])
         *running, waiting = bench.ask(*[greedy("x", plan, num_new=1) for plan in full])
-        for _ in range(60):
-            [passing] = bench.ask(greedy("x", full[2]))
+        for number in range(60):
+            [passing] = bench.ask(greedy("x", full[0]))
+            assert bench.runner.status().num_running == (3 if number <= 50 else 2)
             bench.runner.cancel([passing.row])
-        assert waiting.row.num_passes > 50
+            await bench.until(lambda: bench.runner.status().num_running == 2)
+        assert waiting.row.num_passes == 51
         [behind] = bench.ask(greedy("x", full[0], num_new=1))
         assert bench.runner.status().num_running == 2, "the rows are reserved for the one that waits"
         [separate] = bench.ask(greedy("x", other, num_new=1))

@@ -90,6 +90,14 @@ def test_the_process_gives_the_result_of_the_check() -> None:
     assert refused.value.pointer == "/properties/a"
 
 
+def test_a_wrong_schema_of_many_parts_is_refused_with_its_error() -> None:
+    """Compiling each of them with its definitions takes several seconds."""
+    part = {"type": "object", "properties": {"a": {"type": "string"}}}
+    with pytest.raises(GrammarInvalid, match="Invalid type: strin") as refused:
+        CheckProcess().run(schema({"type": "strin", "$defs": {f"d{number}": part for number in range(500)}}))
+    assert refused.value.pointer == ""
+
+
 def test_the_process_imports_neither_the_store_nor_numpy() -> None:
     """Every new grammar waits for it, and these took three quarters of its time."""
     program = "import sys, llguidance, gpu_worker.front.grammar.check; print(*sys.modules)"

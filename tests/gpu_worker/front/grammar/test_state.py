@@ -183,6 +183,27 @@ def test_a_token_that_the_grammar_does_not_allow_is_an_error() -> None:
     assert state.error is not None and state.is_current
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_whole"),
+    [
+        ([*b"ab", END], True),
+        ([*b"ab", OTHER_END], True),
+        ([*b"a", END], False),
+        ([END], False),
+        ([*b"a"], True),  # a client's stop token
+        ([SPECIAL, *b"b", END], True),  # vLLM takes some markers for text
+    ],
+)
+def test_an_answer_that_ends_before_its_grammar_fails(answer: list[int], is_whole: bool) -> None:
+    when_slow = list[bool]()
+    tokens = [7, *answer]
+    state = GrammarState(
+        compiled(Grammar("regex", "ab")), tokens, 1, len(TOKENS), when_slow=lambda: when_slow.append(True)
+    )
+    state.check_end()
+    assert (state.error is None, not when_slow) == (is_whole, is_whole)
+
+
 def test_a_mask_has_a_bit_for_every_id() -> None:
     assert [num_words(vocabulary) for vocabulary in (1, 32, 33, 262_144)] == [1, 1, 2, 8192]
 

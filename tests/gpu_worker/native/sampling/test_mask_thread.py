@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from gpu_worker.front.grammar.state import GrammarState
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.native.sampling.mask_thread import MaskThread
@@ -19,6 +21,17 @@ class StuckState(GrammarState):
 
     def update(self) -> None:
         self.released.wait(120)
+
+
+class BrokenState(GrammarState):
+    """A state whose update raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(compiled(Grammar("regex", "ab")), [], 0, len(TOKENS))
+        self._exception = error
+
+    def update(self) -> None:
+        raise self._exception
 
 
 def test_all_states_of_a_step_are_current_afterwards() -> None:
@@ -46,4 +59,15 @@ def test_a_grammar_that_does_not_end_fails_alone() -> None:
     masks.finish()
     assert ids_of(later) == [ord("e")]
     stuck.released.set()
+    masks.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), BaseException("a panic")], ids=["error", "panic"])
+def test_a_grammar_that_raises_fails_alone(error: BaseException) -> None:
+    masks = MaskThread()
+    states = [BrokenState(error), state_of(Grammar("regex", "cd"), [])]
+    masks.begin(states)
+    masks.finish()
+    assert states[0].error is not None and states[1].error is None
+    assert ids_of(states[1]) == [ord("c")]
     masks.close()
