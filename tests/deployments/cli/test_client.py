@@ -16,7 +16,7 @@ NO = (404, refusal("no such model"))
 
 
 def late(body: Any) -> Callable[[Any], Any]:
-    """Return an answer that comes after the client's usual patience, which is half a second here."""
+    """Return an answer that comes after more than half a second."""
     return lambda _: Event().wait(0.7) or body
 
 
@@ -106,7 +106,6 @@ def test_a_request_that_works_may_take_as_long_as_the_server_needs(
 ) -> None:
     monkeypatch.setattr(client, "_ANSWER_TIMEOUT_S", 0.5)
     assert run_with((200, late({"data": [{"status": 201, "name": "poet"}]})), *command).code == 0
-    assert run_with((200, late({"data": []})), "list").err.endswith("timed out")
 
 
 def test_only_servers_elsewhere_are_asked_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
