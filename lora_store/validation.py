@@ -131,8 +131,11 @@ def check_folder(
     read_contract: ReadContract | None = None,
     limits: Limits | None = None,
     is_private: bool = False,
+    samples_folder: Path | None = None,
 ) -> CheckedFolder:
     """Read and validate the folder's adapter. `is_private`: no other process can change the folder meanwhile.
+
+    `samples_folder`: where its samples file is; default: in the folder.
 
     `module_shapes`: those of all modules that an adapter may change; None skips this check.
     `templates`: the names of the known chat templates, by digest; None skips this check. `read_contract`: how contracts
@@ -145,7 +148,7 @@ def check_folder(
     reasons = [*label.problems(), *_folder_problems(folder, limits)]
     config = _attempt(reasons, lambda: read_config(folder, limits))
     tensors = _attempt(reasons, lambda: read_tensors(_weights_file(folder), limits, is_private=is_private))
-    samples = _attempt(reasons, lambda: read_samples(folder, limits))
+    samples = _attempt(reasons, lambda: read_samples(samples_folder or folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
     template = _attempt(reasons, lambda: _choose_template(folder, label, templates, limits))
     contract, notes = _attempt(reasons, lambda: _find_contract(folder, label, read_contract)) or (None, ())

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import ray
 import ray._raylet
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
+from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.errors import RayUnauthenticated
 
 MODE_VARIABLE = "RAY_AUTH_MODE"
@@ -22,12 +24,25 @@ MODE_VARIABLE = "RAY_AUTH_MODE"
 logger = logging.getLogger(__name__)
 
 
+def prepare_own_ray(*, allow_unauthenticated: bool) -> Path:
+    """Guard the Ray that this process starts next: private files, and token mode, whatever RAY_AUTH_MODE says.
+
+    Return the folder of its sessions. `allow_unauthenticated` leaves the mode as it is. Raises: FolderNotPrivate.
+    """
+    keep_files_private(Path.home())
+    sessions = sessions_folder(os.environ, os.geteuid())
+    make_private(sessions.parent, os.geteuid())
+    if not allow_unauthenticated:
+        use_token_mode()
+    return sessions
+
+
 def use_token_mode() -> None:
     """Switch token mode on for this process and for every process that it starts, whatever the environment says."""
     given = os.environ.get(MODE_VARIABLE)
     if given is not None and given.lower() != "token":
         logger.warning(
-            "%s=%s is ignored: this server starts Ray in token mode. To start Ray without it, set "
+            "%s=%s is ignored: Ray starts in token mode. To start Ray without it, set "
             "allow_unauthenticated_ray: true in the settings",
             MODE_VARIABLE,
             given,

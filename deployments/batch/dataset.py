@@ -12,18 +12,23 @@ from dataclasses import asdict
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from deployments.auth.ray_token import prepare_own_ray, require_token_mode
 from deployments.batch.answering import PARTS_AT_ONCE, PartAnswerer
 from deployments.batch.planning import PartPlanner
 from deployments.batch.run import BatchRun
 
 
 @contextmanager
-def cluster(num_cpus_each: float, address: str | None, concurrency: int) -> Iterator[None]:
+def cluster(
+    num_cpus_each: float, address: str | None, concurrency: int, *, allow_unauthenticated: bool
+) -> Iterator[None]:
     """Connect to the cluster at `address`, or start one on this machine for the duration of the run.
 
-    `num_cpus_each`: logical CPUs of one engine and of the planner beside it.
+    `num_cpus_each`: logical CPUs of one engine and of the planner beside it. `allow_unauthenticated`: whether Ray may
+    run without its token. Raises: RayUnauthenticated, FolderNotPrivate.
     """
     if address is None:
+        sessions = prepare_own_ray(allow_unauthenticated=allow_unauthenticated)
         num_cpus = max(math.ceil(concurrency * num_cpus_each) + 1, os.cpu_count() or 1)
         ray.init(
             address="local",  # never another cluster on this machine
@@ -32,8 +37,10 @@ def cluster(num_cpus_each: float, address: str | None, concurrency: int) -> Iter
             log_to_driver=False,
             logging_level=logging.WARNING,
             _node_ip_address="127.0.0.1",
+            _temp_dir=str(sessions),
         )
     else:
+        require_token_mode(allow_unauthenticated=allow_unauthenticated)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         yield

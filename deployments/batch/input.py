@@ -57,12 +57,12 @@ def scan(uri: str) -> BatchInput:
         paths = _parquet_files(files, root)
         if not paths:
             raise BatchRefused(f"no parquet file at {uri}")
-        found = [(path, pq.ParquetFile(path, filesystem=files)) for path in paths]
-        schema = found[0][1].schema_arrow
-        for path, parquet in found:
-            if not parquet.schema_arrow.equals(schema):
+        found = [(path, *_read_footer(files, path)) for path in paths]
+        schema = found[0][1]
+        for path, columns, _ in found:
+            if not columns.equals(schema):
                 raise BatchRefused(f"{path} has other columns than {found[0][0]}")
-        known = tuple(InputFile(path, parquet.metadata.num_rows, _sha256(files, path)) for path, parquet in found)
+        known = tuple(InputFile(path, num_rows, _sha256(files, path)) for path, _, num_rows in found)
     except (OSError, ValueError, pa.ArrowException) as exc:
         raise BatchRefused(f"{uri} cannot be read: {exc}") from exc
     return BatchInput(uri, known, schema)
@@ -75,6 +75,12 @@ def _parquet_files(files: FileSystem, root: str) -> list[str]:
     return sorted(
         i.path for i in found if i.is_file and i.base_name.endswith(".parquet") and i.base_name[0] not in "._"
     )
+
+
+def _read_footer(files: FileSystem, path: str) -> tuple[pa.Schema, int]:
+    """Return the columns of a parquet file and its number of rows."""
+    with pq.ParquetFile(path, filesystem=files) as parquet:
+        return parquet.schema_arrow, parquet.metadata.num_rows
 
 
 def _sha256(files: FileSystem, path: str) -> str:

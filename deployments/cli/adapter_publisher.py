@@ -132,7 +132,7 @@ class AdapterPublisher:
         if not paths:
             return _refusal(404, "no adapter here: a folder with adapter_config.json is needed")
         try:
-            samples = None if item.samples is None else _samples_from(item.samples)
+            samples = None if item.samples is None else samples_from(item.samples)
         except ValueError as exc:
             return _refusal(400, str(exc))
         with ExitStack() as opened:
@@ -174,7 +174,7 @@ def _refusal(status: int, message: str) -> JsonObject:
     return {"status": status, "error": {"message": message}}
 
 
-def _samples_from(file: Path) -> bytes:
+def samples_from(file: Path) -> bytes:
     """Return the samples of a training file as a samples file. Raises: ValueError if there are none."""
     from lora_store import FileRefused, Limits  # torch takes seconds to import
     from lora_store.sample_files import write_samples

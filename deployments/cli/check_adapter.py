@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 
+from deployments.cli.adapter_publisher import samples_from
+from deployments.cli.options import name_options
 from deployments.cli.output import counted, err, fail, out, print_json, say, show_error, show_warning
 from deployments.config.loading import load_config
 from deployments.config.served_model import ServedModels
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import CONFIG_FILE, AdapterFolder, adapter_folders
+from deployments.publishing.adapter_folders import CONFIG_FILE, adapter_folders
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.errors import GpuWorkerError
 from lora_store import AdapterRefused, Label, Limits, check_folder
@@ -25,13 +30,21 @@ _ENOUGH_SAMPLES = 20  # more improve routing little
 
 
 def check_adapters(
-    folders: Sequence[Path], config: Path | None, parity: bool, *, base_name: str | None = None, as_json: bool = False
+    folders: Sequence[Path],
+    config: Path | None,
+    parity: bool,
+    *,
+    fields: JsonObject,
+    samples: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Print whether the adapters at `folders` can be published, or every reason why not. Exit with 1 if one cannot.
 
-    These are the ones that `publish` finds there. `parity`: also compare the log probabilities with those of PEFT.
+    These are the ones that `publish` finds there. `fields`: as a request to publish has them. `samples`: a training
+    file whose samples come instead of the folder's. `parity`: also compare the log probabilities with those of PEFT.
     `as_json`: print an object for scripts.
     """
+    label = _make_label(fields)
     found = []
     for folder in folders:
         found += (own := adapter_folders(folder))
@@ -42,7 +55,20 @@ def check_adapters(
     try:
         settings = load_config(config)
         limits = settings.admission.limits
-        outcomes = [_outcome(adapter, base_name, settings.served_models, limits) for adapter in found]
+        with TemporaryDirectory() as made:
+            if samples is not None:
+                Path(made, SAMPLES_FILE).write_bytes(samples_from(samples))
+            outcomes = [
+                _outcome(
+                    adapter.path.resolve(),
+                    label if "name" in fields else replace(label, name=adapter.name),
+                    settings.served_models,
+                    limits,
+                    samples_folder=adapter.path if samples is None else Path(made),
+                    has_samples=not fields.keys() & {"samples", "ttl_s"},
+                )
+                for adapter in found
+            ]
     except (ValueError, OSError) as exc:
         fail(str(exc))
     if as_json:
@@ -53,8 +79,8 @@ def check_adapters(
         raise typer.Exit(1)
     if parity and not as_json:
         folder = found[0].path.resolve()
-        model = settings.served_models.made_for(base_name or read_base_model(folder, limits))
-        _check_parity(folder, settings.by_model[model.name].worker_config())
+        model = settings.served_models.made_for(label.base_model or read_base_model(folder, limits))
+        _check_parity(folder, settings.by_model[model.name].worker_config(), limits)
 
 
 def folder_problem(folder: Path) -> str:
@@ -66,30 +92,52 @@ def folder_problem(folder: Path) -> str:
     return f"{folder}: no adapter here, {CONFIG_FILE} is missing"
 
 
-def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels, limits: Limits) -> JsonObject:
-    """Return what the check of one folder finds. Raises: OSError."""
-    folder = adapter.path.resolve()
-    model = models.made_for(base_name or read_base_model(folder, limits))
+def _make_label(fields: JsonObject) -> Label:
+    """Return the label of a request to publish with these fields. Exit if a server would refuse the request."""
+    if not fields:
+        return Label("")
+    from deployments.api import error_table  # it imports Ray, which takes seconds
+    from deployments.api.adapters import AdapterLabel
+
+    try:
+        item = AdapterLabel.model_validate(fields).item(files={})
+    except ValidationError as exc:
+        fail(name_options(str(error_table.validation_error(exc))))
+    return Label(
+        item.name or "",
+        tags=item.tags or (),
+        template=item.template,
+        base_model=item.base_model,
+        contract=item.contract,
+    )
+
+
+def _outcome(
+    folder: Path, label: Label, models: ServedModels, limits: Limits, *, samples_folder: Path, has_samples: bool
+) -> JsonObject:
+    """Return what the check of one folder finds. `has_samples`: whether it is published with any. Raises: OSError."""
+    model = models.made_for(label.base_model or read_base_model(folder, limits))
     has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
     try:
         admitted = check_folder(
             folder,
-            Label(adapter.name, base_model=base_name),
+            label,
             accepts_base=models.accepted_names,
             module_shapes=None,
             templates=model.known_templates if has_template else None,
             read_contract=partial(_read_contract, context=model.max_model_len),
             limits=limits,
+            samples_folder=samples_folder,
         )
     except AdapterRefused as exc:
-        return {"name": adapter.name, "is_fit": False, "reasons": list(exc.reasons)}
-    file = folder / SAMPLES_FILE
+        return {"name": label.name, "is_fit": False, "reasons": list(exc.reasons)}
+    file = samples_folder / SAMPLES_FILE
     return {
-        "name": adapter.name,
+        "name": label.name,
         "is_fit": True,
         "num_modules": len(admitted.pairs),
-        "num_samples": len(admitted.samples),
-        "num_lines": len(sample_lines(file.read_bytes())) if file.is_file() else 0,
+        "num_samples": len(admitted.samples) if has_samples else 0,
+        "num_lines": len(sample_lines(file.read_bytes())) if has_samples and file.is_file() else 0,
         "warnings": list(admitted.warnings),
     }
 
@@ -130,13 +178,13 @@ def _summary(outcome: JsonObject) -> str:
     return f"{', '.join(parts)}, fit to publish{hint}"
 
 
-def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> None:
+def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits) -> None:
     """Print the differences from PEFT. Exit with 1 if one is too large."""
     from deployments.cli.peft_parity import TOLERANCE, parity_with_peft  # transformers takes seconds to import
 
     try:
         with out.status("loading the base model twice"):
-            differences = parity_with_peft(folder, config)
+            differences = parity_with_peft(folder, config, limits)
     except AdapterRefused as exc:  # the shapes of the base model's layers were not known before
         fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
     except GpuWorkerError as exc:

@@ -28,8 +28,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
-from deployments.auth.ray_token import use_token_mode
+from deployments.auth.private_files import keep_files_private
+from deployments.auth.ray_token import prepare_own_ray
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.calls.proxy_limits import TRACING_VARIABLE
 from deployments.calls.serve_calls import bypass_http_proxy
@@ -161,11 +161,7 @@ class Server:
         their owner can read. Raises: ServerFailed, with the causes, if a deployment cannot start.
         """
         check_free(self._host, self._port)
-        keep_files_private(Path.home())
-        sessions = sessions_folder(os.environ, os.geteuid())
-        make_private(sessions.parent, os.geteuid())
-        if not self.settings.allow_unauthenticated_ray:
-            use_token_mode()
+        sessions = prepare_own_ray(allow_unauthenticated=self.settings.allow_unauthenticated_ray)
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()

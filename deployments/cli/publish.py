@@ -144,18 +144,18 @@ def publish(
     if twice := next((label for label, count in names.items() if count > 1), None):
         problem = f"{twice!r} would be the name of {names[twice]} adapters: publish them one by one, with --name"
         raise typer.BadParameter(problem, param_hint="FOLDER")
-    if dry_run and (config is not None or parity or _is_alone(url)):
-        _check_alone(places, config, base_name, parity=parity, as_json=as_json)
-        return
     if name is not None and len(items) != 1:
         raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
     if samples is not None and (len(items) != 1 or items[0].is_source):
         raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
+    if dry_run and (config is not None or parity or _is_alone(url)):
+        _check_alone(places, config, fields, samples, parity=parity, as_json=as_json)
+        return
     params = {"dry_run": "true"} if dry_run else {}
     if samples is not None:
         items = [replace(items[0], samples=samples)]
     remedy = "start it, or add --config FILE to check without a server" if dry_run else REMEDY
-    with open_client(url, remedy=remedy) as client, _upload_progress(items) as sent:
+    with open_client(url, waits=True, remedy=remedy) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, sent)
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
         failed = (report_json if as_json else report_lines)(send(items), len(items), dry_run)
@@ -172,14 +172,20 @@ def _is_alone(url: str) -> bool:
 
 
 def _check_alone(
-    places: Sequence[str], config: Path | None, base_name: str | None, *, parity: bool, as_json: bool
+    places: Sequence[str],
+    config: Path | None,
+    fields: JsonObject,
+    samples: Path | None,
+    *,
+    parity: bool,
+    as_json: bool,
 ) -> None:
     """Check folders in this process. Exit with 1 if one is not fit. Raises: BadParameter for a source."""
     if sources := [place for place in places if SOURCE.match(place)]:
         raise typer.BadParameter(f"only a server can read {sources[0]}; start one, or give --url", param_hint="FOLDER")
     from deployments.cli.check_adapter import check_adapters  # the store's libraries take most of a second to import
 
-    check_adapters([Path(place) for place in places], config, parity, base_name=base_name, as_json=as_json)
+    check_adapters([Path(place) for place in places], config, parity, fields=fields, samples=samples, as_json=as_json)
 
 
 def _find_items(place: str) -> list[Item]:

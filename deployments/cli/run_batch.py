@@ -10,7 +10,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from deployments.api.pool_responses import unserved_text
 from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.cli.output import counted, fail, print_json, progress, say, show_error
-from deployments.errors import BatchRefused
+from deployments.errors import BatchRefused, RayUnauthenticated
 from lora_store import LoraStoreError
 
 
@@ -28,7 +28,7 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
                 show_error(unserved_text(base_model, num_adapters))
         if run.parts:
             num_errors = _answer(run, address, concurrency)
-    except (BatchRefused, LoraStoreError, ConnectionError, RayError) as exc:
+    except (BatchRefused, RayUnauthenticated, LoraStoreError, OSError, RayError) as exc:
         fail(str(exc))
     except KeyboardInterrupt:
         fail("interrupted: run the same command again to resume")
@@ -53,8 +53,10 @@ def _answer(run: BatchRun, address: str | None, concurrency: int) -> int:
     from deployments.batch.dataset import answer_parts, cluster  # torch takes seconds to import
 
     num_errors, settings = 0, run.settings
+    num_cpus_each = settings.engine_cpus + settings.config.retriever_scaling.num_cpus
+    is_open = settings.config.allow_unauthenticated_ray
     with (
-        cluster(settings.engine_cpus + settings.config.retriever_scaling.num_cpus, address, concurrency),
+        cluster(num_cpus_each, address, concurrency, allow_unauthenticated=is_open),
         progress("rows", MofNCompleteColumn(), TimeRemainingColumn(), total=run.num_rows_left) as update,
     ):
         for part in answer_parts(run, concurrency):

@@ -73,7 +73,7 @@ def stored_texts(store_uri: str, tenant: str) -> dict[str, list[str]]:
 def read_texts(file: Path) -> dict[str, list[str]]:
     """Return the texts of the file by task. Raises: OSError; ValueError, naming the first invalid line."""
     texts: defaultdict[str, list[str]] = defaultdict(list)
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             task, text = _read_line(line, f"{file}:{number}")
             texts[task].append(text)

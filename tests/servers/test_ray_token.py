@@ -54,6 +54,15 @@ try:
 except RayUnauthenticated as refusal:
     print("refused:", refusal)
 """
+BATCH = """
+import os
+os.umask(0o022)
+from deployments.batch.dataset import cluster
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+with cluster(1, None, 1, allow_unauthenticated=False):
+    print(is_token_auth_enabled())
+"""
 
 
 def listening(server: psutil.Process) -> dict[int, str]:
@@ -110,6 +119,17 @@ def test_a_server_requires_the_token_on_every_port_and_writes_private_files(star
     pool = list((started.folder / "pool").rglob("*"))
     assert pool != []
     assert open_to_others([*logs, *pool]) == []
+
+
+def test_an_offline_run_starts_ray_in_token_mode_with_private_files(short_folder: Path) -> None:
+    home = in_home(short_folder, "disabled")
+    run = subprocess.run(
+        [sys.executable, "-c", BATCH], env=home, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
+    sessions = sessions_folder(home, os.geteuid())
+    assert (sessions / "session_latest").exists()
+    assert open_to_others([short_folder / ".ray" / "auth_token", sessions.parent]) == []
 
 
 def test_processes_of_a_cluster_without_token_mode_are_refused(short_folder: Path) -> None:

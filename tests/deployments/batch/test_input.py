@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -80,6 +82,20 @@ def test_a_changed_byte_makes_another_input(tmp_path: Path) -> None:
     assert scan(str(path)).files[0].sha256 == before
     numbers(path, 1, 5)
     assert scan(str(path)).files[0].sha256 != before
+
+
+def test_a_folder_may_have_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    for number in range(40):
+        numbers(tmp_path / f"{number:02}.parquet", number, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+    for descriptor in room:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(room) + 1, hard))
+    try:
+        assert scan(str(tmp_path)).num_rows == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_invalid_input_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from deployments.cli import peft_parity
 from gpu_worker.errors import BaseModelUnsupported
-from lora_store import AdapterRefused, ModuleWeights, Sample, write_peft_folder
+from lora_store import AdapterRefused, Limits, ModuleWeights, Sample, write_peft_folder
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import Outcome, run, run_alone, run_with, words
 
@@ -39,6 +39,73 @@ def test_a_good_folder_is_fit_to_publish(folder: Path, check: Check) -> None:
 def test_a_base_that_is_named_replaces_the_folders(folder: Path, check: Check) -> None:
     rename_base(folder, "/home/me/base")
     assert (check(folder).code, check(folder, "--base-name", BASE).code) == (1, 0)
+
+
+GIVEN = {
+    "rhyme.yaml": "instruction: 'Rhyme: {input}'",
+    "hot": "sampling: {temperature: hot}",
+    "train": '{"messages": [{"role": "user", "content": "Sing."}]}',
+    "unlabelled": '{"label": 1}',
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--name", "bard", "--tag", "fun", "--template", "chat", "--contract", "rhyme.yaml"), "bard: 1 module, 2 sam"),
+        (("--no-tags", "--template", "server", "--no-contract", "--share", "5"), "poet: 1 module, 2 sam"),
+        (("--samples", "train"), "1 module, 1 sample, fit"),
+        (("--no-samples",), "1 module, 0 samples, fit"),
+        (("--ttl", "60"), "1 module, 0 samples, fit"),
+    ],
+)
+def test_options_that_a_server_would_take_are_fit(
+    options: tuple[str, ...], says: str, folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    for name, text in GIVEN.items():
+        Path(name).write_text(text)
+    said = check(folder, *options)
+    assert (said.code, says in said.out) == (0, True), said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--name", "a b"), 1, "refused: name 'a b' must be 1 to 64 of"),
+        (("--name", ""), 1, "refused: name '' must be"),
+        (("--tag", "a b"), 1, "refused: tag 'a b' must be"),
+        (("--ttl", "0"), 1, "--ttl: must be"),
+        (("--share", "5", "--public"), 1, "`visibility` cannot be combined with `share`"),
+        (("--base-name", "other"), 1, "refused: base_model 'other' is none that this server accepts"),
+        (("--contract", "hot"), 1, "sampling.temperature: must be a number"),
+        (("--samples", "unlabelled"), 1, "unlabelled: has no row with a user's text"),
+        (("--samples", "nowhere"), 1, "nowhere: cannot be read"),
+        ((".", "--name", "bard"), 2, "one name cannot be used for 2 adapters"),
+        ((".", "--samples", "train"), 2, "one training file goes with one adapter folder"),
+    ],
+)
+def test_options_that_a_server_would_refuse_are_refused(
+    options: tuple[str, ...], code: int, says: str, folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    shutil.copytree(folder, "other")
+    for name, text in GIVEN.items():
+        Path(name).write_text(text)
+    said = check(*([] if "." in options else [folder]), *options)
+    assert (said.code, says in said.err) == (code, True), said.out + said.err
+
+
+def test_a_folder_without_a_contract_is_fit_where_its_own_is_not(folder: Path, check: Check) -> None:
+    (folder / "adapter_io.yaml").write_text("sampling: {temperature: hot}")
+    assert (check(folder).code, check(folder, "--no-contract").code) == (1, 0)
+
+
+def test_samples_of_a_training_file_are_checked_instead_of_the_folders_own(folder: Path, check: Check) -> None:
+    (folder / "lora_samples.jsonl").write_text("[]")
+    train = folder.parent / "train.jsonl"
+    train.write_text(GIVEN["train"])
+    assert (check(folder).code, check(folder, "--samples", train).code) == (1, 0)
 
 
 def test_every_reason_against_a_bad_folder_is_printed(folder: Path, check: Check) -> None:
@@ -117,6 +184,20 @@ def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
     assert "at most 0.001" in said.out and all(strategy in said.out for strategy in differences)
     apart = not mixture < 1e-3
     assert (said.code, "mixture differ from PEFT" in said.err) == (apart, apart)
+
+
+def test_parity_has_the_limits_of_the_settings(
+    folder: Path, config: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(config.read_text() + "admission: {max_rank: 7}\n")
+    given: list[Limits] = []
+
+    def compare(path: Path, worker: object, limits: Limits) -> dict[str, float]:
+        given.append(limits)
+        return {"selection": 0.0}
+
+    monkeypatch.setattr(peft_parity, "parity_with_peft", compare)
+    assert (check(folder, "--parity").code, [each.max_rank for each in given]) == (0, [7])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.cli.routing import auroc
+from deployments.cli.routing import auroc, read_labelled
 from tests.deployments.scripted import lines, refusal, run, run_with, words
 
 
@@ -106,6 +106,13 @@ def test_an_invalid_line_or_file_is_named(text: str | None, says: str, tmp_path:
         (tmp_path / "prompts.jsonl").write_text(text)
     said = run_with((500, {}), "route", "--file", tmp_path / "prompts.jsonl")
     assert (said.code, said.asked) == (1, []) and says in said.err
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
+    text = "one\u2028two\u2029three\x85four"
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(f'{{"input": "{text}", "adapter": null}}\r\n{{"input": "b", "adapter": null}}\r\n'.encode())
+    assert [(row.prompt, row.line) for row in read_labelled(file)] == [(text, 1), ("b", 2)]
 
 
 def test_a_line_with_an_unknown_adapter_is_named_and_nothing_is_measured(tmp_path: Path) -> None:

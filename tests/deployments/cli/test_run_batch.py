@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import typer
 
+from deployments.auth import ray_token
 from deployments.batch.output import BatchOutput
 from deployments.batch.run import BatchSettings, begin
 from deployments.cli.run_batch import run_batch
@@ -43,6 +44,16 @@ def test_a_complete_run_starts_nothing_and_says_what_is_not_served(
         assert "5 rows in 3 parts, 3 of them already done; 0 adapters at generation 1" in said
         assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
         assert words(printed.err).startswith(f"1 adapter was made for {BASE} and is not served: start the server with")
+
+
+def test_a_run_on_a_cluster_without_token_mode_is_refused(
+    settings: BatchSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(ray_token, "is_token_auth_enabled", lambda: False)  # Ray reads the mode once
+    with pytest.raises(typer.Exit):
+        run_batch(settings, address="127.0.0.1:1", concurrency=1)
+    assert "Ray runs without token authentication (RAY_AUTH_MODE is 'disabled')" in words(capsys.readouterr().err)
 
 
 def test_a_run_that_cannot_begin_is_refused_with_the_reason(

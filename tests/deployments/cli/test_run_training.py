@@ -26,6 +26,13 @@ def test_texts_of_a_task_are_read_in_order_and_empty_lines_are_skipped(tmp_path:
     assert read_texts(file) == {"b": ["one", "two"], "a": ["x"]}
 
 
+def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
+    text = "one\u2028two\u2029three\x85four"
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(f'{{"task": "a", "text": "{text}"}}\r\n{{"task": "a", "text": "x"}}\r\n'.encode())
+    assert read_texts(file) == {"a": [text, "x"]}
+
+
 def test_a_tenant_trains_on_visible_adapters_under_its_names_for_them(tmp_path: Path) -> None:
     """The first topic belongs to another tenant; an adapter without samples has no texts."""
     store = store_of(tmp_path, TEXTS)
