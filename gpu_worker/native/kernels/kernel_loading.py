@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,11 +38,13 @@ _NATIVE = ("-march=native",)
 _LOCK_S = 4 * LIMIT_S  # wait for another process that compiles the same kernel
 
 
+@cache
 def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
     """Return the library of `<name>.cpp`: the first existing one that loads, or a new one compiled into `cache_dir`.
 
     An existing library needs neither a compiler nor a writable folder. Log a warning for every refused file, for
-    example one that another user could have written. Return None, after a warning, if no library can be loaded.
+    example one that another user could have written. Return None, after a warning, if no library can be loaded; then
+    this process does not try again.
     """
     try:
         share_openmp()
