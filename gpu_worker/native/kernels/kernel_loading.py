@@ -50,7 +50,8 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
         share_openmp()
         processor = this_processor()
         compiled = cache_dir / "native" / _compiled_name(name, processor, os.environ)
-        existing = [path for path in (*_prebuilt(name, processor), compiled) if path.exists()]
+        # Unlike the paths' own method, this counts a file below an unreadable folder as missing.
+        existing = [path for path in (*_prebuilt(name, processor), compiled) if os.path.exists(path)]
         if found := _first_that_loads(name, existing):
             return found
         _compile(name, compiled, replace=compiled in existing)
