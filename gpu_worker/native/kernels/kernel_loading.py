@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -62,10 +63,15 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
 
 
 def num_missing_kernels(config: WorkerConfig) -> int:
-    """Return the number of CPU kernels that are not available. A GPU worker needs none."""
+    """Return the number of CPU kernels that are not available. A GPU worker needs none.
+
+    Those that have to be compiled are so at once, one for each of the worker's threads.
+    """
     if config.device != "cpu":
         return 0
-    return sum(load_library(name, config.cache_dir) is None for name in kernel_names())
+    with ThreadPoolExecutor(config.num_threads or 1) as compilers:
+        libraries = compilers.map(lambda name: load_library(name, config.cache_dir), kernel_names())
+        return sum(library is None for library in libraries)
 
 
 def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dtype, Callable[..., None]]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from threadpoolctl import threadpool_info
@@ -114,6 +115,14 @@ def test_missing_kernels_are_counted(tmp_path: Path, no_options: pytest.MonkeyPa
     no_options.setenv("PATH", "")
     assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path)) == len(kernel_names()) > 2
     assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, device="cuda")) == 0
+
+
+def test_kernels_are_compiled_on_all_threads_of_a_worker(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
+    both = Barrier(2, timeout=60)
+    no_options.setattr(kernel_loading, "kernel_names", lambda: ["fused", "sampling"])
+    no_options.setattr(Compiler, "compile", lambda *_, **__: both.wait())
+    no_options.setattr(kernel_loading, "_open", lambda library: library)
+    assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, num_threads=2)) == 0
 
 
 def test_a_library_that_cannot_be_loaded_disables_only_its_kernel(
