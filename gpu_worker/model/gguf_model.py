@@ -10,6 +10,8 @@ import copy
 import hashlib
 import io
 import logging
+import re
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -82,20 +84,28 @@ def converted_folder(kind: str, files: Sequence[Path], cache_dir: Path, convert:
     """Return the folder of the cache into which `convert` has written the model, once for each state of these files.
 
     `convert` gets the first one and a folder. Another `CONVERTER` converts them again, into a folder of its own.
+    Folders of earlier states of the first file are removed then.
     """
     facts: list[object] = [CONVERTER]
     for file in files:
         found = file.resolve().stat()
         facts += [file.resolve(), found.st_size, found.st_mtime_ns]
-    key = hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
-    folder = cache_dir / f"{kind}-{files[0].stem}-{key}"
+    name = f"{kind}-{files[0].stem}-{_digest(files[0].resolve())}"
+    folder = cache_dir / f"{name}-{_digest(*facts)}"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".{folder.name}.lock"):
+    with FileLock(cache_dir / f".{name}.lock"):
         if not folder.exists():
             logger.info("converting %s into %s, once; this takes about a minute", files[0], folder)
             with build_folder(folder) as target:
                 convert(files[0], target)
+            for earlier in cache_dir.iterdir():  # those with a dot were not finished
+                if re.match(rf"\.?{re.escape(name)}-", earlier.name) and earlier != folder:
+                    shutil.rmtree(earlier, ignore_errors=True)
     return folder
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
 
 
 def _read_checked(gguf: Path) -> Any:

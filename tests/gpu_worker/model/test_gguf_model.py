@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,7 +235,19 @@ def test_a_corrected_converter_does_not_read_what_an_earlier_one_wrote(
         monkeypatch.setattr(gguf_model, "CONVERTER", version)
         folders.append(gguf_folder(file, tmp_path / "cache"))
     assert folders[0] != folders[1] == folders[2]
-    assert all((folder / "model.safetensors").exists() for folder in folders)
+    assert (folders[1] / "model.safetensors").exists()
+
+
+def test_only_the_last_state_of_a_file_stays_in_the_cache(tmp_path: Path) -> None:
+    cache, file = tmp_path / "cache", tiny_llama(tmp_path / "model.gguf", "Q8_0")
+    (tmp_path / "other").mkdir()
+    other = gguf_folder(shutil.copy2(file, tmp_path / "other/model.gguf"), cache)
+    first = gguf_folder(file, cache)
+    (cache / f".{first.name}-abcd1234").mkdir()  # as a conversion that was killed leaves it
+    os.utime(file, ns=(0, 1))
+    second = gguf_folder(file, cache)
+    assert second != first
+    assert {folder for folder in cache.iterdir() if folder.is_dir()} == {other, second}
 
 
 @pytest.mark.parametrize("engine", ["native", "vllm"])
