@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gpu_worker.config import CONVERTER
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.gguf_blocks import KINDS, read_integers
@@ -37,6 +36,7 @@ from lora_store.built_folder import build_folder
 
 logger = logging.getLogger(__name__)
 
+CONVERTER = 5  # raise it when a conversion writes other files, so that those in the cache are not read any more
 _FLOATS = ("F32", "F16", "BF16")
 _ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
 # How Llama 3.1 and its successors scale positions. The file has only the factors that follow from it.
@@ -49,6 +49,12 @@ _LLAMA3 = {
 # How a tokenizer of bytes splits texts, by the name in the file. transformers knows the ways of other names.
 _SPLIT_AS_GPT_2 = ("gpt-2", "mpt", "olmo", "phi-2")
 _DIGITS_ALONE = ("refact", "smollm", "starcoder")  # each digit is a piece; else as GPT-2
+# Ends of a turn. Files of chat models that do not name theirs have one of these.
+_TURN_ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"),
+    *("<end_of_turn>", "<|end_of_turn|>", "<end_of_utterance>"),
+)
+_CONTROL = 3  # the type of a token that is no text
 _NOT_IN_MODEL = "nextn"  # layers that predict further tokens
 _REMEDY = "use the folder of the same model that has config.json and *.safetensors"
 
@@ -244,8 +250,28 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     read.config.quantization_config = _quantization_config({(weight.bits, weight.group) for weight in found.values()})
     read.config.save_pretrained(target)
+    read.generation_config.eos_token_id = _read_ends(reader, tokenizer)
     read.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _read_ends(reader: Any, tokenizer: Any) -> list[int] | None:
+    """Return the tokens that end an answer: of a text, and of a turn and a message, which transformers does not read.
+
+    The file of a chat model may leave out the end of a turn. llama.cpp finds it by its text too.
+    """
+    named = {
+        name: field.contents()
+        for name in ("eos", "eot", "eom")
+        if (field := reader.fields.get(f"tokenizer.ggml.{name}_token_id")) is not None
+    }
+    found = set(named.values())
+    kinds = reader.fields.get("tokenizer.ggml.token_type")
+    if "eot" not in named and kinds is not None and "tokenizer.chat_template" in reader.fields:
+        control = {id_ for id_, kind in enumerate(kinds.contents()) if kind == _CONTROL}
+        vocabulary = tokenizer.get_vocab()
+        found |= {vocabulary[text] for text in _TURN_ENDS if text in vocabulary} & control
+    return sorted(found) or None
 
 
 def _set_split(gguf: Path, reader: Any, tokenizer: Any) -> None:

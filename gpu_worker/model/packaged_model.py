@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from gpu_worker.config import CONVERTER, PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
+from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from lora_store.built_folder import build_folder
 
@@ -33,6 +33,7 @@ _PARTS = tuple(  # (package, its file), in order
 )
 _GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _CHECKSUMS = "SHA256SUMS"
+_INTEGERS = f"{PACKAGED_MODEL}-integers-4"  # raise the number when `convert_gguf` writes other files for this model
 # Gemma's tokenizer calls these special. The GGUF file does not say so, and answers would show them as text.
 _MARKERS = ["[multimodal]", "<start_of_image>", "<end_of_image>"]
 
@@ -132,7 +133,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _folder(cache_dir: Path, *, keeps_integers: bool) -> Path:
-    return cache_dir / (f"{PACKAGED_MODEL}-integers-{CONVERTER}" if keeps_integers else PACKAGED_MODEL)
+    return cache_dir / (_INTEGERS if keeps_integers else PACKAGED_MODEL)
 
 
 def _keep_integers(gguf: Path, target: Path) -> None:

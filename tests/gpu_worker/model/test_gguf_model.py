@@ -41,6 +41,7 @@ def tiny_llama(
     architecture: str = "llama",
     base: float = 10000.0,
     split: str = "gpt-2",
+    first: str = "<bos>",
     more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
 ) -> Path:
     """Write a random Llama of one layer with a tokenizer of single bytes."""
@@ -59,7 +60,7 @@ def tiny_llama(
     writer.add_tokenizer_model("gpt2")
     if split:
         writer.add_tokenizer_pre(split)
-    writer.add_token_list([*alphabet, "ab", "<bos>", "<eos>"])
+    writer.add_token_list([*alphabet, "ab", first, "<eos>"])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(len(alphabet) + 1)
     writer.add_eos_token_id(len(alphabet) + 2)
@@ -138,6 +139,34 @@ def test_what_transformers_leaves_out_of_a_file_is_refused(
     file = tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more)
     with pytest.raises(BaseModelUnsupported, match=re.escape(says)):
         gguf_folder(file, tmp_path / "cache")
+
+
+def name_turn_ends(writer: gguf.GGUFWriter) -> None:
+    writer.add_eot_token_id(5)
+    writer.add_eom_token_id(6)
+
+
+def have_chats(writer: gguf.GGUFWriter) -> None:
+    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * 2)
+    writer.add_chat_template("{{ messages[0].content }}")
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "ends"),
+    [
+        ("<bos>", lambda writer: None, {258}),
+        ("<bos>", name_turn_ends, {5, 6, 258}),
+        ("<end_of_turn>", have_chats, {257, 258}),
+        ("<end_of_turn>", lambda writer: None, {258}),
+    ],
+    ids=["of texts", "named", "by its text", "no chats"],
+)
+def test_the_end_of_a_turn_ends_an_answer(
+    first: str, more: Callable[[gguf.GGUFWriter], object], ends: set[int], tmp_path: Path
+) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", first=first, more=more)
+    base = load_base_model(tiny_config(file, dtype="auto", cache_dir=tmp_path / "cache"))
+    assert base.eos_token_ids == ends
 
 
 @pytest.mark.parametrize(
