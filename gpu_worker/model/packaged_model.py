@@ -59,13 +59,24 @@ def packaged_folder(cache_dir: Path, *, keeps_integers: bool = False) -> Path:
 def ensure_converted(config: WorkerConfig) -> None:
     """Convert the model for this worker unless it is in the cache folder, whose checksums `packaged_folder` verifies.
 
-    A process of its own converts, so that this one imports no torch and keeps its memory.
+    A process of its own converts, so that this one imports no torch and keeps its memory. Another one compiles the
+    worker's kernels meanwhile.
     Raises: BaseModelUnsupported, as `packaged_folder`.
     """
     integers = wants_integers(config)
     if not _folder(config.cache_dir, keeps_integers=integers).exists():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-            child.submit(packaged_folder, config.cache_dir, keeps_integers=integers).result()
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as children:
+            converting = children.submit(packaged_folder, config.cache_dir, keeps_integers=integers)
+            if isinstance(config, NativeWorkerConfig):
+                children.submit(_compile_kernels, config)
+            converting.result()
+
+
+def _compile_kernels(config: NativeWorkerConfig) -> None:
+    from gpu_worker.native.kernels.kernel_loading import num_missing_kernels  # imports torch
+
+    logging.disable()  # the worker reports those that are missing
+    num_missing_kernels(config)
 
 
 def wants_integers(config: WorkerConfig) -> bool:
