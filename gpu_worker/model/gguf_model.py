@@ -12,8 +12,9 @@ import io
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,33 @@ def _digest(*facts: object) -> str:
     return hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
 
 
-def _read_checked(gguf: Path) -> Any:
-    """Return the file's GGUFReader. Raises: BaseModelUnsupported."""
+@contextmanager
+def parsing_once() -> Iterator[None]:
+    """Let all within the block share one reader of a GGUF file.
+
+    transformers makes one for the config, the weights and the tokenizer each. Parsing a large vocabulary takes longer
+    than all else of a conversion.
+    Raises: BaseModelUnsupported if the package that reads it is not installed.
+    """
     try:
-        from gguf import GGUFReader
+        import gguf
     except ImportError as exc:
         raise BaseModelUnsupported(
-            f"{gguf} needs the Python package gguf, which is not installed; run pip install 'loraretriever[local]'"
+            "a GGUF file needs the Python package gguf, which is not installed; run pip install 'loraretriever[local]'"
         ) from exc
+    own = gguf.GGUFReader
+    shared = cache(own)
+    gguf.GGUFReader = lambda path: shared(str(path))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = own
+
+
+def _read_checked(gguf: Path) -> Any:
+    """Return the file's GGUFReader. Raises: BaseModelUnsupported."""
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(gguf)
         types = {tensor.tensor_type.name for tensor in reader.tensors}
@@ -219,6 +239,7 @@ def _read_rope(gguf: Path, reader: Any, config: Any) -> dict[str, Any]:
     return dict(scaled.rope_parameters)
 
 
+@parsing_once()
 def convert_gguf(gguf: Path, target: Path) -> None:
     """Save the model of a GGUF file as a checkpoint of the format compressed-tensors, in a folder that exists.
 

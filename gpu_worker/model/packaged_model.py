@@ -130,8 +130,11 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch  # imported here, as they take seconds
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    from gpu_worker.model.gguf_model import parsing_once
+
+    with parsing_once():
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = read.config
     del config.quantization_config
     with torch.device("meta"):

@@ -101,6 +101,20 @@ def test_a_gguf_file_is_served_with_its_integers(kind: str, without: str, tmp_pa
     assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
 
 
+def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary takes longer than all else."""
+    parsed: list[Path | str] = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: Path | str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    gguf_folder(tiny_llama(tmp_path / "model.gguf", "Q8_0"), tmp_path / "cache")
+    assert len(parsed) == 1 and gguf.GGUFReader is Reader
+
+
 def llama3_factors(factor: float) -> np.ndarray:
     """Return what llama.cpp writes for the scaling of positions of Llama 3.1, with 8 frequencies."""
     waves = 2 * np.pi * 10000 ** (np.arange(8) / 8)
