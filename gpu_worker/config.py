@@ -15,9 +15,6 @@ from lora_store.location import DEFAULT_CACHE_DIR
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: docs/benchmarks/index.md
 _WIDEST_FUSION = 256  # rank rows of a fusion of the widest adapters that `admission.max_rank` allows by default
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
-# The version of `gguf_model`, which takes seconds to import. Raise it when that module writes other files, so that
-# those in the cache are not read any more.
-CONVERTER = 4
 PACKAGED_ALIASES = ("google/gemma-3-270m", "unsloth/gemma-3-270m")  # names of the same model on the model hub
 AtLeastOne = Annotated[int, Ge(1)]
 ToolParser = Literal["auto", "hermes", "mistral", "mistral_args", "llama3_json"]

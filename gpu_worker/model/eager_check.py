@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.model.experts import expert_shapes
+from gpu_worker.model.quantization import QuantizedLinear
 from lora_store.adapter import AdapterRef
 from lora_store.plan import Plan, PlannedAdapter
 
@@ -29,6 +30,7 @@ TEXTS = (
 )
 MOST_TOKENS = 8  # per short prompt
 RANK = 4
+_MEASURED_ROWS = 64  # of a weight, for its deviation
 _ADAPTER_SHARE = 0.05  # relative to the weights' deviation; shifts logits by a fifth of the largest
 DIGEST = "model-check"
 ADAPTER_PLAN = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", DIGEST), DIGEST, 1.0),))
@@ -87,8 +89,8 @@ def check_adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
     generator = torch.Generator().manual_seed(0)
     modules = {}
     for name, linear in linears.items():
-        weight = linear.weight.detach()
-        spread = _ADAPTER_SHARE * float(weight[:64].float().std()) / rank**0.5  # for the products of a and bt
+        weight = _first_rows(linear)
+        spread = _ADAPTER_SHARE * float(weight.float().std()) / rank**0.5  # for the products of a and bt
         a = torch.randn(rank, linear.in_features, generator=generator)
         bt = torch.randn(rank, linear.out_features, generator=generator) * spread
         modules[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
@@ -101,11 +103,18 @@ def check_experts(experts: Mapping[str, nn.Module], rank: int) -> dict[str, Devi
     found = {}
     for name, (num_out, num_in, num) in expert_shapes(experts).items():
         weight = experts[name.rpartition(".")[0]].get_parameter(name.rpartition(".")[2]).detach()
-        spread = _ADAPTER_SHARE * float(weight[0, :64].float().std()) / rank**0.5
+        spread = _ADAPTER_SHARE * float(weight[0, :_MEASURED_ROWS].float().std()) / rank**0.5
         a = torch.randn(num, rank, num_in, generator=generator)
         bt = torch.randn(num, rank, num_out, generator=generator) * spread
         found[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
     return found
+
+
+def _first_rows(linear: nn.Linear) -> Tensor:
+    """Return the weights of the first outputs, without those of all others if they are integers."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.rows(torch.arange(min(_MEASURED_ROWS, linear.out_features)))
+    return linear.weight[:_MEASURED_ROWS].detach()
 
 
 @contextmanager

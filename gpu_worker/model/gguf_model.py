@@ -10,8 +10,11 @@ import copy
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Collection, Sequence
-from contextlib import redirect_stderr
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gpu_worker.config import CONVERTER
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.gguf_blocks import KINDS, read_integers
@@ -35,6 +37,7 @@ from lora_store.built_folder import build_folder
 
 logger = logging.getLogger(__name__)
 
+CONVERTER = 5  # raise it when a conversion writes other files, so that those in the cache are not read any more
 _FLOATS = ("F32", "F16", "BF16")
 _ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
 # How Llama 3.1 and its successors scale positions. The file has only the factors that follow from it.
@@ -47,6 +50,12 @@ _LLAMA3 = {
 # How a tokenizer of bytes splits texts, by the name in the file. transformers knows the ways of other names.
 _SPLIT_AS_GPT_2 = ("gpt-2", "mpt", "olmo", "phi-2")
 _DIGITS_ALONE = ("refact", "smollm", "starcoder")  # each digit is a piece; else as GPT-2
+# Ends of a turn. Files of chat models that do not name theirs have one of these.
+_TURN_ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"),
+    *("<end_of_turn>", "<|end_of_turn|>", "<end_of_utterance>"),
+)
+_CONTROL = 3  # the type of a token that is no text
 _NOT_IN_MODEL = "nextn"  # layers that predict further tokens
 _REMEDY = "use the folder of the same model that has config.json and *.safetensors"
 
@@ -82,30 +91,57 @@ def converted_folder(kind: str, files: Sequence[Path], cache_dir: Path, convert:
     """Return the folder of the cache into which `convert` has written the model, once for each state of these files.
 
     `convert` gets the first one and a folder. Another `CONVERTER` converts them again, into a folder of its own.
+    Folders of earlier states of the first file are removed then.
     """
     facts: list[object] = [CONVERTER]
     for file in files:
         found = file.resolve().stat()
         facts += [file.resolve(), found.st_size, found.st_mtime_ns]
-    key = hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
-    folder = cache_dir / f"{kind}-{files[0].stem}-{key}"
+    name = f"{kind}-{files[0].stem}-{_digest(files[0].resolve())}"
+    folder = cache_dir / f"{name}-{_digest(*facts)}"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".{folder.name}.lock"):
+    with FileLock(cache_dir / f".{name}.lock"):
         if not folder.exists():
             logger.info("converting %s into %s, once; this takes about a minute", files[0], folder)
             with build_folder(folder) as target:
                 convert(files[0], target)
+            for earlier in cache_dir.iterdir():  # those with a dot were not finished
+                if re.match(rf"\.?{re.escape(name)}-", earlier.name) and earlier != folder:
+                    shutil.rmtree(earlier, ignore_errors=True)
     return folder
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def parsing_once() -> Iterator[None]:
+    """Let all within the block share one reader of a GGUF file.
+
+    transformers makes one for the config, the weights and the tokenizer each. Parsing a large vocabulary takes longer
+    than all else of a conversion.
+    Raises: BaseModelUnsupported if the package that reads it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as exc:
+        raise BaseModelUnsupported(
+            "a GGUF file needs the Python package gguf, which is not installed; run pip install 'loraretriever[local]'"
+        ) from exc
+    own = gguf.GGUFReader
+    shared = cache(own)
+    gguf.GGUFReader = lambda path: shared(str(path))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = own
 
 
 def _read_checked(gguf: Path) -> Any:
     """Return the file's GGUFReader. Raises: BaseModelUnsupported."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as exc:
-        raise BaseModelUnsupported(
-            f"{gguf} needs the Python package gguf, which is not installed; run pip install 'loraretriever[local]'"
-        ) from exc
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(gguf)
         types = {tensor.tensor_type.name for tensor in reader.tensors}
@@ -203,6 +239,7 @@ def _read_rope(gguf: Path, reader: Any, config: Any) -> dict[str, Any]:
     return dict(scaled.rope_parameters)
 
 
+@parsing_once()
 def convert_gguf(gguf: Path, target: Path) -> None:
     """Save the model of a GGUF file as a checkpoint of the format compressed-tensors, in a folder that exists.
 
@@ -234,8 +271,28 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     read.config.quantization_config = _quantization_config({(weight.bits, weight.group) for weight in found.values()})
     read.config.save_pretrained(target)
+    read.generation_config.eos_token_id = _read_ends(reader, tokenizer)
     read.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _read_ends(reader: Any, tokenizer: Any) -> list[int] | None:
+    """Return the tokens that end an answer: of a text, and of a turn and a message, which transformers does not read.
+
+    The file of a chat model may leave out the end of a turn. llama.cpp finds it by its text too.
+    """
+    named = {
+        name: field.contents()
+        for name in ("eos", "eot", "eom")
+        if (field := reader.fields.get(f"tokenizer.ggml.{name}_token_id")) is not None
+    }
+    found = set(named.values())
+    kinds = reader.fields.get("tokenizer.ggml.token_type")
+    if "eot" not in named and kinds is not None and "tokenizer.chat_template" in reader.fields:
+        control = {id_ for id_, kind in enumerate(kinds.contents()) if kind == _CONTROL}
+        vocabulary = tokenizer.get_vocab()
+        found |= {vocabulary[text] for text in _TURN_ENDS if text in vocabulary} & control
+    return sorted(found) or None
 
 
 def _set_split(gguf: Path, reader: Any, tokenizer: Any) -> None:

@@ -68,6 +68,7 @@ class Pairs(ctypes.Structure):
 
         The tokens of `runs` have the last slots, in order.
         """
+        assert all(map(len, rank_rows)), "every adapter needs a rank row: the kernel fetches those of the next adapter"
         counts = np.array([len(of_adapter) for of_adapter in slots], dtype=np.int64)
         ranks = np.array([len(rows) for rows in rank_rows], dtype=np.int64)
         h_starts = _starts(counts * ranks)

@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from gpu_worker.config import CONVERTER, PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
+from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from lora_store.built_folder import build_folder
 
@@ -33,6 +33,7 @@ _PARTS = tuple(  # (package, its file), in order
 )
 _GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _CHECKSUMS = "SHA256SUMS"
+_INTEGERS = f"{PACKAGED_MODEL}-integers-4"  # raise the number when `convert_gguf` writes other files for this model
 # Gemma's tokenizer calls these special. The GGUF file does not say so, and answers would show them as text.
 _MARKERS = ["[multimodal]", "<start_of_image>", "<end_of_image>"]
 
@@ -58,13 +59,24 @@ def packaged_folder(cache_dir: Path, *, keeps_integers: bool = False) -> Path:
 def ensure_converted(config: WorkerConfig) -> None:
     """Convert the model for this worker unless it is in the cache folder, whose checksums `packaged_folder` verifies.
 
-    A process of its own converts, so that this one imports no torch and keeps its memory.
+    A process of its own converts, so that this one imports no torch and keeps its memory. Another one compiles the
+    worker's kernels meanwhile.
     Raises: BaseModelUnsupported, as `packaged_folder`.
     """
     integers = wants_integers(config)
     if not _folder(config.cache_dir, keeps_integers=integers).exists():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-            child.submit(packaged_folder, config.cache_dir, keeps_integers=integers).result()
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as children:
+            converting = children.submit(packaged_folder, config.cache_dir, keeps_integers=integers)
+            if isinstance(config, NativeWorkerConfig):
+                children.submit(_compile_kernels, config)
+            converting.result()
+
+
+def _compile_kernels(config: NativeWorkerConfig) -> None:
+    from gpu_worker.native.kernels.kernel_loading import num_missing_kernels  # imports torch
+
+    logging.disable()  # the worker reports those that are missing
+    num_missing_kernels(config)
 
 
 def wants_integers(config: WorkerConfig) -> bool:
@@ -118,8 +130,11 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch  # imported here, as they take seconds
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    from gpu_worker.model.gguf_model import parsing_once
+
+    with parsing_once():
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = read.config
     del config.quantization_config
     with torch.device("meta"):
@@ -132,7 +147,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _folder(cache_dir: Path, *, keeps_integers: bool) -> Path:
-    return cache_dir / (f"{PACKAGED_MODEL}-integers-{CONVERTER}" if keeps_integers else PACKAGED_MODEL)
+    return cache_dir / (_INTEGERS if keeps_integers else PACKAGED_MODEL)
 
 
 def _keep_integers(gguf: Path, target: Path) -> None:

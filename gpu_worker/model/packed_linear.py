@@ -225,12 +225,12 @@ def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Linear | Kernel
     `kernel`: used for integer weights and for bfloat16 weights of a float32 model, and instead of oneDNN where it is
     faster and can compute the layer.
     """
-    if isinstance(linear, QuantizedLinear) and kernel is not None:
-        return KernelLinear(kernel, linear.quantized, linear.bias)
+    if isinstance(linear, QuantizedLinear):
+        return linear if kernel is None else KernelLinear(kernel, linear.quantized, linear.bias)
     if isinstance(linear, NarrowLinear) and kernel is not None:
         return KernelLinear(kernel, linear.stored, linear.bias, torch.float32)
     weight = linear.weight
-    if isinstance(linear, QuantizedLinear) or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return linear
     if kernel is not None and linear.in_features % 2 == 0:
         return KernelLinear(kernel, weight, linear.bias)

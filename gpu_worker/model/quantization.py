@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ _LARGEST_INPUT = 127
 _SMALLEST_RANGE = 2.0**-100  # inputs below it are rounded to 0
 _ROWS_AT_ONCE = 4096  # bounds float32 copies of weights
 _ROWS_IN_CACHE = 64  # their float32 copies stay in a processor's cache
+_ROWS_PER_PRODUCT = 256  # fewer are slower, and a whole layer's float32 copy takes much memory
 _GROUPS_AT_ONCE = 2048  # their float32 copies stay in a processor's cache
 _PARTS = (1.0, 0.92, 0.84)  # shares of a group's range; the first scales let 16 integers cover one of them
 _NUM_FITS = 2  # of scale and offset to the integers, by least squares
@@ -69,7 +70,7 @@ class QuantizedWeight:
         num_scales = self.scales.numel() * self.scales_per_group
         return self.values.numel() * self.bits // 8 + num_scales * (2 if self.group else 4)
 
-    def rows(self, outputs: Tensor) -> QuantizedWeight:  # (N,)
+    def rows(self, outputs: Tensor | slice) -> QuantizedWeight:  # (N,)
         """Return the weight of these outputs."""
         offsets = None if self.offsets is None else self.offsets[outputs]
         return replace(self, values=self.values[outputs], scales=self.scales[outputs], offsets=offsets)
@@ -92,8 +93,8 @@ class QuantizedWeight:
     def _multiply(self, rows: slice, inputs: slice, groups: slice) -> Tensor:
         """Return these weights in float32. Each of the groups has the same number of inputs."""
         scales = self.scales[rows, groups]
-        values = self.values[rows, inputs].reshape(*scales.shape, -1)
-        found = values * scales.unsqueeze(2)
+        found = self.values[rows, inputs].float().reshape(*scales.shape, -1)
+        found *= scales.unsqueeze(2)
         if self.offsets is not None:
             found += self.offsets[rows, groups].unsqueeze(2)
         return found.flatten(1)
@@ -130,14 +131,19 @@ class QuantizedLinear(nn.Linear):
         # transformers asks the first parameter for the model's dtype and device, and a model may have no other.
         self.empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
-    @cached_property
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]  # no parameter: most starts do without it
-        """Return the weights that the integers stand for. They take seconds and memory."""
+        """Return the weights that the integers stand for, in a new tensor each time, which takes time and memory."""
         return self.quantized.dequantized(self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # (..., I) -> (..., O)
         rounded = rounded_inputs(input, self.quantized.block)
-        return nn.functional.linear(rounded.to(input.dtype), self.weight, self.bias)
+        parts = []
+        for start in range(0, self.out_features, _ROWS_PER_PRODUCT):
+            weight = self.quantized.rows(slice(start, start + _ROWS_PER_PRODUCT)).dequantized()
+            parts.append(nn.functional.linear(rounded, weight))
+        y = torch.cat(parts, dim=-1)
+        return (y if self.bias is None else y + self.bias).to(input.dtype)
 
     def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
         """Return the weights of these outputs."""

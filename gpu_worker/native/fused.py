@@ -236,9 +236,9 @@ def _fused_mlp(module: Any, kernel: FusedKernel, choices: Choices) -> FusedMlp |
         return None
 
     def is_same(fused: FusedMlp) -> bool:
-        gate_proj = module.gate_proj
-        gate, up = probe_input(gate_proj.out_features, gate_proj.weight.dtype, count=2)
-        x = probe_input(gate_proj.in_features, gate_proj.weight.dtype)
+        weight = module.gate_proj.weight
+        gate, up = probe_input(weight.shape[0], weight.dtype, count=2)
+        x = probe_input(weight.shape[1], weight.dtype)
         same_values = _agree(kernel.gated(gate, up, is_silu=fused.is_silu), activation(gate) * up)
         # a different rounding changes all sums slightly
         return same_values and _agree(fused(x), module(x), most_unequal=1.0)

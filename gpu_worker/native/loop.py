@@ -82,6 +82,7 @@ class Engine:
         check = None if choices.are_known else ModelCheck(self.base, found, self.max_len, config.bank_rank_rows)
         device_parts.fuse_where_compiled(self.base.model, config, choices)
         self.bank = device_parts.make_bank(config, found.linears, free_fill, expert_shapes(found.experts))
+        found.linears.clear()  # so that the memory of a layer is free once it is packed
         device_parts.inject_adapters(self.base.model, self.bank, context, config, choices)
         adapt_experts(found.experts, context)
         adapt_routers(found.routers, self.bank.modules, context)

@@ -21,7 +21,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIMIT_S = 120.0  # timeout of one compiler call, which takes about a second
 _OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-Wno-psabi")
-_COMPILERS = ("c++", "g++", "clang++")
+_COMPILERS = ("c++", "g++")
 
 
 class KernelUnavailable(Exception):
@@ -48,7 +48,7 @@ class Compiler:
         raise KernelUnavailable(f"no C++ compiler found ({names}); install one (Debian package g++) or set CXX")
 
     def compile(self, source: Path, options: Sequence[str], library: Path, limit_s: float = LIMIT_S) -> None:
-        """Build `library` from `source` atomically.
+        """Build `library` from `source`. It is there as a whole or not at all, also after a power failure.
 
         Raises: KernelUnavailable if the compiler fails or takes longer than `limit_s`.
         """
@@ -59,7 +59,9 @@ class Compiler:
                 "-shared", str(parts), "-o", str(made), limit_s=limit_s
             )  # without -fopenmp, so no runtime is linked
             made.chmod(0o644)
+            _flush_to_disk(made)
             made.rename(library)
+        _flush_to_disk(library.parent)
 
     def _run(self, *arguments: str, limit_s: float) -> None:
         command = [*self.command, *self.options, *arguments]
@@ -69,6 +71,15 @@ class Compiler:
             raise KernelUnavailable(f"{self.command[0]} did not finish within {limit_s:g} s") from exc
         if run.returncode != 0:
             raise KernelUnavailable(f"{shlex.join(command)} failed: {run.stderr.strip()}")
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Do what `lora_store.files` does, which the image's build stage lacks."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def kernel_names() -> list[str]:

@@ -10,6 +10,8 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,17 +39,20 @@ _NATIVE = ("-march=native",)
 _LOCK_S = 4 * LIMIT_S  # wait for another process that compiles the same kernel
 
 
+@cache
 def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
     """Return the library of `<name>.cpp`: the first existing one that loads, or a new one compiled into `cache_dir`.
 
     An existing library needs neither a compiler nor a writable folder. Log a warning for every refused file, for
-    example one that another user could have written. Return None, after a warning, if no library can be loaded.
+    example one that another user could have written. Return None, after a warning, if no library can be loaded; then
+    this process does not try again.
     """
     try:
         share_openmp()
         processor = this_processor()
         compiled = cache_dir / "native" / _compiled_name(name, processor, os.environ)
-        existing = [path for path in (*_prebuilt(name, processor), compiled) if path.exists()]
+        # Unlike the paths' own method, this counts a file below an unreadable folder as missing.
+        existing = [path for path in (*_prebuilt(name, processor), compiled) if os.path.exists(path)]
         if found := _first_that_loads(name, existing):
             return found
         _compile(name, compiled, replace=compiled in existing)
@@ -58,10 +63,15 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
 
 
 def num_missing_kernels(config: WorkerConfig) -> int:
-    """Return the number of CPU kernels that are not available. A GPU worker needs none."""
+    """Return the number of CPU kernels that are not available. A GPU worker needs none.
+
+    Those that have to be compiled are so at once, one for each of the worker's threads.
+    """
     if config.device != "cpu":
         return 0
-    return sum(load_library(name, config.cache_dir) is None for name in kernel_names())
+    with ThreadPoolExecutor(config.num_threads or 1) as compilers:
+        libraries = compilers.map(lambda name: load_library(name, config.cache_dir), kernel_names())
+        return sum(library is None for library in libraries)
 
 
 def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dtype, Callable[..., None]]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def tiny_llama(
     architecture: str = "llama",
     base: float = 10000.0,
     split: str = "gpt-2",
+    first: str = "<bos>",
     more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
 ) -> Path:
     """Write a random Llama of one layer with a tokenizer of single bytes."""
@@ -57,7 +60,7 @@ def tiny_llama(
     writer.add_tokenizer_model("gpt2")
     if split:
         writer.add_tokenizer_pre(split)
-    writer.add_token_list([*alphabet, "ab", "<bos>", "<eos>"])
+    writer.add_token_list([*alphabet, "ab", first, "<eos>"])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(len(alphabet) + 1)
     writer.add_eos_token_id(len(alphabet) + 2)
@@ -98,6 +101,20 @@ def test_a_gguf_file_is_served_with_its_integers(kind: str, without: str, tmp_pa
     assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
 
 
+def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary takes longer than all else."""
+    parsed: list[Path | str] = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: Path | str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    gguf_folder(tiny_llama(tmp_path / "model.gguf", "Q8_0"), tmp_path / "cache")
+    assert len(parsed) == 1 and gguf.GGUFReader is Reader
+
+
 def llama3_factors(factor: float) -> np.ndarray:
     """Return what llama.cpp writes for the scaling of positions of Llama 3.1, with 8 frequencies."""
     waves = 2 * np.pi * 10000 ** (np.arange(8) / 8)
@@ -136,6 +153,34 @@ def test_what_transformers_leaves_out_of_a_file_is_refused(
     file = tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more)
     with pytest.raises(BaseModelUnsupported, match=re.escape(says)):
         gguf_folder(file, tmp_path / "cache")
+
+
+def name_turn_ends(writer: gguf.GGUFWriter) -> None:
+    writer.add_eot_token_id(5)
+    writer.add_eom_token_id(6)
+
+
+def have_chats(writer: gguf.GGUFWriter) -> None:
+    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * 2)
+    writer.add_chat_template("{{ messages[0].content }}")
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "ends"),
+    [
+        ("<bos>", lambda writer: None, {258}),
+        ("<bos>", name_turn_ends, {5, 6, 258}),
+        ("<end_of_turn>", have_chats, {257, 258}),
+        ("<end_of_turn>", lambda writer: None, {258}),
+    ],
+    ids=["of texts", "named", "by its text", "no chats"],
+)
+def test_the_end_of_a_turn_ends_an_answer(
+    first: str, more: Callable[[gguf.GGUFWriter], object], ends: set[int], tmp_path: Path
+) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", first=first, more=more)
+    base = load_base_model(tiny_config(file, dtype="auto", cache_dir=tmp_path / "cache"))
+    assert base.eos_token_ids == ends
 
 
 @pytest.mark.parametrize(
@@ -233,7 +278,19 @@ def test_a_corrected_converter_does_not_read_what_an_earlier_one_wrote(
         monkeypatch.setattr(gguf_model, "CONVERTER", version)
         folders.append(gguf_folder(file, tmp_path / "cache"))
     assert folders[0] != folders[1] == folders[2]
-    assert all((folder / "model.safetensors").exists() for folder in folders)
+    assert (folders[1] / "model.safetensors").exists()
+
+
+def test_only_the_last_state_of_a_file_stays_in_the_cache(tmp_path: Path) -> None:
+    cache, file = tmp_path / "cache", tiny_llama(tmp_path / "model.gguf", "Q8_0")
+    (tmp_path / "other").mkdir()
+    other = gguf_folder(shutil.copy2(file, tmp_path / "other/model.gguf"), cache)
+    first = gguf_folder(file, cache)
+    (cache / f".{first.name}-abcd1234").mkdir()  # as a conversion that was killed leaves it
+    os.utime(file, ns=(0, 1))
+    second = gguf_folder(file, cache)
+    assert second != first
+    assert {folder for folder in cache.iterdir() if folder.is_dir()} == {other, second}
 
 
 @pytest.mark.parametrize("engine", ["native", "vllm"])

@@ -27,6 +27,11 @@ def pairs_of(
     )
 
 
+def test_an_adapter_without_rank_rows_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="needs a rank row"):
+        pairs_of([[0], [0]], [[7], []], is_fusion=[False])
+
+
 def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -> None:
     """h of a pair begins after those of all earlier pairs; a loop counts them."""
     slots, rank_rows = [[0, 2], [1], [0, 1, 2]], [[7, 8, 9], [4], [1, 2]]

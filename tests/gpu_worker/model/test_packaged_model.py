@@ -10,6 +10,8 @@ from gpu_worker.config import NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model import packaged_model
 from gpu_worker.model.base_model import model_source
+from gpu_worker.native.kernels.kernel_build import kernel_names
+from tests.gpu_worker.compilers import script
 
 
 def test_the_packaged_weights_are_joined_without_importing_their_packages(tmp_path: Path) -> None:
@@ -50,6 +52,18 @@ def test_another_process_converts_what_the_cache_lacks(tmp_path: Path, monkeypat
             packaged_model.ensure_converted(config)
         assert model_source(config).startswith(str(tmp_path))  # converts what the worker will read
         packaged_model.ensure_converted(config)
+
+
+def test_kernels_are_compiled_while_the_model_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Here the compiler writes files that are no libraries, and the conversion cannot take its lock."""
+    monkeypatch.setenv("CXX", str(script(tmp_path / "c++", 'for last; do :; done; echo "no library" > "$last"')))
+    (tmp_path / f".{packaged_model.PACKAGED_MODEL}.lock").mkdir()
+    with pytest.raises(OSError, match="lock"):
+        packaged_model.ensure_converted(NativeWorkerConfig(cache_dir=tmp_path))
+    assert len(list((tmp_path / "native").glob("*.so"))) == len(kernel_names())
+    assert "kernel" not in capfd.readouterr().err, "the worker says it"
 
 
 def test_a_conversion_shows_no_progress_bars_of_other_libraries(

@@ -6,15 +6,20 @@ Requests past their deadline end at the next step, in any state.
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, LogitsNotFinite, WaitedTooLong
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.model import inject
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
+from gpu_worker.model.quantization import QuantizedLinear
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.clocks import Clock
@@ -31,13 +36,36 @@ from tests.gpu_worker.engine_driver import (
     assert_nothing_held,
     assert_same,
     by_digest,
+    compiled,
     complete,
     greedy,
     run,
     run_together,
     stream_text,
 )
-from tests.tiny import assert_equal_logits, plan_of, random_adapter
+from tests.tiny import TinyFolders, assert_equal_logits, plan_of, random_adapter, tiny_config
+
+
+def test_the_memory_of_a_layer_is_free_once_it_is_packed(
+    make_engine: MakeEngine, tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start needs the memory of one layer besides that of all of them."""
+    compiled(load_linear_kernel)
+    options = {"dtype": "bfloat16", "quantization": "int8"}
+    base = load_base_model(tiny_config(tiny_folders["gemma3"], **options))
+    layers = [weakref.ref(each) for each in base.model.modules() if isinstance(each, QuantizedLinear)]
+    num_alive, packed = list[int](), inject.packed
+
+    def counted(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Module:
+        num_alive.append(sum(layer() is not None for layer in layers))
+        return packed(linear, kernel)
+
+    monkeypatch.setattr(inject, "packed", counted)
+    engine = make_engine({}, base=base, **options)
+    assert any(isinstance(each, KernelLinear) for each in engine.base.model.modules())
+    assert len(num_alive) == len(layers) == 7 * 3 + 1
+    num_kept = [alive - waiting for alive, waiting in zip(num_alive, range(len(layers), 0, -1), strict=True)]
+    assert max(num_kept) <= 1
 
 
 def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngine, shapes: Shapes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -56,11 +57,14 @@ def test_a_failing_compiler_leaves_nothing_and_its_output_is_in_the_error(tmp_pa
 
 
 def test_the_first_compiler_on_the_path_is_used(tmp_path: Path) -> None:
-    for name in ("clang++", "g++"):
+    """It is never clang, whose OpenMP calls functions that torch's runtime does not have."""
+    for name in ("clang++", "g++", "c++"):
         script(tmp_path / name, "exit 0")
-    assert Compiler.find({"PATH": str(tmp_path)}) == Compiler((str(tmp_path / "g++"),))
-    (tmp_path / "g++").unlink()
-    assert Compiler.find({"PATH": str(tmp_path)}).command == (str(tmp_path / "clang++"),)
+    for name in ("c++", "g++"):
+        assert Compiler.find({"PATH": str(tmp_path)}) == Compiler((str(tmp_path / name),))
+        (tmp_path / name).unlink()
+    with pytest.raises(KernelUnavailable, match=r"no C\+\+ compiler found \(c\+\+, g\+\+\)"):
+        Compiler.find({"PATH": str(tmp_path)})
 
 
 def test_a_library_can_be_read_by_all_and_written_by_its_owner(tmp_path: Path) -> None:
@@ -69,3 +73,17 @@ def test_a_library_can_be_read_by_all_and_written_by_its_owner(tmp_path: Path) -
     Compiler((str(script(tmp_path / "c++", made)),)).compile(name_library("fused"), (), tmp_path / "fused.so")
     assert (tmp_path / "fused.so").read_text() == "library\n"
     assert (tmp_path / "fused.so").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_library_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power failure could leave a file without its end, which each start would compile again."""
+    library, flushed, flush = tmp_path / "fused.so", list[tuple[bool, bool]](), os.fsync
+
+    def record(descriptor: int) -> None:
+        flushed.append((library.exists(), stat.S_ISDIR(os.fstat(descriptor).st_mode)))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    made = 'for last; do :; done; echo library > "$last"'
+    Compiler((str(script(tmp_path / "c++", made)),)).compile(name_library("fused"), (), library)
+    assert flushed == [(False, False), (True, True)], "the file, and then the folder"

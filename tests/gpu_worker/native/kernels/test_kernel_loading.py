@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from threadpoolctl import threadpool_info
@@ -36,6 +37,8 @@ def small_source(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 
 def load(cache: Path) -> ctypes.CDLL | None:
+    """Load a kernel as another process does."""
+    load_library.cache_clear()
     return load_library("grouped_lora", cache)
 
 
@@ -114,6 +117,14 @@ def test_missing_kernels_are_counted(tmp_path: Path, no_options: pytest.MonkeyPa
     assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, device="cuda")) == 0
 
 
+def test_kernels_are_compiled_on_all_threads_of_a_worker(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
+    both = Barrier(2, timeout=60)
+    no_options.setattr(kernel_loading, "kernel_names", lambda: ["fused", "sampling"])
+    no_options.setattr(Compiler, "compile", lambda *_, **__: both.wait())
+    no_options.setattr(kernel_loading, "_open", lambda library: library)
+    assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, num_threads=2)) == 0
+
+
 def test_a_library_that_cannot_be_loaded_disables_only_its_kernel(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,9 +186,11 @@ def test_files_of_another_user_are_not_trusted(what: str, tmp_path: Path) -> Non
         check_trusted(library, ME)
 
 
+@pytest.mark.parametrize("folder", ["cache", 300 * "c"], ids=["missing", "unusable"])
 def test_a_prebuilt_kernel_is_used_and_nothing_is_compiled(
-    tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel
+    folder: str, tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:
+    """Also if the system refuses to look into the cache folder: here its name is too long."""
     fitting = this_processor().fitting()
     if not fitting:
         pytest.skip("no variant is for this processor")
@@ -186,9 +199,9 @@ def test_a_prebuilt_kernel_is_used_and_nothing_is_compiled(
     Compiler.find().compile(kernel_loading.name_library("grouped_lora"), fitting[-1].options, library)
     no_options.setattr(kernel_loading, "PREBUILT", tmp_path / "prebuilt")
     no_options.setenv("PATH", "")
-    assert load_library("grouped_lora", tmp_path / "cache") is not None
-    assert not (tmp_path / "cache").exists()
-    assert load_library("fused", tmp_path / "cache") is None, "that one was not built, and there is no compiler"
+    assert load_library("grouped_lora", tmp_path / folder) is not None
+    assert not os.path.exists(tmp_path / folder)
+    assert load_library("fused", tmp_path / folder) is None, "that one was not built, and there is no compiler"
     assert {variant.machine for variant in fitting} <= {variant.machine for variant in VARIANTS}
 
 
@@ -243,5 +256,5 @@ def test_a_kernel_for_another_kind_of_runtime_is_refused(
     source.write_text('extern "C" void __kmpc_no_such_call(); extern "C" void f() { __kmpc_no_such_call(); }\n')
     (tmp_path / "cache" / "native").mkdir(parents=True, mode=0o700)
     no_options.setattr(kernel_loading, "name_library", lambda name: source)
-    assert load_library("fused", tmp_path / "cache") is None
-    assert "__kmpc_no_such_call" in caplog.text
+    assert [load_library("fused", tmp_path / "cache") for _ in range(2)] == [None, None]
+    assert caplog.text.count("__kmpc_no_such_call") == 1, "it is compiled and refused once"
