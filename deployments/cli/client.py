@@ -31,15 +31,17 @@ _key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the
 
 
 @contextmanager
-def open_client(
-    url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S, *, remedy: str = REMEDY
-) -> Iterator[httpx.Client]:
-    """Yield an HTTP client. If the server cannot be reached, print why and the remedy, and exit."""
+def open_client(url: str, *, waits: bool = False, remedy: str = REMEDY) -> Iterator[httpx.Client]:
+    """Yield an HTTP client. If the server cannot be reached, print why and the remedy, and exit.
+
+    `waits`: an answer may take as long as the server needs.
+    """
+    timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, read=None if waits else _ANSWER_TIMEOUT_S)
     key, hooks = _key.get(), {"response": [_note_ignored_key()]}
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         with httpx.Client(
-            base_url=url, timeout=timeout_s, headers=headers, event_hooks=hooks, mounts=_make_mounts(url)
+            base_url=url, timeout=timeout, headers=headers, event_hooks=hooks, mounts=_make_mounts(url)
         ) as client:
             yield client
     except httpx.ConnectError:
@@ -87,7 +89,7 @@ def call(
     params: Mapping[str, str | list[str]] | None = None,
 ) -> JsonObject:
     """Return the JSON answer of the server. On an error, print the server's message and exit."""
-    with open_client(url) as client:
+    with open_client(url, waits=method != "GET") as client:
         response = client.request(method, path, json=json, params=params)
         check(response)
         answer: JsonObject = response.json()
@@ -104,7 +106,7 @@ def pages(url: str, path: str, params: Mapping[str, str | list[str]] | None = No
 
 def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
     """Send a POST that streams its progress as JSON lines, and return the result. On an error, print it and exit."""
-    with open_client(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
+    with open_client(url, waits=True) as client, client.stream("POST", path, json=body) as response:
         check(response)
         with progress(title, MofNCompleteColumn()) as update:
             for line in map(json.loads, response.iter_lines()):

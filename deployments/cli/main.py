@@ -188,7 +188,7 @@ def _stream(url: str, body: JsonObject, *, is_quiet: bool = False) -> str:
     """Print the answer as it arrives, then its adapters. Return the answer. `is_quiet`: print nothing."""
     lora: JsonObject = {}
     parts: list[str] = []
-    with open_client(url) as client, client.stream("POST", _CHAT, json=body | {"stream": True}) as response:
+    with open_client(url, waits=True) as client, client.stream("POST", _CHAT, json=body | {"stream": True}) as response:
         check_answer(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":

@@ -131,7 +131,7 @@ def withdraw(
     if len(names) > 1 and not yes and sys.stdin.isatty():
         typer.confirm(f"Withdraw {len(names)} adapters with all their versions?", abort=True)
     rows: list[JsonObject] = []
-    with open_client(url) as client:
+    with open_client(url, waits=True) as client:
         for name in names:
             response = client.delete(lora_path(name))
             answer = {"error": {"message": find_message(response)}} if response.is_error else response.json()

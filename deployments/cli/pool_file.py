@@ -69,7 +69,7 @@ def publish_file(file: Path, url: str, *, is_dry: bool, prunes: bool, upload: bo
         fail(f"{file}: no adapter of it belongs to tenant {tenant!r}, so --prune would withdraw all of yours")
     rows: list[JsonObject] = []
     refused: Refused = {}
-    with open_client(url) as client:
+    with open_client(url, waits=True) as client:
         publisher = AdapterPublisher(client, {}, {"dry_run": "true"} if is_dry else {})
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
         for item, answer in send(list(items.values())):

@@ -155,7 +155,7 @@ def publish(
     if samples is not None:
         items = [replace(items[0], samples=samples)]
     remedy = "start it, or add --config FILE to check without a server" if dry_run else REMEDY
-    with open_client(url, remedy=remedy) as client, _upload_progress(items) as sent:
+    with open_client(url, waits=True, remedy=remedy) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, sent)
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
         failed = (report_json if as_json else report_lines)(send(items), len(items), dry_run)

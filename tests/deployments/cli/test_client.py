@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -11,6 +13,11 @@ from deployments.cli.client import ServerFailed, check_free, free_port
 from tests.deployments.scripted import refusal, run, run_with, scripted, words
 
 NO = (404, refusal("no such model"))
+
+
+def late(body: Any) -> Callable[[Any], Any]:
+    """Return an answer that comes after more than half a second."""
+    return lambda _: Event().wait(0.7) or body
 
 
 def is_free(port: int) -> bool:
@@ -91,6 +98,14 @@ def test_the_space_around_a_key_is_left_out_and_what_no_header_carries_is_refuse
         said = run_with(NO, "list", "--key", key)
         assert (said.code, said.server.authorizations) == (1, [])
         assert "that no header can carry" in said.err and "cret" not in said.out + said.err
+
+
+@pytest.mark.parametrize("command", [("ask", "Hi", "--json"), ("publish", "hf://acme/poet", "--json")])
+def test_a_request_that_works_may_take_as_long_as_the_server_needs(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_ANSWER_TIMEOUT_S", 0.5)
+    assert run_with((200, late({"data": [{"status": 201, "name": "poet"}]})), *command).code == 0
 
 
 def test_only_servers_elsewhere_are_asked_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
