@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from deployments.batch.answering import OfflineEngines
 from deployments.batch.planning import BatchRouting, ask_planner
@@ -143,9 +144,10 @@ class LoraRetriever:
 
     async def _answer(self, bodies: Sequence[JsonObject]) -> list[Generated]:
         await asyncio.to_thread(self._pools.catch_up)
+        call = uuid4().hex
         asked: list[Asked] = await asyncio.gather(
             *[
-                ask_planner(self._planner, self._config.served_models, self._tenant, f"prompt-{number}", body)
+                ask_planner(self._planner, self._config.served_models, self._tenant, f"{call}-prompt-{number}", body)
                 for number, body in enumerate(bodies)
             ]
         )

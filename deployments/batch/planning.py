@@ -19,6 +19,7 @@ from deployments.config.served_model import ServedModels
 from deployments.generation.completions import make_jobs
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
+from deployments.observability.request_context import RequestContext
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import LoraStore, NamedPolicy, Plan, Strategy
 from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
@@ -43,7 +44,7 @@ class PartPlanner:
         retriever = retriever_over(live_pool(config, lambda: snapshot), config)
         self._planner = Planner(config.served_models, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)
-        self._settings = run.settings
+        self._settings, self._run = run.settings, run.id
 
     def __call__(self, row: JsonObject) -> dict[str, PlannedPart]:
         """Plan the part in `row`. Ray Data calls this."""
@@ -58,16 +59,23 @@ class PartPlanner:
 
     async def _ask(self, number: int, body: JsonObject) -> Asked:
         return await ask_planner(
-            self._planner, self._settings.config.served_models, self._settings.tenant, f"row-{number}", body
+            self._planner,
+            self._settings.config.served_models,
+            self._settings.tenant,
+            f"{self._run}-row-{number}",
+            body,
         )
 
 
 async def ask_planner(planner: Planner, models: ServedModels, tenant: str, name: str, body: JsonObject) -> Asked:
-    """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
+    """Plan one row as the Ingress plans the same body. An error becomes the row's error.
+
+    `name`: the id of the row's request, which also draws the versions of names under trial.
+    """
     try:
         request = make_request(body)
         request, sampling, questions, bound = await planner.apply_policy(request, tenant)
-        plans = await planner.plan_all(questions, tenant)
+        plans = await planner.plan_all(questions, tenant, RequestContext(name, "batch"))
         [planned] = plans if bound is None else bound.explain(plans)
         contract = applied_contract(planned.plan, questions[0], sampling, request.set_fields)
         planned = replace(planned, contract=contract)

@@ -15,6 +15,7 @@ import ray
 from deployments.batch.answering import OfflineEngine, PartAnswerer
 from deployments.batch.offline import Generated, LoraRetriever
 from deployments.batch.planning import PartPlanner
+from deployments.batch.rows import Asked
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool
 from gpu_worker.config import PACKAGED_MODEL, NativeSettings
@@ -54,6 +55,21 @@ def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRet
     ]
     assert [answer.adapters[0]["name"] for answer in found[:2]] == ["the-sea", "old-trains"]
     assert not ray.is_initialized()
+
+
+def test_equal_calls_draw_the_versions_under_trial_anew(
+    offline: LoraRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    async def note(planner: object, models: object, tenant: str, name: str, body: object) -> Asked:
+        names.append(name)
+        return Asked(error={"code": "noted"})
+
+    monkeypatch.setattr("deployments.batch.offline.ask_planner", note)
+    for _ in range(2):
+        offline.generate(["Hi", "Hi"])
+    assert len({*names}) == 4
 
 
 def test_a_pool_that_was_exported_and_imported_gives_the_same_answers(

@@ -10,7 +10,7 @@ from typing import Any
 from deployments.batch.planning import BatchRouting, PartPlanner, ask_planner
 from deployments.config.app import AppConfig
 from deployments.generation.planner import Planner
-from lora_store import AdapterRef, Plan, PlannedAdapter
+from lora_store import AdapterRef, Plan, PlannedAdapter, Trial, TrialVersion
 from retriever_svc import NoAdapterMatched, Retriever, Route, RouteRequest
 from tests.deployments.batching import BASE, TOPICS, Place, prompts
 
@@ -22,7 +22,7 @@ async def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place
     planner = PartPlanner(run)
     first, second = [await planner.plan(part) for part in run.parts]
     jobs = [(asked.job.request_id, asked.job.tenant) for asked in first.asked if asked.job is not None]
-    assert jobs == [(f"row-{n}", "acme") for n in range(5)]
+    assert jobs == [(f"{run.id}-row-{n}", "acme") for n in range(5)]
     assert [asked.job is None for asked in second.asked] == [False, True, False]
     assert [row["prompt"] for row in second.rows.to_pylist()] == [row["prompt"] for row in rows[5:]]
     error = second.asked[1].error
@@ -63,6 +63,25 @@ async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> No
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
         asked = await ask_planner(planner, served, "local", "row-0", body)
         assert asked.job is not None and asked.job.prompt == content
+
+
+async def test_a_row_is_answered_by_a_version_under_trial_as_a_request_with_its_id_is(place: Place) -> None:
+    live, tried = (AdapterRef("local", "sea", letter * 64) for letter in "dt")
+    trial = Trial(tried.digest, 0.5)
+
+    class Asked(BatchRouting):
+        async def find_model(self, *args: object, **options: object) -> Plan:
+            trials = (TrialVersion(live, tried, "v", trial),)
+            return Plan("selection", (PlannedAdapter(live, "w", 1.0),), trials=trials)
+
+    served = place.config.served_models
+    planner = Planner(served, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
+    names = [f"run-row-{number}" for number in range(16)]
+    for name in names:
+        asked = await ask_planner(planner, served, "local", name, {"prompt": "Hi", "model": "sea"})
+        assert asked.job is not None
+        assert asked.job.plan.adapters[0].ref == (tried if trial.includes(f"{name}/0") else live)
+    assert {trial.includes(f"{name}/0") for name in names} == {True, False}
 
 
 async def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
