@@ -80,7 +80,7 @@ def check_adapters(
     if parity and not as_json:
         folder = found[0].path.resolve()
         model = settings.served_models.made_for(label.base_model or read_base_model(folder, limits))
-        _check_parity(folder, settings.by_model[model.name].worker_config())
+        _check_parity(folder, settings.by_model[model.name].worker_config(), limits)
 
 
 def folder_problem(folder: Path) -> str:
@@ -178,13 +178,13 @@ def _summary(outcome: JsonObject) -> str:
     return f"{', '.join(parts)}, fit to publish{hint}"
 
 
-def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> None:
+def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits) -> None:
     """Print the differences from PEFT. Exit with 1 if one is too large."""
     from deployments.cli.peft_parity import TOLERANCE, parity_with_peft  # transformers takes seconds to import
 
     try:
         with out.status("loading the base model twice"):
-            differences = parity_with_peft(folder, config)
+            differences = parity_with_peft(folder, config, limits)
     except AdapterRefused as exc:  # the shapes of the base model's layers were not known before
         fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
     except GpuWorkerError as exc:

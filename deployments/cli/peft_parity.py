@@ -48,22 +48,25 @@ _NUM_COMPARED = 20  # tokens
 _MAX_LEN = 256
 
 
-def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> dict[str, float]:
+def parity_with_peft(
+    folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits | None = None
+) -> dict[str, float]:
     """Return the largest difference from PEFT of a likely token's log probability, by strategy.
 
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
     PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
     PEFT has no combination of adapters on experts, so there the concatenation is an adapter as well. Neither rounds the
-    base model, whatever `worker.quantization` says.
+    base model, whatever `worker.quantization` says. Raises: AdapterRefused, for what exceeds `limits` too.
     """
+    limits = limits or Limits()
     if isinstance(config, NativeWorkerConfig):
         config = replace(config, quantization="none")
     with tempfile.TemporaryDirectory() as copies:
-        return _parity(_in_pefts_names(folder, config, Path(copies)), config)
+        return _parity(_in_pefts_names(folder, config, limits, Path(copies)), config, limits)
 
 
-def _parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> dict[str, float]:
-    adapter = read_peft_folder(folder).modules
+def _parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits) -> dict[str, float]:
+    adapter = read_peft_folder(folder, limits).modules
     other = _noisy(adapter)
     plans = {
         "selection": _plan("selection", adapter=1.0),
@@ -80,7 +83,7 @@ def _parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> dict
     return {strategy: _furthest(found[strategy], expected[strategy], token_bytes) for strategy in plans}
 
 
-def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, copies: Path) -> Path:
+def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits, copies: Path) -> Path:
     """Return the folder, or a copy in `copies` if its tensors have other names than PEFT's of this base.
 
     Adapters on experts are copied too: PEFT loads several only if their configs name the parameters alike.
@@ -89,10 +92,10 @@ def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig,
     shapes = Adaptable.of(base).shapes
     if config.engine == "vllm":
         shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    named = read_config(folder, Limits()).base_model or ""
-    checked = check_folder(folder, accepts_base={named}, module_shapes=shapes)
+    named = read_config(folder, limits).base_model or ""
+    checked = check_folder(folder, accepts_base={named}, module_shapes=shapes, limits=limits)
     modules = checked.modules
-    is_named = (folder / WEIGHTS_FILE).exists() and read_peft_folder(folder).modules.keys() == modules.keys()
+    is_named = (folder / WEIGHTS_FILE).exists() and read_peft_folder(folder, limits).modules.keys() == modules.keys()
     if is_named and not _has_experts(modules):
         return folder
     write_peft_folder(copies / folder.name, modules, base_model=named)

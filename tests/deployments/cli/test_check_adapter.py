@@ -10,7 +10,7 @@ import torch
 
 from deployments.cli import peft_parity
 from gpu_worker.errors import BaseModelUnsupported
-from lora_store import AdapterRefused, ModuleWeights, Sample, write_peft_folder
+from lora_store import AdapterRefused, Limits, ModuleWeights, Sample, write_peft_folder
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import Outcome, run, run_alone, run_with, words
 
@@ -184,6 +184,20 @@ def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
     assert "at most 0.001" in said.out and all(strategy in said.out for strategy in differences)
     apart = not mixture < 1e-3
     assert (said.code, "mixture differ from PEFT" in said.err) == (apart, apart)
+
+
+def test_parity_has_the_limits_of_the_settings(
+    folder: Path, config: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(config.read_text() + "admission: {max_rank: 7}\n")
+    given: list[Limits] = []
+
+    def compare(path: Path, worker: object, limits: Limits) -> dict[str, float]:
+        given.append(limits)
+        return {"selection": 0.0}
+
+    monkeypatch.setattr(peft_parity, "parity_with_peft", compare)
+    assert (check(folder, "--parity").code, [each.max_rank for each in given]) == (0, [7])
 
 
 @pytest.mark.parametrize(
