@@ -294,9 +294,9 @@ class _State:
                 self.pending.pop(old.ref)
 
     def _offer(self, record: AdapterRecord) -> None:
-        """Keep a version for a trial of the live one, in place of others that were never live.
+        """Keep a version for a trial of the live one, in place of another that was never live.
 
-        One that was live is kept already, and stays in its place.
+        One that was live is kept already: it stays in its place, and so does the other.
         """
         key = record.ref.key
         if key in self.records:

@@ -416,12 +416,12 @@ class LoraStore:
         return Withdrawn(generation, tuple(gone))
 
     def _delete_proposals(self, keys: Iterable[Key]) -> None:
-        """Delete the proposals for adapters that were withdrawn, which stay so if this fails."""
-        try:
-            for tenant, name in keys:
+        """Delete the prompts proposed for adapters that were withdrawn. A failure does not undo the withdrawal."""
+        for tenant, name in keys:
+            try:
                 self.feedback.delete(tenant, name)
-        except StoreUnavailable as exc:
-            logger.warning("proposals for withdrawn adapters stay until they are too old: %s", exc)
+            except StoreUnavailable as exc:
+                logger.warning("the prompts proposed for %s stay until they are too old: %s", name, exc)
 
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, VersionConflict."""

@@ -166,8 +166,8 @@ class Ready(TypedDict):
     """The readiness; with keys only the status.
 
     `models`: the state of each base model, of several.
-    `unserved`: adapters of base models that are not served. `refused`: preloaded adapters that were refused, with the
-    reason.
+    `unserved`: adapters of base models that are not served. `refused`: preloaded adapters that are not published, with
+    the reason.
     """
 
     status: Literal["ready"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deployments.api import error_table
@@ -18,13 +19,21 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 32
 _ACTOR = "preload"
+_MOST_TRIES = 3  # then the server is ready without the adapters that met errors which may pass
+_PAUSE_S = 60.0  # between later tries
 
 
 class Preload:
     """Publishes the folders whose names have no served version, in the background. Create it in an event loop."""
 
     def __init__(
-        self, paths: Sequence[Path], publisher: Publisher, *, bases: ServedBases | None = None, approves: bool = False
+        self,
+        paths: Sequence[Path],
+        publisher: Publisher,
+        *,
+        bases: ServedBases | None = None,
+        approves: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the preload. `approves`: approve its adapters, because the operator chose them.
 
@@ -34,20 +43,24 @@ class Preload:
         self._bases = bases or ServedBases()
         self._left: list[AdapterFolder] | None = None  # not published, and not refused for good; None before the start
         self._refused: dict[str, str] = {}
-        self._is_ready = False
+        self._num_tries, self._next_try, self._is_ready = 0, 0.0, False
+        self._clock = clock
         self._task = asyncio.get_event_loop().create_task(self._publish())
 
     def refused(self) -> dict[str, str]:
         """Return the folders that are not published, with the reasons. Try those again that met an error that may pass.
 
-        Raises: NotReady while there are such folders, except those for a base model whose workers do not answer.
+        Raises: NotReady while there are such folders, but not after three tries, nor for a base model without workers.
         """
-        if self._task.done() and self._left != []:
+        if self._task.done() and self._left != [] and self._clock() >= self._next_try:
             if (error := self._task.exception()) is not None:
                 logger.error("publishing the preloaded adapters failed; it will be retried", exc_info=error)
+            if self._is_ready:
+                self._next_try = self._clock() + _PAUSE_S
             self._task = asyncio.get_running_loop().create_task(self._publish())
         if not self._is_ready:
-            raise NotReady("the server is still starting: its preloaded adapters are not published yet")
+            reason = next(iter(self._refused.values()), "its preloaded adapters are not published yet")
+            raise NotReady(f"the server is still starting: {reason}")
         return dict(self._refused)
 
     async def wait(self) -> None:
@@ -61,24 +74,33 @@ class Preload:
     async def _publish(self) -> None:
         if self._left is None:
             self._left = [found for path in self._paths for found in adapter_folders(path)]
-        passing: dict[Path | None, Exception] = {}
-        for start in range(0, len(self._left), _BATCH):
-            batch = [PublishItem(found.path, found.name) for found in self._left[start : start + _BATCH]]
-            lacking = await self._lacking(batch)
-            outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
-            if self._approves:
-                await self._approve(batch)
-            for item in batch:
-                self._refused.pop(str(item.path), None)
-            for upload, outcome in zip(lacking, outcomes, strict=True):
-                if isinstance(outcome, Exception):
+        folders, are_away = self._left, True
+        for start in range(0, len(folders), _BATCH):
+            batch = folders[start : start + _BATCH]
+            passing = await self._publish_batch([PublishItem(found.path, found.name) for found in batch])
+            settled = [found for found in batch if found.path not in passing]
+            self._left = [found for found in self._left if found not in settled]
+            are_away &= all(code == NotReady.code for code in passing.values())
+        self._num_tries += 1
+        self._is_ready |= are_away or self._num_tries == _MOST_TRIES
+
+    async def _publish_batch(self, batch: Sequence[PublishItem]) -> dict[Path | None, str]:
+        """Publish those that lack a served version. Return the codes of errors that may pass, by folder."""
+        lacking = await self._lacking(batch)
+        outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
+        if self._approves:
+            await self._approve(batch)
+        earlier = {item.path: self._refused.pop(str(item.path), None) for item in batch}
+        passing: dict[Path | None, str] = {}
+        for upload, outcome in zip(lacking, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                status, body = error_table.describe(outcome)
+                reason = self._refused[str(upload.path)] = body["error"]["message"]
+                if reason != earlier[upload.path]:
                     logger.error("%s was not published: %s", upload.path, outcome)
-                    status, body = error_table.describe(outcome)
-                    self._refused[str(upload.path)] = body["error"]["message"]
-                    if status in error_table.RETRIED:
-                        passing[upload.path] = error_table.as_reported(outcome)
-        self._left = [found for found in self._left if found.path in passing]
-        self._is_ready |= all(isinstance(error, NotReady) for error in passing.values())  # of the Store: no worker
+                if status in error_table.RETRIED:
+                    passing[upload.path] = body["error"]["code"]
+        return passing
 
     async def _lacking(self, batch: Sequence[PublishItem]) -> list[PublishItem]:
         """Return those without a served version. Versions that were updated or rolled back since are not changed."""
