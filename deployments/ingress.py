@@ -174,7 +174,7 @@ class Ingress:
             self.services.usage_log.record(context)
 
     async def started(self) -> Ready:
-        """Return the answer of `/ready` for the operator: with the paths of preloaded folders that are not published."""
+        """Return the answer of `/ready` for the operator: with the paths of preloaded folders that are not live."""
         return await self.services.readiness.details()
 
 
