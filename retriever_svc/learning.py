@@ -125,8 +125,8 @@ def accept(
     left_out += [sample.input for sample in new[num_accepted:]]
     changed = (*given, *[*new, *earlier][:num_accepted])
     [embedding] = embed_groups(pool.encoder, [changed], [live.ref.tenant])
-    after = {(live.ref.tenant, live.ref.name): replace(live, embedding=embedding)}
-    effect = _Check(pool, live.ref.tenant, abstain, min_score, samples).effect(after, None)
+    check = _Check(pool, live.ref.tenant, abstain, min_score, samples)
+    effect = check.embedding_effect(replace(live, embedding=embedding))
     return Resampled(changed, tuple(left_out), effect)
 
 
@@ -147,8 +147,8 @@ def learn(
     """Return the choices of a tenant from its outcomes, which are given newest first.
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
-    from them; one that praises the base model takes every adapter away. Leave out those that are refused alone, those
-    that `_MAX_CHECKS` did not reach, and all if the others are refused together.
+    from them; one that praises the base model takes every adapter away. Keep those that apply already. Check the others
+    beside them, and leave out those that are refused and those that `_MAX_CHECKS` did not reach.
 
     `refused`: the outcomes that this tenant's earlier call refused, which are not checked again. It is updated.
     """
@@ -165,25 +165,27 @@ def learn(
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
     check = _Check(pool, tenant, abstain, min_score, samples)
     refused = set() if refused is None else refused
-    known = {ranking.anchor: (ranking, check.surroundings(ranking)) for ranking in rankings}
-    new = [ranking for ranking in rankings if known[ranking.anchor] not in refused]
-    kept, harmful = _split_harmful(check, new)
+    applied = {rank.ranking for rank in pool.snapshot.rankings.get(tenant, ())}
+    kept = [ranking for ranking in rankings if ranking in applied]
+    known = {ranking: (ranking, check.surroundings(ranking)) for ranking in rankings if ranking not in applied}
     refused &= set(known.values())
-    refused |= {known[ranking.anchor] for ranking in harmful}
-    if 0 < len(kept) < len(new) and check.effect({}, kept).refusal is not None:
-        kept = []
-    return Learnt(tuple(kept), len(rankings) - len(kept))
+    new = [ranking for ranking, checked in known.items() if checked not in refused]
+    kept, harmful = _split_harmful(check, kept, new)
+    refused |= {known[ranking] for ranking in harmful}
+    return Learnt(tuple(ranking for ranking in rankings if ranking in kept), len(rankings) - len(kept))
 
 
-def _split_harmful(check: _Check, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
-    """Return those that may apply, and those that are refused alone. Halve groups that are refused."""
-    waiting, kept, harmful = [rankings] if rankings else [], list[Ranking](), list[Ranking]()
+def _split_harmful(
+    check: _Check, applied: Sequence[Ranking], new: list[Ranking]
+) -> tuple[list[Ranking], list[Ranking]]:
+    """Return those that may apply, and those that are refused alone beside them. Halve groups that are refused."""
+    waiting, kept, harmful = [new] if new else [], list(applied), list[Ranking]()
     for _ in range(_MAX_CHECKS):
         if not waiting:
             break
         group = waiting.pop()
         middle = len(group) // 2
-        if check.effect({}, group).refusal is None:
+        if check.outcomes_effect(kept, group).refusal is None:
             kept += group
         elif middle:
             waiting += [group[middle:], group[:middle]]
@@ -236,6 +238,7 @@ class _Check:
     """Asks the samples of changed adapters and of those near them, before and after a change.
 
     `last`: the answers before the change of the last adapters that were asked, since several changes are near the same.
+    `read`: the vectors of the samples of each adapter that was asked.
     """
 
     pool: Pool
@@ -243,7 +246,8 @@ class _Check:
     abstain: Abstain
     min_score: float | None
     samples: SampleSource
-    last: dict[frozenset[Key], _Before] = field(default_factory=dict)
+    last: dict[tuple[frozenset[Key], frozenset[Key]], _Before] = field(default_factory=dict)
+    read: dict[Key, Vectors] = field(default_factory=dict)
 
     def surroundings(self, ranking: Ranking) -> frozenset[AdapterRef | Ranking]:
         """Return the versions near an outcome and the tenant's evaluations, on which its effect depends."""
@@ -251,18 +255,27 @@ class _Check:
         evaluations = [rank.ranking for rank in ranks if not rank.ranking.is_outcome]
         return frozenset([*(record.ref for record in self._near([ranking.vector]).values()), *evaluations])
 
-    def effect(self, changed: Mapping[Key, AdapterRecord], rankings: Sequence[Ranking] | None) -> Effect:
-        """Return the effect of other embeddings, or of other outcomes of the tenant. `rankings`: None keeps them."""
-        embeddings = [record.embedding for record in changed.values()]
-        vectors = [embedding.vector for embedding in embeddings if embedding is not None]
-        near = self._near([*vectors, *[ranking.vector for ranking in rankings or ()]])
-        before = self._before(near)
-        wanted = ranks = self.pool.snapshot.rankings.get(self.tenant, ())
-        if rankings is not None:
-            now = datetime.now(UTC)
-            new = [Rank(self.tenant, ranking, False, "", now) for ranking in rankings]
-            wanted = (*[rank for rank in ranks if not rank.ranking.is_outcome], *new)
-        pool = self._small({**near, **changed}, wanted)
+    def embedding_effect(self, changed: AdapterRecord) -> Effect:
+        """Return the effect of another embedding of an adapter."""
+        near = self._near([] if changed.embedding is None else [changed.embedding.vector])
+        before = self._before(near, near)
+        return self._effect(before, self._small({**near, changed.ref.key: changed}, self._ranks()))
+
+    def outcomes_effect(self, kept: Sequence[Ranking], new: Sequence[Ranking]) -> Effect:
+        """Return the effect of new outcomes of the tenant beside others, on the samples near the new ones."""
+        near = self._near([ranking.vector for ranking in new])
+        named = (self.pool.snapshot.live(item.ref) for ranking in kept for item in ranking.adapters)
+        compared = {record.ref.key: record for record in named if record is not None} | near
+        before = self._before(near, compared)
+        now, evaluations = datetime.now(UTC), [rank for rank in self._ranks() if not rank.ranking.is_outcome]
+        outcomes = [Rank(self.tenant, ranking, False, "", now) for ranking in (*kept, *new)]
+        return self._effect(before, self._small(compared, (*evaluations, *outcomes)))
+
+    def _ranks(self) -> tuple[Rank, ...]:
+        return self.pool.snapshot.rankings.get(self.tenant, ())
+
+    def _effect(self, before: _Before, pool: Pool) -> Effect:
+        """Return the difference between the answers before a change and those of `pool`."""
         found_after = self._num_found(pool, before.queries, before.owners)
         answered_after = self._answered(pool)
         effects = [
@@ -278,11 +291,12 @@ class _Check:
         ]
         return max(effects, key=lambda effect: (effect.refusal is not None, effect.answered_share))
 
-    def _before(self, near: Mapping[Key, AdapterRecord]) -> _Before:
-        keys = frozenset(near)
+    def _before(self, near: Mapping[Key, AdapterRecord], compared: Mapping[Key, AdapterRecord]) -> _Before:
+        """Return what finds the samples of the adapters `near` among all that are compared."""
+        keys = frozenset(near), frozenset(compared)
         if keys not in self.last:
-            queries, owners = self._queries(near.values())
-            pool = self._small(near, self.pool.snapshot.rankings.get(self.tenant, ()))
+            queries, owners = self._queries(near)
+            pool = self._small(compared, self._ranks())
             self.last.clear()
             self.last[keys] = _Before(queries, owners, self._num_found(pool, queries, owners), self._answered(pool))
         return self.last[keys]
@@ -292,17 +306,17 @@ class _Check:
         found: dict[Key, AdapterRecord] = {}
         if vectors:
             for matches in self.pool.index.search(np.stack(vectors), _NUM_CHECKED, self.pool.allowed(self.tenant)):
-                found |= {(m.record.ref.tenant, m.record.ref.name): m.record for m in matches}
+                found |= {match.record.ref.key: match.record for match in matches}
         return found
 
-    def _queries(self, records: Iterable[AdapterRecord]) -> tuple[Vectors, list[Key]]:
+    def _queries(self, records: Mapping[Key, AdapterRecord]) -> tuple[Vectors, list[Key]]:
         """Return the vectors of the publishers' samples, and the adapter of each."""
-        texts, owners = list[str](), list[Key]()
-        for record in records:
-            own = [sample.input for sample in without_accepted(read_samples(self.samples, record) or ())]
-            texts += own[:_MAX_SAMPLES]
-            owners += [(record.ref.tenant, record.ref.name)] * len(own[:_MAX_SAMPLES])
-        return _encoded(self.pool, texts, self.tenant), owners
+        for key in records.keys() - self.read.keys():
+            own = without_accepted(read_samples(self.samples, records[key]) or ())[:_MAX_SAMPLES]
+            self.read[key] = _encoded(self.pool, [sample.input for sample in own], self.tenant)
+        none = np.empty((0, self.pool.encoder.dim), np.float32)
+        owners = [key for key in records for _ in self.read[key]]
+        return np.concatenate([none, *[self.read[key] for key in records]]), owners
 
     def _small(self, records: Mapping[Key, AdapterRecord], ranks: tuple[Rank, ...]) -> Pool:
         """Return a pool of these adapters only."""

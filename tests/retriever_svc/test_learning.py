@@ -255,6 +255,33 @@ def test_few_checks_find_a_harmful_outcome_and_the_next_call_leaves_it_out_at_on
     assert counted_learn(monkeypatch, said, refused, newer)[1] > 2, "an adapter near the outcome has changed"
 
 
+def with_applied(found: Learnt, *records: AdapterRecord) -> Snapshot:
+    ranks = tuple(Rank("local", ranking, place == 0, "me", NOON) for place, ranking in enumerate(found.rankings))
+    return snapshot_of(*records, rankings={"local": ranks})
+
+
+def test_a_further_outcome_is_checked_by_the_samples_near_it_alone() -> None:
+    rows = unit_rows(np.random.default_rng(0).normal(size=(80, 16)).astype(np.float32))
+    texts = [[f"text {place} {number}" for number in range(32)] for place in range(80)]
+    encoder = FakeEncoder({text: row for own, row in zip(texts, rows, strict=True) for text in own}, dim=16)
+    records = [record_of(f"adapter{place}", row, num_samples=32) for place, row in enumerate(rows)]
+    source = {row.ref.name: list(map(Sample, own)) for row, own in zip(records, texts, strict=True)}
+    said = [outcome(texts[place][0], f"adapter{place}", 1) for place in range(63)]
+
+    def num_encoded(wanted: Sequence[Feedback], snapshot: Snapshot) -> tuple[Learnt, int]:
+        encoder.batches.clear()
+        pool = Pool.of(snapshot, encoder, IndexSettings())
+        found = learn(pool, "local", wanted, lambda r: source[r.ref.name], "balanced")
+        return found, sum(map(len, encoder.batches))
+
+    first, num_first = num_encoded(said[1:], snapshot_of(*records))
+    assert len(first.rankings) == 62 and num_first > 2048, "more than the encoder keeps"
+    second, num_second = num_encoded(said, with_applied(first, *records))
+    assert len(second.rankings) == 63 and num_second <= 63 + 16 * 32
+    again, num_again = num_encoded(said, with_applied(second, *records))
+    assert (again, num_again) == (second, 63)
+
+
 def test_the_checks_of_one_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     said = [outcome("poem 0", "poet", -1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
     found, num_built = counted_learn(monkeypatch, said, set())
