@@ -90,10 +90,11 @@ class Resampled:
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """The choices that a tenant's outcomes lead to. Others would harm samples, or are not checked yet."""
+    """The choices that a tenant's outcomes lead to. `num_left`: outcomes that the next call checks."""
 
     rankings: tuple[Ranking, ...]
-    num_refused: int = 0
+    num_refused: int = 0  # outcomes that would harm samples
+    num_left: int = 0
 
 
 def accept(
@@ -148,7 +149,7 @@ def learn(
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
     from them; one that praises the base model takes every adapter away. Keep those that apply already. Check the others
-    beside them, and leave out those that are refused and those that `_MAX_CHECKS` did not reach.
+    beside them. Leave out those that are refused, and for the next call those that `_MAX_CHECKS` did not reach.
 
     `refused`: the outcomes that this tenant's earlier call refused, which are not checked again. It is updated.
     """
@@ -172,7 +173,8 @@ def learn(
     new = [ranking for ranking, checked in known.items() if checked not in refused]
     kept, harmful = _split_harmful(check, kept, new)
     refused |= {known[ranking] for ranking in harmful}
-    return Learnt(tuple(ranking for ranking in rankings if ranking in kept), len(rankings) - len(kept))
+    num_left = len(rankings) - len(kept) - len(refused)
+    return Learnt(tuple(ranking for ranking in rankings if ranking in kept), len(refused), num_left)
 
 
 def _split_harmful(

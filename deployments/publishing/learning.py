@@ -167,7 +167,7 @@ class Learning:
         if learnt.num_refused:
             logger.warning("%d outcomes of tenant %s are left out: they would harm samples", learnt.num_refused, tenant)
         generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
-        if await self._store.feedback(tenant, "outcome") != outcomes:
+        if learnt.num_left or await self._store.feedback(tenant, "outcome") != outcomes:
             self._waiting.setdefault(tenant, actor)  # another replica may have applied newer ones before this commit
         await self._publisher.catch_up(generation)
 

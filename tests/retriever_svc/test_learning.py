@@ -284,9 +284,21 @@ def test_a_further_outcome_is_checked_by_the_samples_near_it_alone() -> None:
 
 def test_the_checks_of_one_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     said = [outcome("poem 0", "poet", -1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
-    found, num_built = counted_learn(monkeypatch, said, set())
-    assert (found.rankings, found.num_refused) == ((), MAX_OUTCOMES)
-    assert num_built <= 17
+    refused, num_rounds = set[Refused](), 0
+    found = Learnt((), num_left=MAX_OUTCOMES)
+    while found.num_left:
+        found, num_built = counted_learn(monkeypatch, said, refused)
+        assert (num_built <= 17, found.rankings, found.num_refused) == (True, (), MAX_OUTCOMES - found.num_left)
+        num_rounds += 1
+    assert 1 < num_rounds <= 10, "later calls check the others"
+
+
+def test_outcomes_that_apply_stay_while_later_harmful_ones_are_looked_for() -> None:
+    said = [outcome("odd", "coder", 1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
+    pool = Pool.of(with_applied(learnt(*said), POET, CODER), ENCODER, IndexSettings())
+    harmful = [outcome("poem 0", "poet", -1), outcome("code 0", "coder", -1)]
+    found = learnt(harmful[0], *said[:31], harmful[1], *said[31:], pool=pool)
+    assert (len(found.rankings), found.num_refused, found.num_left) == (MAX_OUTCOMES - 2, 2, 0)
 
 
 def test_the_choice_says_what_outcomes_spoke_for() -> None:
