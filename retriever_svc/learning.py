@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef, Sample
+from lora_store.bounded_files import Limits
 from lora_store.errors import AdapterNotFound
 from lora_store.events import Rank
 from lora_store.feedback import MAX_PER_KEY, Feedback
 from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
 from lora_store.records import AdapterRecord
+from lora_store.sample_files import checked_sample
 from lora_store.snapshot import Key, Snapshot
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain
@@ -80,7 +82,8 @@ class Effect:
 class Resampled:
     """The samples of an adapter with accepted prompts, and the effect.
 
-    `left_out`: prompts that are near-copies of a sample, and those beyond the largest number of accepted ones.
+    `left_out`: prompts that are near-copies of a sample, or blank, and those beyond the largest number of accepted ones
+    or of samples.
     """
 
     samples: tuple[Sample, ...]
@@ -104,31 +107,43 @@ def accept(
     samples: SampleSource,
     abstain: Abstain,
     min_score: float | None = None,
+    limits: Limits | None = None,
 ) -> Resampled:
     """Return the samples of the live version with these prompts, the newest first, among its accepted rows.
 
-    New prompts push out the oldest accepted ones. `min_score` overrides every threshold.
+    New prompts push out the oldest accepted ones. `min_score` overrides every threshold. `limits`: of samples.
     Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
     """
-    own = list(samples(live))
+    limits, own = limits or Limits(), list(samples(live))
     given = [sample for sample in own if not sample.is_accepted]
     earlier = [sample for sample in own if sample.is_accepted]
-    every = [sample.input for sample in own] + list(texts)
-    vectors = _encoded(pool, every, live.ref.tenant)
-    rows, new, left_out = list(vectors[: len(own)]), list[Sample](), list[str]()
-    for text, vector in zip(texts, vectors[len(own) :], strict=True):
+    wanted, left_out = _split_usable(texts, limits)
+    vectors = _encoded(pool, [sample.input for sample in own + wanted], live.ref.tenant)
+    rows, new = list(vectors[: len(own)]), list[Sample]()
+    for sample, vector in zip(wanted, vectors[len(own) :], strict=True):
         if max((float(row @ vector) for row in rows), default=0.0) > NEAR_COPY:
-            left_out.append(text)
+            left_out.append(sample.input)
         else:
             rows.append(vector)
-            new.append(Sample(text, is_accepted=True))
-    num_accepted = len(given) // OWN_PER_ACCEPTED
+            new.append(sample)
+    num_accepted = max(0, min(len(given) // OWN_PER_ACCEPTED, limits.max_samples - len(given)))
     left_out += [sample.input for sample in new[num_accepted:]]
     changed = (*given, *[*new, *earlier][:num_accepted])
     [embedding] = embed_groups(pool.encoder, [changed], [live.ref.tenant])
     check = _Check(pool, live.ref.tenant, abstain, min_score, samples)
     effect = check.embedding_effect(replace(live, embedding=embedding))
     return Resampled(changed, tuple(left_out), effect)
+
+
+def _split_usable(texts: Iterable[str], limits: Limits) -> tuple[list[Sample], list[str]]:
+    """Return accepted samples of these prompts, cut as a publisher's are, and the prompts that can be none."""
+    usable, others = list[Sample](), list[str]()
+    for text in texts:
+        try:
+            usable.append(replace(checked_sample(text, None, limits.max_sample_bytes), is_accepted=True))
+        except ValueError:
+            others.append(text)
+    return usable, others
 
 
 def without_accepted(samples: Iterable[Sample]) -> tuple[Sample, ...]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
+from lora_store.bounded_files import Limits
 from lora_store.errors import AdapterNotFound, AdapterRefused, PlanInvalid
 from lora_store.feedback import Feedback
 from lora_store.names import NamedPolicy
@@ -531,9 +532,11 @@ class Retriever:
         """Return the regions in which adapters of `tenant` can be measured (see `competence`)."""
         return find_regions(self._pools.current, tenant, samples)
 
-    def accept(self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource) -> Resampled:
+    def accept(
+        self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource, limits: Limits | None = None
+    ) -> Resampled:
         """Return the samples of the live version with these prompts, and their effect (see `learning`)."""
-        return accept(self._pools.current, live, texts, samples, self._abstain, self._min_score)
+        return accept(self._pools.current, live, texts, samples, self._abstain, self._min_score, limits)
 
     def learn(self, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource) -> Learnt:
         """Return the choices that these outcomes lead to for `tenant`, and their effect (see `learning`)."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_store.adapter import Sample
+from lora_store.bounded_files import Limits
 from lora_store.events import Rank
 from lora_store.feedback import MAX_PER_KEY, Feedback
 from lora_store.rankings import Ranking
@@ -91,6 +92,17 @@ def test_at_most_a_quarter_of_the_rows_are_accepted_and_new_ones_push_out_the_ol
     found = accepted(["rhyme please", "rhyme now", "odd"])
     assert [sample.input for sample in found.samples if sample.is_accepted] == ["rhyme please", "rhyme now"]
     assert found.left_out == ("odd",)
+
+
+def test_accepted_prompts_keep_to_the_limits_of_samples() -> None:
+    table = {**TABLE, "odd" * 3: TABLE["odd"]}
+    pool, texts = Pool.of(snapshot_of(POET, CODER), FakeEncoder(table, dim=DIM), IndexSettings()), ["odd" * 9, " "]
+    for max_samples, num in ((6, 0), (7, 1)):
+        limits = Limits(max_samples=max_samples, max_sample_bytes=9)
+        found = accept(pool, POET, texts, lambda r: SAMPLES[r.ref.name], "balanced", limits=limits)
+        assert len(found.samples) == max_samples
+        assert found.samples[6:] == (Sample("odd" * 3, is_accepted=True),)[:num], "it is cut as a publisher's is"
+        assert found.left_out == (" ", "odd" * 3)[: 2 - num]
 
 
 def test_a_liar_cannot_take_a_victims_prompts() -> None:
