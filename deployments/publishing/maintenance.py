@@ -77,7 +77,7 @@ async def reindex(
                 if step.embeddings:
                     await store.add_embeddings(step.embeddings)
                 yield {"done": step.num_done, "total": step.num_total}
-        identity = await _prepare_everywhere(retriever, model, projection)
+        projection = identity = await _prepare_everywhere(retriever, model, projection)  # loaded once for all rounds
         try:
             generation = await store.activate_encoder(model, identity, actor)
         except EncoderIncomplete as exc:

@@ -90,6 +90,17 @@ def test_adapters_published_meanwhile_are_embedded_in_another_round() -> None:
     assert last["result"]["generation"] == 10
 
 
+def test_rounds_after_the_first_name_the_encoder_that_every_replica_has_loaded() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/pool/reindex", json={"encoder": "other"})
+        assert "result" in lines_of(response)[-1]
+        wanted = [("other", "auto"), *[("other", "other-encoder")] * 2]
+        assert served.retriever.called("reindex") == served.retriever.called("prepare_encoder") == wanted
+
+    retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)] for _ in range(3)])
+    ask(run, retriever=retriever, store=FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(2)]))
+
+
 def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_encoder_stays() -> None:
     retriever = FakeRetriever(steps=[[reindex_step(2, 2, POET, unreadable=(CODER,))], []])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
