@@ -163,8 +163,9 @@ def learn(
     """Return the choices of a tenant from its outcomes, which are given newest first.
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
-    from them; one that praises the base model takes every adapter away. Keep those that apply already. Check the others
-    beside them. Leave out those that are refused, and for the next call those that `_MAX_CHECKS` did not reach.
+    from them; one that praises the base model takes every adapter away. Keep those that apply already, unless they do
+    harm without those that are withdrawn. Check the others beside them. Leave out those that are refused, and for the
+    next call those that `_MAX_CHECKS` did not reach.
 
     `refused`: the outcomes that this tenant's earlier call refused, which are not checked again. It is updated.
     """
@@ -181,9 +182,12 @@ def learn(
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
     check = _Check(pool, tenant, abstain, min_score, samples)
     refused = set() if refused is None else refused
-    applied = {rank.ranking for rank in pool.snapshot.rankings.get(tenant, ())}
+    applied = [rank.ranking for rank in pool.snapshot.rankings.get(tenant, ()) if rank.ranking.is_outcome]
     kept = [ranking for ranking in rankings if ranking in applied]
-    known = {ranking: (ranking, check.surroundings(ranking)) for ranking in rankings if ranking not in applied}
+    gone = [ranking for ranking in applied if ranking not in kept and ranking.encoder == pool.encoder.identity]
+    if gone and check.outcomes_effect(kept, gone).refusal is not None:
+        kept = []  # a withdrawn one outweighed others
+    known = {ranking: (ranking, check.surroundings(ranking)) for ranking in rankings if ranking not in kept}
     refused &= set(known.values())
     new = [ranking for ranking, checked in known.items() if checked not in refused]
     kept, harmful = _split_harmful(check, kept, new)
@@ -202,7 +206,7 @@ def _split_harmful(
             break
         group = waiting.pop()
         middle = len(group) // 2
-        if check.outcomes_effect(kept, group).refusal is None:
+        if check.outcomes_effect([*kept, *group], group).refusal is None:
             kept += group
         elif middle:
             waiting += [group[middle:], group[:middle]]
@@ -278,15 +282,15 @@ class _Check:
         before = self._before(near, near)
         return self._effect(before, self._small({**near, changed.ref.key: changed}, self._ranks()))
 
-    def outcomes_effect(self, kept: Sequence[Ranking], new: Sequence[Ranking]) -> Effect:
-        """Return the effect of new outcomes of the tenant beside others, on the samples near the new ones."""
-        near = self._near([ranking.vector for ranking in new])
-        named = (self.pool.snapshot.live(item.ref) for ranking in kept for item in ranking.adapters)
+    def outcomes_effect(self, outcomes: Sequence[Ranking], changed: Sequence[Ranking]) -> Effect:
+        """Return the effect of these outcomes of the tenant, on the samples near those that are new or withdrawn."""
+        near = self._near([ranking.vector for ranking in changed])
+        named = (self.pool.snapshot.live(item.ref) for ranking in outcomes for item in ranking.adapters)
         compared = {record.ref.key: record for record in named if record is not None} | near
         before = self._before(near, compared)
         now, evaluations = datetime.now(UTC), [rank for rank in self._ranks() if not rank.ranking.is_outcome]
-        outcomes = [Rank(self.tenant, ranking, False, "", now) for ranking in (*kept, *new)]
-        return self._effect(before, self._small(compared, (*evaluations, *outcomes)))
+        wanted = [Rank(self.tenant, ranking, False, "", now) for ranking in outcomes]
+        return self._effect(before, self._small(compared, (*evaluations, *wanted)))
 
     def _ranks(self) -> tuple[Rank, ...]:
         return self.pool.snapshot.rankings.get(self.tenant, ())

@@ -313,6 +313,15 @@ def test_outcomes_that_apply_stay_while_later_harmful_ones_are_looked_for() -> N
     assert (len(found.rankings), found.num_refused, found.num_left) == (MAX_OUTCOMES - 2, 2, 0)
 
 
+def test_an_outcome_that_another_outweighed_is_checked_when_that_one_is_withdrawn() -> None:
+    blame, praise = outcome("poem 0", "poet", -1), outcome("poem 0", "poet", 1)
+    both = learnt(blame, praise)
+    assert len(both.rankings) == 2
+    pool = Pool.of(with_applied(both, POET, CODER), ENCODER, IndexSettings())
+    assert learnt(blame, pool=pool) == Learnt((), num_refused=1)
+    assert learnt(praise, pool=pool).rankings == both.rankings[1:]
+
+
 def test_the_choice_says_what_outcomes_spoke_for() -> None:
     rankings = learnt(outcome("rhyme please", "poet", -1)).rankings
     source = Source()
