@@ -90,7 +90,7 @@ class RetrieverDeployment:
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
-        self._metrics = RetrieverMetrics(kinds)
+        self._metrics, self._limits = RetrieverMetrics(kinds), config.admission.limits
         self._store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
         self._pools = live_pool(config, self._store.snapshot, index)
         self._retriever = retriever_over(self._pools, config, self._metrics)
@@ -356,7 +356,7 @@ class RetrieverDeployment:
 
         Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
         """
-        return await asyncio.to_thread(self._retriever.accept, live, texts, self._samples)
+        return await asyncio.to_thread(self._retriever.accept, live, texts, self._samples, self._limits)
 
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
         """Return the choices that these outcomes lead to for the tenant, and what they do.

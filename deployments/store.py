@@ -189,6 +189,11 @@ class StoreDeployment:
         """Return the proposals for an adapter that wait, or the outcomes of a tenant, newest first."""
         return await asyncio.to_thread(self._store.feedback.all, tenant, kind, adapter)
 
+    async def tenants_with_outcomes(self) -> list[str]:
+        """Return the tenants whose outcomes were applied."""
+        snapshot = await asyncio.to_thread(self._store.snapshot)
+        return [tenant for tenant, ranks in snapshot.rankings.items() if any(rank.ranking.is_outcome for rank in ranks)]
+
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None:
         """Delete these proposals for an adapter."""
         await asyncio.to_thread(self._store.feedback.delete, tenant, adapter, ids)

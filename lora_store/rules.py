@@ -337,7 +337,7 @@ def rank_events(
         )
     ]
     wanted = [*rankings, *kept]
-    if not wanted and any(ranking.is_outcome for ranking in earlier):
+    if not wanted and earlier:
         wanted = [_naming_none(tenant, earlier[0])]
     if len(wanted) == len(earlier) and all(map(_is_same, wanted, earlier)):
         return []
@@ -351,7 +351,7 @@ def _is_same(one: Ranking, other: Ranking) -> bool:
 
 
 def _naming_none(tenant: str, ranking: Ranking) -> Ranking:
-    """Return an outcome that changes no choice: the last one was withdrawn, and an event names a ranking."""
+    """Return an outcome that changes no choice. It takes the place of the last rankings, since an event names one."""
     nobody = AdapterRef(tenant, OUTCOME, "")
     return replace(ranking, anchor=nobody, adapters=(RankedAdapter(nobody, 0.0, 0, False),))
 

@@ -110,9 +110,14 @@ class EncoderRegistry:
     def prepare(self, model: str, projection: str = "auto") -> Encoder:
         """Load the encoder of `model` and keep it for the generation that activates it.
 
-        `projection`: auto, none, or the identity of an encoder with the wanted one.
+        `projection`: auto, none, or the identity of an encoder with the wanted one. The encoder of this identity that
+        is prepared or active already is not loaded again.
         Raises: EncoderUnusable, ProjectionUnusable.
         """
+        for kept in (self._prepared, self._current):
+            if kept is not None and kept.identity == projection:
+                self._prepared = kept
+                return kept
         encoder = self._load(model)
         if projection in PROJECTIONS:
             self._prepared = self._with_default(encoder, projection)

@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef, Sample
+from lora_store.bounded_files import Limits
 from lora_store.errors import AdapterNotFound
 from lora_store.events import Rank
 from lora_store.feedback import MAX_PER_KEY, Feedback
 from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
 from lora_store.records import AdapterRecord
+from lora_store.sample_files import checked_sample
 from lora_store.snapshot import Key, Snapshot
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain
@@ -80,7 +82,8 @@ class Effect:
 class Resampled:
     """The samples of an adapter with accepted prompts, and the effect.
 
-    `left_out`: prompts that are near-copies of a sample, and those beyond the largest number of accepted ones.
+    `left_out`: prompts that are near-copies of a sample, or blank, and those beyond the largest number of accepted ones
+    or of samples.
     """
 
     samples: tuple[Sample, ...]
@@ -90,10 +93,11 @@ class Resampled:
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """The choices that a tenant's outcomes lead to. Others would harm samples, or are not checked yet."""
+    """The choices that a tenant's outcomes lead to. `num_left`: outcomes that the next call checks."""
 
     rankings: tuple[Ranking, ...]
-    num_refused: int = 0
+    num_refused: int = 0  # outcomes that would harm samples
+    num_left: int = 0
 
 
 def accept(
@@ -103,31 +107,43 @@ def accept(
     samples: SampleSource,
     abstain: Abstain,
     min_score: float | None = None,
+    limits: Limits | None = None,
 ) -> Resampled:
     """Return the samples of the live version with these prompts, the newest first, among its accepted rows.
 
-    New prompts push out the oldest accepted ones. `min_score` overrides every threshold.
+    New prompts push out the oldest accepted ones. `min_score` overrides every threshold. `limits`: of samples.
     Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
     """
-    own = list(samples(live))
+    limits, own = limits or Limits(), list(samples(live))
     given = [sample for sample in own if not sample.is_accepted]
     earlier = [sample for sample in own if sample.is_accepted]
-    every = [sample.input for sample in own] + list(texts)
-    vectors = _encoded(pool, every, live.ref.tenant)
-    rows, new, left_out = list(vectors[: len(own)]), list[Sample](), list[str]()
-    for text, vector in zip(texts, vectors[len(own) :], strict=True):
+    wanted, left_out = _split_usable(texts, limits)
+    vectors = _encoded(pool, [sample.input for sample in own + wanted], live.ref.tenant)
+    rows, new = list(vectors[: len(own)]), list[Sample]()
+    for sample, vector in zip(wanted, vectors[len(own) :], strict=True):
         if max((float(row @ vector) for row in rows), default=0.0) > NEAR_COPY:
-            left_out.append(text)
+            left_out.append(sample.input)
         else:
             rows.append(vector)
-            new.append(Sample(text, is_accepted=True))
-    num_accepted = len(given) // OWN_PER_ACCEPTED
+            new.append(sample)
+    num_accepted = max(0, min(len(given) // OWN_PER_ACCEPTED, limits.max_samples - len(given)))
     left_out += [sample.input for sample in new[num_accepted:]]
     changed = (*given, *[*new, *earlier][:num_accepted])
     [embedding] = embed_groups(pool.encoder, [changed], [live.ref.tenant])
-    after = {(live.ref.tenant, live.ref.name): replace(live, embedding=embedding)}
-    effect = _Check(pool, live.ref.tenant, abstain, min_score, samples).effect(after, None)
+    check = _Check(pool, live.ref.tenant, abstain, min_score, samples)
+    effect = check.embedding_effect(replace(live, embedding=embedding))
     return Resampled(changed, tuple(left_out), effect)
+
+
+def _split_usable(texts: Iterable[str], limits: Limits) -> tuple[list[Sample], list[str]]:
+    """Return accepted samples of these prompts, cut as a publisher's are, and the prompts that can be none."""
+    usable, others = list[Sample](), list[str]()
+    for text in texts:
+        try:
+            usable.append(replace(checked_sample(text, None, limits.max_sample_bytes), is_accepted=True))
+        except ValueError:
+            others.append(text)
+    return usable, others
 
 
 def without_accepted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
@@ -147,8 +163,9 @@ def learn(
     """Return the choices of a tenant from its outcomes, which are given newest first.
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
-    from them; one that praises the base model takes every adapter away. Leave out those that are refused alone, those
-    that `_MAX_CHECKS` did not reach, and all if the others are refused together.
+    from them; one that praises the base model takes every adapter away. Keep those that apply already, unless they do
+    harm without those that are withdrawn. Check the others beside them. Leave out those that are refused, and for the
+    next call those that `_MAX_CHECKS` did not reach.
 
     `refused`: the outcomes that this tenant's earlier call refused, which are not checked again. It is updated.
     """
@@ -165,25 +182,31 @@ def learn(
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
     check = _Check(pool, tenant, abstain, min_score, samples)
     refused = set() if refused is None else refused
-    known = {ranking.anchor: (ranking, check.surroundings(ranking)) for ranking in rankings}
-    new = [ranking for ranking in rankings if known[ranking.anchor] not in refused]
-    kept, harmful = _split_harmful(check, new)
+    applied = [rank.ranking for rank in pool.snapshot.rankings.get(tenant, ()) if rank.ranking.is_outcome]
+    kept = [ranking for ranking in rankings if ranking in applied]
+    gone = [ranking for ranking in applied if ranking not in kept and ranking.encoder == pool.encoder.identity]
+    if gone and check.outcomes_effect(kept, gone).refusal is not None:
+        kept = []  # a withdrawn one outweighed others
+    known = {ranking: (ranking, check.surroundings(ranking)) for ranking in rankings if ranking not in kept}
     refused &= set(known.values())
-    refused |= {known[ranking.anchor] for ranking in harmful}
-    if 0 < len(kept) < len(new) and check.effect({}, kept).refusal is not None:
-        kept = []
-    return Learnt(tuple(kept), len(rankings) - len(kept))
+    new = [ranking for ranking, checked in known.items() if checked not in refused]
+    kept, harmful = _split_harmful(check, kept, new)
+    refused |= {known[ranking] for ranking in harmful}
+    num_left = len(rankings) - len(kept) - len(refused)
+    return Learnt(tuple(ranking for ranking in rankings if ranking in kept), len(refused), num_left)
 
 
-def _split_harmful(check: _Check, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
-    """Return those that may apply, and those that are refused alone. Halve groups that are refused."""
-    waiting, kept, harmful = [rankings] if rankings else [], list[Ranking](), list[Ranking]()
+def _split_harmful(
+    check: _Check, applied: Sequence[Ranking], new: list[Ranking]
+) -> tuple[list[Ranking], list[Ranking]]:
+    """Return those that may apply, and those that are refused alone beside them. Halve groups that are refused."""
+    waiting, kept, harmful = [new] if new else [], list(applied), list[Ranking]()
     for _ in range(_MAX_CHECKS):
         if not waiting:
             break
         group = waiting.pop()
         middle = len(group) // 2
-        if check.effect({}, group).refusal is None:
+        if check.outcomes_effect([*kept, *group], group).refusal is None:
             kept += group
         elif middle:
             waiting += [group[middle:], group[:middle]]
@@ -236,6 +259,7 @@ class _Check:
     """Asks the samples of changed adapters and of those near them, before and after a change.
 
     `last`: the answers before the change of the last adapters that were asked, since several changes are near the same.
+    `read`: the vectors of the samples of each adapter that was asked.
     """
 
     pool: Pool
@@ -243,7 +267,8 @@ class _Check:
     abstain: Abstain
     min_score: float | None
     samples: SampleSource
-    last: dict[frozenset[Key], _Before] = field(default_factory=dict)
+    last: dict[tuple[frozenset[Key], frozenset[Key]], _Before] = field(default_factory=dict)
+    read: dict[Key, Vectors] = field(default_factory=dict)
 
     def surroundings(self, ranking: Ranking) -> frozenset[AdapterRef | Ranking]:
         """Return the versions near an outcome and the tenant's evaluations, on which its effect depends."""
@@ -251,18 +276,27 @@ class _Check:
         evaluations = [rank.ranking for rank in ranks if not rank.ranking.is_outcome]
         return frozenset([*(record.ref for record in self._near([ranking.vector]).values()), *evaluations])
 
-    def effect(self, changed: Mapping[Key, AdapterRecord], rankings: Sequence[Ranking] | None) -> Effect:
-        """Return the effect of other embeddings, or of other outcomes of the tenant. `rankings`: None keeps them."""
-        embeddings = [record.embedding for record in changed.values()]
-        vectors = [embedding.vector for embedding in embeddings if embedding is not None]
-        near = self._near([*vectors, *[ranking.vector for ranking in rankings or ()]])
-        before = self._before(near)
-        wanted = ranks = self.pool.snapshot.rankings.get(self.tenant, ())
-        if rankings is not None:
-            now = datetime.now(UTC)
-            new = [Rank(self.tenant, ranking, False, "", now) for ranking in rankings]
-            wanted = (*[rank for rank in ranks if not rank.ranking.is_outcome], *new)
-        pool = self._small({**near, **changed}, wanted)
+    def embedding_effect(self, changed: AdapterRecord) -> Effect:
+        """Return the effect of another embedding of an adapter."""
+        near = self._near([] if changed.embedding is None else [changed.embedding.vector])
+        before = self._before(near, near)
+        return self._effect(before, self._small({**near, changed.ref.key: changed}, self._ranks()))
+
+    def outcomes_effect(self, outcomes: Sequence[Ranking], changed: Sequence[Ranking]) -> Effect:
+        """Return the effect of these outcomes of the tenant, on the samples near those that are new or withdrawn."""
+        near = self._near([ranking.vector for ranking in changed])
+        named = (self.pool.snapshot.live(item.ref) for ranking in outcomes for item in ranking.adapters)
+        compared = {record.ref.key: record for record in named if record is not None} | near
+        before = self._before(near, compared)
+        now, evaluations = datetime.now(UTC), [rank for rank in self._ranks() if not rank.ranking.is_outcome]
+        wanted = [Rank(self.tenant, ranking, False, "", now) for ranking in outcomes]
+        return self._effect(before, self._small(compared, (*evaluations, *wanted)))
+
+    def _ranks(self) -> tuple[Rank, ...]:
+        return self.pool.snapshot.rankings.get(self.tenant, ())
+
+    def _effect(self, before: _Before, pool: Pool) -> Effect:
+        """Return the difference between the answers before a change and those of `pool`."""
         found_after = self._num_found(pool, before.queries, before.owners)
         answered_after = self._answered(pool)
         effects = [
@@ -278,11 +312,12 @@ class _Check:
         ]
         return max(effects, key=lambda effect: (effect.refusal is not None, effect.answered_share))
 
-    def _before(self, near: Mapping[Key, AdapterRecord]) -> _Before:
-        keys = frozenset(near)
+    def _before(self, near: Mapping[Key, AdapterRecord], compared: Mapping[Key, AdapterRecord]) -> _Before:
+        """Return what finds the samples of the adapters `near` among all that are compared."""
+        keys = frozenset(near), frozenset(compared)
         if keys not in self.last:
-            queries, owners = self._queries(near.values())
-            pool = self._small(near, self.pool.snapshot.rankings.get(self.tenant, ()))
+            queries, owners = self._queries(near)
+            pool = self._small(compared, self._ranks())
             self.last.clear()
             self.last[keys] = _Before(queries, owners, self._num_found(pool, queries, owners), self._answered(pool))
         return self.last[keys]
@@ -292,17 +327,17 @@ class _Check:
         found: dict[Key, AdapterRecord] = {}
         if vectors:
             for matches in self.pool.index.search(np.stack(vectors), _NUM_CHECKED, self.pool.allowed(self.tenant)):
-                found |= {(m.record.ref.tenant, m.record.ref.name): m.record for m in matches}
+                found |= {match.record.ref.key: match.record for match in matches}
         return found
 
-    def _queries(self, records: Iterable[AdapterRecord]) -> tuple[Vectors, list[Key]]:
+    def _queries(self, records: Mapping[Key, AdapterRecord]) -> tuple[Vectors, list[Key]]:
         """Return the vectors of the publishers' samples, and the adapter of each."""
-        texts, owners = list[str](), list[Key]()
-        for record in records:
-            own = [sample.input for sample in without_accepted(read_samples(self.samples, record) or ())]
-            texts += own[:_MAX_SAMPLES]
-            owners += [(record.ref.tenant, record.ref.name)] * len(own[:_MAX_SAMPLES])
-        return _encoded(self.pool, texts, self.tenant), owners
+        for key in records.keys() - self.read.keys():
+            own = without_accepted(read_samples(self.samples, records[key]) or ())[:_MAX_SAMPLES]
+            self.read[key] = _encoded(self.pool, [sample.input for sample in own], self.tenant)
+        none = np.empty((0, self.pool.encoder.dim), np.float32)
+        owners = [key for key in records for _ in self.read[key]]
+        return np.concatenate([none, *[self.read[key] for key in records]]), owners
 
     def _small(self, records: Mapping[Key, AdapterRecord], ranks: tuple[Rank, ...]) -> Pool:
         """Return a pool of these adapters only."""

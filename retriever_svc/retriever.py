@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
+from lora_store.bounded_files import Limits
 from lora_store.errors import AdapterNotFound, AdapterRefused, PlanInvalid
 from lora_store.feedback import Feedback
 from lora_store.names import NamedPolicy
@@ -56,7 +57,7 @@ RouteAnswer = Route | NoAdapterMatched | StaleIndex
 # Searched for each adapter after the best: of ten, two or more are of a base model with a fifth of the adapters, in 95
 # of 100 cases.
 _SPARE_MATCHES = 10
-_ASKED_TOGETHER = 16  # prompts that the doctor routes at once, while other callers wait
+_ASKED_TOGETHER = 16  # prompts that the doctor routes in one step
 
 
 class Timings:
@@ -510,8 +511,12 @@ class Retriever:
                 continue
             for start in range(0, len(prompts), _ASKED_TOGETHER):
                 texts = [read_ends(prompt.text) for prompt in prompts[start : start + _ASKED_TOGETHER]]
-                batch = [RouteRequest(text, tenant) for text in texts]
-                routes += [answer for answer in self.route(batch) if isinstance(answer, Route)]
+                views, places = with_views([RouteRequest(text, tenant) for text in texts])
+                encoding = BulkEncoding(pool.encoder, [view.text for view in views], [tenant] * len(views))
+                encoded = [Encoded(pool, vector) for vector in encoding.encode_all()]
+                answers = self.route_encoded(views, encoded, places)
+                chosen = (answers[place] for place in choose_views(answers, places))
+                routes += [answer for answer in chosen if isinstance(answer, Route)]
                 yield DoctorStep(step.num_done + len(routes), total)
             asked = count_answers(zip(wanted, routes, strict=True)) if prompts else None
             yield DoctorStep(total, total, replace(step.report, asked=asked))
@@ -527,9 +532,11 @@ class Retriever:
         """Return the regions in which adapters of `tenant` can be measured (see `competence`)."""
         return find_regions(self._pools.current, tenant, samples)
 
-    def accept(self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource) -> Resampled:
+    def accept(
+        self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource, limits: Limits | None = None
+    ) -> Resampled:
         """Return the samples of the live version with these prompts, and their effect (see `learning`)."""
-        return accept(self._pools.current, live, texts, samples, self._abstain, self._min_score)
+        return accept(self._pools.current, live, texts, samples, self._abstain, self._min_score, limits)
 
     def learn(self, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource) -> Learnt:
         """Return the choices that these outcomes lead to for `tenant`, and their effect (see `learning`)."""

@@ -115,7 +115,7 @@ def route_of(retriever: Retriever, prompt: Prompt, abstain: Abstain) -> Route:
         if not route.abstained:
             return route
     if route.refers_back and reading.previous:
-        [earlier] = retriever.route([RouteRequest(reading.previous[0], abstain=abstain)])
+        [earlier] = retriever.route([RouteRequest(reading.previous[0][0], abstain=abstain)])
         assert isinstance(earlier, Route)
         return earlier
     return route

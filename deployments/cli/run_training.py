@@ -11,12 +11,13 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from deployments.cli.output import counted, describe_problem, fail, progress, report
+from deployments.cli.output import counted, describe_problem, fail, progress, report, show_warning
 from deployments.config.loading import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
 from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.training import TrainingSettings, train_encoder
+from retriever_svc.training_pairs import MIN_TEXTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,21 @@ def _read_texts(job: TrainingJob) -> dict[str, list[str]]:
 
 
 def stored_texts(store_uri: str, tenant: str) -> dict[str, list[str]]:
-    """Return the samples of each adapter that `tenant` can use, by the adapter's name for that tenant."""
+    """Return the samples of each adapter that `tenant` can use, by the adapter's name for that tenant.
+
+    Leave out those with too few, as with a description only, and print how many these are.
+    """
     store = LoraStore(store_uri, accepts_base=())
     records = [record for record in store.snapshot().records.values() if record.is_visible_to(tenant)]
-    return {
+    texts = {
         record.ref.name_for(tenant): [sample.input for sample in store.samples(record.samples_digest)]
         for record in records
         if record.samples_digest is not None
     }
+    enough = {name: own for name, own in texts.items() if len(set(own)) >= MIN_TEXTS}
+    if few := len(texts) - len(enough):
+        show_warning(f"left out {counted(few, 'adapter')} with fewer than {MIN_TEXTS} different samples")
+    return enough
 
 
 def read_texts(file: Path) -> dict[str, list[str]]:

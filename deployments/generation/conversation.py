@@ -59,12 +59,12 @@ _DESCRIPTION = re.compile(  # with a bounded gap, as an unbounded one would be s
 class RoutingTexts:
     """The texts of a conversation that are read. `texts` are tried in order; there is at least one.
 
-    `previous`: the texts by which the user turns before the last are found, the newest first, at most `MAX_JOINED`.
+    `previous`: the texts to try for each user turn before the last, the newest turn first, at most `MAX_JOINED` turns.
     With `is_housekeeping` the base model answers.
     """
 
     texts: tuple[str, ...]
-    previous: tuple[str, ...] = ()
+    previous: tuple[tuple[str, ...], ...] = ()
     is_housekeeping: bool = False
 
 
@@ -79,7 +79,7 @@ def choose_texts(messages: Sequence[Message]) -> RoutingTexts:
     if order and len(users) < len(messages):
         texts.append(f"{order}\n{texts[0]}")
     earlier = range(len(users) - 1, max(0, len(users) - 1 - MAX_JOINED), -1)
-    return RoutingTexts(tuple(texts), tuple(_texts(users[:place])[0] for place in earlier))
+    return RoutingTexts(tuple(texts), tuple(tuple(_texts(users[:place])) for place in earlier))
 
 
 def is_housekeeping(text: str) -> bool:

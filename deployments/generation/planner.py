@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 from deployments.api.base import LoraOptions, PlanGiven
@@ -302,7 +303,7 @@ class Planner:
             return ()
         if isinstance(question.prompt, tuple) and _is_routed(question.lora):
             reading = choose_texts(question.prompt)
-            return () if reading.is_housekeeping else (*reading.previous, *reading.texts)
+            return () if reading.is_housekeeping else (*chain.from_iterable(reading.previous), *reading.texts)
         options = question.lora
         return () if options.names_adapters is not None else (options.query or question.text or "",)
 
@@ -334,17 +335,22 @@ class Planner:
         return planned
 
     async def _earlier_turn(
-        self, texts: Sequence[str], model: str, options: LoraOptions, tenant: str
+        self, turns: Sequence[Sequence[str]], model: str, options: LoraOptions, tenant: str
     ) -> tuple[str, AdapterRef] | None:
-        """Return the text and the best adapter of the previous turn, or of the turn that it refers to, or None."""
-        for text in texts:
-            request = replace(
-                self._request_of(text, model, options, tenant), fallback="base", shows_samples=False, counted="never"
-            )
-            [route] = await self._retriever.route([request])
-            if not route.abstained:
-                return text, route.plan.adapters[0].ref
-            if not route.refers_back:
+        """Return the text and the best adapter of the previous turn, or of the turn that it refers to, or None.
+
+        `turns`: the texts to try for each earlier turn, the newest turn first.
+        """
+        for texts in turns:
+            refers_back = False
+            for text in texts:
+                request = self._request_of(text, model, options, tenant)
+                tried = replace(request, fallback="base", shows_samples=False, counted="never")
+                [route] = await self._retriever.route([tried])
+                if not route.abstained:
+                    return text, route.plan.adapters[0].ref
+                refers_back = refers_back or route.refers_back
+            if not refers_back:
                 return None
         return None
 

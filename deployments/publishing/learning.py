@@ -103,10 +103,19 @@ class Learning:
         judged = Feedback.of_request(request_id, asked.text, adapter, key_id, score)
         await self._store.put_feedback(tenant, "outcome", judged)
         if self._applies:
-            self._waiting[tenant] = key_id
-            if tenant not in self._applying:
-                self._applying.add(tenant)
-                self._background.start(self._apply_waiting(tenant), "applying outcomes")
+            self._let_wait(tenant, key_id)
+
+    async def apply_again(self, actor: str) -> None:
+        """Apply the outcomes of every tenant again, in the background: another encoder gives them other vectors."""
+        if self._applies:
+            for tenant in await self._store.tenants_with_outcomes():
+                self._let_wait(tenant, actor)
+
+    def _let_wait(self, tenant: str, actor: str) -> None:
+        self._waiting[tenant] = actor
+        if tenant not in self._applying:
+            self._applying.add(tenant)
+            self._background.start(self._apply_waiting(tenant), "applying outcomes")
 
     async def _apply_waiting(self, tenant: str) -> None:
         pause_s = RETRY_S
@@ -158,7 +167,7 @@ class Learning:
         if learnt.num_refused:
             logger.warning("%d outcomes of tenant %s are left out: they would harm samples", learnt.num_refused, tenant)
         generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
-        if await self._store.feedback(tenant, "outcome") != outcomes:
+        if learnt.num_left or await self._store.feedback(tenant, "outcome") != outcomes:
             self._waiting.setdefault(tenant, actor)  # another replica may have applied newer ones before this commit
         await self._publisher.catch_up(generation)
 

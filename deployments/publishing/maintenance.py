@@ -12,7 +12,7 @@ from deployments.api.doctor_report import doctor_object
 from deployments.api.responses import replicas_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.json_types import JsonObject
-from deployments.publishing.learning import counted
+from deployments.publishing.learning import Learning, counted
 from deployments.publishing.publisher import Publisher
 from lora_store import AdapterRef, EncoderIncomplete
 from retriever_svc import AskedPrompt, EncoderUnusable
@@ -55,6 +55,7 @@ async def reindex(
     publisher: Publisher,
     store: StoreClient,
     retriever: RetrieverClient,
+    learning: Learning,
     model: str,
     actor: str,
     projection: str = "auto",
@@ -62,7 +63,8 @@ async def reindex(
     """Embed the pool with the encoder `model`, then activate that encoder on every replica at one generation.
 
     `projection`: auto, none, or refit, which fits one to the pool's samples first. Adapters published meanwhile are
-    embedded in a further round. Raises: EncoderUnusable, ProjectionUnusable, EncoderIncomplete.
+    embedded in a further round. Applied outcomes are applied again, with the vectors of the new encoder.
+    Raises: EncoderUnusable, ProjectionUnusable, EncoderIncomplete.
     """
     await store.check_available()
     if projection == "refit":
@@ -75,7 +77,7 @@ async def reindex(
                 if step.embeddings:
                     await store.add_embeddings(step.embeddings)
                 yield {"done": step.num_done, "total": step.num_total}
-        identity = await _prepare_everywhere(retriever, model, projection)
+        projection = identity = await _prepare_everywhere(retriever, model, projection)  # loaded once for all rounds
         try:
             generation = await store.activate_encoder(model, identity, actor)
         except EncoderIncomplete as exc:
@@ -85,6 +87,7 @@ async def reindex(
             ):  # another round would not embed these
                 raise
             continue
+        await learning.apply_again(actor)
         replicas = replicas_object(await publisher.catch_up(generation))
         yield {"result": {"encoder": model, "identity": identity, "generation": generation, "replicas": replicas}}
         return

@@ -168,6 +168,9 @@ class FakeStore:
         found = [given for (owner, sort, _), given in self.given.items() if (owner, sort) == (tenant, kind)]
         return [given for given in found[::-1] if given.text and adapter in (None, given.adapter)]
 
+    async def tenants_with_outcomes(self) -> list[str]:
+        return list(dict.fromkeys(tenant for tenant, rankings in self.ranked if any(r.is_outcome for r in rankings)))
+
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None:
         for id in ids:
             del self.given[tenant, "proposed", id]

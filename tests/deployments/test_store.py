@@ -24,18 +24,22 @@ from deployments.errors import SourceMissing, SourceRefused, UploadDiskFull
 from deployments.store import StoreDeployment
 from lora_store import (
     AdapterNotFound,
+    AdapterRef,
     AdapterRefused,
     BlobCorrupted,
     Edit,
     Embedding,
     EncoderIncomplete,
     ModuleWeights,
+    RankedAdapter,
+    Ranking,
     Sample,
     Staged,
     StoreUnavailable,
     decode_weights,
     write_peft_folder,
 )
+from lora_store.rankings import OUTCOME
 from lora_store.usage import UsageQuery
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import config_of
@@ -311,6 +315,15 @@ async def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Store
     await store.add_embeddings({poet.ref: Embedding("new", UNIT, UNIT)})
     await store.activate_encoder("model", "new", "tester")
     assert await store.active_encoder() == "new"
+
+
+async def test_tenants_with_applied_outcomes_are_found(stores: Stores) -> None:
+    [poet] = await stores.publish(PublishItem(stores.adapter()))
+    measured = Ranking(poet.ref, (RankedAdapter(poet.ref, 1.0, 1, False),), "encoder", UNIT, UNIT)
+    await stores.deployment.rank("measured", [measured], "tester")
+    said = replace(measured, anchor=AdapterRef("judging", f"{OUTCOME}1", ""))
+    await stores.deployment.rank("judging", [said], "tester", are_outcomes=True)
+    assert await stores.deployment.tenants_with_outcomes() == ["judging"]
 
 
 async def test_a_tenants_slow_sources_leave_room_for_the_uploads_of_another(

@@ -22,6 +22,8 @@ from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.publishing.contract_files import read_contract
 from lora_store.contract_files import CONTRACT_FILE
+from retriever_svc.competence import NEAR
+from retriever_svc.preferences import NEAR_OUTCOME
 from tests.conftest import ON_A_CLUSTER
 from tests.deployments.scripted import COMMAND
 from tests.docs.pages import ROOT, CodeBlock, blocks_of, pages
@@ -105,6 +107,13 @@ def test_the_files_of_failed_tests_outlive_the_parts_of_make_test_that_end_later
     num_parts = recipe.count("-m pytest")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     assert settings["tmp_path_retention_count"] >= num_parts > 1
+
+
+def test_the_documents_name_the_cosines_from_which_prompts_and_adapters_are_near() -> None:
+    folder, prompts = ROOT / "docs", f"a cosine of {NEAR_OUTCOME} or more"
+    routing = (folder / "explanation/how-routing-works.md").read_text()
+    assert prompts in (folder / "how-to/learn-from-traffic.md").read_text() and prompts in routing
+    assert f"a cosine of at least {NEAR} to it" in routing
 
 
 def test_modules_that_are_run_exist() -> None:

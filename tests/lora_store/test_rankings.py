@@ -39,7 +39,6 @@ def test_an_evaluation_replaces_the_rankings_of_its_tenant_alone() -> None:
 def test_a_ranking_outlives_its_anchor_while_one_of_its_adapters_is_live(make_record: MakeRecord) -> None:
     records = [Publish(make_record("poet")), Publish(make_record("bard", digest="e" * 64))]
     snapshot = after(Snapshot(0, {}), *records, Rank("local", ranking(POET, BARD), True, "me", NOON))
-    assert rank_events(snapshot, "local", [], "me", NOON) == []
     withdrawn = after(snapshot, Withdraw(POET, "me", NOON))
     events = rank_events(withdrawn, "local", [ranking(BARD)], "me", NOON)
     assert used(after(withdrawn, *events)) == [ranking(BARD), ranking(POET, BARD)]
@@ -86,6 +85,14 @@ def test_the_last_outcome_can_be_withdrawn() -> None:
     assert left.is_outcome and [item.ref.name for item in left.adapters] == [OUTCOME], "it names no adapter"
 
 
+def test_an_evaluation_that_measures_nothing_ends_the_earlier_one() -> None:
+    snapshot = after(Snapshot(0, {}), Rank("local", ranking(POET), True, "me", NOON))
+    [event] = rank_events(snapshot, "local", [], "me", NOON)
+    ended = after(snapshot, event)
+    assert [item.ref.name for left in used(ended) for item in left.adapters] == [OUTCOME], "it names no adapter"
+    assert rank_events(ended, "local", [], "me", NOON) == rank_events(Snapshot(0, {}), "local", [], "me", NOON) == []
+
+
 def test_a_fold_keeps_rankings_and_what_each_tenant_can_see(make_record: MakeRecord) -> None:
     events = [Publish(make_record()), Rank("acme", ranking(POET), True, "me", NOON)]
     dated = [(place, event) for place, event in enumerate(events, start=1)]
@@ -104,4 +111,4 @@ def test_the_store_commits_rankings(store: LoraStore, open_store: OpenStore) -> 
     generation = store.rank("local", [ranking(POET), ranking(BARD)], "me")
     assert generation == store.snapshot().generation == 1
     assert used(open_store().snapshot()) == used(copy.copy(store.snapshot())) == [ranking(POET), ranking(BARD)]
-    assert store.rank("local", [], "me") == 1
+    assert store.rank("local", [], "me") == 2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_store.adapter import Sample
+from lora_store.bounded_files import Limits
 from lora_store.events import Rank
 from lora_store.feedback import MAX_PER_KEY, Feedback
 from lora_store.rankings import Ranking
@@ -91,6 +92,17 @@ def test_at_most_a_quarter_of_the_rows_are_accepted_and_new_ones_push_out_the_ol
     found = accepted(["rhyme please", "rhyme now", "odd"])
     assert [sample.input for sample in found.samples if sample.is_accepted] == ["rhyme please", "rhyme now"]
     assert found.left_out == ("odd",)
+
+
+def test_accepted_prompts_keep_to_the_limits_of_samples() -> None:
+    table = {**TABLE, "odd" * 3: TABLE["odd"]}
+    pool, texts = Pool.of(snapshot_of(POET, CODER), FakeEncoder(table, dim=DIM), IndexSettings()), ["odd" * 9, " "]
+    for max_samples, num in ((6, 0), (7, 1)):
+        limits = Limits(max_samples=max_samples, max_sample_bytes=9)
+        found = accept(pool, POET, texts, lambda r: SAMPLES[r.ref.name], "balanced", limits=limits)
+        assert len(found.samples) == max_samples
+        assert found.samples[6:] == (Sample("odd" * 3, is_accepted=True),)[:num], "it is cut as a publisher's is"
+        assert found.left_out == (" ", "odd" * 3)[: 2 - num]
 
 
 def test_a_liar_cannot_take_a_victims_prompts() -> None:
@@ -255,11 +267,59 @@ def test_few_checks_find_a_harmful_outcome_and_the_next_call_leaves_it_out_at_on
     assert counted_learn(monkeypatch, said, refused, newer)[1] > 2, "an adapter near the outcome has changed"
 
 
+def with_applied(found: Learnt, *records: AdapterRecord) -> Snapshot:
+    ranks = tuple(Rank("local", ranking, place == 0, "me", NOON) for place, ranking in enumerate(found.rankings))
+    return snapshot_of(*records, rankings={"local": ranks})
+
+
+def test_a_further_outcome_is_checked_by_the_samples_near_it_alone() -> None:
+    rows = unit_rows(np.random.default_rng(0).normal(size=(80, 16)).astype(np.float32))
+    texts = [[f"text {place} {number}" for number in range(32)] for place in range(80)]
+    encoder = FakeEncoder({text: row for own, row in zip(texts, rows, strict=True) for text in own}, dim=16)
+    records = [record_of(f"adapter{place}", row, num_samples=32) for place, row in enumerate(rows)]
+    source = {row.ref.name: list(map(Sample, own)) for row, own in zip(records, texts, strict=True)}
+    said = [outcome(texts[place][0], f"adapter{place}", 1) for place in range(63)]
+
+    def num_encoded(wanted: Sequence[Feedback], snapshot: Snapshot) -> tuple[Learnt, int]:
+        encoder.batches.clear()
+        pool = Pool.of(snapshot, encoder, IndexSettings())
+        found = learn(pool, "local", wanted, lambda r: source[r.ref.name], "balanced")
+        return found, sum(map(len, encoder.batches))
+
+    first, num_first = num_encoded(said[1:], snapshot_of(*records))
+    assert len(first.rankings) == 62 and num_first > 2048, "more than the encoder keeps"
+    second, num_second = num_encoded(said, with_applied(first, *records))
+    assert len(second.rankings) == 63 and num_second <= 63 + 16 * 32
+    again, num_again = num_encoded(said, with_applied(second, *records))
+    assert (again, num_again) == (second, 63)
+
+
 def test_the_checks_of_one_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     said = [outcome("poem 0", "poet", -1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
-    found, num_built = counted_learn(monkeypatch, said, set())
-    assert (found.rankings, found.num_refused) == ((), MAX_OUTCOMES)
-    assert num_built <= 17
+    refused, num_rounds = set[Refused](), 0
+    found = Learnt((), num_left=MAX_OUTCOMES)
+    while found.num_left:
+        found, num_built = counted_learn(monkeypatch, said, refused)
+        assert (num_built <= 17, found.rankings, found.num_refused) == (True, (), MAX_OUTCOMES - found.num_left)
+        num_rounds += 1
+    assert 1 < num_rounds <= 10, "later calls check the others"
+
+
+def test_outcomes_that_apply_stay_while_later_harmful_ones_are_looked_for() -> None:
+    said = [outcome("odd", "coder", 1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
+    pool = Pool.of(with_applied(learnt(*said), POET, CODER), ENCODER, IndexSettings())
+    harmful = [outcome("poem 0", "poet", -1), outcome("code 0", "coder", -1)]
+    found = learnt(harmful[0], *said[:31], harmful[1], *said[31:], pool=pool)
+    assert (len(found.rankings), found.num_refused, found.num_left) == (MAX_OUTCOMES - 2, 2, 0)
+
+
+def test_an_outcome_that_another_outweighed_is_checked_when_that_one_is_withdrawn() -> None:
+    blame, praise = outcome("poem 0", "poet", -1), outcome("poem 0", "poet", 1)
+    both = learnt(blame, praise)
+    assert len(both.rankings) == 2
+    pool = Pool.of(with_applied(both, POET, CODER), ENCODER, IndexSettings())
+    assert learnt(blame, pool=pool) == Learnt((), num_refused=1)
+    assert learnt(praise, pool=pool).rankings == both.rankings[1:]
 
 
 def test_the_choice_says_what_outcomes_spoke_for() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from retriever_svc import (
     StaleIndex,
 )
 from retriever_svc.doctor import examine
-from retriever_svc.encoder import MAX_CHARS
+from retriever_svc.encoder import CHUNK_TOKENS, MAX_CHARS, tokens_read
 from retriever_svc.route import STICKY_MARGIN, Weighting
 from retriever_svc.served_bases import ServedBases
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
@@ -367,6 +368,17 @@ def test_the_doctor_reads_as_much_of_a_prompt_as_routing_does() -> None:
     *_, last = retriever.doctor("local", lambda record: [], prompts=[AskedPrompt(long)])
     assert last.report is not None and last.report.asked is not None
     assert last.report.asked.unlabelled.total() == 1
+
+
+def test_the_doctor_lets_other_prompts_pass_between_small_chunks_of_its_own() -> None:
+    encoder = FakeEncoder(defaultdict(lambda: EAST))
+    retriever = retriever_of(record_of("east", EAST), encoder=encoder)
+    prompts = [AskedPrompt("\n\n".join(f"{number} {part} " * 80 for part in "abcd")) for number in range(20)]
+    *_, last = retriever.doctor("local", lambda record: [], prompts=prompts)
+    assert last.report is not None and last.report.asked is not None
+    assert last.report.asked.unlabelled.total() == 20
+    assert sum(map(len, encoder.batches)) == 20 * 5, "each view is read"
+    assert max(sum(map(tokens_read, batch)) for batch in encoder.batches) <= CHUNK_TOKENS
 
 
 ENCODER = FakeEncoder({"east": EAST})

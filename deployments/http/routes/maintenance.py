@@ -57,8 +57,8 @@ async def reindex(
 ) -> StreamingResponse:
     """Embed the pool with another encoder while the old index serves, then switch to it at one generation."""
     require_encoder(services, body.encoder, http)
-    publisher, store, retriever = services.publisher, services.store, services.retriever
-    job = maintenance.reindex(publisher, store, retriever, body.encoder, caller.key_id, body.projection)
+    parts = services.publisher, services.store, services.retriever, services.learning
+    job = maintenance.reindex(*parts, body.encoder, caller.key_id, body.projection)
     return await _stream(job, context)
 
 

@@ -41,6 +41,15 @@ def test_a_tenant_trains_on_visible_adapters_under_its_names_for_them(tmp_path: 
     assert stored_texts(store, "other") == {first: TEXTS[first], **{f"local/{name}": TEXTS[name] for name in others}}
 
 
+def test_an_adapter_with_a_description_only_is_left_out_of_a_pools_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *others, last = TEXTS
+    store = store_of(tmp_path, {**TEXTS, last: TEXTS[last][:1]})
+    assert stored_texts(store, "local") == {name: TEXTS[name] for name in others[1:]}
+    assert "left out 1 adapter with fewer than 2 different samples" in words(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [

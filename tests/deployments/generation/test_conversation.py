@@ -44,13 +44,15 @@ LONG = "And the king said to his people that the war was over and that they coul
         ([TASK, "the dogs bark"], ["the dogs bark", f"{TASK}\nthe dogs bark"], [TASK]),
         (["the dogs bark"], ["the dogs bark"], []),
         ([OTHER, TASK, "and tea?", "and milk?"], [f"{TASK}\nand tea?\nand milk?"], [f"{TASK}\nand tea?", TASK, OTHER]),
+        ([TASK, "the dogs bark", OTHER], [OTHER], [("the dogs bark", f"{TASK}\nthe dogs bark"), TASK]),
     ],
 )
 def test_a_turn_is_read_alone_if_it_is_complete_and_with_earlier_ones_otherwise(
-    turns: list[str], texts: list[str], previous: list[str]
+    turns: list[str], texts: list[str], previous: list[str | tuple[str, ...]]
 ) -> None:
     """An elliptic turn is joined back to a complete one, and a short turn is tried alone first."""
-    assert choose_texts(said(*turns)) == RoutingTexts(tuple(texts), previous=tuple(previous))
+    earlier = tuple((text,) if isinstance(text, str) else text for text in previous)
+    assert choose_texts(said(*turns)) == RoutingTexts(tuple(texts), previous=earlier)
 
 
 def test_no_more_than_the_bound_is_joined() -> None:
@@ -61,8 +63,8 @@ def test_no_more_than_the_bound_is_joined() -> None:
 
 def test_earlier_turns_are_kept_newest_first_up_to_the_bound() -> None:
     turns = [f"{TASK} number {number}" for number in range(9)]
-    assert choose_texts(said(*turns, OTHER)).previous == tuple(turns[: -MAX_JOINED - 1 : -1])
-    assert choose_texts(said(*turns[:MAX_JOINED], OTHER)).previous == tuple(turns[:MAX_JOINED][::-1])
+    assert choose_texts(said(*turns, OTHER)).previous == tuple(zip(turns[: -MAX_JOINED - 1 : -1]))
+    assert choose_texts(said(*turns[:MAX_JOINED], OTHER)).previous == tuple(zip(turns[:MAX_JOINED][::-1]))
 
 
 ORDER = "Negate each statement. Act as an AI that is brief."

@@ -304,7 +304,7 @@ class BackReferring(FakeRetriever):
     ("turns", "back", "texts", "abstains"),
     [
         ([SEA, WARMER], (WARMER,), [SEA, WARMER, SEA], False),
-        ([SEA, SHORTER, WARMER], (WARMER, SHORTER), [SHORTER, SEA, WARMER, SEA], False),
+        ([SEA, SHORTER, WARMER], (WARMER, SHORTER), [SHORTER, f"{SEA}\n{SHORTER}", SEA, WARMER, SEA], False),
         ([SEA, SKY], (), [SEA, SKY, SKY], True),
         ([SEA, SKY, WARMER], (WARMER,), [SKY, WARMER], True),
     ],
@@ -317,6 +317,13 @@ def test_a_turn_that_refers_back_keeps_the_adapter_of_the_turn_that_it_means(
     planned = plan_turns(handle, *turns)
     assert ([request.text for request in routed(handle)], planned.abstained) == (texts, abstains)
     assert names(planned) == ([] if abstains else ["poet", "coder"])
+
+
+def test_a_short_turn_in_between_is_read_with_the_turns_before_it() -> None:
+    joined = f"{SEA}\nblue sky"
+    handle = FakeHandle(BackReferring(fitting=(joined,), back=(WARMER,)))
+    assert names(plan_turns(handle, SEA, "blue sky", WARMER)) == ["poet", "coder"]
+    assert [request.text for request in routed(handle)] == ["blue sky", joined, WARMER, joined]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +359,7 @@ def test_a_query_of_the_request_replaces_the_conversation() -> None:
         (
             ["Sing", "Write a poem", "Please paint the sea in blue"],
             {},
-            ["Write a poem", "Sing", "Please paint the sea in blue"],
+            ["Write a poem", "Sing\nWrite a poem", "Sing", "Please paint the sea in blue"],
         ),
         (["Write a poem", "Generate a title for this conversation"], {}, []),
         (["one", "two"], {"query": "Rhyme"}, ["Rhyme"]),

@@ -235,6 +235,29 @@ def test_an_outcome_of_another_replica_is_not_undone() -> None:
     assert retriever.num_learnt == 2, "it learns again only where outcomes changed"
 
 
+class CheckingOneByOne(FakeRetriever):
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        self.num_checked += 1
+        found = await super().learn(tenant, outcomes[: self.num_checked])
+        return replace(found, num_left=len(outcomes) - len(found.rankings))
+
+    num_checked = 0
+
+
+def test_outcomes_that_are_left_to_be_checked_follow_by_themselves() -> None:
+    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {("local", "asked", asked.id): asked}
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        for number in range(2):
+            await store.put_feedback("local", "outcome", Feedback.of_request(f"{number}", "Rhyme.", None, "key", 1.0))
+        parts = store, CheckingOneByOne(), served.services.publisher, served.services.background
+        await Learning(*parts, applies=True, sleep=no_pause).judge("local", ("id", None, 1.0), "key")
+
+    ask(run, store=store)
+    assert [len(rankings) for _, rankings in store.ranked] == [1, 2, 3]
+
+
 def test_outcomes_are_counted_by_adapter() -> None:
     said = [("acme/poet", 1.0), ("acme/poet", 0.5), ("acme/poet", -1.0), ("rival/coder", 0.0), (None, -0.25)]
     outcomes = [

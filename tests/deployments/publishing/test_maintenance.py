@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -10,7 +11,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.publishing import maintenance
-from lora_store import EncoderIncomplete
+from deployments.publishing.learning import Learning
+from lora_store import EncoderIncomplete, Feedback
 from retriever_svc import EncoderUnusable
 from tests.deployments.adapter_records import POOL
 from tests.deployments.app_fakes import Served, serve_plainly
@@ -19,6 +21,10 @@ from tests.deployments.fake_retriever import FakeRetriever, reindex_step
 from tests.deployments.fake_store import FakeStore
 
 POET, CODER = (record.ref for record in POOL)
+
+
+async def no_pause(seconds: float) -> None:
+    await asyncio.sleep(0)
 
 
 def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() -> None:
@@ -58,12 +64,41 @@ def test_a_refit_comes_first_and_its_projection_is_embedded_and_activated() -> N
     ask(run, retriever=FakeRetriever(steps=[[reindex_step(1, 1, POET)]]))
 
 
+def test_applied_outcomes_of_every_tenant_are_applied_again_with_the_new_encoders_vectors() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        pool, said = served.services, Feedback.of_request("id", "Rhyme.", None, "key", 1.0)
+        retriever = FakeRetriever(encoder="other-encoder")
+        await pool.store.put_feedback("acme", "outcome", said)
+        applied = (await FakeRetriever().learn("acme", [said])).rankings
+        store.ranked = [("acme", applied), ("measured", [replace(applied[0], anchor=POET)])]
+        learning = Learning(pool.store, retriever, pool.publisher, pool.background, applies=True, sleep=no_pause)
+        job = maintenance.reindex(pool.publisher, pool.store, pool.retriever, learning, "other", "tester")
+        assert "result" in [line async for line in job][-1]
+
+    store = FakeStore()
+    ask(run, store=store, retriever=FakeRetriever(steps=[[reindex_step(1, 1, POET)]]))
+    assert [(tenant, [ranking.encoder for ranking in rankings]) for tenant, rankings in store.ranked[2:]] == [
+        ("acme", ["other-encoder"])
+    ]
+
+
 def test_adapters_published_meanwhile_are_embedded_in_another_round() -> None:
     retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)], [reindex_step(1, 1, CODER)]])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
     *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
     assert (progress, retriever.steps) == ([{"done": 1, "total": 1}] * 2, [])
     assert last["result"]["generation"] == 10
+
+
+def test_rounds_after_the_first_name_the_encoder_that_every_replica_has_loaded() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/pool/reindex", json={"encoder": "other"})
+        assert "result" in lines_of(response)[-1]
+        wanted = [("other", "auto"), *[("other", "other-encoder")] * 2]
+        assert served.retriever.called("reindex") == served.retriever.called("prepare_encoder") == wanted
+
+    retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)] for _ in range(3)])
+    ask(run, retriever=retriever, store=FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(2)]))
 
 
 def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_encoder_stays() -> None:
@@ -100,7 +135,7 @@ def test_an_encoder_that_a_replica_cannot_load_is_not_activated(others: list[Any
         served = serve_plainly(retrievers=replicas)
         try:
             pool = served.services
-            lines = maintenance.reindex(pool.publisher, pool.store, pool.retriever, "other", "tester")
+            lines = maintenance.reindex(pool.publisher, pool.store, pool.retriever, pool.learning, "other", "tester")
             return [line async for line in lines]
         finally:
             assert (served.store.called("activate_encoder") == []) is (code is not None)
