@@ -78,6 +78,8 @@ class FakeBroadcast:
 class FakeHandle:
     """A DeploymentHandle over plain objects: `remote` calls the first replica, `broadcast` calls all."""
 
+    app_name, deployment_name = "app", "Worker"
+
     def __init__(self, *replicas: object, num_silent: int = 0) -> None:
         self.calls: list[Call] = []
         self.responses: list[FakeResponse] = []

@@ -41,6 +41,9 @@ _CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first st
 _SHAPES_S = 60.0  # with several base models: after it, adapters of those that did not answer are refused
 # No call for this long after an answer: Serve removes a worker only after `downscale_delay_s` without requests.
 KEPT_S = 1.0
+# After an answer requests do not wait for the next one: the worker that is asked may hang while others run.
+RECENT_S = 60.0
+_PATIENCE_S = 10.0  # then the call is sent again if a worker runs: another one may answer
 
 
 class StreamEnd(Enum):
@@ -210,16 +213,18 @@ class BaseWorkers:
     """The workers of one base model. A request passes `ready` first, which holds it until one runs.
 
     With `timeout_s` None workers never scale to zero, and nothing is held. The call that starts a worker stays in
-    Serve's queue when its waiters have left, so the next request finds a worker.
+    Serve's queue when its waiters have left, so the next request finds a worker. While an answer is recent, a worker
+    is asked again in the background.
     """
 
     def __init__(
         self, client: WorkerClient, timeout_s: float | None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.client = client
-        self._timeout_s = timeout_s
+        self._timeout_s, self._clock = timeout_s, clock
         self._shapes: Shapes | None = None  # a base model's never change
-        self._running = Shared(client.wait_for_replica, kept_s=KEPT_S, clock=clock)
+        self._answered_at = 0.0  # by the clock, when a worker last told them
+        self._running = Shared(self._reach, kept_s=KEPT_S, clock=clock)
 
     async def ready(self) -> None:
         """Return when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
@@ -228,10 +233,9 @@ class BaseWorkers:
 
     async def module_shapes(self) -> Shapes:
         """Return the module shapes when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
-        if self._timeout_s is None:
-            self._shapes = await self.client.module_shapes()
-        else:
-            self._shapes = await self._ask(self._timeout_s)
+        if self._timeout_s is not None:
+            return await self._ask(self._timeout_s)
+        self._shapes = await self.client.module_shapes()
         return self._shapes
 
     async def known_shapes(self) -> Shapes:
@@ -256,13 +260,31 @@ class BaseWorkers:
         return self._timeout_s is not None and await self.client.is_scaled_to_zero()
 
     async def _ask(self, timeout_s: float) -> Shapes:
+        asking = self._running.start()
+        if self._shapes is not None and self._clock() - self._answered_at < RECENT_S:
+            return self._shapes
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                return await self._running.get()
+                return await asyncio.shield(asking)
         except TimeoutError as exc:
             if limit.expired():
                 raise WorkerStarting(timeout_s) from exc
             raise
+
+    async def _reach(self) -> Shapes:
+        """Return the module shapes. Wait until a worker has started, and call again if one runs and is silent."""
+        while True:
+            asking = asyncio.ensure_future(self.client.wait_for_replica())
+            try:
+                is_silent = False
+                while not asking.done() and not is_silent:
+                    await asyncio.wait([asking], timeout=_PATIENCE_S)
+                    is_silent = not asking.done() and not await self.is_scaled_to_zero()
+                if not is_silent:
+                    self._shapes, self._answered_at = asking.result(), self._clock()
+                    return self._shapes
+            finally:
+                asking.cancel()
 
 
 class Workers:
