@@ -51,28 +51,24 @@ def once(method: Method) -> Method:
 @overload
 def retry(method: Method) -> Method: ...
 @overload
-def retry(*, only_with: str = "", over_object_store: bool = False) -> Callable[[Method], Method]: ...
-def retry(
-    method: Method | None = None, *, only_with: str = "", over_object_store: bool = False
-) -> Method | Callable[[Method], Method]:
+def retry(*, only_with: str = "") -> Callable[[Method], Method]: ...
+def retry(method: Method | None = None, *, only_with: str = "") -> Method | Callable[[Method], Method]:
     """Send the call to another replica if one dies: for a read, or a write that is safe to repeat.
 
     `only_with`: an argument without which the call is sent once, such as the id that makes a write safe to repeat.
-    `over_object_store`: the arguments may be large.
     """
     if method is None:
-        return functools.partial(_retry, only_with=only_with, over_object_store=over_object_store)
-    return _retry(method, only_with=only_with, over_object_store=over_object_store)
+        return functools.partial(_retry, only_with=only_with)
+    return _retry(method, only_with=only_with)
 
 
-def _retry(method: Method, *, only_with: str, over_object_store: bool) -> Method:
+def _retry(method: Method, *, only_with: str) -> Method:
     names = list(inspect.signature(method).parameters)[1:]
 
     def send(calls: ServeCalls[Any], args: tuple[Any, ...]) -> Awaitable[Any]:
-        chosen = calls.over_object_store() if over_object_store else calls
         if only_with and args[names.index(only_with)] is None:
-            return chosen.once(method, *args)
-        return chosen.retry(method, *args)
+            return calls.once(method, *args)
+        return calls.retry(method, *args)
 
     return _call(method, send)
 

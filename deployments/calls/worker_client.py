@@ -186,7 +186,7 @@ class ServeWorker(ServeClient[WorkerReplica], WorkerClient):
 
     def stream(self, job: Job) -> HeartbeatStream[Delta]:
         # Over gRPC, which saves work for each token and heartbeat: docs/benchmarks/index.md states how much.
-        response = self._handle.options(stream=True, _by_reference=False).stream.remote(job)
+        response = self._handle.options(method_name="stream", stream=True, _by_reference=False).remote(job)
         return HeartbeatStream(response, self._heartbeat_timeout_s)
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:

@@ -280,13 +280,6 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
     assert publishing.retriever.called("catch_up") == [(8,)]
 
 
-def test_uploads_reach_the_store_through_rays_object_store() -> None:
-    publishing = Publishing()
-    publishing("poet")
-    by_object_store = {call.name for call in publishing.store.calls if call.by_reference}
-    assert by_object_store == {"stage"}
-
-
 def test_a_dry_run_validates_and_leaves_nothing() -> None:
     publishing = Publishing()
     uploads = [PublishItem(Path("folders", name)) for name in ("bad", "other", "wrong", "bare", "taken")]
