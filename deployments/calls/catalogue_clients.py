@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
-from deployments.calls.typed_client import ServeClient, once, retry, stream
+from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, once, retry, stream
 from deployments.json_types import JsonObject
 from lora_store import (
     AdapterRecord,
@@ -60,7 +60,6 @@ if TYPE_CHECKING:  # the requests' forms take a tenth of a second of a Worker
 
 T = TypeVar("T")
 Buffer = NDArray[np.uint8]
-WAIT_S = 60.0  # longer than the Store takes to report that its disk does not answer
 
 
 class WeightsSource(Protocol):
@@ -91,19 +90,19 @@ class StoreCalls(Protocol):
     async def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged: ...
     @retry
     async def edit(self, live: AdapterRecord, edit: Edit) -> Staged: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def asked(self, tenant: str, request_id: str) -> Feedback | None: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None: ...
     @retry
     async def put_usage(self, segment: str, lines: bytes) -> None: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def usage(self, query: UsageQuery) -> list[JsonObject]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     @once
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
@@ -161,9 +160,9 @@ class StoreCalls(Protocol):
     async def sweep(self, digests: Collection[str]) -> list[str]: ...
     @once
     async def gc(self, retention_s: float) -> Collected: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def pool_state(self, tenant: str | None) -> bytes: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def pool_part(self, tenant: str | None, name: str, number: int) -> bytes: ...
     @stream
     def verify(self, tenant: str) -> AsyncGenerator[Verified]: ...
@@ -233,19 +232,19 @@ def serve_store(handle: DeploymentHandle, *, wait_s: float = WAIT_S) -> StoreCli
 class RoutingClient(Protocol):
     """The calls that turn a request into a plan. Batch jobs implement them without Serve."""
 
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def replay(
         self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
     ) -> Plan: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def find_model(
         self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
     ) -> NamedPolicy | Plan | None: ...
@@ -254,9 +253,9 @@ class RoutingClient(Protocol):
 class RetrieverCalls(RoutingClient, Protocol):
     """Calls that any one replica answers: reads, which are repeated if their replica dies, except `refit`."""
 
-    @retry
+    @retry(within_s=WAIT_S)
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def names(
         self,
         tenant: str,
@@ -265,27 +264,27 @@ class RetrieverCalls(RoutingClient, Protocol):
         limit: int | None = None,
         is_short: bool = False,
     ) -> list[NamedPolicy]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def map(self, tenant: str, min_generation: int = 0) -> bytes: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def load(self, tenant: str) -> PoolSize: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def evaluation(self, tenant: str, name: str) -> Ranking | None: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt: ...
     @once
     async def refit(self, model: str) -> str: ...

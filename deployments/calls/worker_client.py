@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from deployments.calls.shared import Shared
-from deployments.calls.typed_client import ServeClient, retry
+from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, retry
 from deployments.errors import WorkerStarting
 from deployments.scaling.residency import HEARD, ResidencyReport
 from gpu_worker.errors import DeadlineExceeded
@@ -120,9 +120,9 @@ class Usage:
 class WorkerCalls(Protocol):
     """Calls that any one replica answers. They are repeated if it dies."""
 
-    @retry
+    @retry(within_s=WAIT_S)
     async def module_shapes(self) -> Shapes: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]: ...
     @retry
     async def tokenize(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from deployments.api import error_table
 from deployments.api.adapters import PublishItem
-from deployments.errors import NotReady
+from deployments.api.responses import Published
+from deployments.errors import NoAnswerInTime, NotReady
 from deployments.publishing.adapter_folders import adapter_folders
 from deployments.publishing.publisher import Publisher
 from retriever_svc import ServedBases
@@ -61,7 +62,7 @@ class Preload:
         for start in range(0, len(folders), _BATCH):
             batch = [PublishItem(found.path, found.name) for found in folders[start : start + _BATCH]]
             lacking = await self._lacking(batch)
-            outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
+            outcomes = await self._publish_batch(lacking) if lacking else []
             if self._approves:
                 await self._approve(batch)
             for upload, outcome in zip(lacking, outcomes, strict=True):
@@ -70,6 +71,14 @@ class Preload:
                     _, body = error_table.describe(outcome)
                     refused[str(upload.path)] = body["error"]["message"]
         return refused
+
+    async def _publish_batch(self, batch: Sequence[PublishItem]) -> list[Published | Exception]:
+        """Publish, as soon as a worker has loaded its model, which may take many minutes."""
+        while True:
+            try:
+                return await self._publisher.publish(batch, actor=_ACTOR)
+            except NoAnswerInTime:
+                logger.info("the preload waits for a worker")
 
     async def _lacking(self, batch: Sequence[PublishItem]) -> list[PublishItem]:
         """Return those without a served version. Versions that were updated or rolled back since are not changed."""

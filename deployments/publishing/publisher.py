@@ -316,7 +316,7 @@ class Publisher:
         self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
     ) -> Published:
         """Publish the version that `stage` makes of stored weights; `active` is the active encoder."""
-        await self._workers.made_for(base_model).ready()
+        await self._workers.made_for(base_model).module_shapes()  # before anything is staged: a worker must probe it
         [outcome] = await self._make_live([await stage()], active, change)
         if isinstance(outcome, Exception):
             raise outcome

@@ -10,7 +10,8 @@ from typing import Any
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Settled
 from deployments.background import Background
-from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
+from deployments.calls.catalogue_clients import serve_retriever, serve_store
+from deployments.calls.typed_client import WAIT_S
 from deployments.calls.worker_client import BaseWorkers, WorkerClient, Workers, serve_worker
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer

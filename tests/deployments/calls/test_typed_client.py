@@ -11,7 +11,9 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.calls.typed_client import ServeClient, once, retry, stream
+from deployments.errors import NoAnswerInTime
 from tests.fakes import FakeHandle
+from tests.virtual_time import in_virtual_time
 
 
 class Shop(Protocol):
@@ -21,6 +23,8 @@ class Shop(Protocol):
     async def buy(self, what: str, amount: int = 1) -> str: ...
     @retry
     async def price(self, what: str) -> str: ...
+    @retry(within_s=30.0)
+    async def stock(self, what: str) -> str: ...
     @retry(only_with="order_id")
     async def order(self, what: str, order_id: str | None = None) -> str: ...
     @stream
@@ -108,6 +112,26 @@ async def test_only_a_call_that_is_safe_to_repeat_is_repeated(
     except RayActorError:
         assert num_sent == 1
     assert len(shop.asked) == num_sent
+
+
+@in_virtual_time
+async def test_a_bounded_call_ends_without_a_replica() -> None:
+    class Absent:
+        async def stock(self, what: str) -> str:
+            return str(await asyncio.Event().wait())
+
+    with pytest.raises(NoAnswerInTime):
+        await client(FakeHandle(Absent())).stock("bread")
+    assert asyncio.get_running_loop().time() == 30.0
+
+
+async def test_a_timeout_of_the_replica_is_its_own() -> None:
+    class Slow:
+        async def stock(self, what: str) -> str:
+            raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        await client(FakeHandle(Slow())).stock("bread")
 
 
 async def test_every_call_goes_over_the_object_store_whatever_the_environment_prefers() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -12,7 +13,8 @@ from ray.exceptions import RayActorError
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published
 from deployments.background import Background
-from deployments.errors import PoisonRequest, SourceMissing
+from deployments.calls.typed_client import WAIT_S
+from deployments.errors import NoAnswerInTime, PoisonRequest, SourceMissing
 from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER
 from gpu_worker.errors import AdapterUnfit
@@ -22,8 +24,9 @@ from tests.deployments.adapter_records import BASE, ENCODER, adapter, pool_of
 from tests.deployments.fake_publishing import POET, Publishing, live
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.fake_worker import SHAPES
+from tests.deployments.fake_worker import SHAPES, FakeWorker
 from tests.fakes import FakeHandle
+from tests.virtual_time import in_virtual_time
 
 
 def test_results_are_in_order_and_a_refusal_does_not_affect_others() -> None:
@@ -278,6 +281,26 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
     publishing = Publishing(adapter("bard", generation=3))
     assert [item.generation for item in live(publishing("bard", "poet"))] == [3, 8]
     assert publishing.retriever.called("catch_up") == [(8,)]
+
+
+@in_virtual_time
+async def test_a_change_without_a_worker_ends_in_a_minute_and_leaves_nothing() -> None:
+    class Absent(FakeWorker):
+        async def module_shapes(self) -> dict[str, tuple[int, int]]:
+            await asyncio.Event().wait()
+            return {}
+
+    publishing = Publishing(adapter("poet"), adapter("poet", version="older"))
+    publishing.worker = FakeHandle(Absent())
+    publisher, held, left = publishing.publisher(Background()), ExitStack(), list[str]()
+    held.callback(left.append, "the upload's budget")
+    with pytest.raises(NoAnswerInTime):
+        await publisher.publish([PublishItem(Path("new"))], "tester", held=held)
+    assert left == ["the upload's budget"]
+    with pytest.raises(NoAnswerInTime):
+        await publisher.rollback(POET, None, "tester")
+    assert asyncio.get_running_loop().time() == 2 * WAIT_S
+    assert (publishing.pool.held, publishing.store.called("stage")) == ([], [])
 
 
 def test_a_dry_run_validates_and_leaves_nothing() -> None:
