@@ -38,7 +38,6 @@ HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
-_SHAPES_S = 60.0  # with several base models: after it, adapters of those that did not answer are refused
 # No call for this long after an answer: Serve removes a worker only after `downscale_delay_s` without requests.
 KEPT_S = 1.0
 # After an answer requests do not wait for the next one: the worker that is asked may hang while others run.
@@ -222,8 +221,8 @@ class BaseWorkers:
     ) -> None:
         self.client = client
         self._timeout_s, self._clock = timeout_s, clock
-        self._shapes: Shapes | None = None  # a base model's never change
-        self._answered_at = 0.0  # by the clock, when a worker last told them
+        self.shapes: Shapes | None = None  # that a worker told; a base model's never change
+        self._answered_at = float("-inf")  # by the clock: when a worker last told a request
         self._running = Shared(self._reach, kept_s=KEPT_S, clock=clock)
 
     async def ready(self) -> None:
@@ -232,20 +231,19 @@ class BaseWorkers:
             await self._ask(self._timeout_s)
 
     async def module_shapes(self) -> Shapes:
-        """Return the module shapes when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
+        """Return the module shapes when a worker runs.
+
+        Raises: WorkerStarting, NoAnswerInTime; the error of a worker that just died.
+        """
         if self._timeout_s is not None:
             return await self._ask(self._timeout_s)
-        self._shapes = await self.client.module_shapes()
-        return self._shapes
-
-    async def known_shapes(self) -> Shapes:
-        """Return the module shapes that a worker told before, else ask. Raises: as `module_shapes`."""
-        return await self.module_shapes() if self._shapes is None else self._shapes
+        self.shapes = await self.client.module_shapes()
+        return self.shapes
 
     async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         """Return each adapter's shift or error. If the whole call fails, its error applies to each of them."""
         try:
-            await self.ready()
+            await self.module_shapes()
             return await self.client.probe_many(weights_digests)
         except Exception as exc:
             return [exc] * len(weights_digests)
@@ -253,7 +251,7 @@ class BaseWorkers:
     async def check(self) -> None:
         """Ask a worker, unless none runs because none is needed. Raises: the errors of the call."""
         if not await self.is_scaled_to_zero():
-            self._shapes = await self.client.module_shapes()
+            self.shapes = await self.client.module_shapes()
 
     async def is_scaled_to_zero(self) -> bool:
         """Return whether no worker runs because none is needed: the next request starts one."""
@@ -261,8 +259,8 @@ class BaseWorkers:
 
     async def _ask(self, timeout_s: float) -> Shapes:
         asking = self._running.start()
-        if self._shapes is not None and self._clock() - self._answered_at < RECENT_S:
-            return self._shapes
+        if self.shapes is not None and self._clock() - self._answered_at < RECENT_S:
+            return self.shapes
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 return await asyncio.shield(asking)
@@ -281,8 +279,8 @@ class BaseWorkers:
                     await asyncio.wait([asking], timeout=_PATIENCE_S)
                     is_silent = not asking.done() and not await self.is_scaled_to_zero()
                 if not is_silent:
-                    self._shapes, self._answered_at = asking.result(), self._clock()
-                    return self._shapes
+                    self.shapes, self._answered_at = asking.result(), self._clock()
+                    return self.shapes
             finally:
                 asking.cancel()
 
@@ -310,22 +308,13 @@ class Workers:
         return self.named(job.plan.base_model).client.stream(job)
 
     async def module_shapes(self) -> dict[str, Shapes]:
-        """Return the module shapes of each base model: adapters of one that does not tell them are refused.
+        """Return the module shapes of each base model whose workers have told them. Ask if there is only one.
 
-        Raises: the error of the first one if none does; WorkerStarting.
+        Raises: WorkerStarting, NoAnswerInTime, and the error of a worker that just died.
         """
         if len(self.by_model) == 1:
-            return {name: await workers.module_shapes() for name, workers in self.by_model.items()}
-        asked = [asyncio.wait_for(workers.known_shapes(), _SHAPES_S) for workers in self.by_model.values()]
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        told = {
-            name: shapes
-            for name, shapes in zip(self.by_model, found, strict=True)
-            if not isinstance(shapes, BaseException)
-        }
-        if not told and isinstance(found[0], BaseException):
-            raise found[0]
-        return told
+            await self.named("").module_shapes()
+        return {name: workers.shapes for name, workers in self.by_model.items() if workers.shapes is not None}
 
     async def probe(self, adapters: Sequence[AdapterRecord]) -> list[float | Exception]:
         """Return each adapter's shift or error, from the workers of its base model."""

@@ -14,7 +14,8 @@ from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published
 from deployments.background import Background
 from deployments.calls.typed_client import WAIT_S
-from deployments.errors import NoAnswerInTime, PoisonRequest, SourceMissing
+from deployments.calls.worker_client import BaseWorkers, serve_worker
+from deployments.errors import NoAnswerInTime, PoisonRequest, SourceMissing, WorkerStarting
 from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER
 from gpu_worker.errors import AdapterUnfit
@@ -281,6 +282,32 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
     publishing = Publishing(adapter("bard", generation=3))
     assert [item.generation for item in live(publishing("bard", "poet"))] == [3, 8]
     assert publishing.retriever.called("catch_up") == [(8,)]
+
+
+def test_a_publish_asks_only_the_workers_of_its_own_base_model() -> None:
+    publishing, other = Publishing(), FakeHandle(FakeWorker())
+    publishing.workers["other"] = BaseWorkers(serve_worker(other), 60.0)
+    uploads = [PublishItem(Path("folders", name), base_model=BASE) for name in ("poet", "bard")]
+    assert len(live(publishing.run(lambda publisher: publisher.publish(uploads, "tester")))) == 2
+    assert [call.name for call in publishing.worker.calls] == ["module_shapes", "module_shapes", "probe_many"]
+    assert other.calls == []
+
+
+def test_an_adapter_of_a_base_model_without_a_worker_does_not_stop_the_others() -> None:
+    class Absent(FakeWorker):
+        async def module_shapes(self) -> dict[str, tuple[int, int]]:
+            await asyncio.Event().wait()
+            return {}
+
+    publishing, other = Publishing(), FakeHandle(Absent())
+    publishing.workers["other"] = BaseWorkers(serve_worker(other), 0.01)
+    names = (("poet", BASE), ("bard", "other"), ("scribe", "other"))
+    uploads = [PublishItem(Path("folders", name), base_model=base_model) for name, base_model in names]
+    published, *refused = publishing.run(lambda publisher: publisher.publish(uploads, "tester"))
+    assert published.ref.name == "poet" and [type(error) for error in refused] == [WorkerStarting] * 2
+    assert len(other.called("module_shapes")) == 1
+    with pytest.raises(WorkerStarting):
+        publishing.run(lambda publisher: publisher.publish(uploads[1:], "tester"))
 
 
 @in_virtual_time
