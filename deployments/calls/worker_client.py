@@ -2,15 +2,17 @@
 
 Ray raises an error when a replica dies. If a node disappears, there is no error for a long time: gRPC notices after
 minutes, Ray's own calls after about one. Workers therefore send a heartbeat every 5 s, and a stream is given up
-after 30 s without any item. A Worker's heartbeats are reports of what it holds, which the request router reads.
+after 30 s without any item. A call that brought none yet may still wait for a replica, so it is given up only if one
+runs, and is then sent again. A Worker's heartbeats are reports of what it holds, which the request router reads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
@@ -19,7 +21,7 @@ from ray import serve
 from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ServeStatus
+from ray.serve.schema import DeploymentStatusOverview, ServeStatus
 
 from deployments.calls.shared import Shared
 from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, retry
@@ -33,6 +35,7 @@ from lora_store import AdapterRecord
 from lora_store.adapter import Shapes
 from retriever_svc import ServedBases
 
+logger = logging.getLogger(__name__)
 HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
 T = TypeVar("T")
@@ -58,6 +61,9 @@ class StreamResponse(Protocol[T_co]):
     def cancel(self) -> None: ...
 
 
+SendAgain = Callable[[StreamResponse[T]], Awaitable[StreamResponse[T] | None]]
+
+
 class HeartbeatStream(Generic[T]):
     """The items and heartbeats of one streaming call, which fails after `timeout_s` without either."""
 
@@ -66,9 +72,12 @@ class HeartbeatStream(Generic[T]):
         response: StreamResponse[T | ResidencyReport | None],
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        send_again: SendAgain[T | ResidencyReport | None] | None = None,
     ) -> None:
+        """`send_again`: replaces a call that brought nothing for `timeout_s`, or returns None if no replica runs."""
         self._response, self._items, self._timeout_s, self._clock = response, aiter(response), timeout_s, clock
-        self._silent_at = float("inf")  # the first item may take any time: it needs a replica
+        self._send_again = send_again
+        self._silent_at = float("inf")  # until the first item
 
     def cancel(self) -> None:
         """Cancel the work at the replica."""
@@ -83,7 +92,8 @@ class HeartbeatStream(Generic[T]):
         until = min(deadline, self._silent_at)
         try:
             async with asyncio.timeout(until - self._clock()) as limit:
-                item = await anext(self._items, StreamEnd.END)
+                has_begun = self._silent_at != float("inf")
+                item = await (anext(self._items, StreamEnd.END) if has_begun else self._first())
         except TimeoutError as exc:
             if not limit.expired():
                 raise
@@ -104,6 +114,24 @@ class HeartbeatStream(Generic[T]):
         if isinstance(item, Exception):  # a refusal, which the replica returned
             raise item
         return item
+
+    async def _first(self) -> T | ResidencyReport | StreamEnd | None:
+        """Return the first item. A replica sends one as soon as it has the call, so a silent call may be lost."""
+        while True:
+            asking = asyncio.ensure_future(anext(self._items, StreamEnd.END))
+            # Retrieve the error of a call that is given up: asyncio would log it.
+            asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+            try:
+                again = None
+                while not asking.done() and again is None:
+                    await asyncio.wait([asking], timeout=self._timeout_s)
+                    if not asking.done() and self._send_again is not None:
+                        again = await self._send_again(self._response)
+                if again is None:
+                    return asking.result()
+            finally:
+                asking.cancel()
+            self._response, self._items = again, aiter(again)
 
 
 @dataclass(slots=True)
@@ -174,19 +202,46 @@ class ServeWorker(ServeClient[WorkerReplica], WorkerClient):
     def __init__(self, handle: DeploymentHandle, heartbeat_timeout_s: float, status: Callable[[], ServeStatus]) -> None:
         super().__init__(handle)
         self._handle, self._heartbeat_timeout_s, self._status = handle, heartbeat_timeout_s, status
+        self._running = Shared(self._state, kept_s=KEPT_S)  # many calls are lost at once
 
     async def wait_for_replica(self) -> Shapes:
         return await self.calls.once(WorkerReplica.module_shapes)
 
     async def is_scaled_to_zero(self) -> bool:
-        status = await asyncio.to_thread(self._status)
-        worker = status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
+        worker = await self._state()
         return worker.replica_states.get("RUNNING", 0) == 0 and worker.status in _CAN_START
 
     def stream(self, job: Job) -> HeartbeatStream[Delta]:
         # Over gRPC, which saves work for each token and heartbeat: docs/benchmarks/index.md states how much.
-        response = self._handle.options(method_name="stream", stream=True, _by_reference=False).remote(job)
-        return HeartbeatStream(response, self._heartbeat_timeout_s)
+        handle = self._handle.options(method_name="stream", stream=True, _by_reference=False)
+        began = time.monotonic()
+
+        async def send_again(
+            lost: StreamResponse[Delta | ResidencyReport | None],
+        ) -> StreamResponse[Delta | ResidencyReport | None] | None:
+            if not await self._runs():
+                return None
+            logger.warning("%s is sent again: no worker has taken it", job.request_id)
+            lost.cancel()
+            left_s = job.time_left_s
+            if left_s is not None:
+                left_s -= time.monotonic() - began
+            again: StreamResponse[Delta | ResidencyReport | None] = handle.remote(replace(job, time_left_s=left_s))
+            return again
+
+        return HeartbeatStream(handle.remote(job), self._heartbeat_timeout_s, send_again=send_again)
+
+    async def _runs(self) -> bool:
+        """Return whether a replica runs, as far as Serve's controller tells."""
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                return (await self._running.get()).replica_states.get("RUNNING", 0) > 0
+        except Exception:
+            return False
+
+    async def _state(self) -> DeploymentStatusOverview:
+        status = await asyncio.to_thread(self._status)
+        return status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
         return await self.calls.broadcast(timeout_s, WorkerReplica.forget, weights_digests)
