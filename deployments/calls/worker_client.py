@@ -235,7 +235,7 @@ class ServeWorker(ServeClient[WorkerReplica], WorkerClient):
         """Return whether a replica runs, as far as Serve's controller tells."""
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                return (await self._running.get()).replica_states.get("RUNNING", 0) > 0
+                return bool((await self._running.get()).replica_states.get("RUNNING"))
         except Exception:
             return False
 

@@ -325,8 +325,9 @@ class Publisher:
                 return await self._store.stage(upload, {base_model: await asked[base_model]})
 
         staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
-        if staged and all(isinstance(item, NoAnswerInTime | WorkerStarting) for item in staged):
-            raise staged[0]
+        waited = [item for item in staged if isinstance(item, NoAnswerInTime | WorkerStarting)]
+        if waited and len(waited) == len(staged):
+            raise waited[0]
         return staged
 
     async def _publish_staged(

@@ -92,7 +92,7 @@ class Vanishing(FakeWorker):
 def vanishing(num_running: int) -> tuple[FakeHandle, WorkerClient]:
     handle, worker = FakeHandle(Vanishing()), SimpleNamespace(replica_states={"RUNNING": num_running})
     overview: Any = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
-    return handle, serve_worker(handle, heartbeat_timeout_s=0.01, status=lambda: overview)  # type: ignore[arg-type]
+    return handle, serve_worker(handle, heartbeat_timeout_s=0.01, status=lambda: overview)
 
 
 async def test_a_call_that_no_worker_took_is_sent_again_if_one_runs() -> None:
