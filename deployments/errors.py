@@ -404,6 +404,15 @@ class NotReady(DeploymentsError):
 
 
 @dataclass(eq=False)
+class ShapesUnknown(NotReady):
+    """The Store cannot check an adapter before a worker of its base model has told the shapes of its modules."""
+
+    text = "no worker of the base model {self.base_model!r} has answered yet; publish again later"
+
+    base_model: str
+
+
+@dataclass(eq=False)
 class WorkerStarting(DeploymentsError):
     """All workers were scaled to zero, and none started within `scale_from_zero_timeout_s`."""
 

@@ -20,7 +20,7 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import Buffer
 from deployments.config.app import AppConfig
-from deployments.errors import NotReady
+from deployments.errors import ShapesUnknown
 from deployments.json_types import JsonObject
 from deployments.observability.logs import join_serve_logs
 from deployments.publishing.contract_files import read_contract
@@ -96,8 +96,8 @@ class StoreDeployment:
 
         `shapes_by_model`: the module shapes of each served base model whose workers have told them.
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
-        UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull; NotReady for an adapter of a base
-        model whose shapes are unknown.
+        UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull; ShapesUnknown for an adapter of
+        another base model.
         """
         if upload.adapter_name in self._config.served_models.accepted_names:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
@@ -114,7 +114,7 @@ class StoreDeployment:
                 named = upload.base_model or read_base_model(folder, config.admission.limits)
                 model = config.served_models.made_for(named)
             if model.name not in shapes_by_model:
-                raise NotReady(f"no worker of the base model {model.name!r} has answered yet; publish again later")
+                raise ShapesUnknown(model.name)
             return self._store.stage(
                 folder,
                 is_private=is_copy,

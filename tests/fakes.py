@@ -78,6 +78,8 @@ class FakeBroadcast:
 class FakeHandle:
     """A DeploymentHandle over plain objects: `remote` calls the first replica, `broadcast` calls all."""
 
+    app_name, deployment_name = "app", "Worker"
+
     def __init__(self, *replicas: object, num_silent: int = 0) -> None:
         self.calls: list[Call] = []
         self.responses: list[FakeResponse] = []
@@ -89,8 +91,10 @@ class FakeHandle:
             raise AttributeError(name)
         return FakeMethod(self, name)
 
-    def options(self, *, stream: bool = False, _by_reference: bool | None = None) -> Any:
-        return _Options(self, stream, _by_reference)
+    def options(
+        self, *, method_name: str = "__call__", stream: bool = False, _by_reference: bool | None = None
+    ) -> FakeMethod:
+        return FakeMethod(self, method_name, stream, _by_reference)
 
     def call(self, name: str, args: tuple[Any, ...], *, stream: bool, by_reference: bool | None) -> FakeResponse:
         self.calls.append(Call(name, args, by_reference))
@@ -99,8 +103,8 @@ class FakeHandle:
         self.responses.append(FakeResponse(answer))
         return self.responses[-1]
 
-    def broadcast(self, name: str, *args: Any) -> FakeBroadcast:
-        self.calls.append(Call(name, args))
+    def broadcast(self, name: str, args: tuple[Any, ...], *, by_reference: bool | None) -> FakeBroadcast:
+        self.calls.append(Call(name, args, by_reference))
         answers = [getattr(replica, name)(*args) for replica in self.replicas]
         return FakeBroadcast(answers, self._num_silent, self.timeouts_s)
 
@@ -111,7 +115,7 @@ class FakeHandle:
 
 @dataclass(frozen=True, slots=True)
 class FakeMethod:
-    """`handle.name`."""
+    """`handle.name`, and `handle.options(…)`."""
 
     handle: FakeHandle
     name: str
@@ -121,18 +125,8 @@ class FakeMethod:
     def remote(self, *args: Any) -> FakeResponse:
         return self.handle.call(self.name, args, stream=self.stream, by_reference=self.by_reference)
 
-
-class _Options:
-    """`handle.options(…)`. Attribute names have underscores, so that only `options` hides a method of the targets."""
-
-    def __init__(self, handle: FakeHandle, stream: bool, by_reference: bool | None) -> None:
-        self._handle, self._stream, self._by_reference = handle, stream, by_reference
-
-    def options(self, *, stream: bool = False) -> _Options:
-        return _Options(self._handle, stream, self._by_reference)
-
-    def __getattr__(self, name: str) -> FakeMethod:
-        return FakeMethod(self._handle, name, self._stream, self._by_reference)
+    def broadcast(self, name: str, *args: Any) -> FakeBroadcast:
+        return self.handle.broadcast(name, args, by_reference=self.by_reference)
 
 
 def as_ray_raises(error: Exception) -> Exception:

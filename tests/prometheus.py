@@ -107,7 +107,8 @@ def dashboard_queries() -> Iterator[tuple[str, str]]:
     """Return (title of a panel, its queries), with Grafana's variables replaced."""
     for panel in json.loads((MONITORING / "dashboard.json").read_text())["panels"]:
         for target in panel.get("targets", []):
-            expr = target["expr"].replace("$__rate_interval", f"{_MINUTES}m").replace("$application", ".*")
+            expr = target["expr"].replace("$__rate_interval", f"{_MINUTES}m")
+            expr = expr.replace("$namespace", ".*").replace("$application", ".*")
             assert "$" not in expr
             yield panel["title"], expr
 

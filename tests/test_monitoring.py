@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -17,7 +18,11 @@ from tests.prometheus import MONITORING, Promtool, dashboard_queries, relabelled
 DOCS = MONITORING.parents[1] / "docs"
 PAGE = DOCS / "reference" / "metrics.md"
 _OURS = re.compile(r"ray_(loraretriever_\w+)")
-_SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
+_SERVES = {
+    "ray_serve_deployment_replica_starts_total",
+    "ray_serve_deployment_replica_healthy",
+    "ray_serve_deployment_status",
+}
 _UNITS = re.compile(
     r"_(total|seconds|bytes|rows|tokens|adapters|generation|plans|cosine|ratio|kernels|threads)$"
 )  # `_total` counts the thing named before it
@@ -133,6 +138,9 @@ QUIET = {
     'ray_serve_deployment_replica_healthy{application="b",deployment="Ingress",replica="r"}': "1x40",
     'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="old"}': "1x10 0x2 _x28",
     'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="new"}': "_x12 1x28",
+    # A base model that was taken out of `models`.
+    'ray_serve_deployment_replica_healthy{application="b",deployment="Worker-gone",replica="r"}': "1x10 _x30",
+    'ray_serve_deployment_status{application="b",deployment="Worker-gone"}': "6x10 3x30",
     'ray_loraretriever_adapter_hits_total{application="b",level="bank"}': "0+20x40",
     'ray_loraretriever_adapter_hits_total{application="b",level="store"}': "0+10x40",
     'ray_loraretriever_cold_load_failures_total{application="b"}': "2x40",
@@ -176,6 +184,14 @@ ALSO_FIRING: list[tuple[str, dict[str, str]]] = [
         "LoraRetrieverDown",
         {'ray_serve_deployment_replica_healthy{application="a",deployment="Ingress",replica="r"}': "1x20 _x20"},
     ),
+    # No worker can start any more.
+    (
+        "LoraRetrieverDown",
+        {
+            'ray_serve_deployment_replica_healthy{application="a",deployment="Worker-m",replica="r"}': "1x5 _x35",
+            'ray_serve_deployment_status{application="a",deployment="Worker-m"}': "6x5 2x35",
+        },
+    ),
 ]
 
 
@@ -199,6 +215,27 @@ def test_every_alert_fires_where_it_should_and_nowhere_else(promtool: Promtool) 
         held = [{"series": name, "values": values} for name, values in (QUIET | series).items()]
         tests.append({"interval": "1m", "input_series": held, "promql_expr_test": checks, "name": firing})
     promtool.test_rules(rules(), tests)
+
+
+def test_an_alert_fires_for_one_installation_whatever_another_of_the_same_name_does(promtool: Promtool) -> None:
+    tests: list[dict[str, Any]] = []
+    for alert, series in (*FIRING.items(), *ALSO_FIRING):
+        well = {name.replace('"b"', '"a"').replace("{", '{namespace="staging",'): QUIET[name] for name in QUIET}
+        ill = {name.replace("{", '{namespace="prod",'): values for name, values in series.items()}
+        firing = f'ALERTS{{alertstate="firing",alertname="{alert}"}}'
+        check = {"expr": f"count by (namespace) ({firing})", "eval_time": "30m"}
+        check |= {"exp_samples": [{"labels": '{namespace="prod"}', "value": 1}]}
+        held = [{"series": name, "values": values} for name, values in (well | ill).items()]
+        tests.append({"interval": "1m", "input_series": held, "promql_expr_test": [check], "name": alert})
+    promtool.test_rules(rules(), tests)
+
+
+def test_the_dashboard_shows_the_chosen_installation_only() -> None:
+    boards = json.loads((MONITORING / "dashboard.json").read_text())
+    assert [variable["name"] for variable in boards["templating"]["list"]] == ["datasource", "namespace", "application"]
+    asked = [target["expr"] for panel in boards["panels"] for target in panel.get("targets", [])]
+    series = [found for expr in asked for found in re.findall(r"ray_\w+(?:\{[^}]*\})?", expr)]
+    assert len(series) > 60 and all('namespace=~"$namespace"' in found for found in series)
 
 
 def test_recorded_histograms_answer_like_those_that_they_copy(promtool: Promtool) -> None:

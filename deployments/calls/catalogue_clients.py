@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
-from deployments.calls.typed_client import ServeClient, once, retry, stream
+from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, once, retry, stream
 from deployments.json_types import JsonObject
 from lora_store import (
     AdapterRecord,
@@ -60,7 +60,6 @@ if TYPE_CHECKING:  # the requests' forms take a tenth of a second of a Worker
 
 T = TypeVar("T")
 Buffer = NDArray[np.uint8]
-WAIT_S = 60.0  # longer than the Store takes to report that its disk does not answer
 
 
 class WeightsSource(Protocol):
@@ -81,31 +80,31 @@ class StoreCalls(Protocol):
     Reads, stages and writes with a commit id are repeated if their replica dies. Other writes are sent once.
     """
 
-    @retry(over_object_store=True)
+    @retry
     async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged: ...
     @retry
     async def restage(self, record: AdapterRecord) -> Staged: ...
     @retry
     async def take_over(self, staged: Sequence[Staged]) -> list[Staged]: ...
-    @retry(over_object_store=True)
+    @retry
     async def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged: ...
-    @retry(over_object_store=True)
+    @retry
     async def edit(self, live: AdapterRecord, edit: Edit) -> Staged: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def asked(self, tenant: str, request_id: str) -> Feedback | None: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]: ...
     @retry
     async def tenants_with_outcomes(self) -> list[str]: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None: ...
-    @retry(over_object_store=True)
+    @retry
     async def put_usage(self, segment: str, lines: bytes) -> None: ...
-    @retry(over_object_store=True)
+    @retry(within_s=LONG_WAIT_S)
     async def usage(self, query: UsageQuery) -> list[JsonObject]: ...
-    @retry(over_object_store=True)
+    @retry(within_s=LONG_WAIT_S)
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     @once
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
@@ -163,9 +162,9 @@ class StoreCalls(Protocol):
     async def sweep(self, digests: Collection[str]) -> list[str]: ...
     @once
     async def gc(self, retention_s: float) -> Collected: ...
-    @retry(over_object_store=True)
+    @retry(within_s=LONG_WAIT_S)
     async def pool_state(self, tenant: str | None) -> bytes: ...
-    @retry(over_object_store=True)
+    @retry(within_s=LONG_WAIT_S)
     async def pool_part(self, tenant: str | None, name: str, number: int) -> bytes: ...
     @stream
     def verify(self, tenant: str) -> AsyncGenerator[Verified]: ...
@@ -212,7 +211,7 @@ class ServeStore(ServeClient[StoreReplica], StoreClient):
         return await self._in_time(self.calls.retry(StoreReplica.versions, keys))
 
     async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
-        refs = await self.calls.over_object_store().once(StoreReplica.fetch, digest, is_suspect)
+        refs = await self.calls.once(StoreReplica.fetch, digest, is_suspect)
         return await asyncio.gather(*refs)
 
     async def broadcast_release(self, digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
@@ -235,19 +234,19 @@ def serve_store(handle: DeploymentHandle, *, wait_s: float = WAIT_S) -> StoreCli
 class RoutingClient(Protocol):
     """The calls that turn a request into a plan. Batch jobs implement them without Serve."""
 
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def replay(
         self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
     ) -> Plan: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def find_model(
         self, tenant: str, model: str, strategy: Strategy, min_generation: int = 0
     ) -> NamedPolicy | Plan | None: ...
@@ -256,9 +255,9 @@ class RoutingClient(Protocol):
 class RetrieverCalls(RoutingClient, Protocol):
     """Calls that any one replica answers: reads, which are repeated if their replica dies, except `refit`."""
 
-    @retry
+    @retry(within_s=WAIT_S)
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def names(
         self,
         tenant: str,
@@ -267,27 +266,27 @@ class RetrieverCalls(RoutingClient, Protocol):
         limit: int | None = None,
         is_short: bool = False,
     ) -> list[NamedPolicy]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def map(self, tenant: str, min_generation: int = 0) -> bytes: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def load(self, tenant: str) -> PoolSize: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def evaluation(self, tenant: str, name: str) -> Ranking | None: ...
-    @retry
+    @retry(within_s=WAIT_S)
     async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt: ...
     @once
     async def refit(self, model: str) -> str: ...

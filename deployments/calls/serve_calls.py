@@ -9,8 +9,9 @@ lost with its node. An error that the replica raised itself arrives as a RayTask
 reports another actor's death. Serve itself sends a call that a dead replica had not accepted to another replica; that
 does not count here.
 
-Serve 2.60 has two transports: Ray's tasks, and gRPC from replica to replica. The environment of the process that builds
-the application decides the default, so each call names its own transport.
+Serve 2.60 has two transports: Ray's tasks, and gRPC from replica to replica. The environment of a process decides the
+default, so each call names its own transport: Ray's tasks here, which carry large arguments and answers in the object
+store, and references, which gRPC would never free.
 
 Serve logs every error that a replica raises, with its traceback. An answer to a wrong request is not a failure of
 the replica, so `returning_refusals` makes the replica return it, and the caller raises it.
@@ -129,15 +130,12 @@ class ServeCalls(Generic[Replica]):
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    def over_object_store(self) -> ServeCalls[Replica]:
-        """Return the same calls by Ray's tasks: for large arguments, and references, which gRPC would never free."""
-        return ServeCalls(self._handle.options(_by_reference=True))
-
     async def once(
         self, method: Callable[Concatenate[Replica, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Return one replica's answer. Raises: RayActorError if that replica dies; the error of the method."""
-        answer: T = await getattr(self._handle, method.__name__).remote(*args, **kwargs)
+        handle = self._handle.options(method_name=method.__name__, _by_reference=True)
+        answer: T = await handle.remote(*args, **kwargs)
         if isinstance(answer, Exception):  # a refusal, which the replica returned
             raise answer
         return answer
@@ -155,7 +153,8 @@ class ServeCalls(Generic[Replica]):
         self, method: Callable[Concatenate[Replica, P], AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
     ) -> AsyncGenerator[T]:
         """Yield the items of one replica. Closing the generator early cancels the work there."""
-        response = getattr(self._handle.options(stream=True), method.__name__).remote(*args, **kwargs)
+        handle = self._handle.options(method_name=method.__name__, stream=True, _by_reference=True)
+        response = handle.remote(*args, **kwargs)
         try:
             async for item in response:
                 if isinstance(item, Exception):
@@ -175,6 +174,6 @@ class ServeCalls(Generic[Replica]):
 
         Raises: DeploymentUnavailableError if no replica runs; TimeoutError if one does not answer in time.
         """
-        response = self._handle.broadcast(method.__name__, *args, **kwargs)
+        response = self._handle.options(_by_reference=True).broadcast(method.__name__, *args, **kwargs)
         answers: list[T | BaseException] = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
         return answers

@@ -35,12 +35,16 @@ class Shared(Generic[T]):
 
     async def get(self) -> T:
         """Return the answer. Raises: the error of the call."""
+        return await asyncio.shield(self.start())
+
+    def start(self) -> asyncio.Task[T]:
+        """Make the call, unless it runs or its answer is kept. Return its task, which callers must not cancel."""
         if self._running is None or not self._is_fresh(self._running):
             # Without the caller's context: Serve cancels what was called in the context of a client that leaves.
             self._running = asyncio.create_task(self._timed_call(), context=contextvars.Context())
             # Retrieve the error if all callers have left: asyncio would log it.
             self._running.add_done_callback(_failed)
-        return await asyncio.shield(self._running)
+        return self._running
 
     async def _timed_call(self) -> T:
         try:

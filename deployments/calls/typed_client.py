@@ -10,6 +10,7 @@ and of `ServeClient`: there the method is the call, so mypy checks both sides.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -19,7 +20,10 @@ from ray.serve.handle import DeploymentHandle
 from typing_extensions import is_protocol
 
 from deployments.calls.serve_calls import ServeCalls
+from deployments.errors import NoAnswerInTime
 
+WAIT_S = 60.0  # longer than the Store takes to report that its disk does not answer
+LONG_WAIT_S = 600.0  # for calls that compute or load: those of a large publish take minutes
 Replica = TypeVar("Replica")
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,28 +55,32 @@ def once(method: Method) -> Method:
 @overload
 def retry(method: Method) -> Method: ...
 @overload
-def retry(*, only_with: str = "", over_object_store: bool = False) -> Callable[[Method], Method]: ...
+def retry(*, only_with: str = "", within_s: float | None = None) -> Callable[[Method], Method]: ...
 def retry(
-    method: Method | None = None, *, only_with: str = "", over_object_store: bool = False
+    method: Method | None = None, *, only_with: str = "", within_s: float | None = None
 ) -> Method | Callable[[Method], Method]:
     """Send the call to another replica if one dies: for a read, or a write that is safe to repeat.
 
     `only_with`: an argument without which the call is sent once, such as the id that makes a write safe to repeat.
-    `over_object_store`: the arguments may be large.
+    `within_s`: raise NoAnswerInTime then. Serve lets calls wait for ever while no replica runs.
     """
     if method is None:
-        return functools.partial(_retry, only_with=only_with, over_object_store=over_object_store)
-    return _retry(method, only_with=only_with, over_object_store=over_object_store)
+        return functools.partial(_retry, only_with=only_with, within_s=within_s)
+    return _retry(method, only_with=only_with, within_s=within_s)
 
 
-def _retry(method: Method, *, only_with: str, over_object_store: bool) -> Method:
+def _retry(method: Method, *, only_with: str, within_s: float | None) -> Method:
     names = list(inspect.signature(method).parameters)[1:]
 
-    def send(calls: ServeCalls[Any], args: tuple[Any, ...]) -> Awaitable[Any]:
-        chosen = calls.over_object_store() if over_object_store else calls
-        if only_with and args[names.index(only_with)] is None:
-            return chosen.once(method, *args)
-        return chosen.retry(method, *args)
+    async def send(calls: ServeCalls[Any], args: tuple[Any, ...]) -> Any:
+        is_once = only_with and args[names.index(only_with)] is None
+        try:
+            async with asyncio.timeout(within_s) as limit:
+                return await (calls.once(method, *args) if is_once else calls.retry(method, *args))
+        except TimeoutError as exc:
+            if limit.expired():
+                raise NoAnswerInTime from exc
+            raise
 
     return _call(method, send)
 

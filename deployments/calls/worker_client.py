@@ -2,15 +2,17 @@
 
 Ray raises an error when a replica dies. If a node disappears, there is no error for a long time: gRPC notices after
 minutes, Ray's own calls after about one. Workers therefore send a heartbeat every 5 s, and a stream is given up
-after 30 s without any item. A Worker's heartbeats are reports of what it holds, which the request router reads.
+after 30 s without any item. A call that brought none yet may still wait for a replica, so it is given up only if one
+runs, and is then sent again. A Worker's heartbeats are reports of what it holds, which the request router reads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
@@ -19,10 +21,10 @@ from ray import serve
 from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ServeStatus
+from ray.serve.schema import DeploymentStatusOverview, ServeStatus
 
 from deployments.calls.shared import Shared
-from deployments.calls.typed_client import ServeClient, retry
+from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, retry
 from deployments.errors import WorkerStarting
 from deployments.scaling.residency import HEARD, ResidencyReport
 from gpu_worker.errors import DeadlineExceeded
@@ -33,14 +35,17 @@ from lora_store import AdapterRecord
 from lora_store.adapter import Shapes
 from retriever_svc import ServedBases
 
+logger = logging.getLogger(__name__)
 HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
-_SHAPES_S = 60.0  # with several base models: after it, adapters of those that did not answer are refused
 # No call for this long after an answer: Serve removes a worker only after `downscale_delay_s` without requests.
 KEPT_S = 1.0
+# After an answer requests do not wait for the next one: the worker that is asked may hang while others run.
+RECENT_S = 60.0
+_PATIENCE_S = 10.0  # then the call is sent again if a worker runs: another one may answer
 
 
 class StreamEnd(Enum):
@@ -56,6 +61,9 @@ class StreamResponse(Protocol[T_co]):
     def cancel(self) -> None: ...
 
 
+SendAgain = Callable[[StreamResponse[T]], Awaitable[StreamResponse[T] | None]]
+
+
 class HeartbeatStream(Generic[T]):
     """The items and heartbeats of one streaming call, which fails after `timeout_s` without either."""
 
@@ -64,9 +72,12 @@ class HeartbeatStream(Generic[T]):
         response: StreamResponse[T | ResidencyReport | None],
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        send_again: SendAgain[T | ResidencyReport | None] | None = None,
     ) -> None:
+        """`send_again`: replaces a call that brought nothing for `timeout_s`, or returns None if no replica runs."""
         self._response, self._items, self._timeout_s, self._clock = response, aiter(response), timeout_s, clock
-        self._silent_at = float("inf")  # the first item may take any time: it needs a replica
+        self._send_again = send_again
+        self._silent_at = float("inf")  # until the first item
 
     def cancel(self) -> None:
         """Cancel the work at the replica."""
@@ -81,7 +92,8 @@ class HeartbeatStream(Generic[T]):
         until = min(deadline, self._silent_at)
         try:
             async with asyncio.timeout(until - self._clock()) as limit:
-                item = await anext(self._items, StreamEnd.END)
+                has_begun = self._silent_at != float("inf")
+                item = await (anext(self._items, StreamEnd.END) if has_begun else self._first())
         except TimeoutError as exc:
             if not limit.expired():
                 raise
@@ -103,6 +115,24 @@ class HeartbeatStream(Generic[T]):
             raise item
         return item
 
+    async def _first(self) -> T | ResidencyReport | StreamEnd | None:
+        """Return the first item. A replica sends one as soon as it has the call, so a silent call may be lost."""
+        while True:
+            asking = asyncio.ensure_future(anext(self._items, StreamEnd.END))
+            # Retrieve the error of a call that is given up: asyncio would log it.
+            asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+            try:
+                again = None
+                while not asking.done() and again is None:
+                    await asyncio.wait([asking], timeout=self._timeout_s)
+                    if not asking.done() and self._send_again is not None:
+                        again = await self._send_again(self._response)
+                if again is None:
+                    return asking.result()
+            finally:
+                asking.cancel()
+            self._response, self._items = again, aiter(again)
+
 
 @dataclass(slots=True)
 class Usage:
@@ -117,9 +147,9 @@ class Usage:
 class WorkerCalls(Protocol):
     """Calls that any one replica answers. They are repeated if it dies."""
 
-    @retry
+    @retry(within_s=WAIT_S)
     async def module_shapes(self) -> Shapes: ...
-    @retry
+    @retry(within_s=LONG_WAIT_S)
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]: ...
     @retry
     async def tokenize(
@@ -172,19 +202,46 @@ class ServeWorker(ServeClient[WorkerReplica], WorkerClient):
     def __init__(self, handle: DeploymentHandle, heartbeat_timeout_s: float, status: Callable[[], ServeStatus]) -> None:
         super().__init__(handle)
         self._handle, self._heartbeat_timeout_s, self._status = handle, heartbeat_timeout_s, status
+        self._running = Shared(self._state, kept_s=KEPT_S)  # many calls are lost at once
 
     async def wait_for_replica(self) -> Shapes:
         return await self.calls.once(WorkerReplica.module_shapes)
 
     async def is_scaled_to_zero(self) -> bool:
-        status = await asyncio.to_thread(self._status)
-        worker = status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
+        worker = await self._state()
         return worker.replica_states.get("RUNNING", 0) == 0 and worker.status in _CAN_START
 
     def stream(self, job: Job) -> HeartbeatStream[Delta]:
         # Over gRPC, which saves work for each token and heartbeat: docs/benchmarks/index.md states how much.
-        response = self._handle.options(stream=True, _by_reference=False).stream.remote(job)
-        return HeartbeatStream(response, self._heartbeat_timeout_s)
+        handle = self._handle.options(method_name="stream", stream=True, _by_reference=False)
+        began = time.monotonic()
+
+        async def send_again(
+            lost: StreamResponse[Delta | ResidencyReport | None],
+        ) -> StreamResponse[Delta | ResidencyReport | None] | None:
+            if not await self._runs():
+                return None
+            logger.warning("%s is sent again: no worker has taken it", job.request_id)
+            lost.cancel()
+            left_s = job.time_left_s
+            if left_s is not None:
+                left_s -= time.monotonic() - began
+            again: StreamResponse[Delta | ResidencyReport | None] = handle.remote(replace(job, time_left_s=left_s))
+            return again
+
+        return HeartbeatStream(handle.remote(job), self._heartbeat_timeout_s, send_again=send_again)
+
+    async def _runs(self) -> bool:
+        """Return whether a replica runs, as far as Serve's controller tells."""
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                return bool((await self._running.get()).replica_states.get("RUNNING"))
+        except Exception:
+            return False
+
+    async def _state(self) -> DeploymentStatusOverview:
+        status = await asyncio.to_thread(self._status)
+        return status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
         return await self.calls.broadcast(timeout_s, WorkerReplica.forget, weights_digests)
@@ -210,16 +267,18 @@ class BaseWorkers:
     """The workers of one base model. A request passes `ready` first, which holds it until one runs.
 
     With `timeout_s` None workers never scale to zero, and nothing is held. The call that starts a worker stays in
-    Serve's queue when its waiters have left, so the next request finds a worker.
+    Serve's queue when its waiters have left, so the next request finds a worker. While an answer is recent, a worker
+    is asked again in the background.
     """
 
     def __init__(
         self, client: WorkerClient, timeout_s: float | None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.client = client
-        self._timeout_s = timeout_s
-        self._shapes: Shapes | None = None  # a base model's never change
-        self._running = Shared(client.wait_for_replica, kept_s=KEPT_S, clock=clock)
+        self._timeout_s, self._clock = timeout_s, clock
+        self.shapes: Shapes | None = None  # that a worker told; a base model's never change
+        self._answered_at = float("-inf")  # by the clock: when a worker last told a request
+        self._running = Shared(self._reach, kept_s=KEPT_S, clock=clock)
 
     async def ready(self) -> None:
         """Return when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
@@ -227,21 +286,19 @@ class BaseWorkers:
             await self._ask(self._timeout_s)
 
     async def module_shapes(self) -> Shapes:
-        """Return the module shapes when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
-        if self._timeout_s is None:
-            self._shapes = await self.client.module_shapes()
-        else:
-            self._shapes = await self._ask(self._timeout_s)
-        return self._shapes
+        """Return the module shapes when a worker runs.
 
-    async def known_shapes(self) -> Shapes:
-        """Return the module shapes that a worker told before, else ask. Raises: as `module_shapes`."""
-        return await self.module_shapes() if self._shapes is None else self._shapes
+        Raises: WorkerStarting, NoAnswerInTime; the error of a worker that just died.
+        """
+        if self._timeout_s is not None:
+            return await self._ask(self._timeout_s)
+        self.shapes = await self.client.module_shapes()
+        return self.shapes
 
     async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         """Return each adapter's shift or error. If the whole call fails, its error applies to each of them."""
         try:
-            await self.ready()
+            await self.module_shapes()
             return await self.client.probe_many(weights_digests)
         except Exception as exc:
             return [exc] * len(weights_digests)
@@ -249,20 +306,38 @@ class BaseWorkers:
     async def check(self) -> None:
         """Ask a worker, unless none runs because none is needed. Raises: the errors of the call."""
         if not await self.is_scaled_to_zero():
-            self._shapes = await self.client.module_shapes()
+            self.shapes = await self.client.module_shapes()
 
     async def is_scaled_to_zero(self) -> bool:
         """Return whether no worker runs because none is needed: the next request starts one."""
         return self._timeout_s is not None and await self.client.is_scaled_to_zero()
 
     async def _ask(self, timeout_s: float) -> Shapes:
+        asking = self._running.start()
+        if self.shapes is not None and self._clock() - self._answered_at < RECENT_S:
+            return self.shapes
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                return await self._running.get()
+                return await asyncio.shield(asking)
         except TimeoutError as exc:
             if limit.expired():
                 raise WorkerStarting(timeout_s) from exc
             raise
+
+    async def _reach(self) -> Shapes:
+        """Return the module shapes. Wait until a worker has started, and call again if one runs and is silent."""
+        while True:
+            asking = asyncio.ensure_future(self.client.wait_for_replica())
+            try:
+                is_silent = False
+                while not asking.done() and not is_silent:
+                    await asyncio.wait([asking], timeout=_PATIENCE_S)
+                    is_silent = not asking.done() and not await self.is_scaled_to_zero()
+                if not is_silent:
+                    self.shapes, self._answered_at = asking.result(), self._clock()
+                    return self.shapes
+            finally:
+                asking.cancel()
 
 
 class Workers:
@@ -288,22 +363,13 @@ class Workers:
         return self.named(job.plan.base_model).client.stream(job)
 
     async def module_shapes(self) -> dict[str, Shapes]:
-        """Return the module shapes of each base model: adapters of one that does not tell them are refused.
+        """Return the module shapes of each base model whose workers have told them. Ask if there is only one.
 
-        Raises: the error of the first one if none does; WorkerStarting.
+        Raises: WorkerStarting, NoAnswerInTime, and the error of a worker that just died.
         """
         if len(self.by_model) == 1:
-            return {name: await workers.module_shapes() for name, workers in self.by_model.items()}
-        asked = [asyncio.wait_for(workers.known_shapes(), _SHAPES_S) for workers in self.by_model.values()]
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        told = {
-            name: shapes
-            for name, shapes in zip(self.by_model, found, strict=True)
-            if not isinstance(shapes, BaseException)
-        }
-        if not told and isinstance(found[0], BaseException):
-            raise found[0]
-        return told
+            await self.named("").module_shapes()
+        return {name: workers.shapes for name, workers in self.by_model.items() if workers.shapes is not None}
 
     async def probe(self, adapters: Sequence[AdapterRecord]) -> list[float | Exception]:
         """Return each adapter's shift or error, from the workers of its base model."""

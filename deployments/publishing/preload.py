@@ -10,7 +10,8 @@ from pathlib import Path
 
 from deployments.api import error_table
 from deployments.api.adapters import PublishItem
-from deployments.errors import NotReady
+from deployments.api.responses import Published
+from deployments.errors import NoAnswerInTime, NotReady
 from deployments.publishing.adapter_folders import AdapterFolder, adapter_folders
 from deployments.publishing.publisher import Publisher
 from retriever_svc import ServedBases
@@ -87,7 +88,7 @@ class Preload:
     async def _publish_batch(self, batch: Sequence[PublishItem]) -> dict[Path | None, str]:
         """Publish those that lack a served version. Return the codes of errors that may pass, by folder."""
         lacking = await self._lacking(batch)
-        outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
+        outcomes = await self._publish_when_possible(lacking) if lacking else []
         if self._approves:
             await self._approve(batch)
         earlier = {item.path: self._refused.pop(str(item.path), None) for item in batch}
@@ -101,6 +102,14 @@ class Preload:
                 if status in error_table.RETRIED:
                     passing[upload.path] = body["error"]["code"]
         return passing
+
+    async def _publish_when_possible(self, batch: Sequence[PublishItem]) -> list[Published | Exception]:
+        """Publish, as soon as a worker has loaded its model, which may take many minutes."""
+        while True:
+            try:
+                return await self._publisher.publish(batch, actor=_ACTOR)
+            except NoAnswerInTime:
+                logger.info("the preload waits for a worker")
 
     async def _lacking(self, batch: Sequence[PublishItem]) -> list[PublishItem]:
         """Return those without a served version. Versions that were updated or rolled back since are not changed."""

@@ -18,7 +18,14 @@ from deployments.api.responses import Published, Settled
 from deployments.background import Background
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.worker_client import Workers
-from deployments.errors import NoTrial, VersionChanged, VersionNotKept
+from deployments.errors import (
+    NoAnswerInTime,
+    NoTrial,
+    ShapesUnknown,
+    VersionChanged,
+    VersionNotKept,
+    WorkerStarting,
+)
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
 from deployments.publishing.results import make_result, make_results
@@ -153,7 +160,7 @@ class Publisher:
         with held or nullcontext():
             try:
                 active = await self._store.active_encoder()
-                staged = await self._stage_all(uploads, await self._workers.module_shapes())
+                staged = await self._stage_all(uploads)
             finally:
                 if sent := [id for upload in uploads for id in upload.sent]:
                     await _clean_up(f"the parts of {len(sent)} uploaded files", self._store.delete_parts(sent))
@@ -301,22 +308,33 @@ class Publisher:
         await self._store.check_available()
         return await self.catch_up(await change())
 
-    async def _stage_all(
-        self, uploads: Sequence[PublishItem], shapes_by_model: Mapping[str, Shapes]
-    ) -> list[Staged | BaseException]:
+    async def _stage_all(self, uploads: Sequence[PublishItem]) -> list[Staged | BaseException]:
+        """Stage the uploads. Ask only the workers of base models that they are made for: others may sleep or hang."""
         slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the others of one request wait here
+        asked: dict[str, asyncio.Task[Shapes]] = {}
+        told = await self._workers.module_shapes()
 
         async def stage(upload: PublishItem) -> Staged:
             async with slots:
-                return await self._store.stage(upload, shapes_by_model)
+                try:
+                    return await self._store.stage(upload, told)
+                except ShapesUnknown as exc:
+                    base_model = exc.base_model
+                if base_model not in asked:
+                    asked[base_model] = asyncio.create_task(self._workers.named(base_model).module_shapes())
+                return await self._store.stage(upload, {base_model: await asked[base_model]})
 
-        return await asyncio.gather(*map(stage, uploads), return_exceptions=True)
+        staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
+        waited = [item for item in staged if isinstance(item, NoAnswerInTime | WorkerStarting)]
+        if waited and len(waited) == len(staged):
+            raise waited[0]
+        return staged
 
     async def _publish_staged(
         self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
     ) -> Published:
         """Publish the version that `stage` makes of stored weights; `active` is the active encoder."""
-        await self._workers.made_for(base_model).ready()
+        await self._workers.made_for(base_model).module_shapes()  # before anything is staged: a worker must probe it
         [outcome] = await self._make_live([await stage()], active, change)
         if isinstance(outcome, Exception):
             raise outcome

@@ -10,7 +10,8 @@ from typing import Any
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Settled
 from deployments.background import Background
-from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
+from deployments.calls.catalogue_clients import serve_retriever, serve_store
+from deployments.calls.typed_client import WAIT_S
 from deployments.calls.worker_client import BaseWorkers, WorkerClient, Workers, serve_worker
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
@@ -51,6 +52,7 @@ class Publishing:
         self.store = FakeHandle(self.pool)
         self.retriever = retriever or FakeHandle(FakeRetriever())
         self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))
+        self.workers: dict[str, BaseWorkers] = {}  # of further base models
         self._store_wait_s = store_wait_s
 
     def __call__(self, *names: str, version: str = "") -> list[Published | Exception]:
@@ -79,7 +81,7 @@ class Publishing:
 
     def publisher(self, background: Background) -> Publisher:
         store, worker = serve_store(self.store, wait_s=self._store_wait_s), serve_worker(self.worker)
-        workers = workers_of(worker)
+        workers = workers_of(worker, **self.workers)
         reclaimer = Reclaimer(store, workers, background, longest_request_s=1, sleep=_in_no_time)
         return Publisher(store, serve_retriever(self.retriever), workers, background=background, reclaimer=reclaimer)
 
@@ -88,9 +90,9 @@ class Publishing:
         return {name: [record.ref.digest for record in kept] for (_, name), kept in self.pool.live.items()}
 
 
-def workers_of(client: WorkerClient) -> Workers:
-    """Return the workers of one base model, which never scale to zero."""
-    return Workers({BASE: BaseWorkers(client, None)})
+def workers_of(client: WorkerClient, **others: BaseWorkers) -> Workers:
+    """Return the workers of one base model, which never scale to zero, and these others."""
+    return Workers({BASE: BaseWorkers(client, None), **others})
 
 
 def live(outcomes: Sequence[Published | Exception]) -> list[Published]:

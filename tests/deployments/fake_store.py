@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
 from deployments.calls.catalogue_clients import Buffer
-from deployments.errors import SourceMissing
+from deployments.errors import ShapesUnknown, SourceMissing
 from deployments.json_types import JsonObject
 from lora_store import (
     KEPT_VERSIONS,
@@ -85,6 +85,8 @@ class FakeStore:
     async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         self._fail("stage")
         name = upload.adapter_name
+        if upload.base_model and upload.base_model not in shapes_by_model:
+            raise ShapesUnknown(upload.base_model)
         if name in self.refused:
             raise AdapterRefused(name, ["it is bad"])
         if name in self.missing:

@@ -49,6 +49,7 @@ ERRORS: list[DeploymentsError] = [
     errors.ServerOverloaded(9),
     errors.EncoderBusy(9),
     errors.NotReady("wait"),
+    errors.ShapesUnknown("code"),
     errors.WorkerStarting(30),
     errors.ResponseNotStored(),
     errors.DeploymentBusy(),

@@ -133,6 +133,8 @@ def _budget_problems(manifests: Manifests) -> Iterator[str]:
         if not isinstance(least, int):
             yield f"budget {name}: only a number as minAvailable holds for pods of a RayCluster"
             continue
+        if budget["spec"].get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            yield f"budget {name}: a pod that is not ready blocks the drain of its node"
         group = groups.get(budget["spec"]["selector"]["matchLabels"].get("ray.io/group"))
         if group is None:
             yield f"budget {name} is over no one group"

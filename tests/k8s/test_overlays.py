@@ -49,6 +49,7 @@ def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable
         (lambda m: route_rule(m).pop("timeouts"), "is not above max_request_s"),
         (lambda m: route_rule(m)["backendRefs"][0].update(name="loraretriever"), "HTTPRoute: it does not lead to"),
         (lambda m: route_rule(m).update(timeout="1s"), "timeout"),
+        (lambda m: budget(m)["spec"].pop("unhealthyPodEvictionPolicy"), "not ready blocks the drain"),
     ],
 )
 def test_a_wrong_field_is_found(change: Callable, problem: str, rendered: Callable[[str], Manifests]) -> None:
@@ -67,6 +68,10 @@ def set_variable(manifests: Manifests, group: str, name: str, value: str) -> Non
 def annotations(manifests: Manifests) -> dict[str, str]:
     found: dict[str, str] = manifests.named("Ingress", "loraretriever")["metadata"]["annotations"]
     return found
+
+
+def budget(manifests: Manifests) -> Document:
+    return manifests.named("PodDisruptionBudget", "loraretriever-gpu")
 
 
 def route_rule(manifests: Manifests) -> Document:

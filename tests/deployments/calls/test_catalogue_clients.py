@@ -20,7 +20,6 @@ from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
 from tests.virtual_time import in_virtual_time
 
-BY_REFERENCE = {"stage", "resample", "edit", "put_usage", "usage", "put_part", "pool_state", "pool_part", "fetch"}
 WITH_AN_ID = {"commit", "withdraw", "expire"}  # repeated if they have one
 SENT_ONCE = {
     *("delete_parts", "discard", "set_visibility", "approve", "set_name", "approve_name", "add_embeddings", "rank"),
@@ -73,7 +72,6 @@ async def test_calls_that_are_safe_to_repeat_are_repeated_and_the_others_sent_on
         handle = FakeHandle(replica := Dying(num_deaths=3))
         sent = await num_sent(serve_store(handle), name, count, replica)
         assert sent == (1 if name in SENT_ONCE | WITH_AN_ID else 3), name
-        assert {call.by_reference for call in handle.calls} == {True if name in BY_REFERENCE else None}, name
     for name in WITH_AN_ID:
         store = serve_store(FakeHandle(replica := Dying(num_deaths=2)))
         assert await num_sent(store, name, STORE[name], replica, commit_id="1") == 3

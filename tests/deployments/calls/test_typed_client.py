@@ -11,7 +11,9 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.calls.typed_client import ServeClient, once, retry, stream
+from deployments.errors import NoAnswerInTime
 from tests.fakes import FakeHandle
+from tests.virtual_time import in_virtual_time
 
 
 class Shop(Protocol):
@@ -21,10 +23,10 @@ class Shop(Protocol):
     async def buy(self, what: str, amount: int = 1) -> str: ...
     @retry
     async def price(self, what: str) -> str: ...
+    @retry(within_s=30.0)
+    async def stock(self, what: str) -> str: ...
     @retry(only_with="order_id")
     async def order(self, what: str, order_id: str | None = None) -> str: ...
-    @retry(over_object_store=True)
-    async def deliver(self, goods: bytes) -> str: ...
     @stream
     def catalogue(self, since: int = 0) -> AsyncGenerator[int]: ...
 
@@ -98,7 +100,6 @@ def test_a_call_without_a_policy_is_refused_where_the_client_is_declared() -> No
         (lambda shop: shop.order("bread"), 1),
         (lambda shop: shop.order("bread", "7"), 2),
         (lambda shop: shop.order("bread", order_id="7"), 2),
-        (lambda shop: shop.deliver(b"bread"), 2),
         (lambda shop: shop.price("bread"), 2),
     ],
 )
@@ -113,11 +114,37 @@ async def test_only_a_call_that_is_safe_to_repeat_is_repeated(
     assert len(shop.asked) == num_sent
 
 
-def test_large_arguments_go_over_the_object_store() -> None:
-    handle = FakeHandle(Replicas())
-    asyncio.run(client(handle).deliver(b"bread"))
-    asyncio.run(client(handle).buy("bread"))
-    assert [call.by_reference for call in handle.calls] == [True, None]
+@in_virtual_time
+async def test_a_bounded_call_ends_without_a_replica() -> None:
+    class Absent:
+        async def stock(self, what: str) -> str:
+            return str(await asyncio.Event().wait())
+
+    with pytest.raises(NoAnswerInTime):
+        await client(FakeHandle(Absent())).stock("bread")
+    assert asyncio.get_running_loop().time() == 30.0
+
+
+async def test_a_timeout_of_the_replica_is_its_own() -> None:
+    class Slow:
+        async def stock(self, what: str) -> str:
+            raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        await client(FakeHandle(Slow())).stock("bread")
+
+
+async def test_every_call_goes_over_the_object_store_whatever_the_environment_prefers() -> None:
+    class Numbers(Replicas):
+        async def catalogue(self, since: int) -> AsyncGenerator[int]:
+            yield since
+
+    handle = FakeHandle(Numbers())
+    await client(handle).buy("bread")
+    await client(handle).price("bread")
+    assert [item async for item in client(handle).catalogue(4)] == [4]
+    await client(handle).calls.broadcast(1.0, Shop.price, "bread")
+    assert [call.by_reference for call in handle.calls] == [True] * 4
 
 
 async def test_a_stream_yields_the_items_of_one_replica() -> None:

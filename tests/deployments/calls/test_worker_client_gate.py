@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.worker_client import KEPT_S, BaseWorkers, serve_worker
+from deployments.calls.worker_client import KEPT_S, RECENT_S, BaseWorkers, serve_worker
 from deployments.errors import WorkerStarting
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -19,6 +19,7 @@ from tests.deployments.asking import ask, error_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import SHAPES, FakeWorker
 from tests.fakes import FakeHandle
+from tests.virtual_time import in_virtual_time
 
 
 @dataclass
@@ -38,10 +39,10 @@ class Sleeper(FakeWorker):
 class Held:
     """BaseWorkers over one sleeper; `now_s` is its clock."""
 
-    def __init__(self, *errors: Exception, timeout_s: float | None = 5.0) -> None:
+    def __init__(self, *errors: Exception, timeout_s: float | None = 5.0, status: Any = None) -> None:
         self.now_s, self.worker = 0.0, Sleeper(errors=list(errors))
         self.handle = FakeHandle(self.worker)
-        self.workers = BaseWorkers(serve_worker(self.handle), timeout_s, clock=lambda: self.now_s)
+        self.workers = BaseWorkers(serve_worker(self.handle, status=status), timeout_s, clock=lambda: self.now_s)
 
     @property
     def num_calls(self) -> int:
@@ -73,7 +74,38 @@ async def test_a_worker_that_answered_is_not_asked_again_for_a_while() -> None:
     for now_s, num_calls in ((0, 1), (KEPT_S * 0.9, 1), (KEPT_S * 1.1, 2), (KEPT_S * 2, 2)):
         held.now_s = now_s
         await held.workers.ready()
+        await settle()
         assert held.num_calls == num_calls
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_a_worker_that_hangs_after_an_answer_holds_no_request_while_the_answer_is_recent() -> None:
+    held = Held(timeout_s=0.01)
+    held.worker.awake.set()
+    await held.workers.ready()
+    held.worker.awake.clear()
+    held.now_s = RECENT_S * 0.9
+    await held.workers.ready()
+    await settle()
+    assert held.num_calls == 2
+    held.now_s = RECENT_S * 1.1
+    with pytest.raises(WorkerStarting):
+        await held.workers.ready()
+
+
+@pytest.mark.parametrize(("running", "num_calls"), [(2, 2), (0, 1)])
+@in_virtual_time
+async def test_a_silent_call_is_sent_again_only_if_a_worker_runs(running: int, num_calls: int) -> None:
+    worker = SimpleNamespace(status="HEALTHY", replica_states={"RUNNING": running})
+    overview = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
+    held = Held(timeout_s=15.0, status=lambda: overview)
+    with pytest.raises(WorkerStarting):
+        await held.workers.ready()
+    assert held.num_calls == num_calls
 
 
 async def test_a_worker_that_dies_while_answering_is_reported_and_another_is_started() -> None:

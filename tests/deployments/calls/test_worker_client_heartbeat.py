@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -11,10 +14,12 @@ import pytest
 from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
 
-from deployments.calls.worker_client import HeartbeatStream, StreamEnd
+from deployments.calls.worker_client import HeartbeatStream, StreamEnd, WorkerClient, serve_worker
 from deployments.scaling.residency import HEARD, ResidencyReport
 from gpu_worker.errors import DeadlineExceeded
-from tests.fakes import FakeResponse
+from gpu_worker.front.request.request import Delta, Job
+from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.fakes import FakeHandle, FakeResponse
 from tests.virtual_time import in_virtual_time
 
 TIMEOUT_S = 30.0
@@ -49,7 +54,7 @@ async def read(*items: Any, deadline: float = 1e6) -> list[str | None]:
         ((0.9, None) * 4 + (0.9, "late"), [None] * 4 + ["late"]),
         ((100.0, "first"), ["first"]),
     ],
-    ids=["heartbeats are none", "heartbeats keep a stream alive", "the first item has no time limit"],
+    ids=["heartbeats are none", "heartbeats keep a stream alive", "the first item may wait for a replica"],
 )
 @in_virtual_time
 async def test_a_stream_with_heartbeats_gives_every_item(items: tuple[Any, ...], got: list[str | None]) -> None:
@@ -69,6 +74,40 @@ async def test_an_answer_arrives_whatever_the_reports_of_another_version_are(rep
     assert await read(report, "a", report, "b") == [None, "a", None, "b"]
     if report is not None and len(report) == 4:
         assert HEARD.held_by("w-of-a-later-version") == {b"abcdef"}
+
+
+@dataclass
+class Vanishing(FakeWorker):
+    """Takes none of the first two calls."""
+
+    num_calls: int = 0
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        self.num_calls += 1
+        if self.num_calls < 3:
+            await asyncio.Event().wait()
+        yield DELTAS[0]
+
+
+def vanishing(num_running: int) -> tuple[FakeHandle, WorkerClient]:
+    handle, worker = FakeHandle(Vanishing()), SimpleNamespace(replica_states={"RUNNING": num_running})
+    overview: Any = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
+    return handle, serve_worker(handle, heartbeat_timeout_s=0.01, status=lambda: overview)
+
+
+async def test_a_call_that_no_worker_took_is_sent_again_if_one_runs() -> None:
+    handle, worker = vanishing(num_running=1)
+    assert await worker.stream(Job("r-1", "hello", time_left_s=600.0)).next(time.monotonic() + 60) == DELTAS[0]
+    assert [response.num_cancels for response in handle.responses] == [1, 1, 0]
+    first, _, last = [job.time_left_s for (job,) in handle.called("stream")]
+    assert 540 < last < first == 600
+
+
+async def test_a_call_waits_for_a_worker_that_starts() -> None:
+    handle, worker = vanishing(num_running=0)
+    with pytest.raises(DeadlineExceeded):
+        await worker.stream(Job("r-1", "hello")).next(time.monotonic() + 0.1)
+    assert len(handle.responses) == 1
 
 
 @pytest.mark.parametrize("said", [(None,), ("a",), (None, "a", None)])

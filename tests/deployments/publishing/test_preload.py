@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.errors import NotReady
-from lora_store import AdapterRefused, StoreUnavailable, VersionConflict
+from deployments.api.adapters import PublishItem
+from deployments.errors import NoAnswerInTime, NotReady
+from deployments.publishing.preload import Preload
+from lora_store import AdapterRecord, AdapterRefused, Key, StoreUnavailable, VersionConflict
 from tests.deployments.adapter_records import BASE, adapter, key_of, pool_of
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask
@@ -57,6 +60,24 @@ def test_a_repeated_preload_leaves_adapters_withdrawn_that_it_had_published(tmp_
     store = FakeStore(failing={"stage": (NotReady("no worker"), 1)})
     ask(ready_after_a_withdrawal, store=store, preload=preload_of(tmp_path, "poet", "sql"))
     assert list(store.live) == [("local", "poet")]
+
+
+async def test_the_preload_waits_for_a_worker_that_loads_its_model_for_minutes(tmp_path: Path) -> None:
+    class Starting:
+        num_calls = 0
+
+        async def live(self, batch: Sequence[PublishItem]) -> dict[Key, AdapterRecord]:
+            return {}
+
+        async def publish(self, batch: Sequence[PublishItem], actor: str) -> list[Exception]:
+            self.num_calls += 1
+            if self.num_calls < 4:
+                raise NoAnswerInTime
+            return [AdapterRefused(batch[0].adapter_name, ["it is bad"])]
+
+    preload = Preload(preload_of(tmp_path, "poet"), Starting())  # type: ignore[arg-type]
+    await preload.wait()
+    assert [Path(path).name for path in preload.refused()] == ["poet"]
 
 
 def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:

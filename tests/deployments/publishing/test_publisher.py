@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -12,7 +13,9 @@ from ray.exceptions import RayActorError
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published
 from deployments.background import Background
-from deployments.errors import PoisonRequest, SourceMissing
+from deployments.calls.typed_client import WAIT_S
+from deployments.calls.worker_client import BaseWorkers, serve_worker
+from deployments.errors import NoAnswerInTime, PoisonRequest, SourceMissing, WorkerStarting
 from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER
 from gpu_worker.errors import AdapterUnfit
@@ -22,8 +25,9 @@ from tests.deployments.adapter_records import BASE, ENCODER, adapter, pool_of
 from tests.deployments.fake_publishing import POET, Publishing, live
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.fake_worker import SHAPES
+from tests.deployments.fake_worker import SHAPES, FakeWorker
 from tests.fakes import FakeHandle
+from tests.virtual_time import in_virtual_time
 
 
 def test_results_are_in_order_and_a_refusal_does_not_affect_others() -> None:
@@ -280,11 +284,50 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
     assert publishing.retriever.called("catch_up") == [(8,)]
 
 
-def test_uploads_reach_the_store_through_rays_object_store() -> None:
-    publishing = Publishing()
-    publishing("poet")
-    by_object_store = {call.name for call in publishing.store.calls if call.by_reference}
-    assert by_object_store == {"stage"}
+def test_a_publish_asks_only_the_workers_of_its_own_base_model() -> None:
+    publishing, other = Publishing(), FakeHandle(FakeWorker())
+    publishing.workers["other"] = BaseWorkers(serve_worker(other), 60.0)
+    uploads = [PublishItem(Path("folders", name), base_model=BASE) for name in ("poet", "bard")]
+    assert len(live(publishing.run(lambda publisher: publisher.publish(uploads, "tester")))) == 2
+    assert [call.name for call in publishing.worker.calls] == ["module_shapes", "module_shapes", "probe_many"]
+    assert other.calls == []
+
+
+def test_an_adapter_of_a_base_model_without_a_worker_does_not_stop_the_others() -> None:
+    class Absent(FakeWorker):
+        async def module_shapes(self) -> dict[str, tuple[int, int]]:
+            await asyncio.Event().wait()
+            return {}
+
+    publishing, other = Publishing(), FakeHandle(Absent())
+    publishing.workers["other"] = BaseWorkers(serve_worker(other), 0.01)
+    names = (("poet", BASE), ("bard", "other"), ("scribe", "other"))
+    uploads = [PublishItem(Path("folders", name), base_model=base_model) for name, base_model in names]
+    published, *refused = publishing.run(lambda publisher: publisher.publish(uploads, "tester"))
+    assert published.ref.name == "poet" and [type(error) for error in refused] == [WorkerStarting] * 2
+    assert len(other.called("module_shapes")) == 1
+    with pytest.raises(WorkerStarting):
+        publishing.run(lambda publisher: publisher.publish(uploads[1:], "tester"))
+
+
+@in_virtual_time
+async def test_a_change_without_a_worker_ends_in_a_minute_and_leaves_nothing() -> None:
+    class Absent(FakeWorker):
+        async def module_shapes(self) -> dict[str, tuple[int, int]]:
+            await asyncio.Event().wait()
+            return {}
+
+    publishing = Publishing(adapter("poet"), adapter("poet", version="older"))
+    publishing.worker = FakeHandle(Absent())
+    publisher, held, left = publishing.publisher(Background()), ExitStack(), list[str]()
+    held.callback(left.append, "the upload's budget")
+    with pytest.raises(NoAnswerInTime):
+        await publisher.publish([PublishItem(Path("new"))], "tester", held=held)
+    assert left == ["the upload's budget"]
+    with pytest.raises(NoAnswerInTime):
+        await publisher.rollback(POET, None, "tester")
+    assert asyncio.get_running_loop().time() == 2 * WAIT_S
+    assert (publishing.pool.held, publishing.store.called("stage")) == ([], [])
 
 
 def test_a_dry_run_validates_and_leaves_nothing() -> None:

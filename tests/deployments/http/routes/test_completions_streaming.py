@@ -9,6 +9,7 @@ import pytest
 from fastapi import Request
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, parse
+from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S
 from deployments.errors import RequestInvalid
 from deployments.http.middleware import PROXY_HEADERS, is_loopback
 from deployments.http.routes.completions import events
@@ -84,6 +85,14 @@ def test_a_silent_stream_is_kept_alive_by_comments(keep_alive_s: float, num_comm
     assert [opening, last, done] == [b'data: {"n": 0}\n\n', b'data: {"n": 1}\n\n', b"data: [DONE]\n\n"]
 
 
+async def heartbeats(delay_s: float) -> AsyncIterator[None]:
+    """Yield what a worker sends every five seconds, the first one at once."""
+    while delay_s > 0:
+        yield None
+        await asyncio.sleep(min(delay_s, HEARTBEAT_INTERVAL_S))
+        delay_s -= HEARTBEAT_INTERVAL_S
+
+
 class SlowWorker(FakeWorker):
     """Answers, or fails, after `delay_s`."""
 
@@ -91,8 +100,9 @@ class SlowWorker(FakeWorker):
         super().__init__(events)
         self.delay_s = delay_s
 
-    async def stream(self, job: Job) -> AsyncIterator[Delta]:
-        await asyncio.sleep(self.delay_s)
+    async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
+        async for beat in heartbeats(self.delay_s):
+            yield beat
         async for delta in super().stream(job):
             yield delta
 
@@ -100,8 +110,9 @@ class SlowWorker(FakeWorker):
 class SlowSecond(FakeWorker):
     """Answers the first prompt at once, and another one after 35 seconds."""
 
-    async def stream(self, job: Job) -> AsyncIterator[Delta]:
-        await asyncio.sleep(35.0 if job.prompt == "Ho" else 0.0)
+    async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
+        async for beat in heartbeats(35.0 if job.prompt == "Ho" else 0.0):
+            yield beat
         async for delta in super().stream(job):
             yield delta
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +16,11 @@ from lora_store.events import SetName
 from lora_store.names import policy_digest
 from retriever_svc import WEIGHTINGS
 from tests.deployments.adapter_records import BASE, POOL, adapter
-from tests.deployments.app_fakes import Served
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, get
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.key_files import bearer, keys_of_all_roles
+from tests.virtual_time import run_in_virtual_time
 
 MANY = [adapter(f"a{number:03}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
 
@@ -220,3 +222,19 @@ def test_a_card_names_the_template_of_its_chats(settings: dict[str, Any], templa
     cards = {card["id"]: card["template"] for card in get("/v1/models", **settings).json()["data"]}
     assert cards == {"auto": template, BASE: template, "coder": "chat", "poet": template}
     assert get("/v1/models/coder", **settings).json()["template"] == "chat"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/poet", "/v1/loras", "/v1/loras/poet", "/v1/names"])
+def test_a_list_without_a_retriever_is_503_in_time(path: str) -> None:
+    class Absent(FakeRetriever):
+        async def _wait(self, *_: Any) -> Any:
+            await asyncio.Event().wait()
+
+        names = page = policies = record = _wait
+
+    async def question() -> httpx.Response:
+        async with http_of(serve_plainly(retriever=Absent())) as client:
+            return await client.get(path)
+
+    response = run_in_virtual_time(question())
+    assert (response.status_code, error_of(response)["code"]) == (503, "unavailable")
