@@ -220,6 +220,8 @@ class InferenceEngine(ABC):
     ) -> list[Row | Exception]:
         """Return each job's row, or why it cannot be prepared. Tenants take turns, prompt by prompt."""
 
+        arrived = self._clock() if arrived is None else arrived
+
         async def prepare(job: Job, sink: Sink) -> Row:
             await self._preprocess.compile_grammar(job)
             work = partial(self._prepare, job, sink, capture_first_logits=capture_first_logits, arrived=arrived)

@@ -243,7 +243,7 @@ class AdapterIndex:
         num = width + _CODE_ROOM
         scores, listed = self._lists.best(query, num, allowed.listed, self._settings.num_probes)
         if len(listed) == num:
-            left_out = max(left_out, float(scores[-1]) + self._lists.code_error)
+            left_out = max(left_out, float(scores[-1]) + self._lists.code_error + _FLOAT32_ERROR)
         return np.concatenate([exact, listed]), left_out
 
     def _named(self, positions: Positions, scores: NDArray[np.float64], num_wanted: int) -> list[Match]:

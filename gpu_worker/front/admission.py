@@ -45,7 +45,7 @@ class Admission:
     """The waiting rows. The weights of the next ones are prefetched within `window`.
 
     A row brings all its adapters into the bank or none, and does not block others while it waits. A row that was passed
-    over `_MAX_PASSES` times reserves its part of the bank: until it runs, no other row pins adapters there. A row that
+    `_MAX_PASSES` times reserves its part of the bank: until it runs, no other row pins adapters there. A row that
     has its adapters but does not fit the KV cache blocks all rows behind it. A row whose prompt begins like one that is
     being computed waits for those blocks. Both wait only for running rows, which wait for nothing, so there is no
     deadlock.
@@ -166,7 +166,7 @@ class Admission:
             return
         if not row.is_pinned:
             self._refused.append(row)
-            if row.num_passes > _MAX_PASSES and not self._is_reserved(row):
+            if row.num_passes >= _MAX_PASSES and not self._is_reserved(row):
                 self._reserving[self._residency.part_of(row.weights_digests)] = row
         elif self._kv_cache.fits(len(row.tokens), row.prefix):
             self._start(row)

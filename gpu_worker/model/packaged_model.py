@@ -65,10 +65,11 @@ def ensure_converted(config: WorkerConfig) -> None:
     """
     integers = wants_integers(config)
     if not _folder(config.cache_dir, keeps_integers=integers).exists():
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as children:
-            converting = children.submit(packaged_folder, config.cache_dir, keeps_integers=integers)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, spawn) as converter, ProcessPoolExecutor(1, spawn) as compiler:
+            converting = converter.submit(packaged_folder, config.cache_dir, keeps_integers=integers)
             if isinstance(config, NativeWorkerConfig):
-                children.submit(_compile_kernels, config)
+                compiler.submit(_compile_kernels, config)  # the worker compiles what fails here
             converting.result()
 
 

@@ -19,7 +19,7 @@ from gpu_worker.native.kernels.kernel_loading import load_library
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
 PANEL = 32  # outputs of a panel of the kernel
 _ROWS_PER_READ, _ROWS_PER_READ_TILES, _ROWS_PER_READ_INTEGERS = 11, 26, 5
-_ROWS_PER_READ_OLDER, _ROWS_PER_READ_INTEGERS_OLDER = 3, 2  # processors without bfloat16 instructions
+_ROWS_PER_READ_OLDER, _ROWS_PER_READ_INTEGERS_OLDER = 3, 2  # processors without instructions for these products
 _PADDED_INPUTS = 64  # integer weights are padded to a multiple of it
 
 
@@ -52,6 +52,7 @@ class LinearKernel:
         self.rows_per_read, self.rows_per_read_of_integers = _ROWS_PER_READ_OLDER, _ROWS_PER_READ_INTEGERS_OLDER
         if self.has_bf16_products:
             self.rows_per_read = _ROWS_PER_READ_TILES if self.has_tiles else _ROWS_PER_READ
+        if library.has_integer_products():
             self.rows_per_read_of_integers = _ROWS_PER_READ_INTEGERS
         self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
         self.pack_integers = library.pack_integers
@@ -226,7 +227,10 @@ def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Linear | Kernel
     faster and can compute the layer.
     """
     if isinstance(linear, QuantizedLinear):
-        return linear if kernel is None else KernelLinear(kernel, linear.quantized, linear.bias)
+        if kernel is not None:
+            return KernelLinear(kernel, linear.quantized, linear.bias)
+        linear.keep_weight()
+        return linear
     if isinstance(linear, NarrowLinear) and kernel is not None:
         return KernelLinear(kernel, linear.stored, linear.bias, torch.float32)
     weight = linear.weight

@@ -128,6 +128,7 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = quantized.values.shape
         self.quantized, self.dtype = quantized, dtype
         self.bias = bias
+        self._kept: Tensor | None = None
         # transformers asks the first parameter for the model's dtype and device, and a model may have no other.
         self.empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
@@ -136,8 +137,14 @@ class QuantizedLinear(nn.Linear):
         """Return the weights that the integers stand for, in a new tensor each time, which takes time and memory."""
         return self.quantized.dequantized(self.dtype)
 
+    def keep_weight(self) -> None:
+        """Keep the weights that the integers stand for too, for steps that no compiled kernel computes."""
+        self._kept = self.weight
+
     def forward(self, input: Tensor) -> Tensor:  # (..., I) -> (..., O)
         rounded = rounded_inputs(input, self.quantized.block)
+        if self._kept is not None:
+            return nn.functional.linear(rounded.to(input.dtype), self._kept, self.bias)
         parts = []
         for start in range(0, self.out_features, _ROWS_PER_PRODUCT):
             weight = self.quantized.rows(slice(start, start + _ROWS_PER_PRODUCT)).dequantized()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MAX_CPU_S = 2
 MAX_BYTES = 1 << 31  # address space of the checking process
 _NUM_STEPS = 48
-_MAX_PLACE_S = MAX_CPU_S / 2  # for finding the wrong part of a schema that is known to be wrong
 _END = 256
 
 
@@ -40,21 +39,22 @@ class Refusal(NamedTuple):
 
 def check(kind: str, text: str) -> Refusal | None:
     """Return None if the grammar compiles and a text can begin with it."""
+    began = time.process_time()
     vocabulary = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < _END else b"", _END + 1, [_END])
     error = _find_error(kind, text, vocabulary)
     if error is None:
         return None
-    wrong_schema = _check_schemas(text, vocabulary) if kind == "tool_calls" else None
-    return wrong_schema or Refusal(error, _find_place(error, text, vocabulary) if kind == "json_schema" else "")
+    wrong_schema = _check_schemas(text, vocabulary, began) if kind == "tool_calls" else None
+    return wrong_schema or Refusal(error, _find_place(error, text, vocabulary, began) if kind == "json_schema" else "")
 
 
-def _check_schemas(text: str, vocabulary: LLTokenizer) -> Refusal | None:
+def _check_schemas(text: str, vocabulary: LLTokenizer, began: float) -> Refusal | None:
     """Check the schemas of a grammar of calls one by one. Return the refusal of the first wrong one."""
     for pointer, schema in json.loads(text)["schemas"].items():
         alone = json.dumps(schema)
         error = _find_error("json_schema", alone, vocabulary)
         if error is not None:
-            return Refusal(error, pointer + _find_place(error, alone, vocabulary))
+            return Refusal(error, pointer + _find_place(error, alone, vocabulary, began))
     return None
 
 
@@ -85,12 +85,13 @@ def _message(matcher: LLMatcher) -> str:
     return " ".join(" ".join(lines).split())[:500]
 
 
-def _find_place(error: str, text: str, vocabulary: LLTokenizer) -> str:
+def _find_place(error: str, text: str, vocabulary: LLTokenizer, began: float) -> str:
     """Return the JSON pointer of the innermost schema that has this error on its own.
 
-    It is "" for the whole schema, and if the search takes too long.
+    It is "" for the whole schema, and if the search takes too long. `began`: the process's time at the check's start.
     """
-    end = time.process_time() + _MAX_PLACE_S
+    spent = time.process_time() - began
+    end = began + MAX_CPU_S - spent  # the last part may take as long as all before the search
     try:
         root = json.loads(text)
     except (ValueError, RecursionError):

@@ -21,7 +21,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIMIT_S = 120.0  # timeout of one compiler call, which takes about a second
 _OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-Wno-psabi")
-_COMPILERS = ("c++", "g++")
+_COMPILERS = ("g++", "c++")
 
 
 class KernelUnavailable(Exception):

@@ -69,7 +69,7 @@ def num_missing_kernels(config: WorkerConfig) -> int:
     """
     if config.device != "cpu":
         return 0
-    with ThreadPoolExecutor(config.num_threads or 1) as compilers:
+    with ThreadPoolExecutor(config.num_threads or len(os.sched_getaffinity(0))) as compilers:
         libraries = compilers.map(lambda name: load_library(name, config.cache_dir), kernel_names())
         return sum(library is None for library in libraries)
 

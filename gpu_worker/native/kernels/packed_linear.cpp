@@ -347,6 +347,15 @@ int32_t has_bf16_products() {
 #endif
 }
 
+// Whether the products of integers use the processor's instructions for sums of four of them.
+int32_t has_integer_products() {
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Whether the products use tiles (AMX): those of bfloat16 numbers in layers whose number of inputs is a multiple of 32.
 int32_t has_tiles() {
 #ifdef HAS_TILES

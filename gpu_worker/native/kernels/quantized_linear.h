@@ -19,13 +19,14 @@
 #include "tiles.h"
 #include "vectors.h"
 
-#if defined(__AVX512VNNI__)
-#include <immintrin.h>
-#elif defined(__AVX2__) && defined(__F16C__)
-#define HAS_QUARTERS
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
+#endif
+
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512VNNI__)
+#define HAS_QUARTERS
 #endif
 
 namespace {

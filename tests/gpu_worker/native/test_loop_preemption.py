@@ -196,7 +196,7 @@ def test_rows_waiting_for_the_bank_and_for_kv_do_not_block_each_other(make_engin
     rows = [ask(engine, job_of(50, 60, i, plan_of("selection", (narrow, 1.0)))) for i in range(2)]
     engine.step()
     reserving = ask(engine, job_of(30, 5, 3, plan_of("selection", (wide, 1.0))))
-    reserving.row.num_passes = 51
+    reserving.row.num_passes = 50
     until_preempted(engine)
     assert rows[1].row in engine.waiting
     for _ in range(300):
