@@ -49,6 +49,7 @@ EXPECTED = [
     (api_errors.BodyMemoryFull(9), 503, OVERLOADED, "overloaded"),
     (api_errors.EncoderBusy(9), 503, OVERLOADED, "overloaded"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
+    (api_errors.ShapesUnknown("code"), 503, OVERLOADED, "not_ready"),
     (api_errors.WorkerStarting(30), 503, OVERLOADED, "not_ready"),
     (api_errors.DeploymentBusy(), 503, OVERLOADED, "overloaded"),
     (api_errors.DeploymentUnavailable(), 503, OVERLOADED, "unavailable"),
