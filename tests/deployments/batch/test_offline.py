@@ -163,10 +163,14 @@ def test_an_interrupted_call_ends_its_rows(offline: LoraRetriever, monkeypatch: 
             cancelled.append(len(jobs))
             raise
 
-    with monkeypatch.context() as patch:
-        patch.setattr(OfflineEngine, "complete", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            offline.generate(["Explain the sea"] * 64, max_tokens=200, temperature=0, ignore_eos=True)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(OfflineEngine, "complete", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                offline.generate(["Explain the sea"] * 64, max_tokens=200, temperature=0, ignore_eos=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert offline.generate("Explain the sea", **SHORT)[0].num_new_tokens == 6  # calls take turns
     assert cancelled == [64]
 

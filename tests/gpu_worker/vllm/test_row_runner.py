@@ -134,7 +134,7 @@ def test_a_row_that_waits_for_long_reserves_only_the_rows_that_it_needs(
         *running, waiting = bench.ask(*[greedy("x", plan, num_new=1) for plan in full])
         for number in range(60):
             [passing] = bench.ask(greedy("x", full[0]))
-            assert bench.runner.status().num_running == (3 if number <= 50 else 2)
+            assert bench.runner.status().num_running == (3 if number < 50 else 2)
             bench.runner.cancel([passing.row])
             await bench.until(lambda: bench.runner.status().num_running == 2)
         assert waiting.row.num_passes == 50
