@@ -27,7 +27,6 @@ _LARGEST_INPUT = 127
 _SMALLEST_RANGE = 2.0**-100  # inputs below it are rounded to 0
 _ROWS_AT_ONCE = 4096  # bounds float32 copies of weights
 _ROWS_IN_CACHE = 64  # their float32 copies stay in a processor's cache
-_ROWS_PER_PRODUCT = 256  # fewer are slower, and a whole layer's float32 copy takes much memory
 _GROUPS_AT_ONCE = 2048  # their float32 copies stay in a processor's cache
 _PARTS = (1.0, 0.92, 0.84)  # shares of a group's range; the first scales let 16 integers cover one of them
 _NUM_FITS = 2  # of scale and offset to the integers, by least squares
@@ -143,14 +142,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # (..., I) -> (..., O)
         rounded = rounded_inputs(input, self.quantized.block)
-        if self._kept is not None:
-            return nn.functional.linear(rounded.to(input.dtype), self._kept, self.bias)
-        parts = []
-        for start in range(0, self.out_features, _ROWS_PER_PRODUCT):
-            weight = self.quantized.rows(slice(start, start + _ROWS_PER_PRODUCT)).dequantized()
-            parts.append(nn.functional.linear(rounded, weight))
-        y = torch.cat(parts, dim=-1)
-        return (y if self.bias is None else y + self.bias).to(input.dtype)
+        weight = self.weight if self._kept is None else self._kept
+        return nn.functional.linear(rounded.to(input.dtype), weight, self.bias)
 
     def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
         """Return the weights of these outputs."""
