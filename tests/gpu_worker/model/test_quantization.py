@@ -192,16 +192,3 @@ def test_layers_are_replaced_once_and_keep_their_biases() -> None:
     assert one is first and one.bias is bias and (one.quantized.bits, two.quantized.bits) == (8, 4)
     x = torch.randn(3, 64).bfloat16()
     torch.testing.assert_close(one(x), nn.functional.linear(x, one.weight, bias), rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("num_out", [1, 600])
-def test_a_layer_computes_without_a_copy_of_its_whole_weight(num_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of integers needs a fraction of the memory of its numbers, also while it is checked."""
-    torch.manual_seed(0)
-    layer = QuantizedLinear(quantize(torch.randn(num_out, 70), 8), nn.Parameter(torch.randn(num_out)), torch.bfloat16)
-    x = torch.randn(2, 3, 70).bfloat16()
-    expected = rounded_inputs(x) @ layer.quantized.dequantized().T + layer.bias
-    sizes, own = list[int](), QuantizedWeight.dequantized
-    monkeypatch.setattr(QuantizedWeight, "dequantized", lambda of: sizes.append(len(of.values)) or own(of))
-    torch.testing.assert_close(layer(x), expected.bfloat16())
-    assert sum(sizes) == num_out and max(sizes) <= 256
