@@ -247,6 +247,19 @@ def test_only_layers_with_the_kernels_order_are_compiled(
     assert counts == [num_compiled]
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_with_integer_weights_are_compiled(
+    family: str, quantization: str, make_bf16: MakeBf16, tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts must agree with the model's own in bfloat16, so both must round each product in the same place."""
+    base = load_base_model(tiny_config(tiny_folders[family], dtype="bfloat16", quantization=quantization))
+    counts, compile_layers = list[int](), compiled_layer.compile_layers
+    monkeypatch.setattr(device_parts, "compile_layers", lambda *parts: counts.append(compile_layers(*parts)))
+    make_bf16({}, family, base=base)
+    assert counts == [NUM_LAYERS]
+
+
 def test_arguments_that_the_kernel_cannot_read_are_left_to_the_layer(make_bf16: MakeBf16, calls: list[int]) -> None:
     one = OneStep(make_bf16({}))
     calls.clear()
