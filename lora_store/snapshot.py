@@ -294,9 +294,10 @@ class _State:
                 self.pending.pop(old.ref)
 
     def _offer(self, record: AdapterRecord) -> None:
-        """Keep a version for a trial of the live one, in place of another that was never live.
+        """Start a trial of a version, and keep it beside those that were live.
 
-        One that was live is kept already: it stays in its place, and so does the other.
+        It replaces a version of an earlier trial that never became live. A version that was live is kept already, in
+        its place, and replaces none.
         """
         key = record.ref.key
         if key in self.records:

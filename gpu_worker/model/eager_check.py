@@ -30,7 +30,7 @@ TEXTS = (
 )
 MOST_TOKENS = 8  # per short prompt
 RANK = 4
-_MEASURED_ROWS = 64  # of a weight, for its deviation
+_MEASURED_ROWS = 64  # of each weight; their standard deviation sets the size of the random adapter
 _ADAPTER_SHARE = 0.05  # relative to the weights' deviation; shifts logits by a fifth of the largest
 DIGEST = "model-check"
 ADAPTER_PLAN = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", DIGEST), DIGEST, 1.0),))

@@ -74,7 +74,7 @@ class Compiler:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Do what `lora_store.files` does, which the image's build stage lacks."""
+    """Flush the file or folder, as `lora_store.files` does. The image's build stage has this package alone."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
