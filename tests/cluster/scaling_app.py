@@ -30,7 +30,7 @@ CONTEXT = 65_536
 NUM_ASCII = 94  # the byte tokenizer's first ids, one letter each
 TARGET_REQUESTS = 8  # per worker
 NUM_STREAMS = TARGET_REQUESTS - 1  # one worker is enough for these
-STREAM_S = 20.0  # longer than the removal of a worker takes
+STREAM_S = 12.0  # longer than the removal of a worker takes
 SETTLE_S = 120.0
 
 
@@ -200,7 +200,7 @@ async def streaming(client: httpx.AsyncClient, max_tokens: int, started: asyncio
 
 
 async def tokens_in(client: httpx.AsyncClient, seconds: float) -> int:
-    """Return how many tokens a stream has in this time next to the present load, at most what fits the context."""
+    """Return how many tokens a stream has in this time if it is alone, at most what fits the context."""
     count, began = 1000, time.monotonic()
     await streaming(client, count, asyncio.Event())
     return min(CONTEXT - 100, int(count * seconds / (time.monotonic() - began)))
@@ -222,11 +222,11 @@ async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
     """Send load until `most` workers run and for `high_s` longer; then only streams, for which one worker suffices."""
     stop, statuses = asyncio.Event(), list[int]()
     async with httpx.AsyncClient(base_url=url, timeout=180, limits=httpx.Limits(max_connections=200)) as client:
+        num_tokens = await tokens_in(client, STREAM_S)  # beside the load it would be too few for the time after it
         num_clients = most * TARGET_REQUESTS - 2
         clients = [asyncio.create_task(asking(client, statuses, stop)) for _ in range(num_clients)]
         up_s = await until_workers(url, most, within_s=START_S)
         await asyncio.wait(clients, timeout=high_s)
-        num_tokens = await tokens_in(client, STREAM_S)
         begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
         streamed = [asyncio.create_task(streaming(client, num_tokens, event)) for event in begun]
         await asyncio.gather(*[event.wait() for event in begun])
