@@ -145,11 +145,12 @@ class AppliedPolicy:
     def _find_conflicts(self, request: GenerationRequest) -> Set[str]:
         """Return the policy's fields that would make the request itself invalid.
 
-        A grammar ends an answer, and so does its limit.
+        A grammar ends an answer, and so does its limit. A stop may cut calls, and what a grammar allows.
         """
         tools, limit, policy_limit = request.used_tools(), request.token_limit, self.policy.max_tokens
-        conflicts: set[str] = set()
-        if request.sampling().grammar is not None or (tools is not None and tools.have_grammar):
+        has_format = request.sampling().grammar is not None
+        conflicts: set[str] = {"stop"} if has_format or tools is not None else set()
+        if has_format or (tools is not None and tools.have_grammar):
             conflicts |= {"min_tokens", "ignore_eos"}
         elif request.min_tokens or request.ignore_eos:
             conflicts |= {"response_format", "structured_outputs"}

@@ -24,7 +24,7 @@ from deployments.api.completions import (
     Question,
     RouteQuery,
 )
-from deployments.api.contract import applied_contract
+from deployments.api.contract import UNSET, applied_contract
 from deployments.api.names import AppliedPolicy
 from deployments.api.pool_responses import Outcome
 from deployments.api.responses import RouteAnswer
@@ -114,14 +114,14 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
         with services.authenticator.running(caller, work):
             planned = await planner.plan_all(asked, tenant)
     planned = [name.explain([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
-    sets = [name.policy.model_fields_set for name in bound] or [set[str]()] * len(asked)
+    own = [(name.policy.sampling(), name.policy.model_fields_set) for name in bound] or [(UNSET, set())] * len(asked)
     chats = [
         replace(question, prompt=(Message("user", prompt),))
         for prompt, question in zip(body.prompt, asked, strict=True)
     ]
     shown = [
-        replace(item, contract=applied_contract(item.plan, chat, given=own))
-        for chat, item, own in zip(chats, planned, sets, strict=True)
+        replace(item, contract=applied_contract(item.plan, chat, sampling, given))
+        for chat, item, (sampling, given) in zip(chats, planned, own, strict=True)
     ]
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
 

@@ -102,14 +102,17 @@ STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
         ({"min_tokens": 5}, {"response_format": {"type": "text"}}, True),
         ({"min_tokens": 5}, {"max_tokens": 4}, False),
         ({"min_tokens": 5}, {"max_completion_tokens": 5}, True),
+        ({"stop": ["."]}, {"response_format": {"type": "json_object"}}, False),
+        ({"stop": ["."]}, {"tools": [TOOL]}, False),
+        ({"stop": ["."], "response_format": {"type": "json_object"}}, {}, True),
     ],
     ids=str,
 )
-def test_a_policys_minimum_gives_way_to_a_requests_own_format_and_limit(
+def test_a_policys_minimum_and_stops_give_way_to_a_requests_own_format_and_limit(
     policy: dict[str, Any], body: dict[str, Any], kept: bool
 ) -> None:
     _, job, _ = answered(policy, CHAT | body)
-    assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos) == kept
+    assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos or job.sampling.stop != ()) == kept
 
 
 JSON_OBJECT = {"response_format": {"type": "json_object"}}
