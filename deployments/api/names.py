@@ -150,6 +150,9 @@ class AppliedPolicy:
         tools, limit, policy_limit = request.used_tools(), request.token_limit, self.policy.max_tokens
         has_format = request.sampling().grammar is not None
         conflicts: set[str] = {"stop"} if has_format or tools is not None else set()
+        structured = self.policy.structured_outputs
+        if tools is not None and structured is not None and structured.as_grammar().kind != "json_schema":
+            conflicts.add("structured_outputs")
         if has_format or (tools is not None and tools.have_grammar):
             conflicts |= {"min_tokens", "ignore_eos"}
         elif request.min_tokens or request.ignore_eos:

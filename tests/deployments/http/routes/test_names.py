@@ -128,10 +128,12 @@ JSON_OBJECT = {"response_format": {"type": "json_object"}}
         (JSON_OBJECT, {"ignore_eos": True, "max_tokens": 9}, 9, False),
         ({"structured_outputs": {"regex": "a"}}, {"ignore_eos": True}, None, False),
         (JSON_OBJECT, {"min_tokens": 0, "ignore_eos": False}, None, True),
+        ({"structured_outputs": {"choice": ["a"]}}, {"tools": [TOOL]}, None, False),
+        ({"structured_outputs": {"json_object": True}}, {"tools": [TOOL]}, None, True),
     ],
     ids=str,
 )
-def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum(
+def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum_and_tools(
     policy: dict[str, Any], body: dict[str, Any], limit: int | None, has_format: bool
 ) -> None:
     _, job, _ = answered(policy, CHAT | body)
