@@ -165,14 +165,21 @@ class AppliedPolicy:
 
     def apply_to_question(self, question: Question) -> Question:
         """Return the question with the policy's model, and with its options where it sets none."""
-        return replace(question, model=self.policy.model, lora=self._options(question.lora))
+        return replace(question, model=self._model(question), lora=self._options(question.lora))
 
     def _options(self, own: LoraOptions) -> LoraOptions:
         return own if own.names_adapters else _filled(own, self.policy.lora, own.model_fields_set)
 
     def make_questions(self, filled: GenerationRequest) -> list[Question]:
         """Return the questions of a request that was filled."""
-        return [replace(question, model=self.policy.model) for question in filled.questions()]
+        return [replace(question, model=self._model(question)) for question in filled.questions()]
+
+    def _model(self, question: Question) -> str:
+        """Return the policy's model. Of it, a request that names adapters or sends a plan takes the base model only."""
+        model = self.policy.model
+        if question.lora.names_adapters is None or model.rpartition(":")[2] == "auto":
+            return model
+        return "auto" if "/" in model else f"{model}:auto"
 
     def explain(self, plans: Sequence[Planned]) -> list[Planned]:
         """Return the plans with the policy's template and the version of the name."""

@@ -149,6 +149,7 @@ def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict
     assert routed == []
 
 
+@pytest.mark.parametrize("model", ["auto", BASE, "poet"])
 @pytest.mark.parametrize(
     "body",
     [
@@ -166,8 +167,9 @@ def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict
     ],
     ids=["adapters", "merged_adapters", "lora_path", "plan"],
 )
-def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dict[str, Any]) -> None:
-    _, job, _ = answered({"lora": {"k": 3, "strategy": "mixture"}, "temperature": 0.5}, CHAT | body)
+def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dict[str, Any], model: str) -> None:
+    lora = {"lora": {"k": 3, "strategy": "mixture"}} if model == "auto" else {}
+    _, job, _ = answered({"model": model, "temperature": 0.5, **lora}, CHAT | body)
     assert [row.ref.name for row in job.plan.adapters] == ["coder"] and job.sampling.temperature == 0.5
 
 
