@@ -99,7 +99,7 @@ class ToolCallParser:
         is_last = reason is not None
         while self._step(is_last):
             pass
-        if reason is None and self.is_done:
+        if self.is_done:
             reason = "stop"
         if reason == "stop" and self.num_calls and self._arguments is None:
             reason = "tool_calls"
