@@ -86,7 +86,8 @@ async def responses(
 @router.post("/v1/messages", response_model=None, responses=MESSAGES_ANSWERS)
 async def messages(body: MessagesRequest, caller: InferCaller, services: AnyServices, context: AnyContext) -> Response:
     """Answer as a chat does, in the shape of Anthropic's Messages API."""
-    return await _respond(body, caller, services, context, MessageForm(body.model, context.request_id))
+    form = MessageForm(body.model, context.request_id, body.stop_sequences or body.stop)
+    return await _respond(body, caller, services, context, form)
 
 
 @router.post("/v1/messages/count_tokens", response_model=None, responses=COUNT_ANSWERS)
