@@ -253,7 +253,7 @@ def test_the_choice_of_tools_reaches_the_engine(
         ({"messages": [*BODY["messages"], {"role": "assistant", "content": "{"}]}, "messages.1: this server does not"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools of type 'web_search_20250305'"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "loook"}}, "did you mean 'look'"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "goes with type 'tool'"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "is missing; type 'tool' needs it"),
         ({"mcp_servers": [{"url": "https://x"}]}, "mcp_servers"),
         ({"prompt_logprobs": 1}, "prompt_logprobs here yet; use /v1/chat/completions"),
         ({"max_tokens": None}, "max_tokens"),
