@@ -31,7 +31,7 @@ async def embeddings(
     if body.model not in (encoder, encoder.rstrip("/").rpartition("/")[2]):
         raise ModelNotFound(body.model, encoder.rstrip("/").rpartition("/")[2])
     num_tokens = sum(map(tokens_read, body.input))
-    work = Work(len(body.input), num_read=num_tokens, rows_field="input", tokens_field="input")
+    work = Work(num_rows=0, num_read=num_tokens, tokens_field="input")
     with services.authenticator.running(caller, work):
         async with within(compute_deadline(context.arrived_at, None, config.max_request_s)):
             vectors = await services.retriever.vectors(caller.tenant, body.input)

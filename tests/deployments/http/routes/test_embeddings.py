@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.deployments.asking import error_of, post
+from deployments.auth.authenticator import Work
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of, post
 from tests.deployments.key_files import bearer, entry, write
 
 MODEL = "multilingual-e5-small-tasks"
@@ -48,3 +51,16 @@ def test_the_text_that_the_encoder_reads_is_charged(tmp_path: Path) -> None:
     body = {"model": MODEL, "input": "word " * 100}
     response = post("/v1/embeddings", body, keys_file=keys, headers=bearer("a"))
     assert (response.status_code, error_of(response)["param"]) == (400, "input")
+
+
+def test_texts_that_are_embedded_or_counted_are_no_rows_of_a_key(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+
+    async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
+        authenticator = served.services.authenticator
+        with authenticator.running(authenticator.authenticate("Bearer a"), Work()):
+            sent = {"embeddings": {"model": MODEL, "input": ["Hi", "you"]}, "messages/count_tokens": chat}
+            return [(await client.post(f"/v1/{path}", json=body)).status_code for path, body in sent.items()]
+
+    keys = write(tmp_path / "keys.json", entry("a", limits={"concurrent_requests": 1}))
+    assert ask(question, keys_file=keys, headers=bearer("a")) == [200, 200]
