@@ -32,6 +32,7 @@ from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
+from deployments.generation.completions import StartedCompletion
 from deployments.generation.planner import check_chars, refuse_stream_options
 from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
@@ -143,19 +144,29 @@ async def _respond(
     form: ResponseForm | MessageForm | None = None,
 ) -> Response:
     """Return the answer or its stream; in the shape of chats and completions without `form`."""
+    headers: dict[str, str] = {}
+
+    async def start() -> StartedCompletion:
+        started = await services.completions.start(request, caller, context)
+        headers.update(started.answer.headers())
+        if form is not None:
+            form.use(started.request, started.sampling_defaults)
+        return started
+
     if not request.stream:
         refuse_stream_options(request)
-    started = await services.completions.start(request, caller, context)
-    if form is not None:
-        form.use(started.request, started.sampling_defaults)
-    if not request.stream:
-        answer = await services.completions.collect(started)
-        return JSONResponse(answer if form is None else form.whole(answer), headers=started.answer.headers())
-    chunks = services.completions.stream(started)
-    chunks = chunks if form is None else form.events(chunks)
-    found = events(chunks, context, form=form, keep_alive_s=services.keep_alive_s)
-    first = await anext(found)  # an error before it becomes a status
-    headers = _STREAM_HEADERS | started.answer.headers()
+        answer = await services.completions.collect(await start())
+        return JSONResponse(answer if form is None else form.whole(answer), headers=headers)
+
+    async def chunks() -> AsyncGenerator[JsonObject]:
+        found = services.completions.stream(await start())
+        async with aclosing(found if form is None else form.events(found)) as shaped:
+            async for chunk in shaped:
+                yield chunk
+
+    found = events(chunks(), context, form=form, keep_alive_s=services.keep_alive_s)
+    first = await anext(found)  # an error before it becomes a status; a comment may come before the plan
+    headers.update(_STREAM_HEADERS)
     return StreamingResponse(_continue(first, found), media_type="text/event-stream", headers=headers)
 
 
