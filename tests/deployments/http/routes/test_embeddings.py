@@ -11,13 +11,14 @@ import pytest
 from deployments.auth.authenticator import Work
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.key_files import bearer, entry, write
 
 MODEL = "multilingual-e5-small-tasks"
 
 
-def embed(**fields: Any) -> Any:
-    return post("/v1/embeddings", {"model": MODEL, "input": "Hi"} | fields)
+def embed(retriever: FakeRetriever | None = None, **fields: Any) -> Any:
+    return post("/v1/embeddings", {"model": MODEL, "input": "Hi"} | fields, retriever=retriever)
 
 
 def test_each_text_has_a_vector_in_order() -> None:
@@ -27,10 +28,11 @@ def test_each_text_has_a_vector_in_order() -> None:
     assert (answer["model"], answer["usage"]) == (MODEL, {"prompt_tokens": 2, "total_tokens": 2})
 
 
-@pytest.mark.parametrize("model", ["/models/own-encoder", "own-encoder"])
-def test_the_model_is_the_encoder_of_the_settings_by_its_path_or_name(model: str) -> None:
-    settings: dict[str, Any] = {"retrieval": {"encoder": "/models/own-encoder"}}
-    assert post("/v1/embeddings", {"model": model, "input": "Hi"}, **settings).json()["model"] == model
+@pytest.mark.parametrize(("model", "status"), [("/models/own-encoder", 200), ("own-encoder", 200), (MODEL, 404)])
+def test_the_model_is_the_active_encoder_by_its_path_or_name(model: str, status: int) -> None:
+    """The settings name the encoder of a new pool, which a reindex replaces."""
+    response = embed(model=model, retriever=FakeRetriever(encoder_name="/models/own-encoder"))
+    assert (response.status_code, response.json().get("model", MODEL)) == (status, model)
 
 
 def test_another_model_is_not_found_and_the_encoder_is_named() -> None:
