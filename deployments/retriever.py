@@ -230,15 +230,15 @@ class RetrieverDeployment:
         [encoded] = await self._prompts.encoded(tenant, [text])
         return await _on(self._maps, self._retriever.place_encoded, tenant, encoded, names)
 
-    async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Return the vector (D,) float32, of length 1, of each text of one request, all of one encoder.
+    async def vectors(self, tenant: str, texts: Sequence[str]) -> tuple[str, list[NDArray[np.float32]]]:
+        """Return the name of the active encoder, and its vector (D,) float32, of length 1, of each text of one request.
 
         Raises: EncoderBusy.
         """
         read = await self._prompts.encoded(tenant, texts)
         while len({encoded.pool.encoder.identity for encoded in read}) > 1:  # another one was activated meanwhile
             read = await self._prompts.encoded(tenant, texts)
-        return [encoded.vector for encoded in read]
+        return read[0].pool.encoder.name, [encoded.vector for encoded in read]
 
     async def load(self, tenant: str) -> PoolSize:
         """Return the size of the pool that this replica serves."""

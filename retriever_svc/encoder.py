@@ -121,6 +121,7 @@ class Encoder:
         self._cache = VectorCache(max_cached_texts)
         # One thread: concurrent forward passes would only share the same cores. Its queue serves callers in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self.name = str(model)
         self.identity: str = _identity(folder, f"{self._instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
         self.projection: Whitening | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Literal, NotRequired, cast
 
@@ -74,10 +74,13 @@ def anthropic_error(status: int, error: JsonMapping, request_id: str) -> JsonObj
 
 
 class MessageForm:
-    """Gives one chat the shape of a message. It belongs to one request. One block is open at a time."""
+    """Gives one chat the shape of a message. It belongs to one request. One block is open at a time.
 
-    def __init__(self, model: str, request_id: str) -> None:
-        self._model, self._request_id = model, request_id
+    `stops`: the stop strings that the client sent. One of a contract or a policy ends an answer as its own end does.
+    """
+
+    def __init__(self, model: str, request_id: str, stops: Collection[str] = ()) -> None:
+        self._model, self._request_id, self._stops = model, request_id, stops
         self._blocks: list[AnswerBlock] = []
         self._block_arguments = ""
         self._is_open = False
@@ -123,7 +126,7 @@ class MessageForm:
                 yield from self._add_call(call)
             if choice["finish_reason"]:
                 self._reason = _REASONS[choice["finish_reason"]]
-                if self._reason == "end_turn" and choice.get("stop_reason") is not None:
+                if self._reason == "end_turn" and choice.get("stop_reason") in self._stops:
                     self._reason, self._stop = "stop_sequence", choice["stop_reason"]
                 yield from self._close()
         if "usage" in chunk:

@@ -13,6 +13,7 @@ from deployments.api.base import (
     NOT_SERVED_IN_ANTHROPIC,
     Passing,
     TolerantRequest,
+    check_goes_with,
     problem,
     unsupported,
 )
@@ -136,8 +137,7 @@ class AnthropicChoice(TolerantRequest):
 
     @model_validator(mode="after")
     def _names_a_tool(self) -> Self:
-        if (self.name is not None) != (self.type == "tool"):
-            raise problem("name", f"goes with type 'tool', and with it only; type is {self.type!r}")
+        check_goes_with("name", self.name is not None, self.type, "tool")
         return self
 
 

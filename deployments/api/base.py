@@ -202,6 +202,14 @@ def problem(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid", "{reason}", {"param": param, "reason": message})
 
 
+def check_goes_with(param: str, is_given: bool, kind: str, owner: str) -> None:
+    """Refuse a missing field of the type `owner`, and one beside another type. Raises: PydanticCustomError."""
+    if kind == owner and not is_given:
+        raise problem(param, f"is missing; type {owner!r} needs it")
+    if kind != owner and is_given:
+        raise problem(param, f"goes with type {owner!r} only; type is {kind!r}")
+
+
 def unsupported(name: str, what: str = "it") -> PydanticCustomError:
     """Return the error for an unsupported field. `name`: the field below the current path, or "" for that path."""
     return PydanticCustomError(UNSUPPORTED, "this server does not support {what}", {"param": name, "what": what})

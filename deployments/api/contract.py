@@ -138,13 +138,13 @@ def _parse(text: str, name: str) -> Contract:
         ) from exc
 
 
-_ANY = SamplingParams(unset=frozenset(SAMPLING_DEFAULTS))
+UNSET = SamplingParams(unset=frozenset(SAMPLING_DEFAULTS))
 
 
 def applied_contract(
     plan: Plan,
     question: Question,
-    sampling: SamplingParams = _ANY,
+    sampling: SamplingParams = UNSET,
     given: Collection[str] = (),
 ) -> AppliedContract | None:
     """Return what the contract of the plan's leading adapter sets that the request does not, None for nothing.
@@ -158,7 +158,9 @@ def applied_contract(
     left_out |= {*_SAMPLING, "stop"} & set(given)  # `given` has unknown fields too, perhaps one called `instruction`
     if not _takes_instruction(question.prompt, contract):
         left_out.add("instruction")
-    if sampling.grammar is not None or question.tools is not None or _OWN_FORM & set(given):
+    if sampling.grammar is not None or question.tools is not None:
+        left_out |= {"output_schema", "stop", "max_tokens"}  # which end an answer of the adapter's own form
+    if _OWN_FORM & set(given):
         left_out.add("output_schema")
     if sampling.stop:
         left_out.add("stop")

@@ -15,6 +15,7 @@ from deployments.api.base import (
     ROLES,
     Passing,
     TolerantRequest,
+    check_goes_with,
     problem,
     unsupported,
 )
@@ -192,8 +193,7 @@ class ToolChoice(TolerantRequest):
 
     @model_validator(mode="after")
     def _names_a_function(self) -> Self:
-        if (self.function is not None) != (self.type == "function"):
-            raise problem("function", f"goes with type 'function', and with it only; type is {self.type!r}")
+        check_goes_with("function", self.function is not None, self.type, "function")
         return self
 
 

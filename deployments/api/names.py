@@ -145,11 +145,15 @@ class AppliedPolicy:
     def _find_conflicts(self, request: GenerationRequest) -> Set[str]:
         """Return the policy's fields that would make the request itself invalid.
 
-        A grammar ends an answer, and so does its limit.
+        A grammar ends an answer, and so does its limit. A stop may cut calls, and what a grammar allows.
         """
         tools, limit, policy_limit = request.used_tools(), request.token_limit, self.policy.max_tokens
-        conflicts: set[str] = set()
-        if request.sampling().grammar is not None or (tools is not None and tools.have_grammar):
+        has_format = request.sampling().grammar is not None
+        conflicts: set[str] = {"stop"} if has_format or tools is not None else set()
+        structured = self.policy.structured_outputs
+        if tools is not None and structured is not None and structured.as_grammar().kind != "json_schema":
+            conflicts.add("structured_outputs")
+        if has_format or (tools is not None and tools.have_grammar):
             conflicts |= {"min_tokens", "ignore_eos"}
         elif request.min_tokens or request.ignore_eos:
             conflicts |= {"response_format", "structured_outputs"}
@@ -161,14 +165,21 @@ class AppliedPolicy:
 
     def apply_to_question(self, question: Question) -> Question:
         """Return the question with the policy's model, and with its options where it sets none."""
-        return replace(question, model=self.policy.model, lora=self._options(question.lora))
+        return replace(question, model=self._model(question), lora=self._options(question.lora))
 
     def _options(self, own: LoraOptions) -> LoraOptions:
         return own if own.names_adapters else _filled(own, self.policy.lora, own.model_fields_set)
 
     def make_questions(self, filled: GenerationRequest) -> list[Question]:
         """Return the questions of a request that was filled."""
-        return [replace(question, model=self.policy.model) for question in filled.questions()]
+        return [replace(question, model=self._model(question)) for question in filled.questions()]
+
+    def _model(self, question: Question) -> str:
+        """Return the policy's model. Of it, a request that names adapters or sends a plan takes the base model only."""
+        model = self.policy.model
+        if question.lora.names_adapters is None or model.rpartition(":")[2] == "auto":
+            return model
+        return "auto" if "/" in model else f"{model}:auto"
 
     def explain(self, plans: Sequence[Planned]) -> list[Planned]:
         """Return the plans with the policy's template and the version of the name."""

@@ -15,6 +15,7 @@ from deployments.api.base import (
     TOOLS_AND_CHOICES,
     Passing,
     TolerantRequest,
+    check_goes_with,
     problem,
     unsupported,
 )
@@ -166,8 +167,7 @@ class ResponsesChoice(TolerantRequest):
 
     @model_validator(mode="after")
     def _names_a_function(self) -> Self:
-        if (self.name is not None) != (self.type == "function"):
-            raise problem("name", f"goes with type 'function', and with it only; type is {self.type!r}")
+        check_goes_with("name", self.name is not None, self.type, "function")
         return self
 
     def choice(self) -> ToolChoice:

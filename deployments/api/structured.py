@@ -14,6 +14,7 @@ from deployments.api.base import (
     Passing,
     TolerantRequest,
     at_most,
+    check_goes_with,
     problem,
 )
 from gpu_worker.errors import GrammarInvalid
@@ -35,14 +36,6 @@ class JsonSchemaFormat(TolerantRequest):
     strict: bool | None = None
 
 
-def _check_schema(name: str, is_given: bool, kind: str) -> None:
-    """Refuse a missing schema, and one of a format without any. Raises: PydanticCustomError."""
-    if kind == "json_schema" and not is_given:
-        raise problem(name, "is missing; type 'json_schema' needs it")
-    if kind != "json_schema" and is_given:
-        raise problem(name, f"goes with type 'json_schema' only; type is {kind!r}")
-
-
 class ResponseFormat(TolerantRequest):
     """The format of a chat's answer. `schema` is llama.cpp's, LoRAX's and Fireworks' spelling of a schema."""
 
@@ -53,7 +46,7 @@ class ResponseFormat(TolerantRequest):
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
         if self.schema_ is None:
-            _check_schema("json_schema", self.json_schema is not None, self.type)
+            check_goes_with("json_schema", self.json_schema is not None, self.type, "json_schema")
         elif self.type == "text":
             raise problem("schema", "goes with type 'json_object' or 'json_schema' only; type is 'text'")
         elif self.json_schema is not None:
@@ -77,7 +70,7 @@ class TextFormat(JsonSchemaFormat):
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
-        _check_schema("schema", self.schema_ is not None, self.type)
+        check_goes_with("schema", self.schema_ is not None, self.type, "json_schema")
         return self
 
     def grammar(self, param: str) -> Grammar | None:

@@ -64,7 +64,7 @@ LOCAL_CALLER = Caller(LOCAL_TENANT, frozenset(ROLES), "local")
 class Work:
     """The amount of work that a request asks for. The fields name the cause for error messages."""
 
-    num_rows: int = 1  # prompts × n
+    num_rows: int = 1  # prompts × n; 0 for texts that are only embedded or tokenized
     num_tokens: int = 0  # prompt tokens, once per prompt, plus the maximum of new tokens; settled by real usage
     num_read: int = 0  # tokens for the encoder; charged when the request is admitted, whatever its outcome
     rows_field: str = "prompt"
@@ -276,7 +276,7 @@ class Limiter:
 
     def _require_rows(self, caller: Caller, account: _Account, work: Work) -> None:
         at_once = caller.limits.concurrent_requests
-        if at_once is None:
+        if at_once is None or not work.num_rows:
             return
         if work.num_rows > at_once:
             raise RequestInvalid(

@@ -204,7 +204,7 @@ class CompletionService:
         is_planned = self._models.are_several or not (question.model == AUTO and isinstance(question.prompt, str))
         num_read = self._planner.tokens_to_route(question) if is_planned else 0
         num_tokens = prompt_tokens(question.prompt, question.tools)
-        work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
+        work = Work(num_rows=0, num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
             planned = Planned(BASE_PLAN)  # for a text no template applies
             if is_planned:
@@ -232,7 +232,7 @@ class CompletionService:
         deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
         question, _ = await self._bound(question, caller, context, deadline)
-        work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
+        work = Work(num_rows=0, num_tokens=len(request.tokens), tokens_field="tokens")
         with self._authenticator.running(caller, work) as usage:
             if self._planner.needs_routing(question):
                 self._planner.require_base(question.model)

@@ -218,8 +218,9 @@ class Row:
 
     def _delta(self, text: str, reason: FinishReason | None, calls: tuple[ToolCallPiece, ...] = ()) -> Delta:
         logprobs = self._released_logprobs(is_last=reason is not None) if self.pending_logprobs else ()
-        if self.tool_calls is not None and not text:
-            logprobs = tuple(replace(entry, is_call=True) for entry in logprobs)
+        if self.tool_calls is not None:
+            begin = self.tool_calls.content_at if text else math.inf
+            logprobs = tuple(replace(entry, is_call=entry.text_offset < begin) for entry in logprobs)
         prompt = () if self.is_prompt_sent else tuple(self.prompt)
         self.is_prompt_sent = True
         counts = self.num_prompt_tokens, self.num_new_tokens

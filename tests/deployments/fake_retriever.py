@@ -45,6 +45,7 @@ from retriever_svc import (
     RouteRequest,
 )
 from retriever_svc.embedded import Embedded
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.learning import Effect
 from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, named_policies, replayed_plan, resolve_version, visible_names
@@ -64,6 +65,7 @@ class FakeRetriever:
     abstains: bool = False
     unfit: Exception | None = None  # error of embedding
     encoder: str = ENCODER
+    encoder_name: str = DEFAULT_MODEL
     steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job in turn
     to_evaluate: Sequence[Region] = ()
     prepared: Exception | str = "other-encoder"
@@ -142,8 +144,8 @@ class FakeRetriever:
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
         raise NotImplementedError
 
-    async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-        return [np.array([len(text), 0.5], np.float32) for text in texts]
+    async def vectors(self, tenant: str, texts: Sequence[str]) -> tuple[str, list[NDArray[np.float32]]]:
+        return self.encoder_name, [np.array([len(text), 0.5], np.float32) for text in texts]
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         assert len(groups) == len(tenants)

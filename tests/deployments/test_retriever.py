@@ -103,7 +103,8 @@ async def test_a_route_shows_its_tenants_nearest_samples_where_it_is_asked_to(he
 
 
 async def test_a_text_has_the_vector_of_length_one_that_routing_uses(here: Served) -> None:
-    german, again, sums = await here.replica.vectors("local", ["Say bread in German", "Say bread in German", "1 + 2"])
+    texts = ["Say bread in German", "Say bread in German", "1 + 2"]
+    _, [german, again, sums] = await here.replica.vectors("local", texts)
     assert (german.dtype, float(german @ german)) == (np.float32, pytest.approx(1, abs=1e-5))
     assert float(german @ again) == pytest.approx(1, abs=1e-5)
     assert float(german @ sums) < 0.9
@@ -111,23 +112,26 @@ async def test_a_text_has_the_vector_of_length_one_that_routing_uses(here: Serve
     assert load["busy"] > 0 and load["waiting_s"] == 0
 
 
-async def test_the_vectors_of_one_request_are_of_one_encoder(here: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_vectors_of_one_request_are_of_one_encoder(
+    here: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """More texts than one batch has; another encoder becomes active after the first batch."""
+    model = str(save_tiny_encoder(tmp_path / "model"))
     encode, makers = here.replica._retriever.encode, []
 
     def encode_and_activate(texts: Any) -> Any:
         encoded = encode(texts)
         makers.append(encoded[0].pool.encoder.identity)
         if len(makers) == 1:
-            identity = here.pools.prepare_encoder("multilingual-e5-small-tasks", "none").identity
-            event = ActivateEncoder("multilingual-e5-small-tasks", identity, "me", datetime.now(UTC))
+            identity = here.pools.prepare_encoder(model, "none").identity
+            event = ActivateEncoder(model, identity, "me", datetime.now(UTC))
             here.catalogue.commit(lambda _: [event])
             here.pools.catch_up()
         return encoded
 
     monkeypatch.setattr(here.replica._retriever, "encode", encode_and_activate)
-    first, *others = await here.replica.vectors("local", ["the same text"] * 64)
-    assert len(set(makers)) == 2
+    name, [first, *others] = await here.replica.vectors("local", ["the same text"] * 64)
+    assert len(set(makers)) == 2 and name == model
     assert all(float(first @ other) == pytest.approx(1, abs=1e-3) for other in others)
 
 

@@ -24,7 +24,7 @@ from deployments.api.completions import (
     Question,
     RouteQuery,
 )
-from deployments.api.contract import applied_contract
+from deployments.api.contract import UNSET, applied_contract
 from deployments.api.names import AppliedPolicy
 from deployments.api.pool_responses import Outcome
 from deployments.api.responses import RouteAnswer
@@ -32,6 +32,7 @@ from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
+from deployments.generation.completions import StartedCompletion
 from deployments.generation.planner import check_chars, refuse_stream_options
 from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
@@ -86,7 +87,8 @@ async def responses(
 @router.post("/v1/messages", response_model=None, responses=MESSAGES_ANSWERS)
 async def messages(body: MessagesRequest, caller: InferCaller, services: AnyServices, context: AnyContext) -> Response:
     """Answer as a chat does, in the shape of Anthropic's Messages API."""
-    return await _respond(body, caller, services, context, MessageForm(body.model, context.request_id))
+    form = MessageForm(body.model, context.request_id, body.stop_sequences or body.stop)
+    return await _respond(body, caller, services, context, form)
 
 
 @router.post("/v1/messages/count_tokens", response_model=None, responses=COUNT_ANSWERS)
@@ -114,14 +116,14 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
         with services.authenticator.running(caller, work):
             planned = await planner.plan_all(asked, tenant)
     planned = [name.explain([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
-    sets = [name.policy.model_fields_set for name in bound] or [set[str]()] * len(asked)
+    own = [(name.policy.sampling(), name.policy.model_fields_set) for name in bound] or [(UNSET, set())] * len(asked)
     chats = [
         replace(question, prompt=(Message("user", prompt),))
         for prompt, question in zip(body.prompt, asked, strict=True)
     ]
     shown = [
-        replace(item, contract=applied_contract(item.plan, chat, given=own))
-        for chat, item, own in zip(chats, planned, sets, strict=True)
+        replace(item, contract=applied_contract(item.plan, chat, sampling, given))
+        for chat, item, (sampling, given) in zip(chats, planned, own, strict=True)
     ]
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
 
@@ -142,19 +144,29 @@ async def _respond(
     form: ResponseForm | MessageForm | None = None,
 ) -> Response:
     """Return the answer or its stream; in the shape of chats and completions without `form`."""
+    headers: dict[str, str] = {}
+
+    async def start() -> StartedCompletion:
+        started = await services.completions.start(request, caller, context)
+        headers.update(started.answer.headers())
+        if form is not None:
+            form.use(started.request, started.sampling_defaults)
+        return started
+
     if not request.stream:
         refuse_stream_options(request)
-    started = await services.completions.start(request, caller, context)
-    if form is not None:
-        form.use(started.request, started.sampling_defaults)
-    if not request.stream:
-        answer = await services.completions.collect(started)
-        return JSONResponse(answer if form is None else form.whole(answer), headers=started.answer.headers())
-    chunks = services.completions.stream(started)
-    chunks = chunks if form is None else form.events(chunks)
-    found = events(chunks, context, form=form, keep_alive_s=services.keep_alive_s)
-    first = await anext(found)  # an error before it becomes a status
-    headers = _STREAM_HEADERS | started.answer.headers()
+        answer = await services.completions.collect(await start())
+        return JSONResponse(answer if form is None else form.whole(answer), headers=headers)
+
+    async def chunks() -> AsyncGenerator[JsonObject]:
+        found = services.completions.stream(await start())
+        async with aclosing(found if form is None else form.events(found)) as shaped:
+            async for chunk in shaped:
+                yield chunk
+
+    found = events(chunks(), context, form=form, keep_alive_s=services.keep_alive_s)
+    first = await anext(found)  # an error before it becomes a status; a comment may come before the plan
+    headers.update(_STREAM_HEADERS)
     return StreamingResponse(_continue(first, found), media_type="text/event-stream", headers=headers)
 
 

@@ -22,18 +22,18 @@ router = APIRouter(route_class=AnsweringRoute)
 async def embeddings(
     body: EmbeddingsRequest, caller: InferCaller, services: AnyServices, context: AnyContext
 ) -> Response:
-    """Return one vector for each text. `model` is the name of the encoder in the settings."""
+    """Return one vector for each text. `model` is the name of the active encoder."""
     config = services.config
     if config.strict_fields:
         refuse_ignored(body)
     context.ignored, context.model = ignored_fields(body), body.model
-    encoder = config.retrieval.encoder
-    if body.model not in (encoder, encoder.rstrip("/").rpartition("/")[2]):
-        raise ModelNotFound(body.model, encoder.rstrip("/").rpartition("/")[2])
     num_tokens = sum(map(tokens_read, body.input))
-    work = Work(len(body.input), num_read=num_tokens, rows_field="input", tokens_field="input")
+    work = Work(num_rows=0, num_read=num_tokens, tokens_field="input")
     with services.authenticator.running(caller, work):
         async with within(compute_deadline(context.arrived_at, None, config.max_request_s)):
-            vectors = await services.retriever.vectors(caller.tenant, body.input)
+            encoder, vectors = await services.retriever.vectors(caller.tenant, body.input)
     context.num_read = num_tokens
+    name = encoder.rstrip("/").rpartition("/")[2]
+    if body.model not in (encoder, name):
+        raise ModelNotFound(body.model, name)
     return JSONResponse(embeddings_answer(body, vectors, num_tokens))

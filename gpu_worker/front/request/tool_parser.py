@@ -81,6 +81,8 @@ class ToolCallParser:
         self._arguments: ObjectEnd | None = None  # while a call's first piece is released
         self._num_sent = 0
         self.num_calls = 0  # complete ones
+        self.content_at = 0  # the place in the answer where the content that was released last begins
+        self._num_read = 0
         self._content: list[str] = []
         self._pieces: list[ToolCallPiece] = []
 
@@ -96,10 +98,11 @@ class ToolCallParser:
         `reason`: why it ends with this text, None if it does not.
         """
         self._raw += text
+        self._num_read += len(text)
         is_last = reason is not None
         while self._step(is_last):
             pass
-        if reason is None and self.is_done:
+        if self.is_done:
             reason = "stop"
         if reason == "stop" and self.num_calls and self._arguments is None:
             reason = "tool_calls"
@@ -243,6 +246,8 @@ class ToolCallParser:
         released, self._raw = self._raw[:count], self._raw[count:]
         if released:
             self._is_start = False
+            if not self._content:
+                self.content_at = self._num_read - len(self._raw) - len(released)
             self._content.append(released)
 
 

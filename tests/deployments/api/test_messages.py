@@ -87,7 +87,16 @@ def test_calls_and_results_are_turns_of_the_conversation() -> None:
             "tool_choice.function.name",
             "did you mean 'now'?",
         ),
-        ({"tools": [NOW], "tool_choice": {"type": "function"}}, "tool_choice.function", "goes with type 'function'"),
+        (
+            {"tools": [NOW], "tool_choice": {"type": "function", "name": "now"}},
+            "tool_choice.function",
+            "is missing; type",
+        ),
+        (
+            {"tools": [NOW], "tool_choice": {"type": "auto", "function": {"name": "now"}}},
+            "tool_choice.function",
+            "goes with type 'function' only; type is 'auto'",
+        ),
         ({"tools": [NOW], "tool_choice": "always"}, "tool_choice.type", "'none', 'auto', 'required' or 'function'"),
         ({"tools": [NOW, WEATHER, NOW]}, "tools.2.function.name", "another function has the name 'now'"),
         ({"tools": [{"type": "custom", "name": "x"}]}, "tools.0", "does not support tools of type 'custom'"),

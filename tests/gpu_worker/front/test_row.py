@@ -59,9 +59,10 @@ def test_tokens_of_a_call_are_told_from_those_of_the_text() -> None:
     row = answering(max_new=100)
     row.tool_calls = ToolCallParser(HERMES, {"f"})
     call = '<tool_call>{"name": "f"}</tool_call>'
-    entries = [entry for delta in taken(row, f"a<b{call} c", end=END) for entry in delta.logprobs]
+    deltas = taken(row, f"a<b{call}\n{call}\n c<d{call}", end=END)
+    entries = [entry for delta in deltas for entry in delta.logprobs]
     texts = [b"".join(entry.token for entry in entries if entry.is_call == is_call) for is_call in (False, True)]
-    assert texts[0] == b"a<b</tool_call> c" and texts[1].startswith(b'<tool_call>{"name": "f"}')
+    assert texts[0].decode() == "".join(delta.text for delta in deltas) and texts[1].startswith(call.encode())
 
 
 @pytest.mark.parametrize(

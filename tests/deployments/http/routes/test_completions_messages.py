@@ -79,15 +79,16 @@ def test_an_empty_system_text_is_no_turn(system: Any) -> None:
         (Delta("", 5, 3, "length"), "max_tokens", None),
         (Delta("", 5, 3, "stop", stop="#"), "stop_sequence", "#"),
         (Delta("", 5, 3, "stop", num_cached_tokens=4), "end_turn", None),
+        (Delta("", 5, 3, "stop", stop="of a contract"), "end_turn", None),
     ],
-    ids=["length", "stop", "end"],
+    ids=["length", "stop", "end", "another's stop"],
 )
 def test_the_end_of_an_answer_is_named(last: Delta, reason: str, sequence: str | None) -> None:
     worker = FakeWorker((Delta("x", 5, 2), last))
     message = answered({"stop_sequences": ["#"]}, worker=worker)[0].json()
     assert (message["stop_reason"], message["stop_sequence"]) == (reason, sequence)
     assert message["usage"]["input_tokens"] + message["usage"]["cache_read_input_tokens"] == 5
-    [*_, delta, _] = events_of({}, worker=worker)
+    [*_, delta, _] = events_of({"stop": "#"}, worker=worker)
     assert delta["delta"] == {"stop_reason": reason, "stop_sequence": sequence}
 
 
@@ -252,7 +253,7 @@ def test_the_choice_of_tools_reaches_the_engine(
         ({"messages": [*BODY["messages"], {"role": "assistant", "content": "{"}]}, "messages.1: this server does not"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools of type 'web_search_20250305'"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "loook"}}, "did you mean 'look'"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "goes with type 'tool'"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "is missing; type 'tool' needs it"),
         ({"mcp_servers": [{"url": "https://x"}]}, "mcp_servers"),
         ({"prompt_logprobs": 1}, "prompt_logprobs here yet; use /v1/chat/completions"),
         ({"max_tokens": None}, "max_tokens"),

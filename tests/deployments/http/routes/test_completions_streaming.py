@@ -18,6 +18,7 @@ from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.front.request.request import Delta, Job
 from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 from tests.virtual_time import in_virtual_time, run_in_virtual_time
 
@@ -125,11 +126,19 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-def stream_of(path: str, worker: FakeWorker) -> Any:
+class SlowRetriever(FakeRetriever):
+    """Finds a model after 35 seconds."""
+
+    async def find_model(self, *asked: Any) -> Any:
+        await asyncio.sleep(35)
+        return await super().find_model(*asked)
+
+
+def stream_of(path: str, worker: FakeWorker, retriever: FakeRetriever | None = None) -> Any:
     """Return the answer to a streamed request of a server that keeps streams alive every 10 seconds."""
 
     async def run() -> Any:
-        served = serve_plainly(worker=worker, keep_alive_s=10.0)
+        served = serve_plainly(worker=worker, retriever=retriever, keep_alive_s=10.0)
         async with http_of(served) as client:
             return await client.post(path, json=BODIES[path] | {"model": "poet", "stream": True})
 
@@ -145,6 +154,13 @@ def test_a_stream_without_a_token_yet_begins_with_comments(path: str, delay_s: f
     assert late.text.startswith(comments) and not late.text.startswith(": ping\n\n" * (num_comments + 1))
     rest = late.text.removeprefix(comments)
     assert [line[:9] for line in rest.splitlines()] == [line[:9] for line in prompt.text.splitlines()]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_that_is_planned_for_long_begins_with_comments(path: str) -> None:
+    late, prompt = (stream_of(path, FakeWorker(), retriever) for retriever in (SlowRetriever(), None))
+    pings, rest = [": ping"] * 3, late.text.split("\n\n")
+    assert late.status_code == 200 and rest[:3] == pings and len(rest[3:]) == len(prompt.text.split("\n\n"))
 
 
 def test_a_stream_sends_comments_while_another_of_its_prompts_waits_for_a_worker() -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.deployments.asking import error_of, post
+from deployments.auth.authenticator import Work
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.key_files import bearer, entry, write
 
 MODEL = "multilingual-e5-small-tasks"
 
 
-def embed(**fields: Any) -> Any:
-    return post("/v1/embeddings", {"model": MODEL, "input": "Hi"} | fields)
+def embed(retriever: FakeRetriever | None = None, **fields: Any) -> Any:
+    return post("/v1/embeddings", {"model": MODEL, "input": "Hi"} | fields, retriever=retriever)
 
 
 def test_each_text_has_a_vector_in_order() -> None:
@@ -24,10 +28,11 @@ def test_each_text_has_a_vector_in_order() -> None:
     assert (answer["model"], answer["usage"]) == (MODEL, {"prompt_tokens": 2, "total_tokens": 2})
 
 
-@pytest.mark.parametrize("model", ["/models/own-encoder", "own-encoder"])
-def test_the_model_is_the_encoder_of_the_settings_by_its_path_or_name(model: str) -> None:
-    settings: dict[str, Any] = {"retrieval": {"encoder": "/models/own-encoder"}}
-    assert post("/v1/embeddings", {"model": model, "input": "Hi"}, **settings).json()["model"] == model
+@pytest.mark.parametrize(("model", "status"), [("/models/own-encoder", 200), ("own-encoder", 200), (MODEL, 404)])
+def test_the_model_is_the_active_encoder_by_its_path_or_name(model: str, status: int) -> None:
+    """The settings name the encoder of a new pool, which a reindex replaces."""
+    response = embed(model=model, retriever=FakeRetriever(encoder_name="/models/own-encoder"))
+    assert (response.status_code, response.json().get("model", MODEL)) == (status, model)
 
 
 def test_another_model_is_not_found_and_the_encoder_is_named() -> None:
@@ -48,3 +53,16 @@ def test_the_text_that_the_encoder_reads_is_charged(tmp_path: Path) -> None:
     body = {"model": MODEL, "input": "word " * 100}
     response = post("/v1/embeddings", body, keys_file=keys, headers=bearer("a"))
     assert (response.status_code, error_of(response)["param"]) == (400, "input")
+
+
+def test_texts_that_are_embedded_or_counted_are_no_rows_of_a_key(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+
+    async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
+        authenticator = served.services.authenticator
+        with authenticator.running(authenticator.authenticate("Bearer a"), Work()):
+            sent = {"embeddings": {"model": MODEL, "input": ["Hi", "you"]}, "messages/count_tokens": chat}
+            return [(await client.post(f"/v1/{path}", json=body)).status_code for path, body in sent.items()]
+
+    keys = write(tmp_path / "keys.json", entry("a", limits={"concurrent_requests": 1}))
+    assert ask(question, keys_file=keys, headers=bearer("a")) == [200, 200]

@@ -102,14 +102,17 @@ STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
         ({"min_tokens": 5}, {"response_format": {"type": "text"}}, True),
         ({"min_tokens": 5}, {"max_tokens": 4}, False),
         ({"min_tokens": 5}, {"max_completion_tokens": 5}, True),
+        ({"stop": ["."]}, {"response_format": {"type": "json_object"}}, False),
+        ({"stop": ["."]}, {"tools": [TOOL]}, False),
+        ({"stop": ["."], "response_format": {"type": "json_object"}}, {}, True),
     ],
     ids=str,
 )
-def test_a_policys_minimum_gives_way_to_a_requests_own_format_and_limit(
+def test_a_policys_minimum_and_stops_give_way_to_a_requests_own_format_and_limit(
     policy: dict[str, Any], body: dict[str, Any], kept: bool
 ) -> None:
     _, job, _ = answered(policy, CHAT | body)
-    assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos) == kept
+    assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos or job.sampling.stop != ()) == kept
 
 
 JSON_OBJECT = {"response_format": {"type": "json_object"}}
@@ -125,10 +128,12 @@ JSON_OBJECT = {"response_format": {"type": "json_object"}}
         (JSON_OBJECT, {"ignore_eos": True, "max_tokens": 9}, 9, False),
         ({"structured_outputs": {"regex": "a"}}, {"ignore_eos": True}, None, False),
         (JSON_OBJECT, {"min_tokens": 0, "ignore_eos": False}, None, True),
+        ({"structured_outputs": {"choice": ["a"]}}, {"tools": [TOOL]}, None, False),
+        ({"structured_outputs": {"json_object": True}}, {"tools": [TOOL]}, None, True),
     ],
     ids=str,
 )
-def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum(
+def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum_and_tools(
     policy: dict[str, Any], body: dict[str, Any], limit: int | None, has_format: bool
 ) -> None:
     _, job, _ = answered(policy, CHAT | body)
@@ -144,6 +149,7 @@ def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict
     assert routed == []
 
 
+@pytest.mark.parametrize("model", ["auto", BASE, "poet"])
 @pytest.mark.parametrize(
     "body",
     [
@@ -161,8 +167,9 @@ def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict
     ],
     ids=["adapters", "merged_adapters", "lora_path", "plan"],
 )
-def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dict[str, Any]) -> None:
-    _, job, _ = answered({"lora": {"k": 3, "strategy": "mixture"}, "temperature": 0.5}, CHAT | body)
+def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dict[str, Any], model: str) -> None:
+    lora = {"lora": {"k": 3, "strategy": "mixture"}} if model == "auto" else {}
+    _, job, _ = answered({"model": model, "temperature": 0.5, **lora}, CHAT | body)
     assert [row.ref.name for row in job.plan.adapters] == ["coder"] and job.sampling.temperature == 0.5
 
 

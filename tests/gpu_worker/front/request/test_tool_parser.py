@@ -210,10 +210,11 @@ def test_half_a_surrogate_pair_is_escaped() -> None:
     assert arguments.encode() and json.loads(arguments) == {"a": "\ud800\u00e4"}
 
 
-def test_the_answer_ends_after_the_last_call_that_is_allowed() -> None:
+@pytest.mark.parametrize("reason", [None, "length", "stop"])
+def test_the_answer_ends_after_the_last_call_that_is_allowed(reason: FinishReason | None) -> None:
     parser = ToolCallParser(MISTRAL, NAMES, max_calls=1)
     assert parser.read('[TOOL_CALLS][{"name": "f"', None) == ("", (), None)
-    text, calls, reason = parser.read('}, {"name": "f"}]', None)
+    text, calls, reason = parser.read('}, {"name": "f"}]', reason)
     assert (text, len(joined_calls(calls)), reason) == ("", 1, "tool_calls")
 
 
