@@ -85,6 +85,8 @@ def test_helm_and_kustomize_render_the_same_application(
     by_helm = comparable(template(helm, tmp_path, overlay, values))
     assert len(by_helm) == number
     assert by_helm == comparable(rendered(name))
+    claims = [document["metadata"] for (kind, _), document in by_helm.items() if kind == "PersistentVolumeClaim"]
+    assert claims and all(claim["annotations"] == {"helm.sh/resource-policy": "keep"} for claim in claims)
 
 
 @pytest.mark.parametrize(
