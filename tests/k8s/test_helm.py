@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.k8s import serving
 from tests.k8s.general import VERSION
 from tests.k8s.install_helm import install
 from tests.k8s.manifests import Document, Manifests
@@ -87,6 +88,12 @@ def test_helm_and_kustomize_render_the_same_application(
     assert by_helm == comparable(rendered(name))
     claims = [document["metadata"] for (kind, _), document in by_helm.items() if kind == "PersistentVolumeClaim"]
     assert claims and all(claim["annotations"] == {"helm.sh/resource-policy": "keep"} for claim in claims)
+
+
+def test_with_longer_requests_every_wait_is_longer(helm: str, tmp_path: Path) -> None:
+    scaling = {"graceful_shutdown_timeout_s": 1800.5}
+    settings = {"max_request_s": 1800.5, "ingress_scaling": scaling, "worker_scaling": scaling}
+    assert list(serving.problems(template(helm, tmp_path, "gpu-s3", OUTSIDE | {"settings": settings}))) == []
 
 
 @pytest.mark.parametrize(

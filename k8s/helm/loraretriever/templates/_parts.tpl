@@ -13,6 +13,11 @@
 {{- set .template "spec" $spec | toYaml -}}
 {{- end -}}
 
+{{- /* Seconds after which no request runs any more, and these many more. */ -}}
+{{- define "longest-request" -}}
+{{ add .plus (.root.Values.settings.max_request_s | default 600 | ceil) }}
+{{- end -}}
+
 {{- /* Devices and engines of the workers of all base models, as one text. */ -}}
 {{- define "workers" -}}
 {{- range prepend (.Values.settings.models | default list) .Values.settings }}{{ with .worker }}{{ .device }} {{ .engine }} {{ end }}{{ end -}}
