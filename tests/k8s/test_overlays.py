@@ -39,6 +39,7 @@ def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable
             "Seconds (30) is not above",
         ),
         (lambda m: set_variable(m, "gpu", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "600"), "cuts requests of max_req"),
+        (lambda m: set_variable(m, "cpu", "RAY_ROTATION_MAX_BYTES", "134217728"), "may fill their volume"),
         (lambda m: set_variable(m, "cpu", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.1"), "as `loraretriever serve`"),
         (lambda m: m.change_args(retriever_scaling={"max_replicas_per_node": 2}), "the death of one node"),
         (lambda m: m.group("cpu").update(minReplicas=1), "Ingress: no room at the minimum"),
