@@ -50,6 +50,7 @@ def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable
         (lambda m: route_rule(m).pop("timeouts"), "is not above max_request_s"),
         (lambda m: route_rule(m)["backendRefs"][0].update(name="loraretriever"), "HTTPRoute: it does not lead to"),
         (lambda m: route_rule(m).update(timeout="1s"), "timeout"),
+        (lambda m: m.named("HTTPRoute", "loraretriever")["spec"]["rules"].pop(), "cuts a long job"),
         (lambda m: budget(m)["spec"].pop("unhealthyPodEvictionPolicy"), "not ready blocks the drain"),
     ],
 )
