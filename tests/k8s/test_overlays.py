@@ -193,6 +193,16 @@ def test_the_job_that_fetches_a_model_fits_the_claim_and_the_image(fetching: Man
     assert volume["persistentVolumeClaim"]["claimName"] == "loraretriever-models"
 
 
+def test_the_job_of_the_pool_mounts_the_claim_as_cpu_pods_do(
+    kubectl: str, rendered: Callable[[str], Manifests]
+) -> None:
+    manifests = rendered("cpu-pvc")
+    manifests.documents += build(kubectl, K8S / "pool-job").documents
+    assert [problem for check in CHECKS for problem in check.problems(manifests)] == []
+    [cpu], job = manifests.workers, manifests.pods[-1]
+    assert job.name == "loraretriever-pool" and job.volume_at("/pool") == cpu.volume_at("/pool")
+
+
 NEEDED = (
     "config.json",
     "model-00001-of-00002.safetensors",
