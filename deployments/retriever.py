@@ -39,6 +39,7 @@ from retriever_svc import (
     PageRequest,
     PinnedAdapter,
     Place,
+    PlanGone,
     PoolMap,
     PoolSize,
     Region,
@@ -166,13 +167,25 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.plan_named, tenant, choices, strategy)
 
-    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
-        """Return the plan that was made at `generation`.
+    async def replay(
+        self,
+        tenant: str,
+        strategy: Strategy,
+        pinned: Sequence[PinnedAdapter],
+        generation: int,
+        min_generation: int = 0,
+    ) -> Plan:
+        """Return the plan that was made at `generation`, which this pool need not have: a copy counts from 1.
 
         Raises: PlanGone, AdapterIncompatible, PlanInvalid, StaleIndex.
         """
-        await self._reach_for(tenant, generation)
-        return await _on(self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
+        await self._reach_for(tenant, min_generation)
+        replay = partial(_on, self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
+        with suppress(PlanGone):
+            return await replay()
+        if not await self._catch_up_until(lambda: self._retriever.generation_for(tenant) >= generation, _READ_EVERY_S):
+            raise StaleIndex(generation, self._retriever.generation_for(tenant))
+        return await replay()
 
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
         """Return the newest kept policies of a model name, [] if the tenant uses none called so. Raises: StaleIndex."""
@@ -389,16 +402,21 @@ class RetrieverDeployment:
         if self._retriever.generation_for(tenant) < generation:
             raise StaleIndex(generation, self._retriever.generation_for(tenant))
 
-    async def _catch_up_until(self, is_reached: Callable[[], bool], pause_s: float) -> None:
-        """Read the catalogue at most twice: a read in progress may have begun before the commit."""
+    async def _catch_up_until(self, is_reached: Callable[[], bool], pause_s: float) -> bool:
+        """Read the catalogue at most twice: a read in progress may have begun before the commit.
+
+        Return False if that took too long.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(_CATCH_UP_S):
                 for _ in range(2):
                     if is_reached():
-                        return
+                        break
                     await asyncio.sleep(self._began_reading_at + pause_s - time.monotonic())
                     if not is_reached():
                         await self._refresh()
+                return True
+        return False
 
     async def _refresh(self) -> None:
         """Run one refresh at a time for all waiting callers, so that a hanging catalogue blocks one thread only."""

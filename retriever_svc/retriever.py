@@ -350,12 +350,19 @@ class Retriever:
         pool = self._pool_at(min_generation, tenant)
         return named_plan(pool.snapshot, tenant, choices, strategy, owner_names=self._owner_names, bases=pool.bases)
 
-    def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+    def replay(
+        self,
+        tenant: str,
+        strategy: Strategy,
+        pinned: Sequence[PinnedAdapter],
+        generation: int,
+        min_generation: int = 0,
+    ) -> Plan:
         """Return the plan that was made at `generation`, with exactly the versions it pinned. Make no encoder call.
 
-        Raises: PlanGone, AdapterIncompatible, PlanInvalid; StaleIndex if this pool is older than the plan.
+        Raises: PlanGone, AdapterIncompatible, PlanInvalid, StaleIndex.
         """
-        pool = self._pool_at(generation, tenant)
+        pool = self._pool_at(min_generation, tenant)
         return replayed_plan(pool.snapshot, tenant, strategy, pinned, generation, bases=pool.bases)
 
     def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:

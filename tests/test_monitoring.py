@@ -138,6 +138,9 @@ QUIET = {
     'ray_serve_deployment_replica_healthy{application="b",deployment="Ingress",replica="r"}': "1x40",
     'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="old"}': "1x10 0x2 _x28",
     'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="new"}': "_x12 1x28",
+    # Workers that were scaled to zero.
+    'ray_serve_deployment_replica_healthy{application="b",deployment="Worker-idle",replica="r"}': "1x20 _x20",
+    'ray_serve_deployment_status{application="b",deployment="Worker-idle"}': "6x40",
     # A base model that was taken out of `models`.
     'ray_serve_deployment_replica_healthy{application="b",deployment="Worker-gone",replica="r"}': "1x10 _x30",
     'ray_serve_deployment_status{application="b",deployment="Worker-gone"}': "6x10 3x30",

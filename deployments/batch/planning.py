@@ -133,6 +133,13 @@ class BatchRouting(RoutingClient):
         """Return the policy or the plan that a model name means. Raises: StaleIndex."""
         return self._retriever.find_model(tenant, model, strategy, min_generation)
 
-    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+    async def replay(
+        self,
+        tenant: str,
+        strategy: Strategy,
+        pinned: Sequence[PinnedAdapter],
+        generation: int,
+        min_generation: int = 0,
+    ) -> Plan:
         """Return the plan made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
-        return self._retriever.replay(tenant, strategy, pinned, generation)
+        return self._retriever.replay(tenant, strategy, pinned, generation, min_generation)

@@ -242,7 +242,12 @@ class RoutingClient(Protocol):
     ) -> Plan: ...
     @retry(within_s=LONG_WAIT_S)
     async def replay(
-        self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
+        self,
+        tenant: str,
+        strategy: Strategy,
+        pinned: Sequence[PinnedAdapter],
+        generation: int,
+        min_generation: int = 0,
     ) -> Plan: ...
     @retry(within_s=LONG_WAIT_S)
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]: ...

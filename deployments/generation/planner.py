@@ -436,8 +436,7 @@ class Planner:
                     f"lora.{field} cannot be combined with lora.plan, which sets it already", f"lora.{field}"
                 )
         pinned = [row.pinned() for row in given.adapters]
-        generation = max(given.generation, options.min_generation)
-        plan = await self._retriever.replay(tenant, given.strategy, pinned, generation)
+        plan = await self._retriever.replay(tenant, given.strategy, pinned, given.generation, options.min_generation)
         base_model = plan.base_model if plan.adapters else self._base_plan(given.base_model or model).base_model
         answering = base_model or self._models.first.name  # the name that a plan of several base models has
         if given.base_model not in (None, answering):

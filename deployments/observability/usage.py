@@ -91,7 +91,12 @@ class UsageLog:
                 await self._send_segment(path)
 
     async def keep_sending(self, every_s: float = SEND_EVERY_S) -> None:
-        """Send what was recorded, again and again."""
+        """Send what was recorded, again and again. Warn first of segments for another `store_uri`."""
+        own = self._folder
+        others = [] if own is None else [path for path in own.parent.glob(f"*/*{_SUFFIX}") if path.parent != own]
+        if others:
+            remedy = "if this is the same pool, and their server has ended, move them to"
+            logger.warning("%d usage files are for another store_uri: %s; %s %s", len(others), others[0], remedy, own)
         while True:
             try:
                 await self.send_all()

@@ -99,7 +99,14 @@ class FakeRetriever:
     ) -> Plan:
         return named_plan(self._snapshot, tenant, choices, strategy)
 
-    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+    async def replay(
+        self,
+        tenant: str,
+        strategy: Strategy,
+        pinned: Sequence[PinnedAdapter],
+        generation: int,
+        min_generation: int = 0,
+    ) -> Plan:
         return replayed_plan(self._snapshot, tenant, strategy, pinned, generation)
 
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:

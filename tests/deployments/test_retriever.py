@@ -27,10 +27,23 @@ from lora_store import (
     StoreUnavailable,
     Trial,
 )
-from retriever_svc import AskedPrompt, Drawn, DrawnAdapter, EncoderUnusable, PoolMap, PoolSize, RouteRequest, StaleIndex
+from retriever_svc import (
+    AskedPrompt,
+    Drawn,
+    DrawnAdapter,
+    EncoderUnusable,
+    PinnedAdapter,
+    PlanGone,
+    PoolMap,
+    PoolSize,
+    RouteRequest,
+    StaleIndex,
+)
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
 from tests.retriever_svc.pool_fakes import record_of
 from tests.tiny_encoder import save_tiny_encoder
+
+MISSING = PinnedAdapter("missing", "0" * 64, 1.0)
 
 
 @pytest.fixture
@@ -222,9 +235,14 @@ async def test_all_reads_wait_together_and_briefly_for_a_hanging_catalogue(
 
     monkeypatch.setattr(here.pools, "catch_up", catch_up)
     monkeypatch.setattr("deployments.retriever._CATCH_UP_S", 1.0)
-    waiting = [here.replica.catch_up(1), here.replica.page("local", ALL, 1), here.replica.record("local", "x", 1)]
+    waiting = [
+        here.replica.catch_up(1),
+        here.replica.page("local", ALL, 1),
+        here.replica.record("local", "x", 1),
+        here.replica.replay("local", "selection", [MISSING], 1),
+    ]
     answers = await asyncio.gather(*waiting, return_exceptions=True)
-    assert [type(answer) for answer in answers] == [StaleIndex] * 3
+    assert [type(answer) for answer in answers] == [StaleIndex] * 4
     assert len(calls) == 1
     assert (await here.replica.page("local", ALL)).rows == ()
     hangs.set()
@@ -245,16 +263,26 @@ async def test_reads_of_a_future_generation_read_the_catalogue_at_intervals(
     for _ in range(2):
         asked = [
             *[here.replica.page("local", ALL, 2**62) for _ in range(100)],
-            *[here.replica.replay("local", "base", [], 2**62) for _ in range(100)],
+            *[here.replica.replay("local", "selection", [MISSING], 2**62) for _ in range(100)],
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        assert {type(answer) for answer in answers} == {StaleIndex}
+        assert [type(answer) for answer in answers] == [StaleIndex] * 100 + [PlanGone] * 100
     assert 1 <= len(calls) <= (loop.time() - began) / 0.5 + 2
     generation = here.publish(*await here.embedded("sums"))
     assert (await here.replica.page("local", ALL, generation)).generation == generation  # waits for the next read
     before = len(calls)
     assert await here.replica.catch_up(here.publish(*await here.embedded("sums"))) == generation + 1
     assert len(calls) == before + 1, "a publish does not wait"
+
+
+async def test_a_plan_from_the_pool_that_this_one_was_copied_from_is_replayed(here: Served) -> None:
+    [sums] = await here.embedded("sums")
+    here.publish(sums)
+    pinned = [PinnedAdapter("sums", sums.ref.digest, 1.0)]
+    plan = await here.replica.replay("local", "selection", pinned, 500)
+    assert [row.ref for row in plan.adapters] == [sums.ref]
+    with pytest.raises(StaleIndex):
+        await here.replica.replay("local", "selection", pinned, 500, min_generation=2)
 
 
 async def test_a_commit_without_a_broadcast_is_seen_by_the_next_poll(here: Served) -> None:

@@ -6,8 +6,10 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
+from ray._common.ray_constants import LOGGING_ROTATE_BACKUP_COUNT, LOGGING_ROTATE_BYTES
+
 from tests.k8s.image import IMAGE, ROOT, instructions
-from tests.k8s.manifests import Manifests, Pod
+from tests.k8s.manifests import Manifests, Pod, quantity
 
 README = (ROOT / "k8s" / "README.md").read_text()
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -27,6 +29,8 @@ def secrets_made_by_hand() -> Mapping[str, set[str]]:
 def problems(manifests: Manifests) -> Iterator[str]:
     for pod in manifests.pods:
         yield from (f"{pod.name}: {problem}" for problem in (*_rights(pod), *_names(manifests, pod)))
+        if pod.is_ray:
+            yield from (f"{pod.name}: {problem}" for problem in _log_problems(pod))
         if pod.is_ray or "loraretriever" in pod.container["image"]:
             yield from (f"{pod.name}: {problem}" for problem in _image_problems(manifests, pod))
     for account in manifests.of_kind("ServiceAccount"):
@@ -52,6 +56,15 @@ def _rights(pod: Pod) -> Iterator[str]:
     for volume in pod.spec.get("volumes", []):
         if "hostPath" in volume or "sizeLimit" not in volume.get("emptyDir", {"sizeLimit": ""}):
             yield f"volume {volume['name']} is a folder of the node or has no sizeLimit"
+
+
+def _log_problems(pod: Pod) -> Iterator[str]:
+    """Check that the logs fit the volume: those of ten processes, and of four replicas that were replaced ten times."""
+    _, volume = pod.volume_at("/tmp/ray")
+    files = 1 + int(pod.variables.get("RAY_ROTATION_BACKUP_COUNT", LOGGING_ROTATE_BACKUP_COUNT))
+    num_bytes = files * int(pod.variables.get("RAY_ROTATION_MAX_BYTES", LOGGING_ROTATE_BYTES))
+    if (10 + 4 * 10) * num_bytes > quantity(volume["emptyDir"]["sizeLimit"]):
+        yield "the logs of its processes may fill their volume, and Kubernetes evicts it"
 
 
 def _names(manifests: Manifests, pod: Pod) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
@@ -189,12 +190,13 @@ def _outside_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
         if not ingress["spec"].get("tls"):
             yield "Ingress: keys are sent without TLS"
     for route in manifests.of_kind("HTTPRoute"):
+        endless = [rule for rule in route["spec"]["rules"] if set(rule.get("timeouts", {}).values()) == {"0s"}]
+        if [match["path"]["value"] for rule in endless for match in rule["matches"]] != ["/v1/pool", "/v1/loras"]:
+            yield "HTTPRoute: it cuts a long job or upload"
         for rule in route["spec"]["rules"]:
             waits = rule.get("timeouts", {})
-            if (
-                min(float(waits.get(kind, "15s")[:-1]) for kind in ("request", "backendRequest"))
-                <= config.max_request_s
-            ):
+            waits_s = [float(waits.get(kind, "15s")[:-1]) or math.inf for kind in ("request", "backendRequest")]
+            if min(waits_s) <= config.max_request_s:
                 yield f"HTTPRoute: a timeout of {waits} is not above max_request_s"
             if [(backend["name"], backend["port"]) for backend in rule["backendRefs"]] != [(name, port)]:
                 yield f"HTTPRoute: it does not lead to {name}"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.k8s import serving
 from tests.k8s.general import VERSION
 from tests.k8s.install_helm import install
 from tests.k8s.manifests import Document, Manifests
@@ -85,6 +86,14 @@ def test_helm_and_kustomize_render_the_same_application(
     by_helm = comparable(template(helm, tmp_path, overlay, values))
     assert len(by_helm) == number
     assert by_helm == comparable(rendered(name))
+    claims = [document["metadata"] for (kind, _), document in by_helm.items() if kind == "PersistentVolumeClaim"]
+    assert claims and all(claim["annotations"] == {"helm.sh/resource-policy": "keep"} for claim in claims)
+
+
+def test_with_longer_requests_every_wait_is_longer(helm: str, tmp_path: Path) -> None:
+    scaling = {"graceful_shutdown_timeout_s": 1800.5}
+    settings = {"max_request_s": 1800.5, "ingress_scaling": scaling, "worker_scaling": scaling}
+    assert list(serving.problems(template(helm, tmp_path, "gpu-s3", OUTSIDE | {"settings": settings}))) == []
 
 
 @pytest.mark.parametrize(
@@ -97,6 +106,7 @@ def test_helm_and_kustomize_render_the_same_application(
         ("replicas=2", "replicas"),
         ("settings.store_uri=pool", "must be an absolute path"),
         ("redis.deploy=false", "redis.cidr"),
+        ("networkPolicies.operator.ingress[0].from[0].a=b", "operator"),
     ],
 )
 def test_a_value_that_the_server_does_not_know_is_refused(value: str, problem: str, helm: str) -> None:
@@ -133,6 +143,20 @@ def test_values_change_images_pods_claims_and_redis(helm: str, tmp_path: Path) -
     assert "loraretriever-redis" not in manifests.names("NetworkPolicy")
     assert not manifests.of_kind("StatefulSet")
     assert manifests.config.retrieval.k == 5 and manifests.config.retrieval.encoder_threads == 1
+
+
+def test_values_change_policies_budgets_and_single_images(helm: str, tmp_path: Path) -> None:
+    peers = [{"from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "default"}}}]}]
+    images = {"registry.internal/cpu@sha256:0b", "registry.internal/redis:7"}
+    own = {
+        "networkPolicies": {"loraretriever-operator": {"ingress": peers}},
+        "redis": {"image": "registry.internal/redis:7"},
+        "cpu": {"group": {"minReplicas": 1}, "container": {"image": "registry.internal/cpu@sha256:0b"}},
+    }
+    manifests = template(helm, tmp_path, "gpu-s3", own)
+    assert manifests.named("NetworkPolicy", "loraretriever-operator")["spec"]["ingress"] == peers
+    assert manifests.names("PodDisruptionBudget") == {"loraretriever-gpu"}
+    assert images < {pod.container["image"] for pod in manifests.pods}
 
 
 def test_a_folder_that_is_written_as_a_uri_is_on_the_claim_too(helm: str, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable
             "Seconds (30) is not above",
         ),
         (lambda m: set_variable(m, "gpu", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "600"), "cuts requests of max_req"),
+        (lambda m: set_variable(m, "cpu", "RAY_ROTATION_MAX_BYTES", "134217728"), "may fill their volume"),
         (lambda m: set_variable(m, "cpu", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.1"), "as `loraretriever serve`"),
         (lambda m: m.change_args(retriever_scaling={"max_replicas_per_node": 2}), "the death of one node"),
         (lambda m: m.group("cpu").update(minReplicas=1), "Ingress: no room at the minimum"),
@@ -49,6 +50,7 @@ def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable
         (lambda m: route_rule(m).pop("timeouts"), "is not above max_request_s"),
         (lambda m: route_rule(m)["backendRefs"][0].update(name="loraretriever"), "HTTPRoute: it does not lead to"),
         (lambda m: route_rule(m).update(timeout="1s"), "timeout"),
+        (lambda m: m.named("HTTPRoute", "loraretriever")["spec"]["rules"].pop(), "cuts a long job"),
         (lambda m: budget(m)["spec"].pop("unhealthyPodEvictionPolicy"), "not ready blocks the drain"),
     ],
 )
@@ -189,6 +191,16 @@ def test_the_job_that_fetches_a_model_fits_the_claim_and_the_image(fetching: Man
     assert {"name": "FOLDER", "value": fetching.config.base_model} in job.container["env"]
     _, volume = job.volume_at(fetching.config.base_model)
     assert volume["persistentVolumeClaim"]["claimName"] == "loraretriever-models"
+
+
+def test_the_job_of_the_pool_mounts_the_claim_as_cpu_pods_do(
+    kubectl: str, rendered: Callable[[str], Manifests]
+) -> None:
+    manifests = rendered("cpu-pvc")
+    manifests.documents += build(kubectl, K8S / "pool-job").documents
+    assert [problem for check in CHECKS for problem in check.problems(manifests)] == []
+    [cpu], job = manifests.workers, manifests.pods[-1]
+    assert job.name == "loraretriever-pool" and job.volume_at("/pool") == cpu.volume_at("/pool")
 
 
 NEEDED = (

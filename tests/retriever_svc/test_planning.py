@@ -108,11 +108,11 @@ def test_a_tampered_plan_is_invalid(strategy: Strategy, records: list[AdapterRec
         replay(strategy, *records, weight=weight)
 
 
-def test_a_plan_of_a_later_generation_waits_for_it() -> None:
+def test_a_plan_of_a_later_generation_is_replayed_as_its_versions_are_kept() -> None:
     retriever = Retriever(SimpleNamespace(current=SimpleNamespace(snapshot=POOL, bases=ServedBases())))  # type: ignore[arg-type]
-    assert retriever.replay("a", "selection", pinned(OLD), 9).adapters[0].ref == OLD.ref
+    assert retriever.replay("a", "selection", pinned(OLD), 10, 9).adapters[0].ref == OLD.ref
     with pytest.raises(StaleIndex):
-        retriever.replay("a", "selection", pinned(OLD), 10)
+        retriever.replay("a", "selection", pinned(OLD), 10, 10)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,14 @@ class TrialRetriever(FakeRetriever):
     ) -> Plan:
         return named_plan(self.pool, tenant, choices, strategy)
 
-    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+    async def replay(
+        self,
+        tenant: str,
+        strategy: Strategy,
+        pinned: Sequence[PinnedAdapter],
+        generation: int,
+        min_generation: int = 0,
+    ) -> Plan:
         return replayed_plan(self.pool, tenant, strategy, pinned, generation)
 
 

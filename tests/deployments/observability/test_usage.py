@@ -167,6 +167,20 @@ def test_reads_and_requests_without_a_caller_are_not_recorded_and_others_once(tm
     assert [event["request_id"] for event in events_in(tmp_path)] == ["once"]
 
 
+def test_events_that_wait_for_another_store_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        before, now = (UsageLog(tmp_path / name, BASE, Pool().put) for name in ("before", "now"))
+        before.record(context("one"))
+        before.close()
+        sending = asyncio.create_task(now.keep_sending())
+        await asyncio.sleep(0)
+        sending.cancel()
+
+    asyncio.run(run())
+    [message] = caplog.messages
+    assert message.startswith("1 usage files") and message.endswith(f"move them to {tmp_path / 'now'}")
+
+
 def test_events_of_a_killed_process_are_sent_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
     script = """
 import asyncio, os, signal, sys

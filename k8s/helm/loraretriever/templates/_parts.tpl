@@ -7,10 +7,14 @@
 {{- /* The pod template with its image, and with the values that are merged into the pod and its container. */ -}}
 {{- define "pod" -}}
 {{- $spec := mergeOverwrite .template.spec .values.pod -}}
-{{- $container := mergeOverwrite (first $spec.containers) .values.container -}}
-{{- $_ := set $container "image" (include "image" .) -}}
-{{- $_ := set $spec "containers" (list $container) -}}
+{{- $container := set (first $spec.containers) "image" (include "image" .) -}}
+{{- $_ := set $spec "containers" (list (mergeOverwrite $container .values.container)) -}}
 {{- set .template "spec" $spec | toYaml -}}
+{{- end -}}
+
+{{- /* Seconds after which no request runs any more, and these many more. */ -}}
+{{- define "longest-request" -}}
+{{ add .plus (.root.Values.settings.max_request_s | default 600 | ceil) }}
 {{- end -}}
 
 {{- /* Devices and engines of the workers of all base models, as one text. */ -}}
@@ -27,6 +31,15 @@
 {{- else if not (regexMatch "^(s3|gs)://" $uri) -}}
 {{ fail (printf "settings.store_uri: %q must be an absolute path, s3://… or gs://…" $uri) }}
 {{- end -}}
+{{- end -}}
+
+{{- /* Network policies of a file of kustomize's, with the values that are merged into them. */ -}}
+{{- define "policies" -}}
+{{- range splitList "\n---\n" (.root.Files.Get (printf "files/%s.yaml" .name)) }}
+{{- $policy := fromYaml . }}
+---
+{{ set $policy "spec" (mergeOverwrite $policy.spec (get $.root.Values.networkPolicies $policy.metadata.name | default dict)) | toYaml }}
+{{- end }}
 {{- end -}}
 
 {{- /* A file of kustomize's, as it is. */ -}}
