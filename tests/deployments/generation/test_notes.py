@@ -149,7 +149,9 @@ async def test_slow_writes_of_one_tenant_leave_room_for_those_of_another() -> No
     background, seconds = Background(), itertools.count()
     notes = PromptNotes(store, background, is_on=True, clock=lambda: float(next(seconds)))
     for tenant in ["a"] * MAX_RUNNING + ["b"]:
-        planned = Planned(await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection"), reason="fits", text="T")
+        planned = Planned(
+            await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection"), reason="fits", text="T"
+        )
         notes.note(Question("T", "T", "auto", LoraOptions()), planned, replace(LOCAL_CALLER, tenant=tenant), "r")
     await asyncio.sleep(0)
     background.cancel()
