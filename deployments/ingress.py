@@ -219,7 +219,7 @@ def _build_services(
     models = config.served_models
     metrics = RequestMetrics(kinds, max_tenants=config.tenant_metrics)
     usage_log = UsageLog(config.usage_folder, models.first.name, store.put_usage)
-    shadows = Shadows(workers, background, metrics)
+    shadows = Shadows(workers, background, metrics, has_keys=config.has_keys)
     notes = PromptNotes(store, background, is_on=config.learning != "off")
     longest_request_s = max(each.worker_scaling.graceful_shutdown_timeout_s for each in config.by_model.values())
     reclaimer = Reclaimer(store, workers, background, longest_request_s=longest_request_s)

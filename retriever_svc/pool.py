@@ -75,6 +75,7 @@ class Pool:
     bases: ServedBases = _EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
+    _allowed_by_tags: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)  # apart: clients choose the tags
     _maps: PerCallerCache[tuple[Layout, PoolMap]] = field(
         default_factory=lambda: PerCallerCache(_count_points, _MAX_POINTS_KEPT)
     )
@@ -133,7 +134,7 @@ class Pool:
         wanted = tuple(sorted(set(tags)))
         key = (_TRUSTED if trusted_only else "", base_model, tenant, *wanted)
         names = self.bases.list_names(base_model) if base_model and self.bases.are_several else None
-        return self._allowed.get(
+        return (self._allowed_by_tags if wanted else self._allowed).get(
             key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only, base_models=names)
         )
 

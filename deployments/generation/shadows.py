@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,11 +26,14 @@ class Shadows:
     """Runs shadows in the background. Nothing that happens to one reaches a client.
 
     No key is charged for it. It runs as the pseudo-tenant of the version's owner, and counts for the owner's usage.
+    With keys an owner has at most as many as there is room for others.
     """
 
-    def __init__(self, workers: Workers, background: Background, metrics: RequestMetrics) -> None:
-        self._workers, self._background, self._metrics = workers, background, metrics
-        self._num_running = 0
+    def __init__(
+        self, workers: Workers, background: Background, metrics: RequestMetrics, *, has_keys: bool = False
+    ) -> None:
+        self._workers, self._background, self._metrics, self._has_keys = workers, background, metrics, has_keys
+        self._running: Counter[str] = Counter()  # by pseudo-tenant
 
     def start(self, jobs: Sequence[Job], plans: Sequence[Planned], deadline: float) -> None:
         """Answer a copy of each job whose plan has a shadow. `jobs` has one entry per plan."""
@@ -47,10 +51,11 @@ class Shadows:
                 tenant=shadow_tenant(tried[0].tenant),
             )
             digests = [ref.digest[:DIGEST_CHARS] for ref in tried]
-            if self._num_running >= MAX_SHADOWS:
+            num_free = MAX_SHADOWS - self._running.total()
+            if num_free <= (self._running[copy.tenant] if self._has_keys else 0):
                 self._record(digests, DROPPED, None)
                 continue
-            self._num_running += 1
+            self._running[copy.tenant] += 1
             self._background.start(self._run(copy, digests, deadline), "a shadow")
 
     async def _run(self, job: Job, digests: Sequence[str], deadline: float) -> None:
@@ -65,7 +70,7 @@ class Shadows:
             status, body = error_table.describe(exc)
             logger.info("the shadow %s failed: %s", job.request_id, body["error"]["message"])
         finally:
-            self._num_running -= 1
+            self._running -= Counter([job.tenant])  # forgets those without any
             if stream is not None and not has_ended:
                 stream.cancel()
         self._record(digests, str(status), time.monotonic() - began)

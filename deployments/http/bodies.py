@@ -33,6 +33,7 @@ MAX_BODY_TOTAL_BYTES = 256 << 20  # all bodies of one Ingress replica, except up
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 1 << 20
 _UPLOADS = "/v1/loras"
+FORM = "multipart/form-data"
 _WITH_BODY = ("POST", "PUT", "PATCH")
 Refusal = BodyMemoryFull | BodyTooLarge | BodyTooSlow
 MAX_JSON_VALUES = 16_384
@@ -138,11 +139,14 @@ class _Body:
 
 def max_body_bytes(max_upload_bytes: int, scope: Scope) -> int:
     """Return the size limit of this request's body: that of an upload, or a small one for all other bodies."""
-    kind = dict(scope["headers"]).get(b"content-type", b"")
-    is_form = kind.lower().startswith(b"multipart/form-data")
-    if is_form and scope["method"] == "POST" and find_path(scope) == _UPLOADS:
+    if content_kind(scope) == FORM and scope["method"] == "POST" and find_path(scope) == _UPLOADS:
         return max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
+
+
+def content_kind(scope: Scope) -> str:
+    """Return the kind of the body: its first content-type, without parameters, in small letters."""
+    return Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
 
 
 def read_json(body: bytes) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from lora_store import (
     Edit,
     Embedding,
     EncoderIncomplete,
+    Key,
+    LoraStore,
     ModuleWeights,
     RankedAdapter,
     Ranking,
@@ -40,7 +43,7 @@ from lora_store import (
     write_peft_folder,
 )
 from lora_store.rankings import OUTCOME
-from lora_store.usage import UsageQuery
+from lora_store.usage import UsageFiles, UsageQuery
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_worker import SHAPES
@@ -357,21 +360,56 @@ async def test_a_tenants_slow_sources_leave_room_for_the_uploads_of_another(
     assert all(isinstance(error, SourceMissing) for error in await asyncio.gather(*slow, return_exceptions=True))
 
 
-async def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    running, most = 0, 0
+async def test_waiting_commits_of_one_tenant_hold_up_no_other_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys.yaml").write_text("[]")
+    stores = Stores(tmp_path, keys_file=tmp_path / "keys.yaml")
+    [poet] = await stores.publish(PublishItem(stores.adapter()))
+    goes_on, begun = threading.Event(), queue.Queue[str]()
 
-    async def to_thread(*_: object) -> list[Any]:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0)  # others may begin
-        running -= 1
+    def hang(_: object, key: Key, *__: object) -> int:
+        begun.put(key[0])
+        assert goes_on.wait(60)
+        return 2
+
+    monkeypatch.setattr(LoraStore, "set_name", hang)
+    naming = [asyncio.create_task(stores.deployment.set_name((tenant, "n"), "{}", "me")) for tenant in "a" * 64 + "b"]
+    assert sorted([await asyncio.to_thread(begun.get, timeout=60) for _ in range(3)]) == ["a", "a", "b"]
+    async with asyncio.timeout(60):
+        assert (await stores.deployment.versions([POET]))[POET]
+        assert await stores.deployment.fetch(poet.record.weights_digest)
+    goes_on.set()
+    assert await asyncio.gather(*naming) == [2] * 65
+
+
+async def test_reports_of_usage_are_made_one_at_a_time_also_after_their_callers_have_left(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, begun = threading.Event(), queue.Queue[str | None]()
+
+    def hang(_: object, query: UsageQuery) -> list[Any]:
+        begun.put(query.tenant)
+        assert goes_on.wait(60)
         return []
 
-    monkeypatch.setattr(asyncio, "to_thread", to_thread)
-    query = UsageQuery(date(2026, 11, 1), date(2026, 11, 2))
-    assert await asyncio.gather(*[stores.deployment.usage(query) for _ in range(3)]) == [[], [], []]
-    assert most == 1
+    monkeypatch.setattr(UsageFiles, "sums", hang)
+    day = date(2026, 11, 1)
+
+    def ask(tenant: str) -> asyncio.Task[Any]:
+        return asyncio.create_task(stores.deployment.usage(UsageQuery(day, day, tenant=tenant)))
+
+    left = [ask("a") for _ in range(5)]
+    assert await asyncio.to_thread(begun.get, timeout=60) == "a"
+    for call in left:
+        call.cancel()
+    await asyncio.wait(left)
+    waiting = [*[ask("a") for _ in range(5)], ask("b")]
+    await asyncio.sleep(0)  # they are in the queue
+    assert begun.empty()
+    goes_on.set()
+    assert await asyncio.gather(*waiting) == [[]] * 6
+    assert "b" in (begun.get(), begun.get()), "tenants take turns"
 
 
 async def test_the_check_of_an_edited_contract_holds_up_no_other_call(

@@ -92,6 +92,10 @@ def test_the_adapters_a_caller_may_see_are_computed_once_per_generation() -> Non
     after = pool.after(snapshot_of(record, record_of("b", EAST), generation=2))
     assert after.allowed("t").num == 2
     assert pool.allowed("t").num == 1
+    before = pool.allowed("t")
+    for number in range(300):
+        pool.allowed("u", (f"tag-{number}",))
+    assert pool.allowed("t") is before, "ever new tags of another caller change nothing"
 
 
 def test_matches_are_judged_together_as_one_by_one() -> None:

@@ -41,7 +41,7 @@ from deployments.api.responses import (
 )
 from deployments.auth.authenticator import Caller
 from deployments.errors import RequestInvalid, RoleMissing, VersionChanged
-from deployments.http.bodies import AnsweringRoute
+from deployments.http.bodies import FORM, AnsweringRoute, content_kind
 from deployments.http.dependencies import (
     MAY_CHANGE,
     AdminCaller,
@@ -97,7 +97,7 @@ _FORM = {
 _ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()
 _MANY["properties"]["adapters"]["items"] = _ONE  # instead of a reference, which would leave the document
 _JSON = {"anyOf": [_ONE, {name: value for name, value in _MANY.items() if name != "$defs"}]}
-_BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema": _JSON}}
+_BODY = {FORM: {"schema": _FORM}, "application/json": {"schema": _JSON}}
 
 
 @router.get(_LORAS, response_model=None, responses=LORAS_ANSWERS)
@@ -137,8 +137,8 @@ async def publish(
     201 when every Retriever replica routes to it, 202 while one is behind, 207 when a part of a batch failed. With
     `dry_run` 200: the adapter is fit to publish, and nothing is live or stored.
     """
-    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    kind = content_kind(http.scope)
+    if kind == FORM:
         return await _publish_files(services, caller, http, is_dry=dry_run)
     if kind != "application/json":
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")

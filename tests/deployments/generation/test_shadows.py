@@ -21,6 +21,7 @@ from deployments.observability.worker_metrics import TenantUsage, shadow_tenant
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Snapshot, Strategy, Trial, is_valid_name
+from lora_store.plan import BASE_PLAN
 from retriever_svc import PinnedAdapter, Route, RouteRequest
 from retriever_svc.planning import named_plan, replayed_plan, with_trials
 from tests.deployments.adapter_records import adapter
@@ -233,6 +234,20 @@ async def test_a_shadow_runs_as_the_owner_of_its_version_under_a_name_that_no_te
     usages = TenantUsage()
     with usages.row(job.tenant), usages.row("acme"):
         assert usages.read().keys() == {"globex", "acme"}
+
+
+async def test_an_owner_leaves_places_for_the_shadows_of_others() -> None:
+    background, worker = Background(), NamingWorker(goes_on=asyncio.Event())
+    served: Any = FakeHandle(worker)
+    metrics = RequestMetrics(FakeMetrics())
+    shadows = Shadows(workers_of(serve_worker(served)), background, metrics, has_keys=True)
+    for owner in ["acme"] * MAX_SHADOWS + ["globex"]:
+        shadow = Plan("selection", (PlannedAdapter(AdapterRef(owner, "poet", owner), owner, 1.0),), 7)
+        shadows.start([Job("r", "Rhyme", BASE_PLAN)], [Planned(BASE_PLAN, shadow=shadow)], time.monotonic() + 60)
+    while len(worker.jobs) <= MAX_SHADOWS // 2:
+        await asyncio.sleep(0)
+    background.cancel()
+    assert Counter(job.tenant for job in worker.jobs) == {shadow_tenant("acme"): 4, shadow_tenant("globex"): 1}
 
 
 async def test_shadows_that_cannot_start_are_counted_and_end() -> None:
