@@ -21,7 +21,7 @@ from deployments.config.served_model import ServedModels
 from deployments.generation.completions import make_jobs
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
-from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
+from gpu_worker.errors import AdapterLost, PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, SamplingParams
 from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Ranking, Sample
@@ -41,7 +41,7 @@ _MAX_TOKENS = 64
 class AnswerScorer(Scorer):
     """Scores an adapter by greedy answers: 1 for an answer equal to the sample's output, else 0.
 
-    Case, surrounding space and a final full stop do not count. An adapter that cannot be loaded scores 0.
+    Case, surrounding space and a final full stop do not count. An adapter that is lost scores 0.
     """
 
     def __init__(self, workers: Workers, models: ServedModels) -> None:
@@ -79,7 +79,7 @@ class AnswerScorer(Scorer):
         try:
             while not isinstance(delta := await stream.next(deadline), StreamEnd):
                 parts += [delta.text] if isinstance(delta, Delta) else []
-        except (AdapterLoadFailed, PromptTooLong) as exc:
+        except (AdapterLost, PromptTooLong) as exc:
             logger.warning("an example cannot be answered by %s: %s", adapter.ref, exc)
         finally:
             stream.cancel()
