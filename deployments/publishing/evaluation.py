@@ -40,7 +40,8 @@ _MAX_TOKENS = 64  # of an answer; a longer output is compared that far
 class AnswerScorer(Scorer):
     """Scores an adapter by greedy answers: 1 for an answer equal to the sample's output, else 0.
 
-    Case, surrounding space and a final full stop do not count. Of a long output the beginning is compared. An adapter that is lost scores 0.
+    Case, surrounding space and a final full stop do not count. Of a long output the beginning is compared. An adapter
+    that is lost scores 0.
     """
 
     def __init__(self, workers: Workers, models: ServedModels) -> None:
