@@ -17,7 +17,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
-from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost
 from lora_store import (
     AdapterNotFound,
     AdapterWeights,
@@ -176,7 +176,7 @@ class WeightsFetcher:
         return contextvars.Context().run(lambda: asyncio.run_coroutine_threadsafe(self.fetch(digest), loop))
 
     async def fetch(self, digest: str) -> AdapterWeights:
-        """Return the weights. Raises: AdapterLoadFailed, with a message for the client."""
+        """Return the weights. Raises: AdapterLoadFailed, AdapterLost, with a message for the client."""
         began = self._clock()
         try:
             level, weights = await self._load(digest)
@@ -211,7 +211,8 @@ class WeightsFetcher:
                 may_help, message = _judge(exc)
                 if is_last or not may_help:
                     logger.warning("gave up loading the weights %s after attempt %d", digest, num_tries, exc_info=exc)
-                    raise AdapterLoadFailed(f"the weights {digest[:12]} could not be loaded: {message}") from exc
+                    kind = AdapterLoadFailed if may_help else AdapterLost
+                    raise kind(f"the weights {digest[:12]} could not be loaded: {message}") from exc
                 logger.info("attempt %d to load the weights %s failed: %s", num_tries, digest, message)
             await self._sleep(wait_s)
 

@@ -102,6 +102,12 @@ class AdapterLoadFailed(GpuWorkerError):
     remedy = "Retry after `Retry-After` seconds. If it persists, run `loraretriever pool verify`."
 
 
+class AdapterLost(AdapterLoadFailed):
+    """The adapter was withdrawn, or its stored weights are damaged."""
+
+    remedy = "Name another adapter, or publish this one again."
+
+
 class LogitsNotFinite(GpuWorkerError):
     """The plan's adapters drive the model out of the number range."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 import tempfile
@@ -56,11 +55,6 @@ class Limits:
     """entries of `rank_pattern` and of `alpha_pattern`"""
     max_reasons: AtLeastOne = 50
     """reasons that one refusal names"""
-
-    @property
-    def max_samples_bytes(self) -> int:
-        """The largest allowed size of a samples file."""
-        return self.max_samples * (self.max_sample_bytes + 2)  # + 2: the line ending
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -201,15 +195,12 @@ def _open_regular(path: Path, max_bytes: int, remedy: str = "") -> Iterator[Bina
         if not stat.S_ISREG(status.st_mode):
             raise FileRefused(path.name, ["is not a regular file"])
         if status.st_size > max_bytes:
-            raise FileRefused(path.name, [f"has {_size(status.st_size)}; this server takes {_size(max_bytes)}{remedy}"])
+            problem = f"has {status.st_size:,} bytes; this server takes {max_bytes:,} bytes{remedy}"
+            raise FileRefused(path.name, [problem])
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(descriptor)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes} bytes" if num_bytes < 1 << 20 else f"{math.ceil(num_bytes / (1 << 20))} MiB"
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def compose(parts: Sequence[tuple[Modules, float]], rank: int | None = None) -> 
 
     Without `rank` the parts' ranks are concatenated, which is exact. With `rank`, each module is the nearest one of at
     most that rank. The error is the Frobenius norm of what is left out over that of the sum, of all modules together.
+    Raises: ValueError for parts of base models of other shapes.
     """
     composed: dict[str, ModuleWeights] = {}
     whole = left_out = 0.0
@@ -38,6 +39,8 @@ def _concatenated(pairs: Sequence[tuple[ModuleWeights, float]]) -> tuple[Tensor,
     """Return A (R, I) and B (O, R) of the sum, R being the sum of the ranks."""
     import torch  # imported here, since it takes seconds
 
+    if len({(*module.lora_a.shape[:-2], module.lora_a.shape[-1], module.lora_b.shape[-2]) for module, _ in pairs}) > 1:
+        raise ValueError("the adapters' base models differ: their layers have other shapes")
     a = torch.cat([module.lora_a.float() for module, _ in pairs], -2)
     b = torch.cat([weight * module.scaling * module.lora_b.float() for module, weight in pairs], -1)
     return a, b

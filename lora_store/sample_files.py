@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from os.path import lexists  # sees dangling links too, which are refused when read
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from lora_store.errors import FileRefused
 
 SAMPLES_FILE = "lora_samples.jsonl"
 DESCRIPTION_FILE = "description.txt"
+_MAX_FILE_BYTES = 16 << 20
+_MAX_LINE_BYTES = 1 << 20  # parsed, a line may take twenty times its bytes
 _ACCEPTED = "accepted"  # in stored samples only: a publisher's own file cannot mark a line
 INPUT_KEYS = ("input", "prompt", "instruction", "text", "question")  # the first one that a line has
 
@@ -24,12 +27,16 @@ def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
     """
     if not lexists(folder / SAMPLES_FILE):
         return ()
-    lines = sample_lines(read_bytes(folder / SAMPLES_FILE, limits.max_samples_bytes))
-    if not lines:
+    data = read_bytes(folder / SAMPLES_FILE, _MAX_FILE_BYTES)
+    num_lines = count_samples(data)
+    if not num_lines:
         raise FileRefused(SAMPLES_FILE, ["is empty: write one sample a line, or remove the file"])
-    count = min(len(lines), limits.max_samples)
+    count = min(num_lines, limits.max_samples)
+    chosen = {place * num_lines // count for place in range(count)}
     samples, problems = [], []
-    for number, line in (lines[place * len(lines) // count] for place in range(count)):
+    for place, (number, line) in enumerate(_sample_lines(data)):
+        if place not in chosen:
+            continue
         try:
             samples.append(_parse_sample(line, limits.max_sample_bytes))
         except ValueError as exc:
@@ -39,9 +46,14 @@ def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
-def sample_lines(data: bytes) -> list[tuple[int, bytes]]:
-    """Return the lines that are not blank, with their numbers from 1."""
-    return [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+def count_samples(data: bytes) -> int:
+    """Return the number of lines that are not blank."""
+    return sum(1 for _ in _sample_lines(data))
+
+
+def _sample_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank, with their numbers from 1. A list of them could take much memory."""
+    return ((number, line) for number, line in enumerate(io.BytesIO(data), start=1) if line.strip())
 
 
 def read_description(folder: Path, limits: Limits) -> str | None:
@@ -76,6 +88,8 @@ def parse_samples(data: bytes) -> tuple[Sample, ...]:
 
 def _parse_sample(line: bytes, max_bytes: int) -> Sample:
     """Return the sample of one line."""
+    if len(line) > _MAX_LINE_BYTES:
+        raise ValueError(f"has more than {_MAX_LINE_BYTES:,} bytes: shorten it")
     try:
         raw = parse_json_object(line)
     except ValueError as exc:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -24,7 +25,14 @@ from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.contract_files import GIVEN, ReadContract
 from lora_store.data_files import DATA_SUFFIX
-from lora_store.errors import AdapterNotFound, AdapterRefused, FileRefused, StoreDamaged, StoreUnavailable
+from lora_store.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    BlobCorrupted,
+    FileRefused,
+    StoreDamaged,
+    StoreUnavailable,
+)
 from lora_store.events import Event, Withdraw
 from lora_store.feedback import FeedbackFiles
 from lora_store.files import Files
@@ -151,7 +159,8 @@ class LoraStore:
         A new version of a live name keeps what is not given. `tags`: None keeps. `template`: None keeps; "server" names
         none; for a new name None takes the folder's. `contract`: JSON; None takes the folder's, and without one keeps;
         "" for none. `read_contract`: how it is read for this base model. `keeps_visibility`: `visibility` is for new
-        names only. A folder without samples keeps the live ones. A description replaces a single live sample only.
+        names only. A folder without samples keeps the live ones, and so does one with those that are not accepted
+        prompts. A description replaces a single live sample only.
         `has_samples`: False publishes it without any. `quota`: of the tenant, with all that this object has staged for
         it; the commit checks the newest state.
         Raises: AdapterRefused with every reason, QuotaExceeded; nothing is written then.
@@ -178,7 +187,7 @@ class LoraStore:
         if not has_samples:
             checked = replace(checked, samples=())
         expires_at = None if ttl_s is None else self._now() + timedelta(seconds=ttl_s)
-        kept_samples = live if live is not None and has_samples and _keeps_samples(checked, live) else None
+        kept_samples = live if live is not None and has_samples and self._keeps_samples(checked, live) else None
         staged = self._stage_checked(
             label, checked, folder.name if source is None else source, expires_at, kept_samples, quota
         )
@@ -195,6 +204,23 @@ class LoraStore:
         }
         keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
         return replace(staged, keeps=keeps, warnings=checked.warnings)
+
+    def _keeps_samples(self, checked: CheckedFolder, live: AdapterRecord) -> bool:
+        """Return whether the live version's samples stay.
+
+        The folder has none, a description in place of several, or the same ones without those that were accepted.
+        """
+        if not checked.samples or checked.is_described:
+            return live.num_samples > len(checked.samples)
+        if live.samples_digest is None or live.num_samples <= len(checked.samples):
+            return False  # none was accepted
+        with suppress(AdapterNotFound, BlobCorrupted):  # a publish replaces them
+            return checked.samples == self._own_samples(live.samples_digest)
+        return False
+
+    def _own_samples(self, samples_digest: str) -> tuple[Sample, ...]:
+        """Return the samples that the publisher gave."""
+        return tuple(sample for sample in self.samples(samples_digest) if not sample.is_accepted)
 
     def _stage_checked(
         self,
@@ -242,7 +268,7 @@ class LoraStore:
         if live.samples_digest is None:
             raise AdapterRefused(live.ref.name, ["it has no samples: publish it with samples first"])
         if samples is None:
-            samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
+            samples = self._own_samples(live.samples_digest)
         return self._stage_changed(live, changed_version(live, **_describe_samples(samples)), tuple(samples))
 
     def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
@@ -667,8 +693,3 @@ def _make_label(
 def _describe_samples(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the digest and the number of the samples, as fields of a record."""
     return {"samples_digest": hash_blob(write_samples(samples)) if samples else None, "num_samples": len(samples)}
-
-
-def _keeps_samples(checked: CheckedFolder, live: AdapterRecord) -> bool:
-    """Return whether the live version's samples stay: the folder has none, or a description in place of several."""
-    return live.num_samples > 0 and (not checked.samples or (checked.is_described and live.num_samples > 1))

@@ -186,10 +186,10 @@ _FILES = {
     "many files": BadFolder(_many_files, "more than 1000 files"),
     "large weights": BadFolder(
         _sparse(WEIGHTS, (1 << 30) + 1),
-        "has 1025 MiB; this server takes 1024 MiB (admission.max_weights_bytes). float32 weights take half as much",
+        "this server takes 1,073,741,824 bytes (admission.max_weights_bytes). float32 weights take half as much",
     ),
     "large config": BadFolder(
-        _sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 2 MiB; this server takes 1 MiB"
+        _sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 1,048,577 bytes; this server takes 1,048,576"
     ),
 }
 
@@ -348,11 +348,12 @@ _SAMPLE_FILES = {
     "long output": BadFolder(
         samples(b'{"input": "x", "output": "%b"}' % (b"x" * 8193)), 'line 1 has an "output" of more than 8192 bytes'
     ),
-    "long samples file": BadFolder(_sparse(SAMPLES, 1 << 21), "lora_samples.jsonl: has 2 MiB; this server takes"),
+    "long line": BadFolder(samples(b'{"input": "x"}' + b" " * (1 << 20)), "line 1 has more than 1,048,576 bytes"),
+    "long samples file": BadFolder(_sparse(SAMPLES, 17 << 20), "has 17,825,792 bytes; this server takes 16,777,216"),
     "empty description": BadFolder(write("description.txt", b" \n"), "description.txt: is empty"),
     "binary description": BadFolder(write("description.txt", b"\xff"), "description.txt: is not UTF-8"),
     "long description": BadFolder(
-        write("description.txt", b"x" * 8193), "description.txt: has 8193 bytes; this server takes 8192"
+        write("description.txt", b"x" * 8193), "description.txt: has 8,193 bytes; this server takes 8,192"
     ),
 }
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeGuard
 
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
@@ -23,13 +24,14 @@ from deployments.weights import StoredWeights, WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import InferenceEngine
-from gpu_worker.errors import EngineStopped
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost, EngineStopped
 from gpu_worker.front.request.request import Completion, Job
 from gpu_worker.start import start_engine
 from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
 
 PARTS_AT_ONCE = 2  # the next part keeps the batch full while the last rows of one end
+FETCH_PAUSES_S = (1.0, 5.0, 20.0, 60.0, 120.0)  # before rows are repeated whose weights could not be fetched
 _MAX_TRIES = 2  # after the first: memory on a shared device may have been short for a moment
 
 
@@ -71,7 +73,10 @@ class OfflineEngine:
         self._executor.shutdown(wait=False)
 
     async def complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        """Answer all rows at once, then repeat the rows whose engine step failed. Raises: EngineStopped."""
+        """Answer all rows at once, then repeat those whose weights could not be fetched or whose engine step failed.
+
+        Raises: EngineStopped.
+        """
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._complete(jobs), self._asyncio_loop))
 
     def _run(self, worker: NativeWorkerConfig | VllmWorkerConfig, started: Future[InferenceEngine]) -> None:
@@ -91,6 +96,14 @@ class OfflineEngine:
 
     async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         outcomes = await self.engine.generate(jobs)
+        for pause_s in FETCH_PAUSES_S:
+            waiting = [place for place, outcome in enumerate(outcomes) if _may_be_fetched(outcome)]
+            if not waiting:
+                break
+            await asyncio.sleep(pause_s)
+            again = await self.engine.generate([jobs[place] for place in waiting])
+            for place, outcome in zip(waiting, again, strict=True):
+                outcomes[place] = outcome
         return [
             await self._again(job) if isinstance(outcome, EngineStopped) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
@@ -180,9 +193,15 @@ class PartAnswerer(OfflineEngines):
         return await self.answer(row["planned"])
 
     async def answer(self, planned: PlannedPart) -> dict[str, int]:
-        """Answer and write one part. Return its numbers of rows and errors. Raises: EngineStopped, StoreUnavailable."""
+        """Answer and write one part. Return its numbers of rows and errors.
+
+        Raises: AdapterLoadFailed if weights cannot be fetched now; EngineStopped, StoreUnavailable.
+        """
         jobs = [asked.job for asked in planned.asked if asked.job is not None]
-        answers = iter(await self.complete(jobs))
+        found = await self.complete(jobs)
+        for failed in filter(_may_be_fetched, found):
+            raise failed
+        answers = iter(found)
         outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
         part = answered(planned.rows, planned.asked, outcomes, self._batch.settings.answer)
         await asyncio.to_thread(self._record, planned, outcomes)
@@ -202,3 +221,8 @@ class PartAnswerer(OfflineEngines):
             ]
             kept = timedelta(settings.config.usage_days)
             self._usage.put(segment, b"".join(lines), datetime.now(UTC), kept)
+
+
+def _may_be_fetched(outcome: Completion | Exception) -> TypeGuard[AdapterLoadFailed]:
+    """Return whether the row only lacks weights that the store may give later."""
+    return isinstance(outcome, AdapterLoadFailed) and not isinstance(outcome, AdapterLost)

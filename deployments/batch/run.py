@@ -148,6 +148,7 @@ def _deciding(settings: BatchSettings) -> JsonObject:
             "worker": _pick_worker_settings(model["worker"]),
             "chat_template": _chat_template(settings.config.models[number]),
         }
+    deciding["learning: apply"] = settings.config.learning == "apply"  # "off" and "observe" answer alike
     deciding["owner_names"] = settings.config.owner_names
     deciding["defaults"] = dict(settings.defaults)
     return deciding | {"tenant": settings.tenant, "part_rows": settings.part_rows}

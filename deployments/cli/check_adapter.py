@@ -24,7 +24,7 @@ from gpu_worker.errors import GpuWorkerError
 from lora_store import AdapterRefused, Label, Limits, check_folder
 from lora_store.peft_config import read_base_model
 from lora_store.peft_files import TEMPLATE_FILE
-from lora_store.sample_files import SAMPLES_FILE, sample_lines
+from lora_store.sample_files import SAMPLES_FILE, count_samples
 
 _ENOUGH_SAMPLES = 20  # more improve routing little
 
@@ -137,7 +137,7 @@ def _outcome(
         "is_fit": True,
         "num_modules": len(admitted.pairs),
         "num_samples": len(admitted.samples) if has_samples else 0,
-        "num_lines": len(sample_lines(file.read_bytes())) if has_samples and file.is_file() else 0,
+        "num_lines": count_samples(file.read_bytes()) if has_samples and file.is_file() else 0,
         "warnings": list(admitted.warnings),
     }
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deployments.cli.options import DEFAULT_URL, Url, check_local_folder
-from deployments.cli.output import say
+from deployments.cli.output import say, show_warning
 from deployments.cli.pool_upkeep import Store
 
 commands = typer.Typer()
@@ -37,7 +37,7 @@ def compose(
     adapters of its key's tenant, and the key needs the role admin.
     """
     weights = _weights_in(adapters)
-    from deployments.cli.pool_transfer import open_pool, read_modules  # torch takes seconds to import
+    from deployments.cli.pool_transfer import open_pool, read_modules, write_contract  # torch takes seconds to import
     from lora_store import is_valid_name, write_peft_folder
     from lora_store.composition import compose
 
@@ -51,11 +51,15 @@ def compose(
         records = {part: state.find(part) for part in weights}
         templates = {record.template for record in records.values()}
         bases = sorted({record.base_model for record in records.values()})
-        if len(bases) > 1:
-            raise ValueError(f"--adapters: their base models differ, {' and '.join(bases)}")
+        half = sum(map(abs, weights.values())) / 2
+        leader = next((records[part] for part, weight in weights.items() if weight > half), None)
         parts = [(read_modules(source, record), weights[part]) for part, record in records.items()]
         modules, error = compose(parts, rank)
         write_peft_folder(folder, modules, base_model=bases[0])
+        if leader is not None and leader.contract is not None:
+            write_contract(folder, leader.contract)
+    if len(bases) > 1:
+        show_warning(f"{folder}: names the base model {bases[0]}; is that the same model as {', '.join(bases[1:])}?")
     said = f"{folder}: rank {max(module.rank for module in modules.values())}"
     said += ", exact" if rank is None else f", relative error {error:.2%}"
     said += ". It has no samples: add lora_samples.jsonl for auto"

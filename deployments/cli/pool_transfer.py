@@ -166,6 +166,12 @@ def read_modules(source: PoolSource, record: AdapterRecord) -> dict[str, ModuleW
     return dict(weights_in(record.weights_digest, np.frombuffer(data, np.uint8)).modules)
 
 
+def write_contract(folder: Path, contract: str) -> None:
+    """Write a stored contract into an adapter's folder."""
+    text = yaml.safe_dump(json.loads(contract), sort_keys=False, allow_unicode=True)
+    (folder / CONTRACT_FILE).write_text(text, encoding="utf-8")
+
+
 def _make_place(names: Sequence[str]) -> str:
     """Return the folder of an adapter, other than the file that lists them. No name has a "~"."""
     top, *rest = names
@@ -192,9 +198,6 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
         if record.contract is None:
             entry["contract"] = {}
         else:
-            (folder / place / CONTRACT_FILE).write_text(
-                yaml.safe_dump(json.loads(record.contract), sort_keys=False, allow_unicode=True),
-                encoding="utf-8",
-            )
+            write_contract(folder / place, record.contract)
         entries.append(entry | ({"owner": tenant} if has_owners else {}))
     (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))

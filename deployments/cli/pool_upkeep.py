@@ -274,7 +274,10 @@ def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         print_json(result)
         return
     num_compared, num_measurable = len(result["rankings"]), result["num_regions"]
-    say(f"{num_compared} of {num_measurable} adapters with sample outputs have similar ones to compare with")
+    said = f"{num_compared} of {num_measurable} adapters with sample outputs are ranked among similar ones"
+    if num_compared < num_measurable:
+        said += "; the others have no similar one, or too few answers were the sample outputs"
+    say(said)
     _print_rankings(result["rankings"])
     beaten = {item["name"] for ranking in result["rankings"] for item in ranking["adapters"] if item["is_beaten"]}
     if num_compared and not beaten:

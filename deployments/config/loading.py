@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.config.app import AppConfig
-from deployments.config.parts import Settings
+from deployments.config.parts import Settings, merge_group
 from deployments.config.settings_errors import SettingsInvalid, settings_error
 from deployments.json_types import JsonObject
 from deployments.yaml_files import load_yaml
@@ -99,7 +99,11 @@ def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:
         # it was chosen for the file's base model, on the CPU
         settings = settings | {"worker": {name: value for name, value in worker.items() if name != "quantization"}}
     pairs = {name: (old, changes[name]) for name, old in settings.items() if name in changes}
-    groups = {name: old | new for name, (old, new) in pairs.items() if isinstance(old, dict) and isinstance(new, dict)}
+    groups = {
+        name: merge_group(old, new)
+        for name, (old, new) in pairs.items()
+        if isinstance(old, dict) and isinstance(new, dict)
+    }
     return settings | changes | groups
 
 

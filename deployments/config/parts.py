@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.api.base import LoraOptions
-from deployments.json_types import JsonMapping
+from deployments.json_types import JsonMapping, JsonObject
 from lora_store import MAX_PLAN_ADAPTERS, STRATEGIES, Limits, RoutedStrategy
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import EncoderDtype
@@ -28,6 +28,13 @@ def expand_home(path: Path) -> Path:
         raise ValueError(
             f"{path}: this machine has no home folder for {path.parts[0]!r}; write the whole path"
         ) from exc
+
+
+def merge_group(old: JsonObject, new: JsonMapping) -> JsonObject:
+    """Return the settings of a group with the new ones. Options of a strategy go where another one is set."""
+    if new.get("strategy", old.get("strategy")) != old.get("strategy"):
+        old = old | {"strategy_options": {}}
+    return old | dict(new)
 
 
 class AdmissionSettings(Settings):
@@ -125,7 +132,7 @@ class RetrievalSettings(Settings):
                 f"user_config takes sampling_defaults, and retrieval with {', '.join(sorted(allowed))}"
             )
         sampling = SamplingDefaults.model_validate(user_config.get("sampling_defaults") or {})
-        return RetrievalSettings.model_validate(self.model_dump() | given), sampling.given
+        return RetrievalSettings.model_validate(merge_group(self.model_dump(), given)), sampling.given
 
     @model_validator(mode="after")
     def _options_of_the_strategy(self) -> Self:

@@ -21,7 +21,7 @@ from deployments.config.served_model import ServedModels
 from deployments.generation.completions import make_jobs
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
-from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
+from gpu_worker.errors import AdapterLost, PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, SamplingParams
 from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Ranking, Sample
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 _TENANT = "evaluate:"  # not a valid tenant name; evaluations take turns with tenants in the engine's queue
 _AT_ONCE = 4  # rows, so that an evaluation takes a small part of a batch
 _ANSWER_S = 120.0
-_CHARS_PER_TOKEN = 2  # of an output, low: labels and digits have short tokens
-_MAX_TOKENS = 64
+_MAX_TOKENS = 64  # of an answer; a longer output is compared that far
 
 
 class AnswerScorer(Scorer):
     """Scores an adapter by greedy answers: 1 for an answer equal to the sample's output, else 0.
 
-    Case, surrounding space and a final full stop do not count. An adapter that cannot be loaded scores 0.
+    Case, surrounding space and a final full stop do not count. Of a long output the beginning is compared. An adapter
+    that is lost scores 0.
     """
 
     def __init__(self, workers: Workers, models: ServedModels) -> None:
@@ -61,34 +61,38 @@ class AnswerScorer(Scorer):
     async def _score(self, adapter: AdapterRecord, example: Sample) -> float:
         assert example.output is not None, "examples have outputs"
         async with self._room:
-            answer = await self._answer(adapter, example.input, example.output)
-        return score_answer(answer, example.output)
+            answer, is_cut = await self._answer(adapter, example.input, example.output)
+        return score_answer(answer, example.output, is_cut=is_cut)
 
-    async def _answer(self, adapter: AdapterRecord, text: str, output: str) -> str:
+    async def _answer(self, adapter: AdapterRecord, text: str, output: str) -> tuple[str, bool]:
+        """Return the answer, and whether it was cut."""
         model = self._models.made_for(adapter.base_model)
         rows = (PlannedAdapter(adapter.ref, adapter.weights_digest, 1.0),)
         plan = Plan("selection", rows, template=adapter.template, contract=adapter.contract, base_model=model.name)
         question = Question((Message("user", text),), text, adapter.ref.name, LoraOptions())
-        max_tokens = min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)  # enough to compare with the output
+        max_tokens = min(_MAX_TOKENS, len(output.encode()) + 2)  # no token is shorter than a byte
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
         planned = Planned(plan, contract=applied_contract(plan, question, sampling))
         name = f"evaluate-{next(self._numbers)}"
         [job] = make_jobs(name, _TENANT, sampling, [question], [planned], [model.template])
-        stream, parts = self._workers.stream(replace(job, time_left_s=_ANSWER_S)), list[str]()
+        stream, parts, is_cut = self._workers.stream(replace(job, time_left_s=_ANSWER_S)), list[str](), False
         deadline = time.monotonic() + _ANSWER_S
         try:
             while not isinstance(delta := await stream.next(deadline), StreamEnd):
-                parts += [delta.text] if isinstance(delta, Delta) else []
-        except (AdapterLoadFailed, PromptTooLong) as exc:
+                if isinstance(delta, Delta):
+                    parts.append(delta.text)
+                    is_cut = delta.finish_reason == "length"
+        except (AdapterLost, PromptTooLong) as exc:
             logger.warning("an example cannot be answered by %s: %s", adapter.ref, exc)
         finally:
             stream.cancel()
-        return "".join(parts)
+        return "".join(parts), is_cut
 
 
-def score_answer(answer: str, output: str) -> float:
-    """Return 1 if the answer equals the sample's output, else 0."""
-    return float(normalized(answer) == normalized(output))
+def score_answer(answer: str, output: str, *, is_cut: bool = False) -> float:
+    """Return 1 if the answer equals the sample's output, or its beginning if the answer was cut, else 0."""
+    given, expected = normalized(answer), normalized(output)
+    return float(given == expected or (is_cut and given != "" and expected.startswith(given)))
 
 
 class Evaluator:

@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import Buffer, serve_store
 from deployments.weights import ObjectCache, RetryPolicy, WeightsFetcher
-from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost
 from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWeights, StoreUnavailable, encode_weights
 from lora_store.disk_cache import DiskCache
 from tests.fakes import FakeHandle
@@ -155,6 +155,7 @@ async def test_temporary_failures_are_retried_and_the_fifth_is_reported_plainly(
     assert once.num_calls == 2 and once.clock.pauses == [0.1]
     with pytest.raises(AdapterLoadFailed) as caught:
         await always.run()
+    assert not isinstance(caught.value, AdapterLost)
     if words.startswith(("the adapter store", "they")):
         assert str(caught.value) == f"the weights {DIGEST[:12]} could not be loaded: {words}"
     assert always.num_calls == 5 and always.clock.pauses == [0.1, 0.2, 0.4, 0.8]
@@ -177,7 +178,7 @@ LASTING = {
 @pytest.mark.parametrize("words", LASTING)
 async def test_permanent_failures_are_reported_at_once(words: str) -> None:
     fetching = Fetching(LASTING[words])
-    with pytest.raises(AdapterLoadFailed) as caught:
+    with pytest.raises(AdapterLost) as caught:
         await fetching.run()
     assert str(caught.value) == f"the weights {DIGEST[:12]} could not be loaded: {words}"
     assert fetching.num_calls == 1

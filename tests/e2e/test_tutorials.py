@@ -79,7 +79,7 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
         (
             "how-to/evaluate-a-pool.md",
             5,
-            ["36 prompts of adapters", "AUROC", "have similar ones to compare with", "fusion: ", "of 12 right"],
+            ["36 prompts of adapters", "AUROC", "are ranked among similar ones", "fusion: ", "of 12 right"],
         ),
         ("how-to/choose-k-and-strategy.md", 1, ["do the boys like tea"]),
         ("how-to/upgrade-and-roll-back.md", 3, [", 0 bad", "are in before-upgrade.tar", "pool-of-before, generation"]),

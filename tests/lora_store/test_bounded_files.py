@@ -12,7 +12,7 @@ from lora_store.errors import FileRefused
 
 @pytest.mark.parametrize(
     ("size", "limit", "shown"),
-    [(10, 9, "10 bytes; this server takes 9 bytes$"), (3 << 20, 2 << 20, "3 MiB; this server takes 2 MiB$")],
+    [(10, 9, "10 bytes; this server takes 9 bytes$"), (1025, 1024, "1,025 bytes; this server takes 1,024 bytes$")],
 )
 def test_a_file_is_read_up_to_its_limit_and_refused_above(tmp_path: Path, size: int, limit: int, shown: str) -> None:
     file = tmp_path / "file"
@@ -64,5 +64,5 @@ def test_a_change_of_a_file_that_is_not_private_does_not_reach_what_was_read(tmp
 
 def test_a_limit_on_the_weights_names_its_setting(tmp_path: Path) -> None:
     file, _ = large_file(tmp_path)
-    with pytest.raises(FileRefused, match=r"this server takes 1 MiB \(admission\.max_weights_bytes\)"):
+    with pytest.raises(FileRefused, match=r"this server takes 1,048,576 bytes \(admission\.max_weights_bytes\)"):
         read_tensors(file, Limits(max_weights_bytes=1 << 20))

@@ -21,6 +21,13 @@ def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_samples(tmp_path, Limits()) == (Sample("one"),), "a publisher cannot mark a line"
 
 
+def test_as_many_samples_as_are_allowed_may_all_have_the_largest_size(tmp_path: Path) -> None:
+    largest = Limits().max_sample_bytes
+    samples = [Sample(f"{number:0{largest}}", '"\n' * (largest // 2)) for number in range(Limits().max_samples)]
+    (tmp_path / SAMPLES_FILE).write_bytes(write_samples(samples))
+    assert read_samples(tmp_path, Limits()) == tuple(samples)
+
+
 @pytest.mark.parametrize("key", ["prompt", "instruction", "text", "question"])
 def test_other_common_keys_are_read_where_there_is_no_input(tmp_path: Path, key: str) -> None:
     (tmp_path / SAMPLES_FILE).write_text(f'{{"{key}": "a"}}\n{{"{key}": "not read", "input": "b"}}\n')
@@ -37,7 +44,8 @@ def test_blank_lines_are_ignored_but_counted_and_every_bad_line_is_listed(tmp_pa
 
 
 def test_a_share_of_too_many_samples_is_read_from_the_whole_file(tmp_path: Path) -> None:
-    (tmp_path / SAMPLES_FILE).write_text("".join(f'{{"input": "{number}"}}\n' for number in range(7)))
+    lines = [f'{{"input": "{number}"}}{" " * 9000}\n' for number in range(7)]
+    (tmp_path / SAMPLES_FILE).write_text("".join(lines))
     assert [sample.input for sample in read_samples(tmp_path, Limits(max_samples=3))] == ["0", "2", "4"]
     assert len(read_samples(tmp_path, Limits(max_samples=7))) == 7
 

@@ -52,6 +52,18 @@ def test_accepted_prompts_make_a_new_version_of_the_same_weights(store: LoraStor
     assert (undone.ref, undone.created_at) == (first.ref, first.created_at), "the very version of the publisher"
 
 
+def test_publishing_keeps_accepted_prompts_with_the_same_samples_only(
+    store: LoraStore, make_folder: MakeFolder
+) -> None:
+    first = commit(store, store.stage(make_folder()))
+    own = store.samples(first.samples_digest or "")
+    second = commit(store, store.resample(first, [*own, ACCEPTED]))
+    assert store.stage(make_folder()).ref == second.ref
+    assert commit(store, store.stage(make_folder(seed=5))).samples_digest == second.samples_digest
+    other = commit(store, store.stage(make_folder(inputs=("Rhyme this.",))))
+    assert store.samples(other.samples_digest or "") == (Sample("Rhyme this."),)
+
+
 def test_an_edit_of_a_version_that_is_not_live_any_more_is_refused(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder()))
     own = store.samples(first.samples_digest or "")

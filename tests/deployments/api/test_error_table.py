@@ -85,6 +85,7 @@ EXPECTED = [
     (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "request_failed"),
     (worker_errors.RequestFailed("r-1"), 500, "server_error", "request_failed"),
     (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "unavailable"),
+    (worker_errors.AdapterLost("lost"), 503, OVERLOADED, "unavailable"),
     (worker_errors.DeadlineExceeded(3), 504, "timeout_error", "deadline_exceeded"),
     (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "overloaded"),
     (worker_errors.EngineFull("full"), 503, OVERLOADED, "overloaded"),

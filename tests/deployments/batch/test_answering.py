@@ -23,11 +23,12 @@ from deployments.batch.planning import PartPlanner
 from deployments.batch.run import BatchRun
 from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
+from deployments.weights import RetryPolicy
 from gpu_worker.config import VllmSettings
-from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.errors import AdapterLoadFailed, WorkerConfigInvalid
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
-from lora_store import STRATEGIES, LoraStore
+from lora_store import STRATEGIES, AdapterNotFound, LoraStore, StoreUnavailable
 from lora_store.usage import SUMS, UsageQuery
 from tests.deployments.batching import BASE, TOPICS, TOPICS_OF, Place, prompts, publish, tiny_app
 from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, linear_shapes, tiny_config
@@ -159,6 +160,33 @@ async def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place)
     assert [n for n, row in enumerate(found) if row["error"]] == [5]
     assert found[5]["error"]["code"] == "request_failed"
     assert all(row["num_new_tokens"] == 6 for n, row in enumerate(found) if n != 5)
+
+
+async def test_rows_wait_for_weights_and_a_part_that_never_gets_them_is_not_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.batch.answering.FETCH_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("deployments.weights.RetryPolicy", lambda: RetryPolicy(max_tries=1))
+    store = LoraStore(place.config.store_uri, accepts_base=[BASE])
+    lost = store.snapshot().records["local", "wild-bees"].weights_digest
+    failures, read = ["no route"] * 3, LoraStore.read_parts
+
+    def fail_first(store: LoraStore, digest: str) -> Any:
+        if digest == lost:
+            raise AdapterNotFound(digest)
+        if failures:
+            raise StoreUnavailable(failures.pop())
+        return read(store, digest)
+
+    monkeypatch.setattr(LoraStore, "read_parts", fail_first)
+    run = place.begin([{"prompt": "Hello", "model": name} for name in ("the-sea", "wild-bees")])
+    with closing(PartAnswerer(run)) as answerer:
+        with pytest.raises(AdapterLoadFailed, match="cannot be reached"):
+            await answer(run, answerer)
+        assert (failures, list((place.folder / "out").glob("part-*"))) == ([], [])
+        failures += ["no route"] * 2
+        await answer(run, answerer)
+    assert [row["error"] and row["error"]["code"] for row in place.written()] == [None, "unavailable"]
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None

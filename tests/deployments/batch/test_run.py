@@ -94,10 +94,12 @@ def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> 
     rows = prompts(4)
     place.begin(rows)
     place.begin(rows, config=changed("worker", max_batch_size=2))  # changes no answer
+    place.begin(rows, config=place.config.model_copy(update={"learning": "observe"}))
     for given, changes, says in (
         (rows[::-1], {}, r"in\.parquet was"),
         (rows, {"part_rows": 9}, "part_rows was 8, is 9"),
         (rows, {"defaults": DEFAULTS | {"max_tokens": 7}}, r"defaults\.max_tokens was 6, is 7"),
+        (rows, {"config": place.config.model_copy(update={"learning": "apply"})}, "apply was False, is True"),
         (rows, {"config": changed("retrieval", abstain="strict")}, "retrieval.abstain was 'balanced', is 'strict'"),
         (rows, {"config": changed("worker", dtype="bfloat16")}, "worker.dtype was 'float32', is 'bfloat16'"),
         (

@@ -278,8 +278,26 @@ def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path
     publish(pool, tmp_path, "bard", template="chat")
     equal = run("compose", "equal", "--adapters", "poet=0.7,bard=0.3", *made)
     assert "--template chat" in words(equal.stdout), "both have it"
+    store = str(tmp_path / "pool")
+    folder = LoraStore(store, accepts_base=[BASE], read_contract=read_contract).stage(tmp_path / "both")
+    assert folder.record.contract == pool.snapshot().records["local", "poet"].contract, "it leads"
     outside = run("compose", "../outside", "--adapters", "poet=0.7,bard=0.3", *made)
     assert (outside.exit_code, (tmp_path.parent / "outside").exists()) == (2, False)
+
+
+@pytest.mark.parametrize(("num_out", "exit_code", "said"), [(8, 0, "the same model as tiny-b"), (9, 1, "differ")])
+def test_parts_that_name_other_bases_are_composed_if_their_shapes_are_equal(
+    num_out: int, exit_code: int, said: str, tmp_path: Path
+) -> None:
+    store = LoraStore(str(tmp_path / "pool"), accepts_base=["tiny-a", "tiny-b"])
+    for name, num in (("tiny-a", 8), ("tiny-b", num_out)):
+        module = ModuleWeights(torch.ones(1, 6), torch.ones(num, 1), 1.0)
+        write_peft_folder(tmp_path / name, {UP: module}, base_model=name)
+        store.commit([store.stage(tmp_path / name)], [None], [0.5], "maker")
+    made = ("--out", tmp_path, "--store", tmp_path / "pool")
+    found = run("compose", "both", "--adapters", "tiny-a=0.5,tiny-b=0.5", *made)
+    assert (found.exit_code, said in words(found.stderr)) == (exit_code, True)
+    assert (tmp_path / "both").exists() == (exit_code == 0)
 
 
 @pytest.mark.parametrize("adapters", ["poet", "poet=x", "poet=nan", "poet=1,poet=2", "=1", ""])

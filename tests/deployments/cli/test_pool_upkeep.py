@@ -93,10 +93,11 @@ def test_an_evaluation_prints_its_rankings_or_that_it_changes_nothing() -> None:
     result = {"num_regions": 3, "rankings": [RANKING], "generation": 9, "replicas": {"ready": 1, "behind": 0}}
     said = job(result, "evaluate")
     assert (said.code, said.asked, said.sent) == (0, [("POST", "/v1/pool/evaluate")], [{}])
-    assert "1 of 3 adapters with sample outputs have similar ones to compare with" in said.out
+    assert "1 of 3 adapters with sample outputs are ranked among similar ones; the others have no" in said.out
     assert RANKED in said.out and "none is clearly beaten" not in said.out
     own = RANKING | {"adapters": RANKING["adapters"][:1]}
-    same = job(result | {"rankings": [own]}, "evaluate")
+    same = job(result | {"num_regions": 1, "rankings": [own]}, "evaluate")
+    assert "1 of 1 adapters with sample outputs are ranked" in same.out and "the others" not in same.out
     assert "none is clearly beaten by a similar one, so `auto` chooses as before" in same.out
 
 

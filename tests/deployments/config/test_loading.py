@@ -29,6 +29,16 @@ def test_a_keys_file_of_the_file_sets_the_defaults_that_protect_tenants(tmp_path
     assert load_config(tmp_path / "settings.yaml").public_requires_approval
 
 
+@pytest.mark.parametrize(("strategy", "options"), [("selection", {}), ("top_p_mixture", {"kept_weight": 0.8})])
+def test_options_of_the_files_strategy_stay_with_that_strategy(
+    strategy: str, options: dict[str, float], tmp_path: Path
+) -> None:
+    file, change = tmp_path / "settings.yaml", {"retrieval": {"strategy": strategy}}
+    file.write_text("retrieval: {strategy: top_p_mixture, strategy_options: {kept_weight: 0.8}}\n")
+    for changed in (load_config(file, **change).retrieval, load_config(file).retrieval.changed(change)[0]):
+        assert (changed.strategy, changed.strategy_options) == (strategy, options)
+
+
 @pytest.mark.parametrize("changes", [{"base_model": "org/other"}, {"worker": {"device": "cuda"}}])
 def test_another_base_model_or_device_is_not_rounded_as_the_files_own(changes: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"

@@ -8,9 +8,9 @@ import pytest
 
 from deployments.calls.worker_client import serve_worker
 from deployments.publishing.evaluation import AnswerScorer
-from gpu_worker.errors import AdapterLoadFailed, EngineStopped
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost, EngineStopped
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, FinishReason, Job
 from lora_store import AdapterRecord, Sample
 from retriever_svc import Region
 from tests.deployments.adapter_records import POOL
@@ -38,7 +38,7 @@ class Poet(FakeWorker):
 
 class Broken(FakeWorker):
     async def stream(self, job: Job):  # type: ignore[no-untyped-def]
-        raise AdapterLoadFailed("its file is damaged")
+        raise AdapterLost("its file is damaged")
         yield
 
 
@@ -47,17 +47,19 @@ class Ended(FakeWorker):
 
     async def stream(self, job: Job):  # type: ignore[no-untyped-def]
         if job.request_id == "evaluate-0":
-            raise EngineStopped("the engine has stopped")
+            raise self.failure
         await asyncio.Event().wait()
         yield
 
 
-def scored(worker: FakeWorker, adapter: AdapterRecord = POET) -> tuple[list[float], list[Job]]:
+def scored(
+    worker: FakeWorker, adapter: AdapterRecord = POET, examples: tuple[Sample, ...] = EXAMPLES
+) -> tuple[list[float], list[Job]]:
     """Return the scores of the examples, and the jobs that the worker got."""
     handle = FakeHandle(worker)
 
     async def run() -> list[float]:
-        return list(await AnswerScorer(workers_of(serve_worker(handle)), CHATTING).scores(adapter, EXAMPLES))
+        return list(await AnswerScorer(workers_of(serve_worker(handle)), CHATTING).scores(adapter, examples))
 
     return asyncio.run(run()), [job for (job,) in handle.called("stream")]
 
@@ -65,17 +67,39 @@ def scored(worker: FakeWorker, adapter: AdapterRecord = POET) -> tuple[list[floa
 def test_an_answer_equal_but_for_case_space_and_full_stop_scores_one() -> None:
     found, jobs = scored(Poet())
     assert found == [1.0] * 8
-    assert scored(Poet(), CODER)[0] == scored(Broken())[0] == [0.0] * 8, "nor one that cannot be loaded"
+    assert scored(Poet(), CODER)[0] == scored(Broken())[0] == [0.0] * 8, "nor one that is lost"
     assert len({job.request_id for job in jobs}) == 8
     asked = {(job.sampling.temperature, job.sampling.max_tokens, job.tenant, job.template) for job in jobs}
     assert asked == {(0, 6, "evaluate:", "chat")}, "greedy, short, and in turn with tenants"
 
 
-def test_a_failed_example_ends_the_rows_of_the_others() -> None:
-    handle = FakeHandle(Ended())
+LONG = "select name from people " * 9
+
+
+@pytest.mark.parametrize(
+    ("output", "max_tokens", "answer", "finish_reason", "score"),
+    [
+        ("सकारात्मक", 29, "सकारात्मक", "stop", 1.0),  # 27 bytes, each of which may be a token
+        (LONG, 64, " SELECT name FROM peo", "length", 1.0),
+        (LONG, 64, "select names", "length", 0.0),
+        (LONG, 64, "select name", "stop", 0.0),
+        (LONG, 64, "", "length", 0.0),
+    ],
+)
+def test_a_right_answer_has_room_and_a_long_output_counts_as_far_as_it_was_generated(
+    output: str, max_tokens: int, answer: str, finish_reason: FinishReason, score: float
+) -> None:
+    worker = FakeWorker((Delta(answer, 3, 9, finish_reason),))
+    found, [job] = scored(worker, examples=(Sample("prompt", output),))
+    assert (found, job.sampling.max_tokens) == ([score], max_tokens)
+
+
+@pytest.mark.parametrize("error", [EngineStopped("stopped"), AdapterLoadFailed("the store cannot be reached")])
+def test_a_failed_example_ends_the_rows_of_the_others(error: Exception) -> None:
+    handle = FakeHandle(Ended(failure=error))
 
     async def run() -> None:
-        with pytest.raises(EngineStopped):
+        with pytest.raises(type(error)):
             await AnswerScorer(workers_of(serve_worker(handle)), CHATTING).scores(POET, EXAMPLES)
         streams = [response for response in handle.responses if hasattr(response.answer, "__aiter__")]
         assert len(streams) >= 4 and all(stream.num_cancels for stream in streams)
