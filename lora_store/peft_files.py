@@ -9,17 +9,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lora_store.adapter import ModuleWeights, Sample
-from lora_store.bounded_files import Limits, read_bytes, read_tensors
-from lora_store.errors import AdapterRefused, FileRefused
-from lora_store.expert_tensors import read_experts, split_experts
-from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
+from lora_store.bounded_files import Limits, read_bytes
+from lora_store.errors import FileRefused
+from lora_store.expert_tensors import split_experts
+from lora_store.peft_config import CONFIG_FILE, PeftConfig
 from lora_store.safetensors_layout import StoredModule, StoredTensor
-from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
+from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, write_samples
 from lora_store.tensor_paths import tensor_key
 
 if TYPE_CHECKING:
@@ -38,50 +37,6 @@ _SIDES: dict[str, Side] = {"A": "lora_a", "B": "lora_b"}
 _KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.lora_([AB])\.weight")
 # Of VeLoRA, which compresses the gradients' inputs, and MonteCLoRA, which perturbs A while it is trained.
 _TRAINING_STATE = re.compile(r"base_model\.model\..+\.(?:lora_velora_embed|lora_monteclora_sampler\.\w+)")
-
-
-@dataclass(frozen=True, slots=True)
-class PeftFolder:
-    """The content of an adapter folder. `tensors` has every tensor by the file's own key, paired or not.
-
-    Those of fused experts are in `experts`, under the names of their parameters.
-    """
-
-    config: PeftConfig
-    tensors: dict[str, Tensor]
-    experts: dict[str, Tensor]
-    samples: tuple[Sample, ...]
-    description: str | None
-
-    @property
-    def modules(self) -> dict[str, ModuleWeights]:
-        """The complete LoRA pairs by module path."""
-        pairs = pair_tensors(self.tensors) | pair_tensors(self.experts)
-        paths = {name: f"{name}.weight" for name in pairs if self.config.is_bare_parameter(name)}
-        return pair_modules(ModuleWeights, self.config, pairs, paths)
-
-
-def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
-    """Parse the folder's files. `validation` decides whether the adapter may be stored.
-
-    Raises: AdapterRefused, which lists the problems of the first file that cannot be read.
-    """
-    limits = limits or Limits()
-    try:
-        config = read_config(folder, limits)
-        tensors = read_tensors(folder / WEIGHTS_FILE, limits)
-        experts = read_experts(tensors, config, None, limits.max_weights_bytes)
-        if experts.problems:
-            raise FileRefused(WEIGHTS_FILE, list(experts.problems))
-        return PeftFolder(
-            config=experts.config,
-            tensors={key: tensor.tensor() for key, tensor in tensors.items() if key not in experts.keys},
-            experts={key: tensor.tensor() for key, tensor in experts.tensors.items()},
-            samples=read_samples(folder, limits),
-            description=read_description(folder, limits),
-        )
-    except FileRefused as exc:
-        raise AdapterRefused(folder.name, [f"{exc.file}: {problem}" for problem in exc.problems]) from exc
 
 
 def write_peft_folder(
