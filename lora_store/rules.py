@@ -177,9 +177,9 @@ def _kept(snapshot: Snapshot, record: AdapterRecord) -> list[AdapterRef]:
     return [version.ref for version in snapshot.versions(record.ref.key)]
 
 
-def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Event]:
+def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Withdraw]:
     """Return one event per name. Raises: AdapterNotFound for the first name that is not live."""
-    events: list[Event] = []
+    events: list[Withdraw] = []
     for key in dict.fromkeys(keys):
         if key not in snapshot.records:
             raise AdapterNotFound(key[1])
@@ -187,7 +187,7 @@ def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: dat
     return events
 
 
-def expire_events(snapshot: Snapshot, at: datetime) -> list[Event]:
+def expire_events(snapshot: Snapshot, at: datetime) -> list[Withdraw]:
     """Return the withdrawals of the unlisted adapters whose time to live is over."""
     return [Withdraw(record.ref, EXPIRY, at) for record in snapshot.records.values() if record.is_expired(at)]
 
