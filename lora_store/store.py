@@ -51,7 +51,7 @@ from lora_store.rules import (
 )
 from lora_store.sample_files import checked_sample, parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
-from lora_store.staging import Edit, Kept, Staged, changed_version, staged_record, take_over
+from lora_store.staging import Edit, Kept, Staged, changed_version, staged_record, take_over, uncommitted
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
@@ -223,9 +223,8 @@ class LoraStore:
         The commit keeps the name's current visibility, whatever the visibility of this version was.
         Raises: AdapterNotFound if its blobs were deleted; BlobCorrupted.
         """
-        unknown = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
-        bare = replace(unknown, trial=None, is_offered=False)
-        return replace(self._stage_leased(bare, lambda: self._find(record)), keeps=frozenset({"visibility"}))
+        staged = self._stage_leased(uncommitted(record), lambda: self._find(record))
+        return replace(staged, keeps=frozenset({"visibility"}))
 
     def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
         """Stage the weights of the live version with other samples, or None for its own without accepted ones.
