@@ -1,9 +1,8 @@
-"""Build the parts of an engine that depend on its device: the KV cache, the loader, and compiled CPU kernels."""
+"""Build the parts of an engine that depend on its device: the KV cache, the bank, and compiled CPU kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -11,7 +10,6 @@ from transformers import PreTrainedModel
 
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.layout_kernel import load_layout_kernel
-from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.model.inject import inject
 from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
@@ -47,19 +45,6 @@ def make_bank(
     return LoraBank(linears, config.bank_rank_rows, experts=experts, free_fill=free_fill, kernel=kernel)
 
 
-def make_loader(
-    config: WorkerConfig, fetch: Fetch, bank: LoraBank, executor: Executor, on_done: Callable[[], None]
-) -> AdapterLoader:
-    """Return the loader that converts weights to the bank's layout."""
-    return AdapterLoader(
-        fetch,
-        to_device_layout=bank.to_device_layout,
-        executor=executor,
-        budget_bytes=config.host_cache_bytes,
-        on_done=on_done,
-    )
-
-
 def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:
     """Return the compiled LoRA products, or None if torch computes them."""
     is_native = config.device == "cpu" and config.lora_products == "auto"
@@ -81,11 +66,7 @@ def choose_linear_kernel(model: nn.Module, config: WorkerConfig) -> LinearKernel
 
 
 def inject_adapters(
-    model: PreTrainedModel,
-    bank: LoraBank,
-    context: StepContext,
-    config: WorkerConfig,
-    choices: Choices | None = None,
+    model: PreTrainedModel, bank: LoraBank, context: StepContext, config: WorkerConfig, choices: Choices
 ) -> None:
     """Let the model's layers add the bank's adapters. On the CPU pack and compile the layers where that is faster."""
     linear_kernel = choose_linear_kernel(model, config)
@@ -95,7 +76,7 @@ def inject_adapters(
         compile_layers(model, layer_kernel, choices)
 
 
-def fuse_where_compiled(model: nn.Module, config: WorkerConfig, choices: Choices | None = None) -> None:
+def fuse_where_compiled(model: nn.Module, config: WorkerConfig, choices: Choices) -> None:
     """Fuse the model's small operations on the CPU, if the compiled kernel is available."""
     kernel = load_fused_kernel(config.cache_dir) if config.device == "cpu" else None
     if kernel is not None:

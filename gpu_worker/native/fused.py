@@ -192,13 +192,12 @@ class Choices:
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, kernel: FusedKernel, choices: Choices | None = None) -> None:
+def fuse(model: nn.Module, kernel: FusedKernel, choices: Choices) -> None:
     """Replace, in place, every normalisation, MLP and attention of `model` that has the same result with the kernel.
 
     Both are run on random input and compared, so other variants of a model family stay as they are. So does a module
     with hooks, which its replacement would not run.
     """
-    choices = choices or Choices()
     for name, module in list(model.named_modules()):
         if module._forward_hooks or module._forward_pre_hooks:
             continue

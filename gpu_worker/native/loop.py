@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpu_worker.bank.device_memory import release_unused
 from gpu_worker.bank.load_threads import load_executor
-from gpu_worker.bank.loader import Fetch
+from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.bank.residency import Residency
 from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import EngineStopped, RequestFailed
@@ -107,7 +107,13 @@ class Engine:
         self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
-        self.loader = device_parts.make_loader(config, fetch, self.bank, self._executor, lambda: self.on_loaded())
+        self.loader = AdapterLoader(
+            fetch,
+            to_device_layout=self.bank.to_device_layout,
+            executor=self._executor,
+            budget_bytes=config.host_cache_bytes,
+            on_done=lambda: self.on_loaded(),
+        )
         self.queue = RequestQueue(config, self.loader, self.residency, self.kv_cache, clock=clock)
         self.running = self.queue.running
 

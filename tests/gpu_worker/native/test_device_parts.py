@@ -15,7 +15,7 @@ from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.model.packed_linear import has_bf16_vectors, is_kernel_faster, load_linear_kernel, may_use_tiles
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.native.device_parts import fuse_where_compiled, make_kv_cache, make_linear_kernel, make_lora_kernel
-from gpu_worker.native.fused import FusedMlp, FusedRmsNorm
+from gpu_worker.native.fused import Choices, FusedMlp, FusedRmsNorm
 from tests.gpu_worker.compilers import path_with_quick_compiler
 from tests.gpu_worker.engine_driver import kv_shape
 
@@ -78,7 +78,7 @@ def test_small_operations_are_fused_on_the_cpu(
     device: str, num_norms: int, num_mlps: int, tiny_base: Callable[..., BaseModel], lora_kernel: LoraKernel
 ) -> None:
     model = tiny_base("llama").model
-    fuse_where_compiled(model, on(device))
+    fuse_where_compiled(model, on(device), Choices())
     modules = list(model.modules())
     assert sum(isinstance(module, FusedRmsNorm) for module in modules) == num_norms
     assert sum(isinstance(module, FusedMlp) for module in modules) == num_mlps
