@@ -10,7 +10,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from gpu_worker.model.attention_plan import AttentionPlan
 from gpu_worker.model.lora_linear import compute_outputs
 from gpu_worker.model.packed_attention import packed_attention
 from gpu_worker.model.step_context import StepContext
-from gpu_worker.native.kernels.kernel_loading import find_function, functions, load_library
+from gpu_worker.native.kernels.kernel_loading import Kernel, find_function, functions
 
 _Candidate = TypeVar("_Candidate")
 _PROBE_ROWS = 8
@@ -45,8 +44,10 @@ class Angles(ctypes.Structure):
     _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("width", c_int64))
 
 
-class FusedKernel:
+class FusedKernel(Kernel):
     """The compiled passes. Tensors are on the CPU, float32 or bfloat16."""
+
+    library_name = "fused"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         norm_types = c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32, c_void_p, c_int32
@@ -162,12 +163,6 @@ class FusedAttention(nn.Module):
         limits = {"scaling": self.scaling, "sliding_window": self.sliding_window}
         attended, weights = attend(self, *heads, attention_mask, **limits, **others)
         return self.o_proj(attended.reshape(*hidden_states.shape[:2], -1)), weights
-
-
-def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
-    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
-    library = load_library("fused", cache_dir)
-    return None if library is None else FusedKernel(library)
 
 
 class Choices:

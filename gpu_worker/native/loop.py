@@ -45,7 +45,7 @@ from gpu_worker.native.next_tokens import Chosen, choose, find_grammars, find_ma
 from gpu_worker.native.prompt_lookup import guess_all, settle, take
 from gpu_worker.native.sampling.mask_thread import MaskThread
 from gpu_worker.native.sampling.sampling import Sampler
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
+from gpu_worker.native.sampling.sampling_kernel import SamplingKernel
 from gpu_worker.native.scheduler import Scheduled, schedule
 from gpu_worker.native.thread_count import thread_count
 
@@ -87,7 +87,7 @@ class Engine:
         adapt_experts(found.experts, context)
         adapt_routers(found.routers, self.bank.modules, context)
         self._masks = MaskThread()
-        self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
+        self._sampler = Sampler(SamplingKernel.load(config.cache_dir) if config.device == "cpu" else None)
         kernel, device = device_parts.make_lora_kernel(config), torch.device(config.device)
         self.residency = Residency(  # the kernel reads rows anywhere
             self.bank, is_packed=kernel is None, expert_bytes=self.memory.expert_bytes

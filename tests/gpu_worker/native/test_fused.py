@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.packed_attention import ATTENTION_NAME, packed_attention
-from gpu_worker.native.fused import Choices, FusedKernel, FusedRmsNorm, fuse, load_fused_kernel
+from gpu_worker.native.fused import Choices, FusedKernel, FusedRmsNorm, fuse
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only
 from tests.tiny import TinyBase
@@ -27,7 +27,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(scope="module")
 def kernel() -> FusedKernel:
-    return compiled(load_fused_kernel)
+    return compiled(FusedKernel.load)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -248,7 +248,7 @@ def test_layers_that_read_one_input_add_their_adapters_at_once(
     make_engine: MakeEngine, pool: list[AdapterWeights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Query, key and value; gate and up."""
-    assert compiled(load_fused_kernel) is not None
+    assert compiled(FusedKernel.load) is not None
     engine, asked, each = make_engine(by_digest(*pool)), list[int](), LoraLinear.each
 
     def counted(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
