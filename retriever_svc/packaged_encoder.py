@@ -11,9 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import shutil
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from lora_store.built_folder import build_folder
 from retriever_svc.errors import EncoderUnusable
 
 logger = logging.getLogger(__name__)
@@ -102,15 +101,12 @@ def _record(name: str, weights: Path) -> str:
 
 
 def _convert_into(folder: Path, name: str, source: Path) -> None:
-    """Convert in a temporary folder and rename it, so that `folder` is never incomplete."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}-") as scratch:
-        target = Path(scratch, "converted")
-        target.mkdir()
-        packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
-        tensors = packed.tensors()
-        if name == TRAINED_NAME:
-            add_training(tensors, load_file(TRAINING_FILE))
-        halves = {name: array.astype(np.float16) for name, array in tensors.items()}
+    packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
+    tensors = packed.tensors()
+    if name == TRAINED_NAME:
+        add_training(tensors, load_file(TRAINING_FILE))
+    halves = {name: array.astype(np.float16) for name, array in tensors.items()}
+    with build_folder(folder) as target:
         save_file(halves, target / _WEIGHTS, metadata={"format": "pt"})
         packed.tokenizer().save(str(target / "tokenizer.json"))
         for file, value in _settings_files(packed).items():
@@ -118,9 +114,6 @@ def _convert_into(folder: Path, name: str, source: Path) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         (target / CONVERSION).write_text(_record(name, target / _WEIGHTS), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        target.rename(folder)
 
 
 def add_training(tensors: dict[str, Floats], training: Mapping[str, np.ndarray]) -> None:
