@@ -46,7 +46,6 @@ def write_peft_folder(
     base_model: str,
     samples: Sequence[Sample] = (),
     description: str | None = None,
-    task_type: str | None = "CAUSAL_LM",
 ) -> None:
     """Write a standard PEFT folder that `PeftModel.from_pretrained` can open.
 
@@ -57,7 +56,7 @@ def write_peft_folder(
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors, experts = split_experts(weights)
-    config = _make_config(weights, experts) | {"base_model_name_or_path": base_model, "task_type": task_type}
+    config = _make_config(weights, experts) | {"base_model_name_or_path": base_model, "task_type": "CAUSAL_LM"}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in weights.keys() - set(experts):
         tensors[tensor_key(name, "A")] = weights[name].lora_a
