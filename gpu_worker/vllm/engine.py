@@ -105,7 +105,7 @@ class VllmEngine(InferenceEngine):
         self._plan_ids = PlanIds()
         self._request_numbers = itertools.count()
         uses_kernel = config.device == "cpu" and config.lora_products == "auto"
-        self._num_missing_kernels = int(uses_kernel and LoraKernel.load(Path(config.cache_dir)) is None)
+        self.num_missing_kernels = int(uses_kernel and LoraKernel.load(Path(config.cache_dir)) is None)
 
     @classmethod
     async def start(
@@ -169,10 +169,6 @@ class VllmEngine(InferenceEngine):
     @property
     def module_shapes(self) -> Shapes:
         return self._model.shapes
-
-    @property
-    def num_missing_kernels(self) -> int:
-        return self._num_missing_kernels
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         is_gone = self._rows.forget(weights_digests)
