@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lora_store import AdapterRefused, ModuleWeights, Sample, encode_weights, write_peft_folder
+from lora_store import AdapterRefused, Limits, ModuleWeights, Sample, encode_weights, write_peft_folder
+from lora_store.sample_files import read_description
 from tests.lora_store.builders import MakeFolder, MakeWeights, read_folder
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -108,14 +109,13 @@ def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling
 
 def test_a_written_folder_reads_back_to_the_same_digest(tmp_path: Path, make_weights: MakeWeights) -> None:
     write_peft_folder(tmp_path, make_weights(), base_model="b")
-    read = read_folder(tmp_path)
-    assert (read.samples, read.description) == ((), None)
+    assert read_folder(tmp_path).samples == ()
     samples = [Sample("Write a poem.", "Roses"), Sample("two\nlines\u2028 – é"), Sample("é" * 4000)]
     write_peft_folder(tmp_path, make_weights(), base_model="b", samples=samples, description="Poems.")
     read = read_folder(tmp_path)
     assert encode_weights(read.modules) == encode_weights(make_weights())
     assert read.samples == tuple(samples)
-    assert (read.description, read.config.base_model) == ("Poems.", "b")
+    assert (read_description(tmp_path, Limits()), read.config.base_model) == ("Poems.", "b")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {}), "equal alphas need no pattern"
     assert config["rank_pattern"] == {r"^model\.layers\.0\.mlp\.up_proj": 2}
