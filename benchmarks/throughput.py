@@ -38,7 +38,7 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.literal_einsum import literal_mixture
 from benchmarks.results_file import write_results
-from gpu_worker.model.packed_linear import KernelLinear, load_linear_kernel
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
 from gpu_worker.model.quantization import quantize
 from gpu_worker.model.step_context import Composition
 from gpu_worker.native.forward import ForwardPass
@@ -233,7 +233,7 @@ def products(num_turns: int) -> list[str]:
     The kinds take turns in one process, and the medians are of each turn's ratios, so that the load of other processes
     counts for all of them.
     """
-    kernel = load_linear_kernel(DEFAULT_CACHE_DIR)
+    kernel = LinearKernel.load(DEFAULT_CACHE_DIR)
     assert kernel is not None, "needs a C++ compiler"
     weight = torch.randn(HEAD_SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
     layers = {"bfloat16": KernelLinear(kernel, weight, None)}

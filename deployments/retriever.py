@@ -52,9 +52,9 @@ from retriever_svc import (
     StaleIndex,
     make_embeddings,
 )
-from retriever_svc.embedded import Embedded
 from retriever_svc.nearest_samples import NearestSamples
 from retriever_svc.retriever import Encoded
+from retriever_svc.route import Embedded
 from retriever_svc.views import choose_views, with_views
 
 logger = logging.getLogger(__name__)

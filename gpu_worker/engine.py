@@ -51,8 +51,11 @@ class InferenceEngine(ABC):
     weights change: it keeps its adapters until it ends. All methods belong to the event loop in which the engine was
     started. After the engine has ended they raise EngineStopped.
 
-    `tokenizer`: tokenizes for clients that only count or read tokens.
+    `tokenizer`: tokenizes for clients that only count or read tokens. `num_missing_kernels`: compiled kernels that are
+    missing and replaced by slower code.
     """
+
+    num_missing_kernels: int
 
     def __init__(
         self,
@@ -81,11 +84,6 @@ class InferenceEngine(ABC):
     def module_shapes(self) -> Shapes:
         """(out, in) of every module an adapter may target, by the base model's module path; of fused experts also their
         number."""
-
-    @property
-    @abstractmethod
-    def num_missing_kernels(self) -> int:
-        """Return how many compiled kernels are missing and replaced by slower code."""
 
     async def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
         """Yield None once the job has arrived, then new text: the first at once, later texts at intervals.

@@ -29,7 +29,7 @@ from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
 from lora_store.names import KEPT_POLICIES, MAX_POLICY_CHARS, NamedPolicy, policy_digest
 from lora_store.peft_config import PeftConfig
-from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
+from lora_store.peft_files import write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
 from lora_store.quota import TenantQuota
 from lora_store.rankings import RankedAdapter, Ranking
@@ -90,7 +90,6 @@ __all__ = [
     "NamedPolicy",
     "OutputProfile",
     "PeftConfig",
-    "PeftFolder",
     "Plan",
     "PlanInvalid",
     "PlannedAdapter",
@@ -127,7 +126,6 @@ __all__ = [
     "hash_blob",
     "is_valid_name",
     "policy_digest",
-    "read_peft_folder",
     "weights_in",
     "write_peft_folder",
 ]

@@ -186,7 +186,7 @@ class Catalogue:
         if self._table.version != seen:
             self._snapshot = self._snapshot.after_dated(read_dated_events(rows, after=seen), self._table.version)
             self._history.add(rows, after=seen)
-        self._table.mark_read(files)  # only now: rows that could not be applied must be read again
+        self._table.read_files = files  # only now: rows that could not be applied must be read again
         self._history.forget_until(self._table.fold_generation)
         return self._snapshot
 

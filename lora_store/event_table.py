@@ -86,7 +86,7 @@ class EventTable:
         check_sizes(self._files, location.delta_uri)
         self._num_checked = self.version  # the version up to which no commit is empty
         self.format.check_readable()
-        self._read: frozenset[str] = frozenset()  # data files whose rows were applied
+        self.read_files: frozenset[str] = frozenset()  # data files whose rows were applied
         self.has_unknown = False  # whether a row was read with a value or of a kind that only a newer release knows
 
     @property
@@ -113,17 +113,12 @@ class EventTable:
         return datetime.fromtimestamp(0 if metadata.description == _COPY else (metadata.created_time or 0) / 1000, UTC)
 
     @property
-    def read_files(self) -> frozenset[str]:
-        """The data files of that version, all of which were read and applied."""
-        return self._read
-
-    @property
     def fold_generation(self) -> int:
         """The generation of the newest fold stored in its own data file, or 0."""
-        return max(map(_parse_generation, self._read), default=0)
+        return max(map(_parse_generation, self.read_files), default=0)
 
     def refresh(self, seen: int = 0) -> tuple[pa.Table, frozenset[str]]:
-        """Return the rows of all data files that are new since the last `mark_read`, and the names of all data files.
+        """Return the rows of all data files that are new since `read_files`, and the names of all data files.
 
         A compacted file contains old rows too. Skip folds up to generation `seen`. If a rival compacted and deleted
         files after the log was read, read the log again.
@@ -133,7 +128,9 @@ class EventTable:
             self.update()
             self.format.check_readable()
             names = self._data_files()
-            contents = self._contents({name for name in names - self._read if not 0 < _parse_generation(name) <= seen})
+            contents = self._contents(
+                {name for name in names - self.read_files if not 0 < _parse_generation(name) <= seen}
+            )
             missing = sorted(name for name, content in contents.items() if content is None)
             if not missing:
                 return self._read_rows(contents), frozenset(names)
@@ -176,10 +173,6 @@ class EventTable:
             return None
         contents = self._contents({file.rpartition("/")[2] for file in older.file_uris()})
         return None if None in contents.values() else self._read_rows(contents)
-
-    def mark_read(self, files: frozenset[str]) -> None:
-        """Record that the rows of these files were applied, so that they are not returned again."""
-        self._read = files
 
     def append(self, rows: pa.Table, version: int) -> bool:
         """Append the rows as `version` of the table. Return False if a rival took that version.

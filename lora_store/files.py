@@ -188,6 +188,12 @@ def _sha256(file: pa.NativeFile) -> str:
     return hashed.hexdigest()
 
 
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file on this machine. Raises: OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def short_cause(error: Exception) -> str:
     """Return the message of an error of the disk, the endpoint or a library on one line, shortened."""
     text = _BACKTRACE.sub("", _DECORATION.sub(" ", str(error)))

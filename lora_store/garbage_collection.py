@@ -127,8 +127,7 @@ class GarbageCollector:
         The catalogue is read first. A reindex writes its projection, new or not, before the catalogue mentions it, so
         one that it begins meanwhile is young when the files are listed.
         """
-        used = self._catalogue.snapshot().encoders()
-        stems = used | {identity.partition("+")[0] for identity in used}
+        stems = used_stems(self._catalogue.snapshot())
         old = [file for file in self._projections.entries() if file.written_at <= before]
         unused = [file for file in old if find_stem(file.name) not in stems]
         self._projections.delete([file.name for file in unused])
@@ -136,7 +135,12 @@ class GarbageCollector:
 
     def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
         """Return the blobs that kept versions use, each with one such version; only those `tenant` sees, if given."""
-        return _first_owners(self._catalogue.snapshot(), tenant)
+        snapshot, owners = self._catalogue.snapshot(), dict[str, AdapterRef]()
+        for record in (record for key in snapshot.records for record in snapshot.versions(key)):
+            if tenant is None or record.is_visible_to(tenant):
+                for digest in record.blobs:
+                    owners.setdefault(digest, record.ref)
+        return owners
 
     def verify(self, wanted: Mapping[str, AdapterRef]) -> Iterator[BlobCheck]:
         """Read and hash each of these blobs. Yield one result per blob."""
@@ -174,6 +178,12 @@ class GarbageCollector:
         return self._catalogue.snapshot().referenced()
 
 
+def used_stems(snapshot: Snapshot) -> frozenset[str]:
+    """Return the stems of the files that the encoders of this snapshot need: see `find_stem`."""
+    used = snapshot.encoders()
+    return used | {identity.partition("+")[0] for identity in used}
+
+
 def find_stem(name: str) -> str:
     """Return the identity in the name of a projection, or that of the encoder in the name of its ordinary vectors.
 
@@ -181,14 +191,3 @@ def find_stem(name: str) -> str:
     """
     stem = name.removesuffix(".safetensors")
     return stem.partition("-")[0] if stem.endswith(".ordinary") else stem
-
-
-def _first_owners(snapshot: Snapshot, tenant: str | None) -> dict[str, AdapterRef]:
-    """Return the blobs in use, each with one adapter that uses it and that `tenant` sees; None sees all."""
-    owners: dict[str, AdapterRef] = {}
-    for key in snapshot.records:
-        for record in snapshot.versions(key):
-            if tenant is None or record.is_visible_to(tenant):
-                for digest in record.blobs:
-                    owners.setdefault(digest, record.ref)
-    return owners

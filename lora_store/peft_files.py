@@ -9,17 +9,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lora_store.adapter import ModuleWeights, Sample
-from lora_store.bounded_files import Limits, read_bytes, read_tensors
-from lora_store.errors import AdapterRefused, FileRefused
-from lora_store.expert_tensors import read_experts, split_experts
-from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
+from lora_store.bounded_files import Limits, read_bytes
+from lora_store.errors import FileRefused
+from lora_store.expert_tensors import split_experts
+from lora_store.peft_config import CONFIG_FILE, PeftConfig
 from lora_store.safetensors_layout import StoredModule, StoredTensor
-from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
+from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, write_samples
 from lora_store.tensor_paths import tensor_key
 
 if TYPE_CHECKING:
@@ -40,50 +39,6 @@ _KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.lo
 _TRAINING_STATE = re.compile(r"base_model\.model\..+\.(?:lora_velora_embed|lora_monteclora_sampler\.\w+)")
 
 
-@dataclass(frozen=True, slots=True)
-class PeftFolder:
-    """The content of an adapter folder. `tensors` has every tensor by the file's own key, paired or not.
-
-    Those of fused experts are in `experts`, under the names of their parameters.
-    """
-
-    config: PeftConfig
-    tensors: dict[str, Tensor]
-    experts: dict[str, Tensor]
-    samples: tuple[Sample, ...]
-    description: str | None
-
-    @property
-    def modules(self) -> dict[str, ModuleWeights]:
-        """The complete LoRA pairs by module path."""
-        pairs = pair_tensors(self.tensors) | pair_tensors(self.experts)
-        paths = {name: f"{name}.weight" for name in pairs if self.config.is_bare_parameter(name)}
-        return pair_modules(ModuleWeights, self.config, pairs, paths)
-
-
-def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
-    """Parse the folder's files. `validation` decides whether the adapter may be stored.
-
-    Raises: AdapterRefused, which lists the problems of the first file that cannot be read.
-    """
-    limits = limits or Limits()
-    try:
-        config = read_config(folder, limits)
-        tensors = read_tensors(folder / WEIGHTS_FILE, limits)
-        experts = read_experts(tensors, config, None, limits.max_weights_bytes)
-        if experts.problems:
-            raise FileRefused(WEIGHTS_FILE, list(experts.problems))
-        return PeftFolder(
-            config=experts.config,
-            tensors={key: tensor.tensor() for key, tensor in tensors.items() if key not in experts.keys},
-            experts={key: tensor.tensor() for key, tensor in experts.tensors.items()},
-            samples=read_samples(folder, limits),
-            description=read_description(folder, limits),
-        )
-    except FileRefused as exc:
-        raise AdapterRefused(folder.name, [f"{exc.file}: {problem}" for problem in exc.problems]) from exc
-
-
 def write_peft_folder(
     folder: Path,
     weights: Mapping[str, ModuleWeights],
@@ -91,7 +46,6 @@ def write_peft_folder(
     base_model: str,
     samples: Sequence[Sample] = (),
     description: str | None = None,
-    task_type: str | None = "CAUSAL_LM",
 ) -> None:
     """Write a standard PEFT folder that `PeftModel.from_pretrained` can open.
 
@@ -102,7 +56,7 @@ def write_peft_folder(
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors, experts = split_experts(weights)
-    config = _make_config(weights, experts) | {"base_model_name_or_path": base_model, "task_type": task_type}
+    config = _make_config(weights, experts) | {"base_model_name_or_path": base_model, "task_type": "CAUSAL_LM"}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in weights.keys() - set(experts):
         tensors[tensor_key(name, "A")] = weights[name].lora_a

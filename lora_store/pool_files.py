@@ -23,7 +23,7 @@ from lora_store.data_files import rows_in
 from lora_store.errors import AdapterNotFound, StoreDamaged, StoreIsNewer
 from lora_store.events import ActivateEncoder, Approve, Event, Publish, SetName, make_table, read_dated_events
 from lora_store.files import Files
-from lora_store.garbage_collection import PROJECTIONS, find_stem
+from lora_store.garbage_collection import PROJECTIONS, find_stem, used_stems
 from lora_store.location import Location
 from lora_store.names import policy_digest
 from lora_store.records import AdapterRecord
@@ -74,8 +74,7 @@ class PoolState:
     @classmethod
     def of_store(cls, snapshot: Snapshot, files: Files) -> PoolState:
         """Return the state of a store at this snapshot. `files`: those below the store's location."""
-        used = snapshot.encoders()
-        stems = used | {identity.partition("+")[0] for identity in used}
+        stems = used_stems(snapshot)
         names = [file.name.rpartition("/")[2] for file in files.entries(PROJECTIONS)]
         return cls(snapshot, tuple(sorted(name for name in names if find_stem(name) in stems)))
 

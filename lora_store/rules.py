@@ -177,9 +177,9 @@ def _kept(snapshot: Snapshot, record: AdapterRecord) -> list[AdapterRef]:
     return [version.ref for version in snapshot.versions(record.ref.key)]
 
 
-def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Event]:
+def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Withdraw]:
     """Return one event per name. Raises: AdapterNotFound for the first name that is not live."""
-    events: list[Event] = []
+    events: list[Withdraw] = []
     for key in dict.fromkeys(keys):
         if key not in snapshot.records:
             raise AdapterNotFound(key[1])
@@ -187,7 +187,7 @@ def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: dat
     return events
 
 
-def expire_events(snapshot: Snapshot, at: datetime) -> list[Event]:
+def expire_events(snapshot: Snapshot, at: datetime) -> list[Withdraw]:
     """Return the withdrawals of the unlisted adapters whose time to live is over."""
     return [Withdraw(record.ref, EXPIRY, at) for record in snapshot.records.values() if record.is_expired(at)]
 
@@ -285,7 +285,7 @@ def embed_events(snapshot: Snapshot, embeddings: Mapping[AdapterRef, Embedding])
     return [
         Embed(ref, embedding)
         for ref, embedding in embeddings.items()
-        if (record := snapshot.live(ref)) is not None and not _is_embedded(snapshot, record, embedding.encoder)
+        if (record := snapshot.live(ref)) is not None and not snapshot.is_embedded(record, embedding.encoder)
     ]
 
 
@@ -299,7 +299,7 @@ def activate_events(snapshot: Snapshot, encoder: ActiveEncoder, actor: str, at: 
     missing = [
         record.ref
         for record in snapshot.records.values()
-        if record.num_samples and not _is_embedded(snapshot, record, encoder.identity)
+        if record.num_samples and not snapshot.is_embedded(record, encoder.identity)
     ]
     if missing:
         raise EncoderIncomplete(missing)
@@ -354,11 +354,6 @@ def _naming_none(tenant: str, ranking: Ranking) -> Ranking:
     """Return an outcome that changes no choice. It takes the place of the last rankings, since an event names one."""
     nobody = AdapterRef(tenant, OUTCOME, "")
     return replace(ranking, anchor=nobody, adapters=(RankedAdapter(nobody, 0.0, 0, False),))
-
-
-def _is_embedded(snapshot: Snapshot, record: AdapterRecord, identity: str) -> bool:
-    pending = snapshot.pending.get(record.ref)
-    return record.encoder == identity or (pending is not None and pending.encoder == identity)
 
 
 def _essence(record: AdapterRecord) -> tuple[object, ...]:

@@ -149,6 +149,11 @@ class Snapshot:
         """Return the digests of all blobs that kept versions use."""
         return self.tallies.blobs.keys()
 
+    def is_embedded(self, record: AdapterRecord, identity: str) -> bool:
+        """Return whether the encoder has embedded the record, active or not."""
+        pending = self.pending.get(record.ref)
+        return record.encoder == identity or (pending is not None and pending.encoder == identity)
+
     def encoders(self) -> frozenset[str]:
         """Return the identities of the active encoder and of every encoder with an embedding in this state."""
         kept = (record.encoder for key in self.records for record in self.versions(key))

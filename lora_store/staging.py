@@ -80,19 +80,20 @@ def make_label(record: AdapterRecord) -> Label:
 
 def changed_version(record: AdapterRecord, **changes: Any) -> AdapterRecord:
     """Return another version of the record: the same weights with these changes, and nothing that a commit fills in."""
-    new = replace(record, **changes)
-    digest = version_digest(make_label(new), new.weights_digest, new.samples_digest, new.base_model)
-    return replace(
-        new,
-        ref=replace(new.ref, digest=digest),
-        embedding=None,
-        probe_shift=None,
-        actor="",
-        generation=0,
-        approved=False,
-        trial=None,
-        live_since=None,
-    )
+    new = uncommitted(replace(record, **changes))
+    return replace(new, ref=_find_ref(new))
+
+
+def uncommitted(record: AdapterRecord) -> AdapterRecord:
+    """Return the record without what a commit fills in."""
+    new = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
+    return replace(new, trial=None, is_offered=False, live_since=None)
+
+
+def _find_ref(record: AdapterRecord) -> AdapterRef:
+    """Return the ref of the version that has the record's content."""
+    digest = version_digest(make_label(record), record.weights_digest, record.samples_digest, record.base_model)
+    return replace(record.ref, digest=digest)
 
 
 def take_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept]) -> AdapterRecord:
@@ -109,9 +110,7 @@ def take_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept
     new = replace(record, **changes)
     if new == record:
         return record
-    ref = replace(
-        new.ref, digest=version_digest(make_label(new), new.weights_digest, new.samples_digest, new.base_model)
-    )
+    ref = _find_ref(new)
     trial = None if new.trial is None else replace(new.trial, digest=ref.digest)
     return replace(new, ref=ref, trial=trial)
 

@@ -60,7 +60,7 @@ from lora_store.rules import (
 )
 from lora_store.sample_files import checked_sample, parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
-from lora_store.staging import Edit, Kept, Staged, changed_version, staged_record, take_over
+from lora_store.staging import Edit, Kept, Staged, changed_version, staged_record, take_over, uncommitted
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
@@ -255,9 +255,8 @@ class LoraStore:
         The commit keeps the name's current visibility, whatever the visibility of this version was.
         Raises: AdapterNotFound if its blobs were deleted; BlobCorrupted.
         """
-        unknown = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
-        bare = replace(unknown, trial=None, is_offered=False)
-        return replace(self._stage_leased(bare, lambda: self._find(record)), keeps=frozenset({"visibility"}))
+        staged = self._stage_leased(uncommitted(record), lambda: self._find(record))
+        return replace(staged, keeps=frozenset({"visibility"}))
 
     def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
         """Stage the weights of the live version with other samples, or None for its own without accepted ones.
@@ -416,16 +415,9 @@ class LoraStore:
         Raises: AdapterNotFound for a name that is not live; VersionConflict.
         """
         keys, at = [(tenant, name) for name in names], self._now()
-        gone: list[AdapterRecord] = []
-
-        def events(snapshot: Snapshot) -> list[Event]:
-            wanted = withdraw_events(snapshot, keys, actor, at)
-            gone[:] = [record for key in dict.fromkeys(keys) for record in snapshot.versions(key)]
-            return wanted
-
-        generation = self._commit_on_full_disk(events, commit_id)
+        withdrawn = self._withdraw(lambda snapshot: withdraw_events(snapshot, keys, actor, at), commit_id)
         self._delete_proposals(keys)
-        return Withdrawn(generation, tuple(gone))
+        return withdrawn
 
     def expire(self, commit_id: str | None = None) -> Withdrawn:
         """Withdraw the unlisted adapters whose time to live is over, as `withdraw` does. Generation 0: there are none.
@@ -433,18 +425,22 @@ class LoraStore:
         A repeated call with the same id returns no records.
         """
         at = self._now()
-        gone: list[AdapterRecord] = []
         if not expire_events(self.snapshot(), at):
             return Withdrawn(0, ())
+        withdrawn = self._withdraw(lambda snapshot: expire_events(snapshot, at), commit_id)
+        self._delete_proposals({record.ref.key for record in withdrawn.records})
+        return withdrawn
 
-        def events(snapshot: Snapshot) -> list[Event]:
-            wanted = expire_events(snapshot, at)
-            keys = [event.ref.key for event in wanted if isinstance(event, Withdraw)]
-            gone[:] = [record for key in keys for record in snapshot.versions(key)]
+    def _withdraw(self, find: Callable[[Snapshot], list[Withdraw]], commit_id: str | None) -> Withdrawn:
+        """Commit the withdrawals that `find` returns for a snapshot. Return the versions that are gone."""
+        gone: list[AdapterRecord] = []
+
+        def events(snapshot: Snapshot) -> list[Withdraw]:
+            wanted = find(snapshot)
+            gone[:] = [record for event in wanted for record in snapshot.versions(event.ref.key)]
             return wanted
 
         generation = self._commit_on_full_disk(events, commit_id)
-        self._delete_proposals({record.ref.key for record in gone})
         return Withdrawn(generation, tuple(gone))
 
     def _delete_proposals(self, keys: Iterable[Key]) -> None:

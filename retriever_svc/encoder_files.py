@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 from pathlib import Path
 
+from lora_store.files import hash_file
 from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.packaged_encoder import CONVERSION, NAME, TRAINED_NAME, packaged_encoder
@@ -115,8 +115,7 @@ def _packaged_folder() -> Path | None:
 def check_weights(path: Path, expected: str) -> None:
     """Check that the file hashes to `expected`. Raises: EncoderUnusable."""
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hash_file(path)
     except OSError as exc:
         raise EncoderUnusable(ENGLISH_MODEL, f"its package {_PACKAGE} has no readable weights: reinstall it") from exc
     if found != expected:

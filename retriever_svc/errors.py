@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lora_store.error_kinds import RETRY_LATER, Kind, ReportedError
 
@@ -11,6 +12,7 @@ class RetrieverError(ReportedError):
     """Base class of the errors of `retriever_svc`."""
 
 
+@dataclass(eq=False)
 class EncoderUnusable(RetrieverError):
     """The encoder's model cannot be loaded, or is not the one that embedded the pool."""
 
@@ -19,10 +21,8 @@ class EncoderUnusable(RetrieverError):
     remedy = "Name a folder with safetensors weights, or a model hub id."
     text = "encoder {self.model!r} cannot be used: {self.reason}"
 
-    def __init__(self, model: str, reason: str) -> None:
-        super().__init__(model, reason)
-        self.model = model
-        self.reason = reason
+    model: str
+    reason: str
 
 
 class ProjectionUnusable(RetrieverError):
@@ -41,6 +41,7 @@ class RouteInvalid(RetrieverError):
     remedy = "Correct that option."
 
 
+@dataclass(eq=False)
 class AdapterIncompatible(RetrieverError):
     """The adapter was made for another base model than the served one."""
 
@@ -51,11 +52,9 @@ class AdapterIncompatible(RetrieverError):
         "weights, add the adapter's to `accepts_base`."
     )
 
-    def __init__(self, name: str, base_model: str, served: str) -> None:
-        super().__init__(name, base_model, served)
-        self.name = name
-        self.base_model = base_model
-        self.served = served
+    name: str
+    base_model: str
+    served: str
 
     def __str__(self) -> str:
         base_model = self.base_model[:200]
@@ -66,6 +65,7 @@ class AdapterIncompatible(RetrieverError):
         )
 
 
+@dataclass(eq=False)
 class PlanGone(RetrieverError):
     """A version in `lora.plan` is no longer kept, or is not visible to the caller."""
 
@@ -74,10 +74,8 @@ class PlanGone(RetrieverError):
     remedy = "Request a new plan."
     param = "lora.plan"
 
-    def __init__(self, name: str, digest: str) -> None:
-        super().__init__(name, digest)
-        self.name = name
-        self.digest = digest
+    name: str
+    digest: str
 
     def __str__(self) -> str:
         version = f"version {self.digest[:12]!r} of adapter {self.name[:200]!r}"
@@ -88,27 +86,26 @@ class TooFewSamples(RetrieverError):
     """Training needs more adapters, or more samples of the named ones."""
 
 
+@dataclass(eq=False)
 class TrainingUnavailable(RetrieverError):
     """Training needs packages that are not installed. The optional extra `train` installs them."""
 
-    def __init__(self, packages: Sequence[str]) -> None:
-        super().__init__(packages)
-        self.packages = packages
+    packages: Sequence[str]
 
     def __str__(self) -> str:
         return f"training needs {' and '.join(self.packages)}: pip install 'loraretriever[train]'"
 
 
+@dataclass(eq=False)
 class EncoderExists(RetrieverError):
     """The target folder of a training exists already."""
 
     text = "{self.folder} exists already: choose another folder, or delete it"
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
-        self.folder = folder
+    folder: str
 
 
+@dataclass(eq=False)
 class NoAdapterMatched(RetrieverError):
     """No candidate reaches its threshold, and `fallback` is `error`.
 
@@ -122,10 +119,8 @@ class NoAdapterMatched(RetrieverError):
         " lower it."
     )
 
-    def __init__(self, best_score: float | None, threshold: float) -> None:
-        super().__init__(best_score, threshold)
-        self.best_score = best_score
-        self.threshold = threshold
+    best_score: float | None
+    threshold: float
 
     def __str__(self) -> str:
         if self.best_score is None:
@@ -133,6 +128,7 @@ class NoAdapterMatched(RetrieverError):
         return f"no adapter matched: the best scores {self.best_score:.3f}, below its threshold {self.threshold:.3f}"
 
 
+@dataclass(eq=False)
 class StaleIndex(RetrieverError):
     """The Retriever has not read `lora.min_generation` yet."""
 
@@ -141,7 +137,5 @@ class StaleIndex(RetrieverError):
     remedy = RETRY_LATER
     text = "generation {self.wanted} is not served yet: this replica is at {self.found}; retry later"
 
-    def __init__(self, wanted: int, found: int) -> None:
-        super().__init__(wanted, found)
-        self.wanted = wanted
-        self.found = found
+    wanted: int
+    found: int

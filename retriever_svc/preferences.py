@@ -192,7 +192,7 @@ def _outcomes(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFi
     """Yield what an outcome says about a version that is still live and that `tenant` may be given."""
     embedding = Embedding(ranking.encoder, ranking.vector, ranking.own_scores)
     for item in ranking.adapters:
-        record = snapshot.records.get((item.ref.tenant, item.ref.name))
+        record = snapshot.records.get(item.ref.key)
         if record is not None and record.ref == item.ref and may_find(record, tenant):
             yield Outcome(replace(record, embedding=embedding), item.score)
     if not ranking.adapters:
@@ -206,7 +206,7 @@ def _stacked(vectors: Sequence[Vectors]) -> Vectors:
 def _leader(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind) -> AdapterRecord | None:
     """Return the best adapter that is still live in the measured version and that `tenant` may be given, or None."""
     for ref in (item.ref for item in ranking.adapters if not item.is_beaten):
-        record = snapshot.records.get((ref.tenant, ref.name))
+        record = snapshot.records.get(ref.key)
         if record is not None and record.ref == ref and may_find(record, tenant):
             return record
     return None

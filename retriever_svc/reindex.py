@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_store.adapter import AdapterRef
-from lora_store.records import AdapterRecord, Embedding
+from lora_store.records import Embedding
 from lora_store.snapshot import Snapshot
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.embedding import embed_groups
@@ -34,7 +34,11 @@ class ReindexStep:
 
 def reindex(snapshot: Snapshot, encoder: Encoder, samples: SampleSource) -> Iterator[ReindexStep]:
     """Embed the live adapters that `encoder` has not embedded yet. Yield a step for each batch."""
-    lacking = [record for record in snapshot.records.values() if _lacks(record, snapshot, encoder.identity)]
+    lacking = [
+        record
+        for record in snapshot.records.values()
+        if record.samples_digest is not None and not snapshot.is_embedded(record, encoder.identity)
+    ]
     for start in range(0, len(lacking), _BATCH):
         batch = lacking[start : start + _BATCH]
         read = [(record.ref, read_samples(samples, record) or ()) for record in batch]
@@ -65,9 +69,3 @@ def refit(snapshot: Snapshot, encoder: Encoder, samples: SampleSource, prior: Wh
             groups.append(BulkEncoding(encoder, own).encode_all())
             texts.append(own)
     return fit_whitening(encoder.identity, groups, texts, prior)
-
-
-def _lacks(record: AdapterRecord, snapshot: Snapshot, encoder: str) -> bool:
-    waiting = snapshot.pending.get(record.ref)
-    has_it = record.encoder == encoder or (waiting is not None and waiting.encoder == encoder)
-    return record.samples_digest is not None and not has_it

@@ -413,7 +413,7 @@ class Retriever:
         """
         snapshot = self._pool_at(min_generation, tenant).snapshot
         ref = resolve_version(snapshot, tenant, name, owner_names=self._owner_names).ref
-        kept = snapshot.versions((ref.tenant, ref.name))
+        kept = snapshot.versions(ref.key)
         return snapshot.generation_for(tenant), [record for record in kept if record.is_visible_to(tenant)]
 
     def evaluation(self, tenant: str, name: str) -> Ranking | None:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef
 from lora_store.plan import Plan
+from lora_store.records import Embedding
 from lora_store.strategies.registry import ROUTED_STRATEGIES, RoutedStrategy
 from lora_store.strategies.strategy import MAX_PLAN_ADAPTERS, OptionValues
 from retriever_svc.calibration import NO_THRESHOLD, Abstain
@@ -102,6 +103,14 @@ class Candidate:
     confidence: float = 1.0
     outcome: float = 0.0
     samples: tuple[NearSample, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """An adapter's embedding, and the adapters nearest to it."""
+
+    embedding: Embedding
+    neighbours: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ here, since sentence-transformers would import torch.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lora_store.built_folder import build_folder
+from lora_store.files import hash_file
 from retriever_svc.unigram_tokenizer import RULES, Tokens, UnigramTokenizer, save_unigram
 
 logger = logging.getLogger(__name__)
@@ -185,6 +185,5 @@ def _record(folder: Path, source: str) -> dict[str, str]:
     found = {"source": source} | {name: importlib.metadata.version(name) for name in _MAKERS}
     for path in sorted(folder.iterdir()):
         if path.name != _RECORD:
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = hash_file(path)
     return found

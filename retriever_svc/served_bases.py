@@ -70,3 +70,6 @@ class ServedBases:
     def unserved(self, records: Iterable[AdapterRecord]) -> BaseCounts:
         """Return how many of the records are not served, by the name of their base model."""
         return tuple(sorted(Counter(r.base_model for r in records if not self.serves(r)).items()))
+
+
+EVERY_BASE = ServedBases()

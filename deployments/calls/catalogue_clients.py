@@ -53,7 +53,7 @@ from retriever_svc import (
     Route,
     RouteRequest,
 )
-from retriever_svc.embedded import Embedded
+from retriever_svc.route import Embedded
 
 if TYPE_CHECKING:  # the requests' forms take a tenth of a second of a Worker
     from deployments.api.adapters import PublishItem

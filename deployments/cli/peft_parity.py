@@ -34,12 +34,12 @@ from lora_store import (
     PlannedAdapter,
     Strategy,
     check_folder,
-    read_peft_folder,
     write_peft_folder,
 )
+from lora_store.bounded_files import read_tensors
 from lora_store.composition import compose
 from lora_store.peft_config import read_config
-from lora_store.peft_files import WEIGHTS_FILE
+from lora_store.peft_files import WEIGHTS_FILE, pair_tensors
 
 TOLERANCE = 1e-3  # of a log probability; other summation orders differ by less
 PROMPT = "The parrot says that the weather in the harbour is"
@@ -62,11 +62,12 @@ def parity_with_peft(
     if isinstance(config, NativeWorkerConfig):
         config = replace(config, quantization="none")
     with tempfile.TemporaryDirectory() as copies:
-        return _parity(_in_pefts_names(folder, config, limits, Path(copies)), config, limits)
+        return _parity(*_in_pefts_names(folder, config, limits, Path(copies)), config)
 
 
-def _parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits) -> dict[str, float]:
-    adapter = read_peft_folder(folder, limits).modules
+def _parity(
+    folder: Path, adapter: Mapping[str, ModuleWeights], config: NativeWorkerConfig | VllmWorkerConfig
+) -> dict[str, float]:
     other = _noisy(adapter)
     plans = {
         "selection": _plan("selection", adapter=1.0),
@@ -83,8 +84,10 @@ def _parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits:
     return {strategy: _furthest(found[strategy], expected[strategy], token_bytes) for strategy in plans}
 
 
-def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits, copies: Path) -> Path:
-    """Return the folder, or a copy in `copies` if its tensors have other names than PEFT's of this base.
+def _in_pefts_names(
+    folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits, copies: Path
+) -> tuple[Path, Mapping[str, ModuleWeights]]:
+    """Return the folder and its adapter. If its tensors have other names than PEFT's of this base, a copy in `copies`.
 
     Adapters on experts are copied too: PEFT loads several only if their configs name the parameters alike.
     """
@@ -93,13 +96,13 @@ def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig,
     if config.engine == "vllm":
         shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     named = read_config(folder, limits).base_model or ""
-    checked = check_folder(folder, accepts_base={named}, module_shapes=shapes, limits=limits)
-    modules = checked.modules
-    is_named = (folder / WEIGHTS_FILE).exists() and read_peft_folder(folder, limits).modules.keys() == modules.keys()
-    if is_named and not _has_experts(modules):
-        return folder
-    write_peft_folder(copies / folder.name, modules, base_model=named)
-    return copies / folder.name
+    adapter = check_folder(folder, accepts_base={named}, module_shapes=shapes, limits=limits).modules
+    weights = folder / WEIGHTS_FILE
+    is_named = weights.exists() and pair_tensors(read_tensors(weights, limits)).keys() == adapter.keys()
+    if is_named and not _has_experts(adapter):
+        return folder, adapter
+    write_peft_folder(copies / folder.name, adapter, base_model=named)
+    return copies / folder.name, adapter
 
 
 def _has_experts(modules: Mapping[str, ModuleWeights]) -> bool:

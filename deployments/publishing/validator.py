@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import Workers
 from lora_store import AdapterRecord, AdapterRef, Staged
-from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
+from retriever_svc.route import Embedded
 
 VALIDATED_TOGETHER = 32  # adapters per call of the encoder and per probe
 _BATCHES_AT_ONCE = 2  # so two replicas of a deployment have work, and embedding and probing overlap

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from ctypes import CDLL, c_int64, c_void_p
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.bank.bank_layout import Arrangement
-from gpu_worker.native.kernels.kernel_loading import SUFFIXES, functions, load_library
+from gpu_worker.native.kernels.kernel_loading import SUFFIXES, Kernel, functions
 from lora_store.adapter import ModuleWeights
 from lora_store.weights_blob import BlobLayout, StoredModules
 
@@ -34,8 +33,10 @@ _MATRIX = np.dtype(
 """The source's struct `Matrix`."""
 
 
-class LayoutKernel:
+class LayoutKernel(Kernel):
     """Copies the matrices of an adapter into their places by one call without Python's lock, on the calling thread."""
+
+    library_name = "adapter_layout"
 
     def __init__(self, library: CDLL) -> None:
         self._arrange = functions(library, "arrange", c_void_p, c_int64)
@@ -59,12 +60,6 @@ class LayoutKernel:
         spoiled = np.flatnonzero(matrices["is_finite"] == 0) // 2
         names = list(modules)
         return [names[place] for place in sorted(set(spoiled.tolist()))]
-
-
-def load_layout_kernel(cache_dir: Path) -> LayoutKernel | None:
-    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
-    library = load_library("adapter_layout", cache_dir)
-    return None if library is None else LayoutKernel(library)
 
 
 class _Sources(NamedTuple):

@@ -35,7 +35,7 @@ from gpu_worker.model.mistral_format import converted_mistral, find_params
 from gpu_worker.model.own_families import OWN_FAMILIES
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder, wants_integers
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
-from gpu_worker.model.packed_linear import NarrowLinear, load_linear_kernel
+from gpu_worker.model.packed_linear import LinearKernel, NarrowLinear
 from gpu_worker.model.quantization import BITS, QuantizedLinear, quantize, quantize_layers
 from gpu_worker.model.quantized_checkpoint import check_format, load_quantized
 from gpu_worker.model.rope import pin_longrope
@@ -205,7 +205,7 @@ def load_base_model(config: NativeWorkerConfig, source: str | None = None) -> Ba
         model = _load_model(config, source, hf_config, part)
         dtype = model.dtype
         is_chosen = config.dtype == "auto" and config.device == "cpu"
-        if is_chosen and dtype == torch.float32 and load_linear_kernel(config.cache_dir) is not None:
+        if is_chosen and dtype == torch.float32 and LinearKernel.load(config.cache_dir) is not None:
             store_narrow(model)
         pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
         tokenizer = reading.result()

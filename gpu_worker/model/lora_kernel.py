@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.model.step_context import Outputs
-from gpu_worker.native.kernels.kernel_loading import functions, load_library
+from gpu_worker.native.kernels.kernel_loading import Kernel, functions
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +96,10 @@ class Pairs(ctypes.Structure):
         return pairs
 
 
-class LoraKernel:
+class LoraKernel(Kernel):
     """The compiled products. Tensors are on the CPU, all of one dtype: float32 or bfloat16."""
+
+    library_name = "grouped_lora"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         types = c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_int64), c_int64
@@ -119,12 +120,6 @@ class LoraKernel:
         inputs = bank.inputs.address, None if x is None else x.data_ptr()
         places = (c_int64 * len(values))(*values)
         self._add[y.dtype](ctypes.byref(pairs), *inputs, h.data_ptr(), places, len(outputs))
-
-
-def load_lora_kernel(cache_dir: Path) -> LoraKernel | None:
-    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
-    library = load_library("grouped_lora", cache_dir)
-    return None if library is None else LoraKernel(library)
 
 
 def _run_tables(runs: Sequence[Run], first_slot: int) -> dict[str, NDArray[np.generic]]:

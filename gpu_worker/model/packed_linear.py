@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from ctypes import c_int32, c_int64, c_void_p
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from gpu_worker.bank.device_memory import zeros_on_huge_pages
 from gpu_worker.model.quantization import QuantizedLinear, QuantizedWeight
-from gpu_worker.native.kernels.kernel_loading import load_library
+from gpu_worker.native.kernels.kernel_loading import Kernel
 
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
 PANEL = 32  # outputs of a panel of the kernel
@@ -36,7 +35,7 @@ class _Linear(ctypes.Structure):
     )
 
 
-class LinearKernel:
+class LinearKernel(Kernel):
     """The compiled products on the CPU: of bfloat16 numbers, of integers, and of bfloat16 weights and float32 inputs.
 
     `has_bf16_products`: the library uses the processor's bfloat16 instructions. A prebuilt one for older processors
@@ -44,6 +43,8 @@ class LinearKernel:
     `rows_per_read`: rows that a large layer computes in the time in which its weights are read, of bfloat16 numbers and
     of integers.
     """
+
+    library_name = "packed_linear"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.pack, self.linear = library.pack_bf16, library.linear_bf16
@@ -242,12 +243,6 @@ def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Linear | Kernel
     if not is_built or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return linear
     return PackedLinear(weight, linear.bias)
-
-
-def load_linear_kernel(cache_dir: Path) -> LinearKernel | None:
-    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
-    library = load_library("packed_linear", cache_dir)
-    return None if library is None else LinearKernel(library)
 
 
 def has_bf16_vectors(capabilities: Mapping[str, bool] | None = None) -> bool:

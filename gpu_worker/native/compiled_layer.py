@@ -339,13 +339,12 @@ def load_layer_kernel(cache_dir: Path) -> LayerKernel | None:
 
 
 @torch.inference_mode()
-def compile_layers(model: nn.Module, kernel: LayerKernel, choices: Choices | None = None) -> int:
+def compile_layers(model: nn.Module, kernel: LayerKernel, choices: Choices) -> int:
     """Let the kernel compute, in place, every decoder layer that has the same result with it. Return their number.
 
     Layers are compared on random input, so other orders of the same parts stay as they are. A layer with hooks inside
     computes itself, also if they are added later. Parts that are replaced later are not noticed.
     """
-    choices = choices or Choices()
     found = ((own, choices.first([parts], partial(_agree, own))) for own, parts in _candidates(model))
     alike = [(own, parts) for own, parts in found if parts is not None]
     steps = _Steps()

@@ -51,7 +51,7 @@ class NativeEngine(InferenceEngine):
             clock=loop.clock,
         )
         self.loop = loop
-        self._num_missing_kernels = num_missing_kernels(loop.config)
+        self.num_missing_kernels = num_missing_kernels(loop.config)
         self._niceness = niceness
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # orders the last command before the end of the thread
@@ -93,10 +93,6 @@ class NativeEngine(InferenceEngine):
     @property
     def module_shapes(self) -> Shapes:
         return self.loop.bank.shapes
-
-    @property
-    def num_missing_kernels(self) -> int:
-        return self._num_missing_kernels
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         return await self._run_on_engine(lambda: self.loop.queue.forget(weights_digests))

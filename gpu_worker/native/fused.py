@@ -10,7 +10,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from gpu_worker.model.attention_plan import AttentionPlan
 from gpu_worker.model.lora_linear import compute_outputs
 from gpu_worker.model.packed_attention import packed_attention
 from gpu_worker.model.step_context import StepContext
-from gpu_worker.native.kernels.kernel_loading import find_function, functions, load_library
+from gpu_worker.native.kernels.kernel_loading import Kernel, find_function, functions
 
 _Candidate = TypeVar("_Candidate")
 _PROBE_ROWS = 8
@@ -45,8 +44,10 @@ class Angles(ctypes.Structure):
     _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("width", c_int64))
 
 
-class FusedKernel:
+class FusedKernel(Kernel):
     """The compiled passes. Tensors are on the CPU, float32 or bfloat16."""
+
+    library_name = "fused"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         norm_types = c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32, c_void_p, c_int32
@@ -164,12 +165,6 @@ class FusedAttention(nn.Module):
         return self.o_proj(attended.reshape(*hidden_states.shape[:2], -1)), weights
 
 
-def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
-    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
-    library = load_library("fused", cache_dir)
-    return None if library is None else FusedKernel(library)
-
-
 class Choices:
     """What the comparisons of `fuse` and `compile_layers` chose, in their order: the place of a candidate, or None.
 
@@ -192,13 +187,12 @@ class Choices:
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, kernel: FusedKernel, choices: Choices | None = None) -> None:
+def fuse(model: nn.Module, kernel: FusedKernel, choices: Choices) -> None:
     """Replace, in place, every normalisation, MLP and attention of `model` that has the same result with the kernel.
 
     Both are run on random input and compared, so other variants of a model family stay as they are. So does a module
     with hooks, which its replacement would not run.
     """
-    choices = choices or Choices()
     for name, module in list(model.named_modules()):
         if module._forward_hooks or module._forward_pre_hooks:
             continue

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpu_worker.bank.device_memory import release_unused
 from gpu_worker.bank.load_threads import load_executor
-from gpu_worker.bank.loader import Fetch
+from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.bank.residency import Residency
 from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import EngineStopped, RequestFailed
@@ -45,7 +45,7 @@ from gpu_worker.native.next_tokens import Chosen, choose, find_grammars, find_ma
 from gpu_worker.native.prompt_lookup import guess_all, settle, take
 from gpu_worker.native.sampling.mask_thread import MaskThread
 from gpu_worker.native.sampling.sampling import Sampler
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
+from gpu_worker.native.sampling.sampling_kernel import SamplingKernel
 from gpu_worker.native.scheduler import Scheduled, schedule
 from gpu_worker.native.thread_count import thread_count
 
@@ -87,7 +87,7 @@ class Engine:
         adapt_experts(found.experts, context)
         adapt_routers(found.routers, self.bank.modules, context)
         self._masks = MaskThread()
-        self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
+        self._sampler = Sampler(SamplingKernel.load(config.cache_dir) if config.device == "cpu" else None)
         kernel, device = device_parts.make_lora_kernel(config), torch.device(config.device)
         self.residency = Residency(  # the kernel reads rows anywhere
             self.bank, is_packed=kernel is None, expert_bytes=self.memory.expert_bytes
@@ -107,7 +107,13 @@ class Engine:
         self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
-        self.loader = device_parts.make_loader(config, fetch, self.bank, self._executor, lambda: self.on_loaded())
+        self.loader = AdapterLoader(
+            fetch,
+            to_device_layout=self.bank.to_device_layout,
+            executor=self._executor,
+            budget_bytes=config.host_cache_bytes,
+            on_done=lambda: self.on_loaded(),
+        )
         self.queue = RequestQueue(config, self.loader, self.residency, self.kv_cache, clock=clock)
         self.running = self.queue.running
 

@@ -38,7 +38,7 @@ from gpu_worker.front.request.request import Job
 from gpu_worker.front.row import Row, Sink
 from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.model.eager_check import ADAPTER_PLAN, DIGEST
-from gpu_worker.model.lora_kernel import load_lora_kernel
+from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.vllm.engine_args import build_config, errors_of_children, expert_bytes, find_max_len, sockets_folder
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
@@ -105,7 +105,7 @@ class VllmEngine(InferenceEngine):
         self._plan_ids = PlanIds()
         self._request_numbers = itertools.count()
         uses_kernel = config.device == "cpu" and config.lora_products == "auto"
-        self._num_missing_kernels = int(uses_kernel and load_lora_kernel(Path(config.cache_dir)) is None)
+        self.num_missing_kernels = int(uses_kernel and LoraKernel.load(Path(config.cache_dir)) is None)
 
     @classmethod
     async def start(
@@ -135,7 +135,7 @@ class VllmEngine(InferenceEngine):
         model = load_front_model(config)
         is_checked = check_checkpoint(model.source)
         if config.device == "cpu" and config.lora_products == "auto":
-            load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
+            LoraKernel.load(config.cache_dir)  # compiled once here, then every worker finds it
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
         sockets = sockets_folder()
@@ -169,10 +169,6 @@ class VllmEngine(InferenceEngine):
     @property
     def module_shapes(self) -> Shapes:
         return self._model.shapes
-
-    @property
-    def num_missing_kernels(self) -> int:
-        return self._num_missing_kernels
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         is_gone = self._rows.forget(weights_digests)

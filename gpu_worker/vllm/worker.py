@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
-from gpu_worker.model.lora_kernel import load_lora_kernel
+from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.vllm.language_model import FORMAT, register_loader
 from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
@@ -70,7 +70,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             outputs=settings.outputs,
             num_rows=settings.num_rank_rows,
             device=device,
-            kernel=load_lora_kernel(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,
+            kernel=LoraKernel.load(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,
             tiles=tiles,
             experts=settings.experts,
             expert_bytes=settings.expert_bytes,

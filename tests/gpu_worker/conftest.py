@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.bank.layout_kernel import LayoutKernel, load_layout_kernel
+from gpu_worker.bank.layout_kernel import LayoutKernel
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.front.grammar.compiler import CheckProcess
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Job
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
+from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.native import loop
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.kernels import kernel_loading
 from gpu_worker.native.loop import Engine
 from gpu_worker.native.sampling.sampling import Sampler
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
+from gpu_worker.native.sampling.sampling_kernel import SamplingKernel
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import (
     Answer,
@@ -46,18 +46,18 @@ PASSED: set[str] = set()  # configurations whose model has passed the check at t
 @pytest.fixture(scope="session")
 def lora_kernel() -> LoraKernel:
     """Return the compiled LoRA products."""
-    return compiled(load_lora_kernel)
+    return compiled(LoraKernel.load)
 
 
 @pytest.fixture(scope="session")
 def layout_kernel() -> LayoutKernel:
     """Return the compiled conversion of adapters."""
-    return compiled(load_layout_kernel)
+    return compiled(LayoutKernel.load)
 
 
 @pytest.fixture(params=["kernel", "torch"])
 def sampler(request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
+    return Sampler(compiled(SamplingKernel.load) if request.param == "kernel" else None)
 
 
 @cache

@@ -217,7 +217,7 @@ def compiled(load: Callable[[Path], Made | None]) -> Made:
     """Return the kernel of `load`. Without a compiler skip the test; in CI fail. With one the kernel must be there."""
     found = load(DEFAULT_CACHE_DIR)
     if found is None:
-        assert shutil.which(os.environ.get("CXX", "c++")) is None, f"{load.__name__} returns no kernel"
+        assert shutil.which(os.environ.get("CXX", "c++")) is None, f"{load.__qualname__} returns no kernel"
         (pytest.fail if os.environ.get("CI_REQUIRES_COMPILER") else pytest.skip)("no C++ compiler (Debian package g++)")
     return found
 

@@ -16,9 +16,11 @@ from lora_store import (
     AdapterRecord,
     AdapterRef,
     Approve,
+    CheckedFolder,
     Embed,
     Embedding,
     Event,
+    Label,
     LoraStore,
     ModuleWeights,
     Publish,
@@ -29,6 +31,7 @@ from lora_store import (
     Staged,
     Visibility,
     Withdraw,
+    check_folder,
 )
 
 MakeFolder = Callable[..., Path]
@@ -48,6 +51,11 @@ SHAPES = {
     "model.layers.0.mlp.up_proj": (12, 6),
     "model.layers.1.self_attn.q_proj": (8, 6),
 }
+
+
+def read_folder(folder: Path) -> CheckedFolder:
+    """Read an adapter of any base model."""
+    return check_folder(folder, Label("any", base_model=BASE), accepts_base={BASE}, module_shapes=None)
 
 
 def draw_events(draw: random.Random, snapshot: Snapshot, make_record: MakeRecord, number: int) -> list[Event]:

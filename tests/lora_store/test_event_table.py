@@ -50,7 +50,7 @@ def rows(make_record: MakeRecord) -> Rows:
 def _refreshed(table: EventTable) -> pa.Table:
     """Return the new rows, after folding."""
     rows, files = table.refresh()
-    table.mark_read(files)
+    table.read_files = files
     return rows
 
 

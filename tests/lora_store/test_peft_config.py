@@ -20,20 +20,20 @@ from peft import (
 from peft.utils.other import get_pattern_key
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_store import AdapterRefused, ModuleWeights, check_folder, read_peft_folder, write_peft_folder
+from lora_store import AdapterRefused, ModuleWeights, check_folder, write_peft_folder
 from lora_store.peft_config import PatternTable, pattern_problems
 from tests.bad_uploads import config as change
-from tests.lora_store.builders import MakeFolder
+from tests.lora_store.builders import MakeFolder, read_folder
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7, 16])
 def test_scaling_is_alpha_over_rank_and_over_its_root_for_rslora(tmp_path: Path, rank: int) -> None:
     weights = {"m": ModuleWeights(torch.ones(rank, 3), torch.ones(2, rank), 5 / rank)}
     write_peft_folder(tmp_path, weights, base_model="b")
-    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / rank)
+    assert read_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / rank)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / math.sqrt(rank))
+    assert read_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / math.sqrt(rank))
 
 
 def _reason(folder: Path) -> str:

@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lora_store import AdapterRefused, ModuleWeights, Sample, encode_weights, read_peft_folder, write_peft_folder
-from tests.lora_store.builders import MakeFolder, MakeWeights
+from lora_store import AdapterRefused, Limits, ModuleWeights, Sample, encode_weights, write_peft_folder
+from lora_store.sample_files import read_description
+from tests.lora_store.builders import MakeFolder, MakeWeights, read_folder
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -66,7 +67,7 @@ def test_a_folder_of_peft_is_read_as_peft_reads_it(
     model = get_peft_model(make_model(), config).to(dtype)
     model.save_pretrained(tmp_path)
     layers = _lora_layers(model)
-    read = read_peft_folder(tmp_path)
+    read = read_folder(tmp_path)
     assert set(read.modules) == set(layers)
     assert len(layers) == 8
     for name, layer in layers.items():
@@ -103,19 +104,18 @@ def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling
         assert torch.equal(layer.lora_A["default"].weight, weights[name].lora_a)
         assert torch.equal(layer.lora_B["default"].weight, weights[name].lora_b)
         assert layer.scaling["default"] == pytest.approx(weights[name].scaling, rel=1e-15)
-        assert read_peft_folder(tmp_path / "adapter").modules[name].scaling == layer.scaling["default"]
+        assert read_folder(tmp_path / "adapter").modules[name].scaling == layer.scaling["default"]
 
 
 def test_a_written_folder_reads_back_to_the_same_digest(tmp_path: Path, make_weights: MakeWeights) -> None:
     write_peft_folder(tmp_path, make_weights(), base_model="b")
-    read = read_peft_folder(tmp_path)
-    assert (read.samples, read.description) == ((), None)
+    assert read_folder(tmp_path).samples == ()
     samples = [Sample("Write a poem.", "Roses"), Sample("two\nlines\u2028 – é"), Sample("é" * 4000)]
     write_peft_folder(tmp_path, make_weights(), base_model="b", samples=samples, description="Poems.")
-    read = read_peft_folder(tmp_path)
+    read = read_folder(tmp_path)
     assert encode_weights(read.modules) == encode_weights(make_weights())
     assert read.samples == tuple(samples)
-    assert (read.description, read.config.base_model) == ("Poems.", "b")
+    assert (read_description(tmp_path, Limits()), read.config.base_model) == ("Poems.", "b")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {}), "equal alphas need no pattern"
     assert config["rank_pattern"] == {r"^model\.layers\.0\.mlp\.up_proj": 2}
@@ -123,7 +123,7 @@ def test_a_written_folder_reads_back_to_the_same_digest(tmp_path: Path, make_wei
 
 def test_an_unreadable_folder_is_refused_by_file(tmp_path: Path) -> None:
     with pytest.raises(AdapterRefused, match=r"adapter_config\.json: is missing"):
-        read_peft_folder(tmp_path)
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"])
@@ -133,4 +133,4 @@ def test_a_link_is_never_followed(tmp_path: Path, make_folder: MakeFolder, file:
     (folder / file).rename(tmp_path / "elsewhere")
     (folder / file).symlink_to(tmp_path / ("nowhere" if dangling else "elsewhere"))
     with pytest.raises(AdapterRefused, match=f"{file}: is a symbolic link"):
-        read_peft_folder(folder)
+        read_folder(folder)

@@ -22,6 +22,7 @@ from gpu_worker.front.fair_threads import FairThreads
 from gpu_worker.front.grammar.library import compile_matcher
 from gpu_worker.front.grammar.state import GrammarState
 from gpu_worker.front.request.grammar import Grammar
+from lora_store.lru_cache import LruCache
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -122,12 +123,11 @@ class GrammarCompiler:
     ) -> None:
         """`make_vocabulary` is called before the first grammar is compiled, because it takes about a second."""
         self._make_vocabulary, self._new_check = make_vocabulary, new_check
-        self._max_grammars, self._max_refused = max_grammars, max_refused
-        self._clock = clock
+        self._max_grammars, self._clock = max_grammars, clock
         self._vocabulary: LLTokenizer | None = None
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._refused: OrderedDict[bytes, tuple[float, GrammarInvalid]] = OrderedDict()  # until when, and why
-        self._passed: OrderedDict[bytes, None] = OrderedDict()
+        self._refused: LruCache[bytes, tuple[float, GrammarInvalid]] = LruCache(max_refused)  # until when, and why
+        self._passed: LruCache[bytes, bool] = LruCache(MAX_PASSED)
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
         self._threads = FairThreads(
@@ -211,24 +211,20 @@ class GrammarCompiler:
             entry.check.kill()
 
     def _raise_if_refused(self, key: bytes, param: str) -> None:
-        until, error = self._refused.get(key, (0.0, None))
+        until, error = self._refused.get(key) or (0.0, None)
         if error is None:
             return
-        if self._clock() >= until:
-            del self._refused[key]
-            return
-        self._refused.move_to_end(key)
-        raise GrammarInvalid(error.message, error.pointer, param)
+        if self._clock() < until:
+            raise GrammarInvalid(error.message, error.pointer, param)
+        self._refused.pop(key)
 
     def _refuse(self, key: bytes, entry: _Entry, error: GrammarInvalid, for_s: float) -> None:
         """Refuse the grammar for some time, unless all its requests have left, whose check was killed."""
         with self._lock:
             if entry.is_abandoned:
                 return
-            self._passed.pop(key, None)
-            self._refused[key] = (self._clock() + for_s, error)
-            if len(self._refused) > self._max_refused:
-                self._refused.popitem(last=False)
+            self._passed.pop(key)
+            self._refused.put(key, (self._clock() + for_s, error))
             self._forget(key, entry)
 
     def _forget(self, key: bytes, entry: _Entry) -> None:
@@ -237,7 +233,9 @@ class GrammarCompiler:
 
     def _compile(self, key: bytes, grammar: Grammar, entry: _Entry) -> LLMatcher:
         try:
-            if not self._has_passed(key):
+            with self._lock:
+                has_passed = self._passed.get(key)
+            if not has_passed:
                 entry.check.run(grammar)
             matcher = compile_matcher(grammar.kind, grammar.text, self._known_vocabulary())
             if not _finds_first_mask(matcher):
@@ -246,16 +244,8 @@ class GrammarCompiler:
             self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
             raise
         with self._lock:
-            self._passed[key] = None
-            if len(self._passed) > MAX_PASSED:
-                self._passed.popitem(last=False)
+            self._passed.put(key, True)
         return matcher
-
-    def _has_passed(self, key: bytes) -> bool:
-        with self._lock:
-            if has_passed := key in self._passed:
-                self._passed.move_to_end(key)
-            return has_passed
 
     def _known_vocabulary(self) -> LLTokenizer:
         with self._vocabulary_lock:

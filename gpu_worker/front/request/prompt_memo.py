@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from gpu_worker.errors import GpuWorkerError
 from gpu_worker.front.request.request import Job
+from lora_store.lru_cache import LruCache
 
 MAX_PROMPTS = 64
 
@@ -27,8 +27,7 @@ class PromptMemo:
     """
 
     def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
-        self._max_prompts = max_prompts
-        self._known: OrderedDict[bytes, Future[_Outcome]] = OrderedDict()
+        self._known: LruCache[bytes, Future[_Outcome]] = LruCache(max_prompts)
         self._lock = threading.Lock()
 
     def tokens(self, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
@@ -46,14 +45,10 @@ class PromptMemo:
         key = _make_key(job)
         with self._lock:
             found = self._known.get(key)
-            if found is None:
-                made = self._known[key] = Future()
-                if len(self._known) > self._max_prompts:
-                    self._known.popitem(last=False)
-            else:
-                self._known.move_to_end(key)
-        if found is not None:
-            return found
+            if found is not None:
+                return found
+            made: Future[_Outcome] = Future()
+            self._known.put(key, made)
         self._make(key, made, job, tokenize)
         return made
 
@@ -72,7 +67,7 @@ class PromptMemo:
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
-            self._known.pop(key, None)
+            self._known.pop(key)
 
 
 def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:

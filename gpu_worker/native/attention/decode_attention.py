@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gpu_worker.model.attention_plan import Segment
-from gpu_worker.native.kernels.kernel_loading import functions, load_library
+from gpu_worker.native.kernels.kernel_loading import Kernel, functions
 
 
 class Cache(ctypes.Structure):
@@ -79,11 +78,13 @@ class Decodes:
         )
 
 
-class DecodeKernel:
+class DecodeKernel(Kernel):
     """The compiled attention. Dims: N tokens, H key heads, Q query heads, D head size, S slots, R rows, W pages.
 
     Stored keys and values are (H, S, D), float32 or bfloat16, with equal strides; S and D are contiguous.
     """
+
+    library_name = "decode_attention"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._write = functions(library, "write_kv", *[c_void_p] * 3, c_int64, c_void_p, c_int32)
@@ -120,12 +121,6 @@ class DecodeKernel:
         arguments = decodes.arguments(query.shape[0], table, scaling=scaling, sliding_window=sliding_window)
         parts = arguments, _heads(query), make_cache_struct(keys, values)
         self._attend[query.dtype](*(ctypes.addressof(part) for part in parts), output.data_ptr())
-
-
-def load_decode_kernel(cache_dir: Path) -> DecodeKernel | None:
-    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
-    library = load_library("decode_attention", cache_dir)
-    return None if library is None else DecodeKernel(library)
 
 
 def _heads(x: Tensor) -> _Heads:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 from filelock import FileLock, Timeout
@@ -60,6 +61,21 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
     except (KernelUnavailable, OSError, Timeout) as exc:
         logger.warning("kernel %s is disabled, torch computes it more slowly: %s", name, exc)
         return None
+
+
+class Kernel:
+    """A compiled kernel: the functions of the library `library_name`."""
+
+    library_name: ClassVar[str]
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, cache_dir: Path) -> Self | None:
+        """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
+        library = load_library(cls.library_name, cache_dir)
+        return None if library is None else cls(library)
 
 
 def num_missing_kernels(config: WorkerConfig) -> int:

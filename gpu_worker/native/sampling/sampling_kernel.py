@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ctypes import CDLL, c_int32, c_int64, c_void_p
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,14 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.front.draw import TABLE
-from gpu_worker.native.kernels.kernel_loading import SUFFIXES, functions, load_library
+from gpu_worker.native.kernels.kernel_loading import SUFFIXES, Kernel, functions
 
 WANTED = np.dtype([("row", np.int64), ("token", np.int64), ("count", np.int64)])
 """A token to score in a row of logits, and the number of most likely ids to report: the source's struct `Wanted`."""
 
 
-class SamplingKernel:
+class SamplingKernel(Kernel):
     """The compiled sampler. Logits are on the CPU, contiguous, float32 or bfloat16."""
+
+    library_name = "sampling"
 
     def __init__(self, library: CDLL) -> None:
         self._choose = functions(library, "choose", c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)
@@ -51,9 +52,3 @@ class SamplingKernel:
         pointers = logits.data_ptr(), logits.shape[1], wanted.ctypes.data, count, width
         self._score[logits.dtype](*pointers, *results, torch.get_num_threads())
         return logprobs, ids, top
-
-
-def load_sampling_kernel(cache_dir: Path) -> SamplingKernel | None:
-    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
-    library = load_library("sampling", cache_dir)
-    return None if library is None else SamplingKernel(library)

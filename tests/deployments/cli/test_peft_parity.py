@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from deployments.cli import peft_parity
 from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
 from gpu_worker.errors import BaseModelUnsupported
-from lora_store import AdapterRefused, Limits, ModuleWeights
+from lora_store import AdapterRefused, Limits, ModuleWeights, check_folder
 from lora_store.peft_files import WEIGHTS_FILE
 from tests.gpu_worker.families import EQUAL, save, save_multimodal
 from tests.tiny import tiny_config
@@ -59,16 +59,15 @@ def test_a_wrong_scaling_is_detected_in_every_strategy(
     """The scaling differs from PEFT's lora_alpha / rank by a tenth."""
     model = tiny_folders["llama"]
     folder = trained(model, tmp_path / "adapter", r=4, lora_alpha=8)
-    read = peft_parity.read_peft_folder
 
     class Misread:
-        def __init__(self, path: Path, limits: Limits) -> None:
+        def __init__(self, path: Path, **options: Any) -> None:
             self.modules = {
                 name: ModuleWeights(module.lora_a, module.lora_b, module.scaling * 1.1)
-                for name, module in read(path, limits).modules.items()
+                for name, module in check_folder(path, **options).modules.items()
             }
 
-    monkeypatch.setattr(peft_parity, "read_peft_folder", Misread)  # the point where both sides diverge
+    monkeypatch.setattr(peft_parity, "check_folder", Misread)  # the point where both sides diverge
     differences = parity_with_peft(folder, tiny_config(model, num_threads=1))
     assert differences["selection"] > TOLERANCE
     assert differences["mixture"] > TOLERANCE

@@ -14,11 +14,12 @@ import yaml
 
 from deployments.cli.pool_transfer import ServedPool
 from deployments.publishing.contract_files import read_contract
-from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, read_peft_folder, write_peft_folder
+from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, write_peft_folder
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
 from lora_store.pool_files import PART_BYTES, ArchivedPool, PoolState, blob_file
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, words
+from tests.lora_store.builders import read_folder
 
 OnPart = Callable[[str, int], object]
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
@@ -269,8 +270,8 @@ def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path
     said = run("compose", "both", "--adapters", "poet=0.7,acme/secretary=0.3", *made)
     assert "rank 5, exact" in words(said.stdout)
     assert "--template" not in said.stdout  # they differ, so a mixture of them has the server's
-    module = read_peft_folder(tmp_path / "both").modules[UP]
-    poet, other = (read_peft_folder(tmp_path / name).modules[UP] for name in ("poet", "secretary"))
+    module = read_folder(tmp_path / "both").modules[UP]
+    poet, other = (read_folder(tmp_path / name).modules[UP] for name in ("poet", "secretary"))
     total = sum(w * m.scaling * m.lora_b @ m.lora_a for w, m in [(0.7, poet), (0.3, other)])
     torch.testing.assert_close(module.scaling * module.lora_b @ module.lora_a, total)
     low = run("compose", "low", "--adapters", "poet=0.7,secretary=0.3", "--rank", "1", *made)

@@ -25,8 +25,8 @@ from lora_store import (
 )
 from lora_store.staging import changed_version
 from retriever_svc import StaleIndex
-from retriever_svc.embedded import Embedded
 from retriever_svc.errors import EncoderUnusable
+from retriever_svc.route import Embedded
 from tests.deployments.adapter_records import ENCODER, adapter, digest_of
 from tests.deployments.fake_publishing import Publishing, live
 from tests.deployments.fake_retriever import FakeRetriever

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.composition import compose
-from lora_store.peft_files import read_peft_folder, write_peft_folder
+from lora_store.peft_files import write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan
 from lora_store.strategies.registry import STRATEGIES
 from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference, Step
+from tests.lora_store.builders import read_folder
 from tests.tiny import plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -131,7 +132,7 @@ def test_a_composed_adapter_answers_as_the_mixture_in_peft_and_here(
         found = model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
     expected = reference.prompt_logprobs(tokens, mixture, hosted.pool)
     assert float((found - expected).abs().max()) < 1e-4
-    digest, blob = encode_weights(read_peft_folder(tmp_path).modules)
+    digest, blob = encode_weights(read_folder(tmp_path).modules)
     stored = decode_weights(digest, blob)
     hosted.add(stored)
     [mixed], [one] = (hosted.answers(job(PROMPTS[0], plan)) for plan in (mixture, plan_of("selection", (stored, 1.0))))

@@ -14,7 +14,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.inject import inject, target_linears
 from gpu_worker.model.lora_linear import LoraLinear
-from gpu_worker.model.packed_linear import KernelLinear, load_linear_kernel
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
 from gpu_worker.model.step_context import StepContext
 from tests.gpu_worker.engine_driver import compiled
 from tests.tiny import FAMILIES, tiny_config
@@ -58,7 +58,7 @@ def test_an_embedding_is_looked_up_in_the_matrix_that_its_model_has_packed(
     ids = torch.randint(300, (2, 7))
     expected = model.get_input_embeddings()(ids)
     linears = target_linears(model, model.get_output_embeddings())
-    inject(model, LoraBank(linears, 4), StepContext(), compiled(load_linear_kernel))
+    inject(model, LoraBank(linears, 4), StepContext(), compiled(LinearKernel.load))
     with torch.inference_mode():
         assert torch.equal(model.get_input_embeddings()(ids), expected)
         assert model.get_input_embeddings()(ids[:, :0]).shape == (2, 0, 32)
@@ -71,7 +71,7 @@ def test_an_embedding_of_its_own_stays_as_it_is(tiny_folders: Mapping[str, Path]
     model = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16")).model
     embedding = model.get_input_embeddings()
     linears = target_linears(model, model.get_output_embeddings())
-    inject(model, LoraBank(linears, 4), StepContext(), compiled(load_linear_kernel))
+    inject(model, LoraBank(linears, 4), StepContext(), compiled(LinearKernel.load))
     assert model.get_input_embeddings() is embedding
 
 

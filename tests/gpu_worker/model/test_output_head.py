@@ -16,11 +16,11 @@ from gpu_worker.front.grammar.state import num_words
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.model.attention_plan import Segment
 from gpu_worker.model.output_head import OutputHead, rows_in_parts
-from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.sampling.sampling import Sampler
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
+from gpu_worker.native.sampling.sampling_kernel import SamplingKernel
 from tests.gpu_worker.engine_driver import compiled, kv_shape
 
 VOCABULARY, WIDTH = 2_500, 8  # 79 panels, the last one of four ids
@@ -29,7 +29,7 @@ Mask = NDArray[np.uint32]
 
 @pytest.fixture(scope="module")
 def kernel() -> LinearKernel:
-    return compiled(load_linear_kernel)
+    return compiled(LinearKernel.load)
 
 
 def mask_of(*ids: int) -> Mask:
@@ -84,7 +84,7 @@ def test_choices_are_those_of_the_whole_head(
     expected = whole(x)
     found, _ = through(whole, x, masks)
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    for sampler in (Sampler(compiled(load_sampling_kernel)), Sampler()):
+    for sampler in (Sampler(compiled(SamplingKernel.load)), Sampler()):
         assert sampler(found[0], draws) == sampler(expected[0], draws)
 
 

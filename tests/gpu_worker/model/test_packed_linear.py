@@ -15,7 +15,6 @@ from gpu_worker.model.packed_linear import (
     PackedLinear,
     has_bf16_vectors,
     is_kernel_faster,
-    load_linear_kernel,
     may_use_tiles,
     packed,
 )
@@ -34,7 +33,7 @@ NUM_INPUTS = pytest.mark.parametrize("num_in", [520, 512], ids=["vectors", "tile
 
 @pytest.fixture(scope="module")
 def kernel() -> LinearKernel:
-    return compiled(load_linear_kernel)
+    return compiled(LinearKernel.load)
 
 
 def linear_of(num_in: int, num_out: int, *, has_bias: bool = True) -> nn.Linear:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
 from gpu_worker.model.quantization import GROUP, SMALL_GROUP, QuantizedWeight, quantize, round_to_halves, rounded_inputs
 from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, name_library
 from gpu_worker.native.kernels.kernel_loading import share_openmp
@@ -29,7 +29,7 @@ _ARM = "aarch64-linux-gnu-g++"
 
 @pytest.fixture(scope="module")
 def kernel() -> LinearKernel:
-    return compiled(load_linear_kernel)
+    return compiled(LinearKernel.load)
 
 
 @pytest.fixture(scope="module", params=["x86-64", "x86-64-v3"])

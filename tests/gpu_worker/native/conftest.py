@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from gpu_worker.model.packed_linear import load_linear_kernel
+from gpu_worker.model.packed_linear import LinearKernel
 from gpu_worker.native import device_parts
 from gpu_worker.native.attention import attention_cpu
 from gpu_worker.native.compiled_layer import LayerKernel, load_layer_kernel
@@ -59,7 +59,7 @@ def make_bf16(make_engine: MakeEngine, tiny_base: TinyBase, monkeypatch: pytest.
     """
     monkeypatch.setattr(attention_cpu, "_MOST_READS", 44)
     monkeypatch.setattr(attention_cpu, "_MOST_READS_BEHIND", 44)
-    kernel = compiled(load_linear_kernel)
+    kernel = compiled(LinearKernel.load)
     compiled(load_layer_kernel)
     monkeypatch.setattr(device_parts, "make_linear_kernel", lambda config: kernel)
 

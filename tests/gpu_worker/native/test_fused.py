@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.packed_attention import ATTENTION_NAME, packed_attention
-from gpu_worker.native.fused import FusedKernel, FusedRmsNorm, fuse, load_fused_kernel
+from gpu_worker.native.fused import Choices, FusedKernel, FusedRmsNorm, fuse
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only
 from tests.tiny import TinyBase
@@ -27,7 +27,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(scope="module")
 def kernel() -> FusedKernel:
-    return compiled(load_fused_kernel)
+    return compiled(FusedKernel.load)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -56,7 +56,7 @@ def test_norms_equal_those_of_their_family(
     model.norm = family(width, eps=1e-6).to(dtype)
     model.norm.weight.data = draw(width, dtype=dtype, seed=1)
     own = model.norm
-    fuse(model, kernel)
+    fuse(model, kernel, Choices())
     assert type(model.norm).__name__ == "FusedRmsNorm"
     for x in (
         draw(1, 70, width, dtype=dtype),
@@ -191,7 +191,7 @@ def test_an_attention_is_replaced_if_it_computes_the_same(
 ) -> None:
     model = nn.Module()
     model.attention = family(tiny_base("llama").model.config, 0).to(dtype)
-    fuse(model, kernel)
+    fuse(model, kernel, Choices())
     is_same = family is LlamaAttention or (family is Rounding and dtype == torch.float32)
     assert type(model.attention).__name__ == ("FusedAttention" if is_same else family.__name__)
 
@@ -207,7 +207,7 @@ def test_every_norm_mlp_and_attention_of_a_model_is_fused(
         model.set_attn_implementation("sdpa")
         expected = model(ids).logits
         model.set_attn_implementation(ATTENTION_NAME)
-        fuse(model, kernel)
+        fuse(model, kernel, Choices())
         model.set_attn_implementation("sdpa")
         assert_same(model(ids).logits, expected, atol=1e-4)
     after = Counter(type(module).__name__ for module in model.modules())
@@ -239,7 +239,7 @@ def test_modules_with_other_formulas_are_not_replaced(kernel: FusedKernel) -> No
 
     others = [CentredRMSNorm(64), Mlp(nn.GELU()), Mlp(nn.ReLU()), Capped(nn.SiLU()), Limited(nn.SiLU())]
     model = nn.ModuleList([*others, Mlp(nn.SiLU())])
-    fuse(model, kernel)
+    fuse(model, kernel, Choices())
     found = [type(module).__name__ for module in model]
     assert found == ["CentredRMSNorm", "Mlp", "Mlp", "Capped", "Limited", "FusedMlp"]
 
@@ -248,7 +248,7 @@ def test_layers_that_read_one_input_add_their_adapters_at_once(
     make_engine: MakeEngine, pool: list[AdapterWeights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Query, key and value; gate and up."""
-    assert compiled(load_fused_kernel) is not None
+    assert compiled(FusedKernel.load) is not None
     engine, asked, each = make_engine(by_digest(*pool)), list[int](), LoraLinear.each
 
     def counted(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:

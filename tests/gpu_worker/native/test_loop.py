@@ -18,7 +18,7 @@ from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, LogitsNotFini
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model import inject
 from gpu_worker.model.base_model import load_base_model
-from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
 from gpu_worker.model.quantization import QuantizedLinear
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
@@ -50,7 +50,7 @@ def test_the_memory_of_a_layer_is_free_once_it_is_packed(
     make_engine: MakeEngine, tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start needs the memory of one layer besides that of all of them."""
-    compiled(load_linear_kernel)
+    compiled(LinearKernel.load)
     options = {"dtype": "bfloat16", "quantization": "int8"}
     base = load_base_model(tiny_config(tiny_folders["gemma3"], **options))
     layers = [weakref.ref(each) for each in base.model.modules() if isinstance(each, QuantizedLinear)]

@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 from gpu_worker.model.base_model import load_base_model
 from lora_store import check_folder
 from lora_store.adapter import AdapterWeights
-from lora_store.peft_files import read_peft_folder, write_peft_folder
+from lora_store.peft_files import write_peft_folder
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
 from tests.gpu_worker.families import train, whole_model
+from tests.lora_store.builders import read_folder
 from tests.tiny import TinyFolders, assert_equal_logits, linear_shapes, plan_of, tiny_config
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -73,7 +74,7 @@ def trained(tiny_folders: TinyFolders, tmp_path_factory: pytest.TempPathFactory)
     pool = {}
     for seed, (name, settings) in enumerate(CONFIGS.items()):
         folder = train(tiny_folders["gemma3"], tmp_path_factory.mktemp("adapter"), seed, **settings)
-        pool[name] = Trained(folder, AdapterWeights(f"digest of {name}", read_peft_folder(folder).modules))
+        pool[name] = Trained(folder, AdapterWeights(f"digest of {name}", read_folder(folder).modules))
     return pool
 
 

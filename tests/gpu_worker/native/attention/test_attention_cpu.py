@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_worker.model.attention_plan import Segment
 from gpu_worker.native.attention import attention_cpu
-from gpu_worker.native.attention.decode_attention import DecodeKernel, load_decode_kernel
+from gpu_worker.native.attention.decode_attention import DecodeKernel
 from gpu_worker.native.attention.kv_pages import HostKvCache
 from tests.gpu_worker.engine_driver import compiled, kv_shape
 
@@ -54,7 +54,7 @@ def slots(cache: HostKvCache, row: int, num_tokens: int) -> Tensor:
 
 @pytest.fixture(params=["torch", "compiled"])
 def kernel(request: pytest.FixtureRequest) -> DecodeKernel | None:
-    return None if request.param == "torch" else compiled(load_decode_kernel)
+    return None if request.param == "torch" else compiled(DecodeKernel.load)
 
 
 def layout(*rows: tuple[int, int, int]) -> list[Segment]:
@@ -178,7 +178,7 @@ def test_padding_reads_the_rows_own_tokens_only(window: int | None) -> None:
 @pytest.mark.parametrize("place", [0, 5, 15, 16, 36, 37])
 def test_one_key_may_have_nearly_all_the_weight(place: int) -> None:
     """Exponentials of such scores overflow unless the largest one is found, wherever it is."""
-    cache = new_cache(kernel=compiled(load_decode_kernel))
+    cache = new_cache(kernel=compiled(DecodeKernel.load))
     plan = cache.attention(layout((4, 1, 37)))
     rows = slots(cache, 4, 38)
     cache.keys[0][:, rows], cache.values[0][:, rows] = 0.0, torch.randn(38, HEAD_DIM)
@@ -218,7 +218,7 @@ def test_a_row_that_is_not_finite_does_not_reach_the_others(kernel: DecodeKernel
     ],
 )
 def test_the_kernel_computes_short_chunks_and_guesses(num_tokens: int, context_len: int, is_long: bool) -> None:
-    cache = new_cache(4096, compiled(load_decode_kernel))
+    cache = new_cache(4096, compiled(DecodeKernel.load))
     plan = cache.attention(layout((0, num_tokens, context_len)))
     assert bool(plan.prefill) == is_long and plan.is_compiled != is_long
 
@@ -252,7 +252,7 @@ def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeK
 
 def test_the_compiled_result_of_a_token_does_not_depend_on_other_tokens() -> None:
     torch.manual_seed(0)
-    cache = new_cache(kernel=compiled(load_decode_kernel))
+    cache = new_cache(kernel=compiled(DecodeKernel.load))
     for of_layer in (cache.keys, cache.values):
         of_layer[0].normal_()
     query = torch.randn(NUM_HEADS, 3, HEAD_DIM)
@@ -271,7 +271,7 @@ def test_the_compiled_result_of_a_token_does_not_depend_on_other_tokens() -> Non
 @pytest.mark.parametrize("before", [0, 20])
 def test_a_short_chunk_has_the_compiled_results_of_its_tokens_one_by_one(before: int, window: int | None) -> None:
     torch.manual_seed(0)
-    caches = [new_cache(kernel=compiled(load_decode_kernel)) for _ in range(2)]
+    caches = [new_cache(kernel=compiled(DecodeKernel.load)) for _ in range(2)]
     query, *parts = (torch.randn(count, 9, HEAD_DIM) for count in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS))
     for of_layer in ("keys", "values"):
         getattr(caches[0], of_layer)[0].normal_()

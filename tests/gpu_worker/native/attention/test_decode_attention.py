@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpu_worker.model.attention_plan import Segment
-from gpu_worker.native.attention.decode_attention import DecodeKernel, Decodes, load_decode_kernel
+from gpu_worker.native.attention.decode_attention import DecodeKernel, Decodes
 from tests.gpu_worker.engine_driver import compiled
 
 HEADS, SLOTS, DIM = 4, 10, 8
@@ -14,7 +14,7 @@ HEADS, SLOTS, DIM = 4, 10, 8
 
 @pytest.fixture(scope="module")
 def kernel() -> DecodeKernel:
-    return compiled(load_decode_kernel)
+    return compiled(DecodeKernel.load)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, DIM), (HEADS, 1, DIM - 1), (HEADS, 2, DIM), (1, 1, DIM)], ids=str)

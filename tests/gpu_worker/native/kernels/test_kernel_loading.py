@@ -235,11 +235,11 @@ def test_kernels_load_no_second_openmp_runtime(tmp_path: Path, lora_kernel: Lora
 import torch
 from pathlib import Path
 from threadpoolctl import threadpool_info
-from gpu_worker.model.lora_kernel import load_lora_kernel
+from gpu_worker.model.lora_kernel import LoraKernel
 def runtimes():
     return sorted(found["filepath"] for found in threadpool_info() if found["user_api"] == "openmp")
 before = runtimes()
-assert load_lora_kernel(Path({str(tmp_path)!r})) is not None
+assert LoraKernel.load(Path({str(tmp_path)!r})) is not None
 assert runtimes() == before != [], (before, runtimes())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

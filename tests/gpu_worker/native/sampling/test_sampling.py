@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.sampling import Sampler, with_masks
-from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
+from gpu_worker.native.sampling.sampling_kernel import SamplingKernel
 from tests.gpu_worker.engine_driver import compiled
 from tests.gpu_worker.random_draws import UNSOUND, random_batch, random_mask
 from tests.gpu_worker.slow_sampling import is_allowed, kept_slowly, scored_slowly, tokens_slowly
@@ -81,7 +81,7 @@ def test_a_large_vocabulary_equals_the_slow_loop(params: SamplingParams, dtype: 
     logits = logits.to(dtype)
     draws = [Draw(params, 5, position) for position in range(num_rows)]
     allowed = [tokens_slowly(row, draw) for row, draw in zip(logits, draws, strict=True)]
-    for sampler in (Sampler(compiled(load_sampling_kernel)), Sampler()):
+    for sampler in (Sampler(compiled(SamplingKernel.load)), Sampler()):
         for token, ids in zip(tokens_of(sampler, logits, draws), allowed, strict=True):
             assert token in ids
 

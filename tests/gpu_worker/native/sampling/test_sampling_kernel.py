@@ -8,7 +8,7 @@ import torch
 
 from gpu_worker.front.draw import Draw, make_table
 from gpu_worker.front.request.request import SamplingParams
-from gpu_worker.native.sampling.sampling_kernel import WANTED, SamplingKernel, load_sampling_kernel
+from gpu_worker.native.sampling.sampling_kernel import WANTED, SamplingKernel
 from tests.gpu_worker.engine_driver import compiled
 from tests.gpu_worker.slow_sampling import scored_slowly, tokens_slowly
 
@@ -17,7 +17,7 @@ LOGITS = torch.randn(4, 50, generator=torch.Generator().manual_seed(3)) * 3
 
 @pytest.fixture(scope="module")
 def kernel() -> SamplingKernel:
-    return compiled(load_sampling_kernel)
+    return compiled(SamplingKernel.load)
 
 
 def test_it_serves_contiguous_logits_in_host_memory(kernel: SamplingKernel) -> None:
