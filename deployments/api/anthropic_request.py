@@ -11,7 +11,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.api.base import (
     NOT_SERVED_IN_ANTHROPIC,
+    Label,
     Passing,
+    Text,
     TolerantRequest,
     problem,
     unsupported,
@@ -29,10 +31,7 @@ from deployments.api.messages import (
     CallId,
     ChosenFunction,
     FunctionDefinition,
-    Label,
-    Parts,
-    Text,
-    TextPart,
+    TextParts,
     ToolChoice,
     as_parts,
     check_tools,
@@ -56,13 +55,6 @@ _CHOICES: dict[str, Literal["auto", "required", "function", "none"]] = {
 }
 
 
-_Text = Annotated[
-    list[TextPart],
-    Field(fail_fast=True, max_length=MAX_PARTS),
-    BeforeValidator(as_parts, json_schema_input_type=Text | Parts),
-]
-
-
 class ContentBlock(TolerantRequest):
     """A text, a call of a tool, its result, or `thinking` of another model."""
 
@@ -72,7 +64,7 @@ class ContentBlock(TolerantRequest):
     name: Label | None = None
     input: Schema | None = None
     tool_use_id: CallId | None = None
-    content: _Text = Field(default=[])
+    content: TextParts = Field(default=[])
     is_error: bool = False
     """Of a result: its text in the prompt begins with `Error: `."""
 
@@ -154,7 +146,7 @@ class Conversation(TolerantRequest):
     messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     """Messages of `user` and `assistant`; content is a text or a list of blocks of the types `text`, `tool_use` and
     `tool_result`. Blocks of `thinking` are not read; images and documents are refused."""
-    system: _Text | None = None
+    system: TextParts | None = None
     """A text or a list of text blocks before the conversation."""
     tools: Annotated[list[AnthropicTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     """Tools that the client runs: `name`, `description` and `input_schema`. Tools that a server runs are refused."""

@@ -20,16 +20,17 @@ from pydantic import (
 
 from deployments.api import error_table
 from deployments.api.base import (
-    MAX_LABEL_CHARS,
     MAX_TEXT_CHARS,
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
     TOOLS_AND_CHOICES,
     AdapterName,
     ApiRequest,
+    Label,
     LoraOptions,
     MergedAdapters,
     Passing,
+    Text,
     TolerantRequest,
     at_most,
     options_of_path,
@@ -76,10 +77,6 @@ _ANY_SEED = -1  # of clients of other servers
 
 def _drop_nulls(value: object) -> object:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
-Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]

@@ -13,7 +13,9 @@ from deployments.api.base import (
     ITEMS,
     NOT_SERVED_IN_RESPONSES,
     TOOLS_AND_CHOICES,
+    Label,
     Passing,
+    Text,
     TolerantRequest,
     problem,
     unsupported,
@@ -25,8 +27,6 @@ from deployments.api.messages import (
     CallId,
     ChosenFunction,
     FunctionDefinition,
-    Label,
-    Text,
     ToolChoice,
     check_tools,
     function_alone,
@@ -79,6 +79,11 @@ def _as_items(value: object) -> object:
 
 
 Parts = Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
+_TextParts = Annotated[
+    list[InputPart],
+    Field(fail_fast=True, max_length=MAX_PARTS),
+    BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
+]
 
 
 class InputItem(TolerantRequest):
@@ -86,19 +91,11 @@ class InputItem(TolerantRequest):
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Annotated[
-        list[InputPart],
-        Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
-    ] = Field(default=[])
+    content: _TextParts = Field(default=[])
     call_id: CallId | None = None
     name: Label | None = None
     arguments: Text | None = None
-    output: Annotated[
-        list[InputPart],
-        Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
-    ] = Field(default=[])
+    output: _TextParts = Field(default=[])
 
     @model_validator(mode="before")
     @classmethod

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
-from deployments.api.base import Passing, TolerantRequest, problem
-from deployments.api.completions import MAX_MESSAGES, Ids, PromptRequest, Question, Text
+from deployments.api.base import Passing, Text, TolerantRequest, problem
+from deployments.api.completions import MAX_MESSAGES, Ids, PromptRequest, Question
 from deployments.api.messages import ChatMessage, make_turns, question_text
 from gpu_worker.front.request.request import Tokenized
 
