@@ -36,7 +36,6 @@ from deployments.api.messages import (
     as_parts,
     check_tools,
     make_tools,
-    question_text,
 )
 from deployments.api.structured import Schema, TextFormat
 from deployments.errors import RequestInvalid
@@ -233,8 +232,7 @@ class MessagesRequest(Conversation, GenerationRequest):
         return self
 
     @model_validator(mode="after")
-    def _one_path_and_format(self) -> Self:
-        self._check_paths(1)
+    def _one_format(self) -> Self:
         if self._format is not None and self._format.type != "text":
             self._check_only_format("output_config.format")
         return self
@@ -263,19 +261,12 @@ class MessagesRequest(Conversation, GenerationRequest):
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
-        (options, alias), turns = self._options(0), self.turns()
-        return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]
+        return [self._ask(self.turns(), self.used_tools())]
 
 
 class CountTokensRequest(Conversation, PromptRequest):
     """`POST /v1/messages/count_tokens`"""
 
-    @model_validator(mode="after")
-    def _one_path(self) -> Self:
-        self._check_paths(1)
-        return self
-
     def question(self) -> Question:
         """Return the conversation as a question, whose adapters may name a template. Raises: GrammarInvalid."""
-        (options, alias), turns = self._options(0), self.turns()
-        return Question(turns, question_text(turns), self.model, options, alias, self.used_tools())
+        return self._ask(self.turns(), self.used_tools())

@@ -51,6 +51,7 @@ from deployments.api.messages import (
 from deployments.api.structured import ResponseFormat, StructuredOutputs
 from deployments.json_types import JsonMapping
 from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import (
     MAX_BIASED_IDS,
     MAX_LOGPROBS,
@@ -225,7 +226,18 @@ class PromptRequest(TolerantRequest, ModelFields):
             raise problem(ways[0], f"{ways[1]} names the adapters too")
         if self.lora.strategy is not None:
             raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
+        if isinstance(self.lora_path, list) and len(self.lora_path) != self._num_prompts:
+            raise problem("lora_path", f"holds {len(self.lora_path)} names for {self._num_prompts} prompts")
         return self
+
+    @property
+    def _num_prompts(self) -> int:
+        return 1
+
+    def _ask(self, turns: tuple[Message, ...], tools: Tools | None = None) -> Question:
+        """Return a conversation as a question."""
+        options, alias = self._options(0)
+        return Question(turns, question_text(turns), self.model, options, alias, tools)
 
     def _options(self, place: int) -> tuple[LoraOptions, str | None]:
         """Return the options of the prompt at `place`, and the field of another API that they come from."""
@@ -235,10 +247,6 @@ class PromptRequest(TolerantRequest, ModelFields):
             path = self.lora_path if isinstance(self.lora_path, str) else self.lora_path[place]
             return options_of_path(path, self.lora), "lora_path"
         return self.lora, None
-
-    def _check_paths(self, num_prompts: int) -> None:
-        if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
-            raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
 
 
 class GenerationRequest(PromptRequest, PolicyFields):
@@ -376,7 +384,6 @@ class ChatCompletionRequest(GenerationRequest):
             raise problem("top_logprobs", "goes with logprobs: true only")
         if self.tools is not None or self.tool_choice is not None:
             check_tools([tool.function.name for tool in self.tools or ()], self.tool_choice)
-        self._check_paths(1)
         return self
 
     @property
@@ -395,9 +402,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
-        (options, alias), tools = self._options(0), self.used_tools()
-        turns = make_turns(self.messages)
-        return [Question(turns, question_text(turns), self.model, options, alias, tools)]
+        return [self._ask(make_turns(self.messages), self.used_tools())]
 
 
 class CompletionRequest(GenerationRequest):
@@ -427,8 +432,11 @@ class CompletionRequest(GenerationRequest):
         rows = len(self.prompt) * self.n
         if rows > MAX_ROWS:
             raise problem("n", f"with {len(self.prompt)} prompts makes {rows} answers, at most {MAX_ROWS} are given")
-        self._check_paths(len(self.prompt))
         return self
+
+    @property
+    def _num_prompts(self) -> int:
+        return len(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -32,7 +32,6 @@ from deployments.api.messages import (
     function_alone,
     known_choice,
     make_tools,
-    question_text,
     word_or,
 )
 from deployments.api.structured import TextFormat
@@ -233,7 +232,6 @@ class ResponsesRequest(GenerationRequest):
         if self._has_format:
             self._check_only_format("text.format")
         check_tools([tool.name for tool in self.tools or ()], self._choice, "name")
-        self._check_paths(1)
         return self
 
     @property
@@ -293,5 +291,4 @@ class ResponsesRequest(GenerationRequest):
         turns = turns_of_items(self.input)
         if self.instructions:
             turns = (Message("system", self.instructions), *turns)
-        options, alias = self._options(0)
-        return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]
+        return [self._ask(turns, self.used_tools())]
