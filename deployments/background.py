@@ -1,11 +1,12 @@
-"""Work that outlives its caller, and work in groups."""
+"""Work that outlives its caller, work in groups, and work within a time limit."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,18 @@ async def answer_in_groups(
     for places, answers in zip(groups.values(), await asyncio.gather(*calls), strict=True):
         found.update(zip(places, answers, strict=True))
     return [found[place] for place in range(len(items))]
+
+
+@asynccontextmanager
+async def limit_time(limit: asyncio.Timeout, error: Callable[[], Exception]) -> AsyncIterator[None]:
+    """Bound the block by `limit`, and raise `error()` when it expires. Another TimeoutError of the block passes."""
+    try:
+        async with limit:
+            yield
+    except TimeoutError as exc:
+        if not limit.expired():
+            raise
+        raise error() from exc
 
 
 def _log_failure(task: asyncio.Task[object], what: str) -> None:

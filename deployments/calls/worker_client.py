@@ -23,7 +23,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview, ServeStatus
 
-from deployments.background import answer_in_groups
+from deployments.background import answer_in_groups, limit_time
 from deployments.calls.shared import Shared
 from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, retry
 from deployments.errors import WorkerStarting
@@ -317,13 +317,8 @@ class BaseWorkers:
         asking = self._running.start()
         if self.shapes is not None and self._clock() - self._answered_at < RECENT_S:
             return self.shapes
-        try:
-            async with asyncio.timeout(timeout_s) as limit:
-                return await asyncio.shield(asking)
-        except TimeoutError as exc:
-            if limit.expired():
-                raise WorkerStarting(timeout_s) from exc
-            raise
+        async with limit_time(asyncio.timeout(timeout_s), lambda: WorkerStarting(timeout_s)):
+            return await asyncio.shield(asking)
 
     async def _reach(self) -> Shapes:
         """Return the module shapes. Wait until a worker has started, and call again if one runs and is silent."""
