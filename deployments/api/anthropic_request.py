@@ -39,7 +39,6 @@ from deployments.api.messages import (
 )
 from deployments.api.structured import Schema, TextFormat
 from deployments.errors import RequestInvalid
-from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import MAX_STOPS, SamplingParams
 from gpu_worker.front.request.tools import ToolCall, Tools
@@ -212,6 +211,7 @@ class MessagesRequest(Conversation, GenerationRequest):
     """`POST /v1/messages`"""
 
     always_shows_usage: ClassVar[bool] = True
+    format_field: ClassVar[str] = "output_config.format"
 
     max_tokens: int = Field(ge=1)
     """The most new tokens."""
@@ -231,20 +231,13 @@ class MessagesRequest(Conversation, GenerationRequest):
             raise unsupported(f"messages.{len(self.messages) - 1}", what)
         return self
 
-    @model_validator(mode="after")
-    def _one_format(self) -> Self:
-        if self._format is not None and self._format.type != "text":
-            self._check_only_format("output_config.format")
-        return self
-
     @property
     def _format(self) -> TextFormat | None:
         return None if self.output_config is None else self.output_config.format
 
     @property
     def set_fields(self) -> Set[str]:
-        own = {"stop": self.stop_sequences is not None, "response_format": self._format is not None}
-        return self.model_fields_set | {name for name, is_set in own.items() if is_set}
+        return super().set_fields | ({"stop"} if self.stop_sequences is not None else set())
 
     @property
     def num_logprobs(self) -> int | None:
@@ -253,11 +246,6 @@ class MessagesRequest(Conversation, GenerationRequest):
     def sampling(self) -> SamplingParams:
         sampling = super().sampling()
         return sampling if self.stop_sequences is None else replace(sampling, stop=tuple(self.stop_sequences))
-
-    def _grammar(self) -> Grammar | None:
-        if self._format is None or self._format.type == "text":
-            return super()._grammar()
-        return self._format.grammar("output_config.format")
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""

@@ -48,7 +48,7 @@ from deployments.api.messages import (
     question_text,
     word_or,
 )
-from deployments.api.structured import ResponseFormat, StructuredOutputs
+from deployments.api.structured import ResponseFormat, StructuredOutputs, TextFormat
 from deployments.json_types import JsonMapping
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
@@ -255,6 +255,8 @@ class GenerationRequest(PromptRequest, PolicyFields):
     model_config = ConfigDict(extra="allow")
     always_shows_usage: ClassVar[bool] = False
     """Whether every stream ends with the usage, without `stream_options`."""
+    format_field: ClassVar[str] = ""
+    """The field in which another API gives the format of the answer."""
 
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
@@ -282,10 +284,22 @@ class GenerationRequest(PromptRequest, PolicyFields):
             raise problem("prompt_logprobs", "are part of whole answers; set stream: false or remove them")
         return self
 
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        is_given = self.structured_outputs is not None or self.response_format is not None
+        if is_given and self._format is not None and self._format.type != "text":
+            raise problem(self.format_field, "the request gives the format of the answer twice; keep one of them")
+        return self
+
+    @property
+    def _format(self) -> TextFormat | None:
+        """The format of the answer in `format_field`."""
+        return None
+
     @property
     def set_fields(self) -> Set[str]:
         """The fields that the request sets; those that another API calls otherwise by their names here."""
-        return self.model_fields_set
+        return self.model_fields_set | ({"response_format"} if self._format is not None else set())
 
     def sampling(self) -> SamplingParams:
         """Return the sampling parameters. Raises: SamplingInvalid, GrammarInvalid."""
@@ -312,6 +326,8 @@ class GenerationRequest(PromptRequest, PolicyFields):
         )
 
     def _grammar(self) -> Grammar | None:
+        if self._format is not None and self._format.type != "text":
+            return self._format.grammar(self.format_field)
         if self.structured_outputs is not None:
             return self.structured_outputs.as_grammar()
         return None if self.response_format is None else self.response_format.grammar()
@@ -343,11 +359,6 @@ class GenerationRequest(PromptRequest, PolicyFields):
     @abstractmethod
     def questions(self) -> list[Question]:
         """Return one question per prompt, in order."""
-
-    def _check_only_format(self, field: str) -> None:
-        """Refuse the fields that give the format of the answer as `field` of another API does."""
-        if self.structured_outputs is not None or self.response_format is not None:
-            raise problem(field, "the request gives the format of the answer twice; keep one of them")
 
 
 class ChatCompletionRequest(GenerationRequest):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -36,7 +36,6 @@ from deployments.api.messages import (
 )
 from deployments.api.structured import TextFormat
 from deployments.json_types import JsonMapping, JsonObject
-from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import MAX_LOGPROBS
 from gpu_worker.front.request.tools import ToolCall, Tools
@@ -187,6 +186,7 @@ class ResponsesRequest(GenerationRequest):
     not_served: ClassVar[Passing] = NOT_SERVED_IN_RESPONSES
     declines: ClassVar[Mapping[str, str]] = TOOLS_AND_CHOICES
     always_shows_usage: ClassVar[bool] = True
+    format_field: ClassVar[str] = "text.format"
 
     input: Annotated[
         list[InputItem],
@@ -229,15 +229,12 @@ class ResponsesRequest(GenerationRequest):
     def _checked(self) -> Self:
         if not turns_of_items(self.input):
             raise problem("input", "has no message")
-        if self._has_format:
-            self._check_only_format("text.format")
         check_tools([tool.name for tool in self.tools or ()], self._choice, "name")
         return self
 
     @property
-    def set_fields(self) -> Set[str]:
-        has_format = self.text is not None and self.text.format is not None
-        return self.model_fields_set | ({"response_format"} if has_format else set())
+    def _format(self) -> TextFormat | None:
+        return None if self.text is None else self.text.format
 
     @property
     def _choice(self) -> ToolChoice | None:
@@ -262,15 +259,10 @@ class ResponsesRequest(GenerationRequest):
         return {"type": "function", "name": self.tool_choice.name}
 
     @property
-    def _has_format(self) -> bool:
-        return self.text is not None and self.text.format is not None and self.text.format.type != "text"
-
-    @property
     def text_format(self) -> JsonObject:
         """The format of the text, as the response repeats it."""
-        chosen = None if self.text is None or self.text.format is None else self.text.format
-        shown = {"type": "text"} if chosen is None else chosen.model_dump(by_alias=True, exclude_none=True)
-        return {"format": shown}
+        given = self._format
+        return {"format": {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)}
 
     @property
     def limit_field(self) -> str:
@@ -279,12 +271,6 @@ class ResponsesRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or ()) else None
-
-    def _grammar(self) -> Grammar | None:
-        if self._has_format:
-            assert self.text is not None and self.text.format is not None
-            return self.text.format.grammar("text.format")
-        return super()._grammar()
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question, with `instructions` as its first message."""
