@@ -28,7 +28,6 @@ from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 from retriever_svc import Candidate
 from retriever_svc.calibration import NO_THRESHOLD
 
-_DIGEST_CHARS = 12
 _EMPTY_HINT = {
     "chat": "If they were trained with another prompt template than the server's, publish them with `template` set.",
     "text": "/v1/completions applies no prompt template: use /v1/chat/completions, or write the template that the "
@@ -235,7 +234,7 @@ class Answer:
         for planned in self.plans:
             for row in planned.plan.adapters:
                 weight = f";weight={row.weight:.6g}" if len(self.plans) == 1 else ""
-                yield f"{quote(row.ref.name_for(self.tenant), safe='/')}@{row.ref.digest[:_DIGEST_CHARS]}{weight}"
+                yield f"{quote(row.ref.name_for(self.tenant), safe='/')}@{row.ref.short_digest}{weight}"
 
     def _echoed(self, index: int) -> str:
         """Return the text of the prompt that the choice begins with; "" without `echo`."""
