@@ -224,8 +224,8 @@ def _build_services(
     longest_request_s = max(each.worker_scaling.graceful_shutdown_timeout_s for each in config.by_model.values())
     reclaimer = Reclaimer(store, workers, background, longest_request_s=longest_request_s)
     publisher = Publisher(store, retriever, workers, background=background, reclaimer=reclaimer, metrics=changes)
-    keys = load_keys(config.api_key, config.keys_file)
-    authenticator = Authenticator(keys, config.ingress_scaling.min_replicas)  # `follow_replicas` corrects it
+    find_caller = load_keys(config.api_key, config.keys_file)
+    authenticator = Authenticator(find_caller, config.ingress_scaling.min_replicas)  # `follow_replicas` corrects it
     planner = Planner(models, config.retrieval, retriever)
     approves = has_keys or config.public_requires_approval
     preload = Preload(config.preload, publisher, bases=models.bases, approves=approves)

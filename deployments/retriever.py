@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from deployments.api.pool_responses import map_body
 from deployments.auth.ray_token import require_token_mode
+from deployments.calls.shared import Shared
 from deployments.config.app import AppConfig
 from deployments.encoder_queue import EncoderQueue
 from deployments.observability.logs import join_serve_logs
@@ -118,7 +119,7 @@ class RetrieverDeployment:
             max_waiting=config.retrieval.max_waiting,
         )
         self._pools.catch_up()  # includes commits made while the encoder and the index were built
-        self._refreshing: asyncio.Task[int] | None = None
+        self._refreshes = Shared(self._read, kept_s=0.0)
         self._read_at = self._began_reading_at = time.monotonic()
         loop = asyncio.get_event_loop()
         self._polling = loop.create_task(self._poll(poll_interval_s, sleep))
@@ -426,16 +427,12 @@ class RetrieverDeployment:
 
     async def _refresh(self) -> None:
         """Run one refresh at a time for all waiting callers, so that a hanging catalogue blocks one thread only."""
-        if self._refreshing is None or self._refreshing.done():
-            self._began_reading_at = time.monotonic()
-            self._refreshing = asyncio.create_task(_on(self._reading, self._pools.catch_up))
-            self._refreshing.add_done_callback(self._refreshed)
-        await asyncio.shield(self._refreshing)
+        await self._refreshes.get()
 
-    def _refreshed(self, task: asyncio.Task[int]) -> None:
-        """Retrieve the error of a refresh whose waiting callers may have left, which asyncio would log otherwise."""
-        if not task.cancelled() and task.exception() is None:
-            self._read_at = time.monotonic()
+    async def _read(self) -> None:
+        self._began_reading_at = time.monotonic()
+        await _on(self._reading, self._pools.catch_up)
+        self._read_at = time.monotonic()
 
     async def _report(self) -> None:
         pool = self._pools.current

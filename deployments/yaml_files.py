@@ -33,10 +33,19 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from exc
 
 
-def load_yaml(text: str) -> Any:
+class _LoaderWithoutAliases(_Loader):
+    """Also refuses aliases, which can make a small file large."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("has a YAML alias (*name), which is not allowed: write the value out")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(text: str, *, with_aliases: bool = True) -> Any:
     """Return what a YAML text says. Raises: YAMLError, whatever is wrong with the text."""
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return yaml.load(text, _Loader if with_aliases else _LoaderWithoutAliases)  # a SafeLoader
     except RecursionError as exc:
         raise yaml.YAMLError("it nests too deep") from exc
 

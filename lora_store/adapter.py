@@ -31,7 +31,12 @@ class AdapterRef:
     digest: str
 
     def __str__(self) -> str:
-        return f"{self.tenant}/{self.name}@{self.digest[:12]}"
+        return f"{self.tenant}/{self.name}@{self.short_digest}"
+
+    @property
+    def short_digest(self) -> str:
+        """The start of the digest, for people."""
+        return self.digest[:12]
 
     @property
     def key(self) -> tuple[str, str]:

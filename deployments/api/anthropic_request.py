@@ -11,7 +11,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.api.base import (
     NOT_SERVED_IN_ANTHROPIC,
+    Label,
     Passing,
+    Text,
     TolerantRequest,
     check_goes_with,
     problem,
@@ -30,19 +32,14 @@ from deployments.api.messages import (
     CallId,
     ChosenFunction,
     FunctionDefinition,
-    Label,
-    Parts,
-    Text,
-    TextPart,
+    TextParts,
     ToolChoice,
     as_parts,
     check_tools,
     make_tools,
-    question_text,
 )
 from deployments.api.structured import Schema, TextFormat
 from deployments.errors import RequestInvalid
-from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import MAX_STOPS, SamplingParams
 from gpu_worker.front.request.tools import ToolCall, Tools
@@ -57,13 +54,6 @@ _CHOICES: dict[str, Literal["auto", "required", "function", "none"]] = {
 }
 
 
-_Text = Annotated[
-    list[TextPart],
-    Field(fail_fast=True, max_length=MAX_PARTS),
-    BeforeValidator(as_parts, json_schema_input_type=Text | Parts),
-]
-
-
 class ContentBlock(TolerantRequest):
     """A text, a call of a tool, its result, or `thinking` of another model."""
 
@@ -73,7 +63,7 @@ class ContentBlock(TolerantRequest):
     name: Label | None = None
     input: Schema | None = None
     tool_use_id: CallId | None = None
-    content: _Text = Field(default=[])
+    content: TextParts = Field(default=[])
     is_error: bool = False
     """Of a result: its text in the prompt begins with `Error: `."""
 
@@ -154,7 +144,7 @@ class Conversation(TolerantRequest):
     messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     """Messages of `user` and `assistant`; content is a text or a list of blocks of the types `text`, `tool_use` and
     `tool_result`. Blocks of `thinking` are not read; images and documents are refused."""
-    system: _Text | None = None
+    system: TextParts | None = None
     """A text or a list of text blocks before the conversation."""
     tools: Annotated[list[AnthropicTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     """Tools that the client runs: `name`, `description` and `input_schema`. Tools that a server runs are refused."""
@@ -221,6 +211,7 @@ class MessagesRequest(Conversation, GenerationRequest):
     """`POST /v1/messages`"""
 
     always_shows_usage: ClassVar[bool] = True
+    format_field: ClassVar[str] = "output_config.format"
 
     max_tokens: int = Field(ge=1)
     """The most new tokens."""
@@ -240,21 +231,13 @@ class MessagesRequest(Conversation, GenerationRequest):
             raise unsupported(f"messages.{len(self.messages) - 1}", what)
         return self
 
-    @model_validator(mode="after")
-    def _one_path_and_format(self) -> Self:
-        self._check_paths(1)
-        if self._format is not None and self._format.type != "text":
-            self._check_only_format("output_config.format")
-        return self
-
     @property
     def _format(self) -> TextFormat | None:
         return None if self.output_config is None else self.output_config.format
 
     @property
     def set_fields(self) -> Set[str]:
-        own = {"stop": self.stop_sequences is not None, "response_format": self._format is not None}
-        return self.model_fields_set | {name for name, is_set in own.items() if is_set}
+        return super().set_fields | ({"stop"} if self.stop_sequences is not None else set())
 
     @property
     def num_logprobs(self) -> int | None:
@@ -264,26 +247,14 @@ class MessagesRequest(Conversation, GenerationRequest):
         sampling = super().sampling()
         return sampling if self.stop_sequences is None else replace(sampling, stop=tuple(self.stop_sequences))
 
-    def _grammar(self) -> Grammar | None:
-        if self._format is None or self._format.type == "text":
-            return super()._grammar()
-        return self._format.grammar("output_config.format")
-
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
-        (options, alias), turns = self._options(0), self.turns()
-        return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]
+        return [self._ask(self.turns(), self.used_tools())]
 
 
 class CountTokensRequest(Conversation, PromptRequest):
     """`POST /v1/messages/count_tokens`"""
 
-    @model_validator(mode="after")
-    def _one_path(self) -> Self:
-        self._check_paths(1)
-        return self
-
     def question(self) -> Question:
         """Return the conversation as a question, whose adapters may name a template. Raises: GrammarInvalid."""
-        (options, alias), turns = self._options(0), self.turns()
-        return Question(turns, question_text(turns), self.model, options, alias, self.used_tools())
+        return self._ask(self.turns(), self.used_tools())

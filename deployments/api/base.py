@@ -29,6 +29,8 @@ INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
 PARTS = ("image_url", "image", "input_audio", "audio", "file", "document", "video_url", "refusal")
 MAX_ADAPTERS = MAX_PLAN_ADAPTERS
 _MAX_STRATEGY_OPTIONS = 16
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 Weight = Annotated[float, Field(ge=-4, le=4)]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=256)]

@@ -20,16 +20,17 @@ from pydantic import (
 
 from deployments.api import error_table
 from deployments.api.base import (
-    MAX_LABEL_CHARS,
     MAX_TEXT_CHARS,
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
     TOOLS_AND_CHOICES,
     AdapterName,
     ApiRequest,
+    Label,
     LoraOptions,
     MergedAdapters,
     Passing,
+    Text,
     TolerantRequest,
     at_most,
     options_of_path,
@@ -47,9 +48,10 @@ from deployments.api.messages import (
     question_text,
     word_or,
 )
-from deployments.api.structured import ResponseFormat, StructuredOutputs
+from deployments.api.structured import ResponseFormat, StructuredOutputs, TextFormat
 from deployments.json_types import JsonMapping
 from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import (
     MAX_BIASED_IDS,
     MAX_LOGPROBS,
@@ -76,10 +78,6 @@ _ANY_SEED = -1  # of clients of other servers
 
 def _drop_nulls(value: object) -> object:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
-Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -228,7 +226,18 @@ class PromptRequest(TolerantRequest, ModelFields):
             raise problem(ways[0], f"{ways[1]} names the adapters too")
         if self.lora.strategy is not None:
             raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
+        if isinstance(self.lora_path, list) and len(self.lora_path) != self._num_prompts:
+            raise problem("lora_path", f"holds {len(self.lora_path)} names for {self._num_prompts} prompts")
         return self
+
+    @property
+    def _num_prompts(self) -> int:
+        return 1
+
+    def _ask(self, turns: tuple[Message, ...], tools: Tools | None = None) -> Question:
+        """Return a conversation as a question."""
+        options, alias = self._options(0)
+        return Question(turns, question_text(turns), self.model, options, alias, tools)
 
     def _options(self, place: int) -> tuple[LoraOptions, str | None]:
         """Return the options of the prompt at `place`, and the field of another API that they come from."""
@@ -239,10 +248,6 @@ class PromptRequest(TolerantRequest, ModelFields):
             return options_of_path(path, self.lora), "lora_path"
         return self.lora, None
 
-    def _check_paths(self, num_prompts: int) -> None:
-        if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
-            raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
-
 
 class GenerationRequest(PromptRequest, PolicyFields):
     """Shared fields of chat and text completions."""
@@ -250,6 +255,8 @@ class GenerationRequest(PromptRequest, PolicyFields):
     model_config = ConfigDict(extra="allow")
     always_shows_usage: ClassVar[bool] = False
     """Whether every stream ends with the usage, without `stream_options`."""
+    format_field: ClassVar[str] = ""
+    """The field in which another API gives the format of the answer."""
 
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
@@ -277,10 +284,22 @@ class GenerationRequest(PromptRequest, PolicyFields):
             raise problem("prompt_logprobs", "are part of whole answers; set stream: false or remove them")
         return self
 
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        is_given = self.structured_outputs is not None or self.response_format is not None
+        if is_given and self._format is not None and self._format.type != "text":
+            raise problem(self.format_field, "the request gives the format of the answer twice; keep one of them")
+        return self
+
+    @property
+    def _format(self) -> TextFormat | None:
+        """The format of the answer in `format_field`."""
+        return None
+
     @property
     def set_fields(self) -> Set[str]:
         """The fields that the request sets; those that another API calls otherwise by their names here."""
-        return self.model_fields_set
+        return self.model_fields_set | ({"response_format"} if self._format is not None else set())
 
     def sampling(self) -> SamplingParams:
         """Return the sampling parameters. Raises: SamplingInvalid, GrammarInvalid."""
@@ -307,6 +326,8 @@ class GenerationRequest(PromptRequest, PolicyFields):
         )
 
     def _grammar(self) -> Grammar | None:
+        if self._format is not None and self._format.type != "text":
+            return self._format.grammar(self.format_field)
         if self.structured_outputs is not None:
             return self.structured_outputs.as_grammar()
         return None if self.response_format is None else self.response_format.grammar()
@@ -338,11 +359,6 @@ class GenerationRequest(PromptRequest, PolicyFields):
     @abstractmethod
     def questions(self) -> list[Question]:
         """Return one question per prompt, in order."""
-
-    def _check_only_format(self, field: str) -> None:
-        """Refuse the fields that give the format of the answer as `field` of another API does."""
-        if self.structured_outputs is not None or self.response_format is not None:
-            raise problem(field, "the request gives the format of the answer twice; keep one of them")
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -379,7 +395,6 @@ class ChatCompletionRequest(GenerationRequest):
             raise problem("top_logprobs", "goes with logprobs: true only")
         if self.tools is not None or self.tool_choice is not None:
             check_tools([tool.function.name for tool in self.tools or ()], self.tool_choice)
-        self._check_paths(1)
         return self
 
     @property
@@ -398,9 +413,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
-        (options, alias), tools = self._options(0), self.used_tools()
-        turns = make_turns(self.messages)
-        return [Question(turns, question_text(turns), self.model, options, alias, tools)]
+        return [self._ask(make_turns(self.messages), self.used_tools())]
 
 
 class CompletionRequest(GenerationRequest):
@@ -430,8 +443,11 @@ class CompletionRequest(GenerationRequest):
         rows = len(self.prompt) * self.n
         if rows > MAX_ROWS:
             raise problem("n", f"with {len(self.prompt)} prompts makes {rows} answers, at most {MAX_ROWS} are given")
-        self._check_paths(len(self.prompt))
         return self
+
+    @property
+    def _num_prompts(self) -> int:
+        return len(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:

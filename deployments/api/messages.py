@@ -9,11 +9,12 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from deployments.api.base import (
     MAX_LABEL_CHARS,
-    MAX_TEXT_CHARS,
     NOT_SERVED_IN_MESSAGES,
     PARTS,
     ROLES,
+    Label,
     Passing,
+    Text,
     TolerantRequest,
     check_goes_with,
     problem,
@@ -30,8 +31,6 @@ _OTHER_CHOICES = {
     "allowed_tools": "send only the allowed tools, with tool_choice 'auto' or 'required'",
     "custom": "only functions are supported",
 }
-Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 CallId = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -56,6 +55,14 @@ def as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+TextParts = Annotated[
+    list[TextPart],
+    Field(fail_fast=True, max_length=MAX_PARTS),
+    BeforeValidator(as_parts, json_schema_input_type=Text | Parts),
+]
+"""A text, or a list of text parts."""
+
+
 class CalledFunction(TolerantRequest):
     name: Label
     arguments: Text = "{}"
@@ -73,11 +80,7 @@ class ChatMessage(TolerantRequest):
     not_served: ClassVar[Passing] = NOT_SERVED_IN_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        list[TextPart],
-        Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(as_parts, json_schema_input_type=Text | Parts),
-    ] = Field(default=[])
+    content: TextParts = Field(default=[])
     name: Label | None = None
     tool_calls: Annotated[list[ToolCallGiven], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: CallId | None = None

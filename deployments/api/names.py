@@ -31,7 +31,6 @@ _REPLACES = {  # the field of the policy that goes with another one of it, by th
     "structured_outputs": "response_format",
 }
 _LEAST_REQUEST = {"messages": [{"role": "user", "content": "Hi"}]}
-_SHOWN_DIGEST_CHARS = 12
 _DRAWN_BITS = 64
 
 
@@ -128,7 +127,7 @@ class AppliedPolicy:
         """Return the policy for a request with this first question. Raises: RequestInvalid."""
         whole = parse_policy(named.policy)
         policy = whole.chosen(question, f"{named.ref.tenant}/{named.ref.name}")
-        shown = f"{named.ref.name_for(tenant)}@{named.ref.digest[:_SHOWN_DIGEST_CHARS]}"
+        shown = f"{named.ref.name_for(tenant)}@{named.ref.short_digest}"
         return cls(policy, shown if policy is whole else f"{shown} (variant)")
 
     def apply_to_request(self, request: R) -> R:

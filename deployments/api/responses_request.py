@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -13,7 +13,9 @@ from deployments.api.base import (
     ITEMS,
     NOT_SERVED_IN_RESPONSES,
     TOOLS_AND_CHOICES,
+    Label,
     Passing,
+    Text,
     TolerantRequest,
     check_goes_with,
     problem,
@@ -26,19 +28,15 @@ from deployments.api.messages import (
     CallId,
     ChosenFunction,
     FunctionDefinition,
-    Label,
-    Text,
     ToolChoice,
     check_tools,
     function_alone,
     known_choice,
     make_tools,
-    question_text,
     word_or,
 )
 from deployments.api.structured import TextFormat
 from deployments.json_types import JsonMapping, JsonObject
-from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import MAX_LOGPROBS
 from gpu_worker.front.request.tools import ToolCall, Tools
@@ -80,6 +78,11 @@ def _as_items(value: object) -> object:
 
 
 Parts = Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
+_TextParts = Annotated[
+    list[InputPart],
+    Field(fail_fast=True, max_length=MAX_PARTS),
+    BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
+]
 
 
 class InputItem(TolerantRequest):
@@ -87,19 +90,11 @@ class InputItem(TolerantRequest):
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Annotated[
-        list[InputPart],
-        Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
-    ] = Field(default=[])
+    content: _TextParts = Field(default=[])
     call_id: CallId | None = None
     name: Label | None = None
     arguments: Text | None = None
-    output: Annotated[
-        list[InputPart],
-        Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
-    ] = Field(default=[])
+    output: _TextParts = Field(default=[])
 
     @model_validator(mode="before")
     @classmethod
@@ -191,6 +186,7 @@ class ResponsesRequest(GenerationRequest):
     not_served: ClassVar[Passing] = NOT_SERVED_IN_RESPONSES
     declines: ClassVar[Mapping[str, str]] = TOOLS_AND_CHOICES
     always_shows_usage: ClassVar[bool] = True
+    format_field: ClassVar[str] = "text.format"
 
     input: Annotated[
         list[InputItem],
@@ -233,16 +229,12 @@ class ResponsesRequest(GenerationRequest):
     def _checked(self) -> Self:
         if not turns_of_items(self.input):
             raise problem("input", "has no message")
-        if self._has_format:
-            self._check_only_format("text.format")
         check_tools([tool.name for tool in self.tools or ()], self._choice, "name")
-        self._check_paths(1)
         return self
 
     @property
-    def set_fields(self) -> Set[str]:
-        has_format = self.text is not None and self.text.format is not None
-        return self.model_fields_set | ({"response_format"} if has_format else set())
+    def _format(self) -> TextFormat | None:
+        return None if self.text is None else self.text.format
 
     @property
     def _choice(self) -> ToolChoice | None:
@@ -267,15 +259,10 @@ class ResponsesRequest(GenerationRequest):
         return {"type": "function", "name": self.tool_choice.name}
 
     @property
-    def _has_format(self) -> bool:
-        return self.text is not None and self.text.format is not None and self.text.format.type != "text"
-
-    @property
     def text_format(self) -> JsonObject:
         """The format of the text, as the response repeats it."""
-        chosen = None if self.text is None or self.text.format is None else self.text.format
-        shown = {"type": "text"} if chosen is None else chosen.model_dump(by_alias=True, exclude_none=True)
-        return {"format": shown}
+        given = self._format
+        return {"format": {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)}
 
     @property
     def limit_field(self) -> str:
@@ -285,16 +272,9 @@ class ResponsesRequest(GenerationRequest):
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or ()) else None
 
-    def _grammar(self) -> Grammar | None:
-        if self._has_format:
-            assert self.text is not None and self.text.format is not None
-            return self.text.format.grammar("text.format")
-        return super()._grammar()
-
     def questions(self) -> list[Question]:
         """Return the conversation as one question, with `instructions` as its first message."""
         turns = turns_of_items(self.input)
         if self.instructions:
             turns = (Message("system", self.instructions), *turns)
-        options, alias = self._options(0)
-        return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]
+        return [self._ask(turns, self.used_tools())]

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.api.base import (
-    MAX_LABEL_CHARS,
     NOT_SERVED_IN_STRUCTURED,
+    Label,
     Passing,
     TolerantRequest,
     at_most,
@@ -23,7 +23,6 @@ from gpu_worker.front.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMA
 _MAX_KEYS = 1000  # at the top level of a schema
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 Schema = Annotated[dict[str, Any], Field(max_length=_MAX_KEYS), BeforeValidator(at_most(_MAX_KEYS))]
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 Choice = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
-from deployments.api.base import Passing, TolerantRequest, problem
-from deployments.api.completions import MAX_MESSAGES, Ids, PromptRequest, Question, Text
-from deployments.api.messages import ChatMessage, make_turns, question_text
+from deployments.api.base import Passing, Text, TolerantRequest, problem
+from deployments.api.completions import MAX_MESSAGES, Ids, PromptRequest, Question
+from deployments.api.messages import ChatMessage, make_turns
 from gpu_worker.front.request.request import Tokenized
 
 NOT_SERVED_IN_TOKENIZE: Passing = {
@@ -34,16 +34,14 @@ class TokenizeRequest(PromptRequest):
     def _one_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise problem("prompt", "give either prompt or messages")
-        self._check_paths(1)
         return self
 
     def question(self) -> Question:
         """Return the prompt as a question, whose adapters may name a template."""
+        if self.messages is not None:
+            return self._ask(make_turns(self.messages))
         options, alias = self._options(0)
-        if self.messages is None:
-            return Question(self.prompt or "", self.prompt, self.model, options, alias)
-        turns = make_turns(self.messages)
-        return Question(turns, question_text(turns), self.model, options, alias)
+        return Question(self.prompt or "", self.prompt, self.model, options, alias)
 
 
 class TokenizeAnswer(TypedDict):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -356,12 +356,8 @@ class InFlight:
         self._places.give(tenant)
 
 
-class Keys(Protocol):
-    """The keys of the server, as `KeyFile` reads them."""
-
-    def find(self, key: str) -> Caller | None:
-        """Return the caller that owns `key`, or None. Raises: KeysUnavailable; KeyRefused: it has expired."""
-        ...
+FindCaller = Callable[[str], Caller | None]
+"""Return the caller that owns a key, or None. Raises: KeysUnavailable; KeyRefused: it has expired."""
 
 
 class Authenticator(Limiter):
@@ -370,18 +366,18 @@ class Authenticator(Limiter):
     Without keys every request belongs to the local caller.
     """
 
-    def __init__(self, keys: Keys | None, num_replicas: int) -> None:
+    def __init__(self, find_caller: FindCaller | None, num_replicas: int) -> None:
         super().__init__(num_replicas)
-        self._keys = keys
+        self._find_caller = find_caller
 
     def authenticate(self, authorization: str | None) -> Caller:
         """Return the caller of a request. Raises: KeyRefused, KeysUnavailable."""
-        if self._keys is None:
+        if self._find_caller is None:
             return LOCAL_CALLER
         scheme, _, key = (authorization or "").strip().partition(" ")
         if scheme.lower() != _SCHEME or not key:
             raise KeyRefused("this server requires an API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
-        caller = self._keys.find(key.strip())
+        caller = self._find_caller(key.strip())
         if caller is None:
             raise KeyRefused("the API key is not valid on this server")
         return caller

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from deployments.auth.api_keys import KeySet, parse_entries, single_entry
-from deployments.auth.authenticator import Caller, Keys
+from deployments.auth.authenticator import Caller, FindCaller
 from deployments.errors import KeysUnavailable
 
 logger = logging.getLogger(__name__)
@@ -22,13 +22,13 @@ _SETTLE_S = 2.0  # a file this young may change again with the same time and siz
 _State = tuple[int, int, int, int, int]
 
 
-def load_keys(api_key: SecretStr | None, keys_file: Path | None) -> Keys | None:
-    """Return the one key or those of the file, or None for a server without keys. Raises: ValueError, OSError."""
+def load_keys(api_key: SecretStr | None, keys_file: Path | None) -> FindCaller | None:
+    """Return the look-up in the keys that are set, or None for a server without keys. Raises: ValueError, OSError."""
     if api_key is not None:
-        return KeySet([single_entry(api_key.get_secret_value())])
+        return KeySet([single_entry(api_key.get_secret_value())]).find
     if keys_file is None:
         return None
-    return KeyFile(keys_file, missing_grace_s=MISSING_GRACE_S)
+    return KeyFile(keys_file, missing_grace_s=MISSING_GRACE_S).find
 
 
 class KeyFile:

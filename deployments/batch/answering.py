@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeGuard
 
+from deployments.background import answer_in_groups
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered, make_bodies, usage_line
@@ -154,22 +155,11 @@ class OfflineEngines:
 
     async def complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         """Answer all rows at once, each on its base model, in their order. Raises: EngineStopped, and as `named`."""
-        groups: dict[str, list[int]] = {}
-        for place, job in enumerate(jobs):
-            groups.setdefault(job.plan.base_model, []).append(place)
-        engines = [await asyncio.to_thread(self.named, base_model) for base_model in groups]
-        answers = await asyncio.gather(
-            *[
-                engine.complete([jobs[place] for place in places])
-                for engine, places in zip(engines, groups.values(), strict=True)
-            ]
+        names = dict.fromkeys(job.plan.base_model for job in jobs)
+        engines = {name: await asyncio.to_thread(self.named, name) for name in names}
+        return await answer_in_groups(
+            jobs, lambda job: job.plan.base_model, lambda name, own: engines[name].complete(own)
         )
-        found = {
-            place: answer
-            for places, own in zip(groups.values(), answers, strict=True)
-            for place, answer in zip(places, own, strict=True)
-        }
-        return [found[place] for place in range(len(jobs))]
 
     def close(self) -> None:
         """Stop the engines and free their memory."""

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 from ray.serve.handle import DeploymentHandle
 from typing_extensions import is_protocol
 
+from deployments.background import limit_time
 from deployments.calls.serve_calls import ServeCalls
 from deployments.errors import NoAnswerInTime
 
@@ -74,13 +75,8 @@ def _retry(method: Method, *, only_with: str, within_s: float | None) -> Method:
 
     async def send(calls: ServeCalls[Any], args: tuple[Any, ...]) -> Any:
         is_once = only_with and args[names.index(only_with)] is None
-        try:
-            async with asyncio.timeout(within_s) as limit:
-                return await (calls.once(method, *args) if is_once else calls.retry(method, *args))
-        except TimeoutError as exc:
-            if limit.expired():
-                raise NoAnswerInTime from exc
-            raise
+        async with limit_time(asyncio.timeout(within_s), NoAnswerInTime):
+            return await (calls.once(method, *args) if is_once else calls.retry(method, *args))
 
     return _call(method, send)
 

@@ -23,6 +23,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview, ServeStatus
 
+from deployments.background import answer_in_groups, limit_time
 from deployments.calls.shared import Shared
 from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, retry
 from deployments.errors import WorkerStarting
@@ -316,13 +317,8 @@ class BaseWorkers:
         asking = self._running.start()
         if self.shapes is not None and self._clock() - self._answered_at < RECENT_S:
             return self.shapes
-        try:
-            async with asyncio.timeout(timeout_s) as limit:
-                return await asyncio.shield(asking)
-        except TimeoutError as exc:
-            if limit.expired():
-                raise WorkerStarting(timeout_s) from exc
-            raise
+        async with limit_time(asyncio.timeout(timeout_s), lambda: WorkerStarting(timeout_s)):
+            return await asyncio.shield(asking)
 
     async def _reach(self) -> Shapes:
         """Return the module shapes. Wait until a worker has started, and call again if one runs and is silent."""
@@ -373,18 +369,11 @@ class Workers:
 
     async def probe(self, adapters: Sequence[AdapterRecord]) -> list[float | Exception]:
         """Return each adapter's shift or error, from the workers of its base model."""
-        places: dict[BaseWorkers, list[int]] = {}
-        for place, adapter in enumerate(adapters):
-            places.setdefault(self.made_for(adapter.base_model), []).append(place)
-        answers = await asyncio.gather(
-            *[workers.probe([adapters[place].weights_digest for place in own]) for workers, own in places.items()]
+        return await answer_in_groups(
+            adapters,
+            lambda adapter: self.made_for(adapter.base_model),
+            lambda workers, own: workers.probe([adapter.weights_digest for adapter in own]),
         )
-        shifts = {
-            place: shift
-            for own, found in zip(places.values(), answers, strict=True)
-            for place, shift in zip(own, found, strict=True)
-        }
-        return [shifts[place] for place in range(len(adapters))]
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
         """Return the answers of all replicas. A base model without a replica has none.

@@ -63,14 +63,11 @@ def new(
     }
     from deployments.auth.key_issuing import add_entry, format_item, make_key, read_expiry  # imports pydantic
 
-    try:
+    with _file_errors(file):
         roles = [part for given in role for part in given.split(",")]
         key, entry = make_key(tenant, roles, limits, id, read_expiry(expires, datetime.now(UTC)))
         if file is not None:
             add_entry(file, entry)
-    except (OSError, ValueError) as exc:
-        message = name_options(str(exc))
-        fail(message if file is None or message.startswith("--") else f"{file}: {message}")
     if file is None and not as_json:
         err.print("entry for the keys file, then the key, which is not shown again:", style="dim")
         out.print(format_item(entry), end="", markup=False, highlight=False, soft_wrap=True)
@@ -184,7 +181,7 @@ def _show_key(key: str, entry: JsonObject, done: str, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _file_errors(file: Path) -> Iterator[None]:
+def _file_errors(file: Path | None) -> Iterator[None]:
     """Exit with what is wrong with the keys file or with an option."""
     try:
         yield
@@ -192,4 +189,4 @@ def _file_errors(file: Path) -> Iterator[None]:
         fail(describe_problem(exc))
     except ValueError as exc:
         message = name_options(str(exc))
-        fail(message if message.startswith("--") else f"{file}: {message}")
+        fail(message if file is None or message.startswith("--") else f"{file}: {message}")

@@ -196,23 +196,22 @@ class CompletionService:
         add_special_tokens: bool | None = None,
         with_texts: bool = False,
     ) -> Tokenized:
-        deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
         check_tokenized(question, field, self._models.limiting(question.model))
-        question, template = await self._bound(question, caller, context, deadline)
-        if isinstance(question.prompt, str):
-            question = replace(question, text=question.prompt)
-        is_planned = self._models.are_several or not (question.model == AUTO and isinstance(question.prompt, str))
-        num_read = self._planner.tokens_to_route(question) if is_planned else 0
-        num_tokens = prompt_tokens(question.prompt, question.tools)
-        work = Work(num_rows=0, num_tokens=num_tokens, num_read=num_read, tokens_field=field)
-        with self._authenticator.running(caller, work) as usage:
-            planned = Planned(BASE_PLAN)  # for a text no template applies
-            if is_planned:
-                planned = await self._planned(question, caller, context, deadline)
-            contract = None if isinstance(question.prompt, str) else applied_contract(planned.plan, question)
-            base_model = planned.plan.base_model
-            workers = self._workers.named(base_model)
-            async with within(deadline):
+        async with within(compute_deadline(context.arrived_at, None, self._models.first.max_request_s)):
+            question, template = await self._bound(question, caller, context)
+            if isinstance(question.prompt, str):
+                question = replace(question, text=question.prompt)
+            is_planned = self._models.are_several or not (question.model == AUTO and isinstance(question.prompt, str))
+            num_read = self._planner.tokens_to_route(question) if is_planned else 0
+            num_tokens = prompt_tokens(question.prompt, question.tools)
+            work = Work(num_rows=0, num_tokens=num_tokens, num_read=num_read, tokens_field=field)
+            with self._authenticator.running(caller, work) as usage:
+                planned = Planned(BASE_PLAN)  # for a text no template applies
+                if is_planned:
+                    [planned] = await self._planner.plan_all([question], caller.tenant, context)
+                contract = None if isinstance(question.prompt, str) else applied_contract(planned.plan, question)
+                base_model = planned.plan.base_model
+                workers = self._workers.named(base_model)
                 await workers.ready()
                 with charged(usage, work.num_tokens):
                     found = await workers.client.tokenize(
@@ -223,49 +222,40 @@ class CompletionService:
                         with_texts,
                         question.tools,
                     )
-            usage.saw(_ONLY, 0, len(found.ids), 0)
-            return found
+                usage.saw(_ONLY, 0, len(found.ids), 0)
+                return found
 
     async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
         """Return the text of token ids, with special tokens."""
         self._note_ignored(request, context)
-        deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
-        question, _ = await self._bound(question, caller, context, deadline)
-        work = Work(num_rows=0, num_tokens=len(request.tokens), tokens_field="tokens")
-        with self._authenticator.running(caller, work) as usage:
-            if self._planner.needs_routing(question):
-                self._planner.require_base(question.model)
-                base_model = self._models.limiting(question.model).name
-            else:
-                base_model = (await self._planned(question, caller, context, deadline)).plan.base_model
-            workers = self._workers.named(base_model)
-            async with within(deadline):
+        async with within(compute_deadline(context.arrived_at, None, self._models.first.max_request_s)):
+            question, _ = await self._bound(question, caller, context)
+            work = Work(num_rows=0, num_tokens=len(request.tokens), tokens_field="tokens")
+            with self._authenticator.running(caller, work) as usage:
+                if self._planner.needs_routing(question):
+                    self._planner.require_base(question.model)
+                    base_model = self._models.limiting(question.model).name
+                else:
+                    [planned] = await self._planner.plan_all([question], caller.tenant, context)
+                    base_model = planned.plan.base_model
+                workers = self._workers.named(base_model)
                 await workers.ready()
                 with charged(usage, work.num_tokens):
                     [text] = await workers.client.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
                     return text
 
-    async def _bound(
-        self, question: Question, caller: Caller, context: RequestContext, deadline: float
-    ) -> tuple[Question, str | None]:
+    async def _bound(self, question: Question, caller: Caller, context: RequestContext) -> tuple[Question, str | None]:
         """Return the question by the policy of its model name, if `model` is one, and the template of that policy.
 
         Raises: ModelNotFound.
         """
         context.model = question.model
-        async with within(deadline):
-            named = await self._planner.find_policy(question.model, caller.tenant, question.lora.min_generation)
+        named = await self._planner.find_policy(question.model, caller.tenant, question.lora.min_generation)
         if named is None:
             return question, None
         bound = AppliedPolicy.of(named, question, caller.tenant)
         return bound.apply_to_question(question), bound.policy.template
-
-    async def _planned(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> Planned:
-        """Return the plan of a question, whose adapters may name a template. Raises: ModelNotFound."""
-        async with within(deadline):
-            [planned] = await self._planner.plan_all([question], caller.tenant, context)
-        return planned
 
     async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""

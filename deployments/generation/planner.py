@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from deployments.api.completions import GenerationRequest, PolicyFields, Questio
 from deployments.api.names import AppliedPolicy, NamePolicy
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
+from deployments.background import answer_in_groups
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel, ServedModels
@@ -220,20 +220,15 @@ class Planner:
         EncoderBusy.
         """
         began = time.monotonic()
-        groups: dict[tuple[str, str | None, str], list[int]] = {}
         options = {id(question.lora): question.lora.model_dump_json() for question in questions}
-        for place, question in enumerate(questions):
-            groups.setdefault((question.model, question.alias, options[id(question.lora)]), []).append(place)
-        alike = [[questions[place] for place in places] for places in groups.values()]
         with open_span("plan"):
-            plans = await asyncio.gather(*[self._plan_alike(group, tenant) for group in alike])
-        found = {
-            place: plan
-            for places, own in zip(groups.values(), plans, strict=True)
-            for place, plan in zip(places, own, strict=True)
-        }
+            plans = await answer_in_groups(
+                questions,
+                lambda question: (question.model, question.alias, options[id(question.lora)]),
+                lambda _, alike: self._plan_alike(alike, tenant),
+            )
         keys = [None if context is None else f"{context.request_id}/{place}" for place in range(len(questions))]
-        planned = [found[place].drawn(key) for place, key in enumerate(keys)]
+        planned = [plan.drawn(key) for plan, key in zip(plans, keys, strict=True)]
         if context is not None:
             looked_up_s = max((question.plan_s for question in questions), default=0.0)
             context.record_plans(planned, looked_up_s + time.monotonic() - began)

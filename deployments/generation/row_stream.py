@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.authenticator import TokenUsage
+from deployments.background import limit_time
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
 from deployments.generation.planner import prompt_tokens
@@ -39,16 +40,9 @@ def seconds_until(deadline: float) -> float:
     return deadline - time.monotonic()
 
 
-@asynccontextmanager
-async def within(deadline: float) -> AsyncIterator[None]:
+def within(deadline: float) -> AbstractAsyncContextManager[None]:
     """Bound the block by the deadline. Raises: DeadlineExceeded."""
-    try:
-        async with asyncio.timeout(seconds_until(deadline)) as limit:
-            yield
-    except TimeoutError as exc:
-        if limit.expired():
-            raise DeadlineExceeded(0) from exc
-        raise
+    return limit_time(asyncio.timeout(seconds_until(deadline)), lambda: DeadlineExceeded(0))
 
 
 @dataclass(frozen=True, slots=True)

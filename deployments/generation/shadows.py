@@ -12,7 +12,6 @@ from deployments.api import error_table
 from deployments.api.responses import Planned
 from deployments.background import Background
 from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
-from deployments.observability.request_context import DIGEST_CHARS
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.worker_metrics import shadow_tenant
 from gpu_worker.front.request.request import Delta, Job
@@ -50,7 +49,7 @@ class Shadows:
                 plan=planned.shadow,
                 tenant=shadow_tenant(tried[0].tenant),
             )
-            digests = [ref.digest[:DIGEST_CHARS] for ref in tried]
+            digests = [ref.short_digest for ref in tried]
             num_free = MAX_SHADOWS - self._running.total()
             if num_free <= (self._running[copy.tenant] if self._has_keys else 0):
                 self._record(digests, DROPPED, None)

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.background import limit_time
 from deployments.byte_budget import ByteBudget
 from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow, RequestInvalid
@@ -108,13 +109,9 @@ class _Body:
 
     async def read(self) -> Message:
         """Return the next message. Raises: BodyMemoryFull, BodyTooLarge, BodyTooSlow."""
-        try:
-            async with asyncio.timeout_at(self._until) as limit:
-                message = await self._receive()
-        except TimeoutError as exc:
-            if not limit.expired():
-                raise
-            raise self._refuse(BodyTooSlow(f"the body did not arrive within {self._seconds:.0f} s")) from exc
+        too_slow = BodyTooSlow(f"the body did not arrive within {self._seconds:.0f} s")
+        async with limit_time(asyncio.timeout_at(self._until), lambda: self._refuse(too_slow)):
+            message = await self._receive()
         num_bytes = len(message.get("body", b""))
         self._seen += num_bytes
         if self._seen > self._max_bytes:

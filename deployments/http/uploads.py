@@ -15,6 +15,7 @@ from starlette.types import Message
 
 from deployments.api import error_table
 from deployments.api.adapters import MAX_UPLOAD_FILES, AdapterLabel, PublishItem, SentFile
+from deployments.background import limit_time
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import BodyTooSlow, RequestInvalid, UploadMemoryFull
@@ -80,14 +81,10 @@ class _Pace:
         clock = asyncio.get_running_loop().time
         if self._until is None:
             self._until = clock() + self._window_s
-        try:
-            async with asyncio.timeout_at(self._until) as limit:
-                message = await http.receive()
-        except TimeoutError as exc:
-            if not limit.expired():
-                raise
-            least = f"{_BYTES_PER_WINDOW >> 10} KiB in {self._window_s:g} s"
-            raise BodyTooSlow(f"the upload sent less than {least}; send it faster") from exc
+        least = f"{_BYTES_PER_WINDOW >> 10} KiB in {self._window_s:g} s"
+        too_slow = BodyTooSlow(f"the upload sent less than {least}; send it faster")
+        async with limit_time(asyncio.timeout_at(self._until), lambda: too_slow):
+            message = await http.receive()
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes >= _BYTES_PER_WINDOW:
             self._num_bytes, self._until = 0, clock() + self._window_s

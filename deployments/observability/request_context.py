@@ -13,7 +13,6 @@ from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
 from gpu_worker.front.request.request import Delta
 from lora_store import AdapterRef
 
-DIGEST_CHARS = 12
 CONTEXT_KEY = "context"
 CLIENT_LEFT = 499  # what proxies log for a client that left before the end of its answer
 
@@ -69,14 +68,14 @@ class RequestContext:
         weights: dict[AdapterRef, float] = {}
         for row in (row for planned in plans for row in planned.plan.adapters):
             weights[row.ref] = weights.get(row.ref, 0.0) + row.weight / len(plans)
-        self.adapters = tuple(ref.digest[:DIGEST_CHARS] for ref in weights)
+        self.adapters = tuple(ref.short_digest for ref in weights)
         self.used = tuple((f"{ref.tenant}/{ref.name}", ref.digest, weight) for ref, weight in weights.items())
         self.abstained = any(planned.abstained for planned in plans)
 
     def record_versions(self, plans: Sequence[Planned]) -> None:
         """Record the versions that generate an answer for names under trial."""
         arms = [arm for planned in plans for arm in planned.trials]
-        roles = [(arm.answering.digest[:DIGEST_CHARS], "trial" if arm.is_chosen else "live") for arm in arms]
+        roles = [(arm.answering.short_digest, "trial" if arm.is_chosen else "live") for arm in arms]
         self.versions = tuple(dict.fromkeys(roles))
 
     def record_delta(self, index: int, delta: Delta) -> None:

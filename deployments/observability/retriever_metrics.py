@@ -15,7 +15,6 @@ from retriever_svc.route import Counted
 _WINDOW_S = 1800.0
 _MIN_TIMES_SEEN = 20  # before an adapter that never came first counts as shadowed
 MAX_NAMED = 20  # adapters with a label of their own; the others share one
-_DIGEST_CHARS = 12
 _SHARES = (0.001, 0.005, 0.01, 0.03, 0.08, 0.15, 0.25, 0.5, 0.75, 0.9, 1.0)
 _COSINES = (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
@@ -173,4 +172,4 @@ class RetrieverMetrics(Timings):
 def _make_label(ref: AdapterRef, snapshot: Snapshot) -> str:
     """Return the adapter's public name, or a digest if it is private by now."""
     record = snapshot.live(ref)
-    return ref.name if record is not None and record.visibility == "public" else ref.digest[:_DIGEST_CHARS]
+    return ref.name if record is not None and record.visibility == "public" else ref.short_digest

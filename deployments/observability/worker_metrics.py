@@ -20,7 +20,6 @@ from gpu_worker.front.request.request import Delta, Job
 
 logger = logging.getLogger(__name__)
 _MAX_TENANTS = 4096  # tenants come and go with the keys file
-_DIGEST_CHARS = 12
 _MAX_LOADS = 1_024  # remembered ones: a job asks for those of its own adapters when it ends
 # Name, labels and meaning of the metric of each engine counter. `loaded` counts fetches, by source.
 COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
@@ -235,7 +234,7 @@ class JobTrace:
             if load is not None and load.ended_ns > self._began_ns and load.began_ns < first_ns:
                 how = {"loraretriever.source": load.source} if load.source else {"error.type": "AdapterLoadFailed"}
                 began_ns, ended_ns = max(load.began_ns, self._began_ns), min(load.ended_ns, first_ns)
-                of_one: dict[str, AttributeValue] = {"loraretriever.adapters": [row.ref.digest[:_DIGEST_CHARS]], **how}
+                of_one: dict[str, AttributeValue] = {"loraretriever.adapters": [row.ref.short_digest], **how}
                 self._span("worker.load", began_ns, ended_ns, of_one)
         if last is not None:
             read: dict[str, AttributeValue] = {
@@ -259,7 +258,7 @@ class JobTrace:
             "gen_ai.operation.name": operation,
             "loraretriever.request_id": self._job.request_id,
             "loraretriever.strategy": self._job.plan.strategy,
-            "loraretriever.adapters": [row.ref.digest[:_DIGEST_CHARS] for row in self._job.plan.adapters],
+            "loraretriever.adapters": [row.ref.short_digest for row in self._job.plan.adapters],
             **more,
         }
         tracer.start_span(name, self._context, start_time=began_ns, attributes=attributes).end(ended_ns)

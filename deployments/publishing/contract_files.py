@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import Any
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from deployments.api import error_table
 from deployments.api.contract import INPUT, Contract
 from deployments.errors import RequestInvalid
+from deployments.yaml_files import load_yaml
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.grammar.compiler import CheckProcess
 from lora_store import FileRefused
@@ -71,25 +71,10 @@ def read_contract(name: str, data: bytes, context: int | None = None) -> tuple[s
     return text, notes
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads what JSON can say: no aliases, which could make a small file large, and no name twice."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("has a YAML alias (*name), which is not allowed: write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := next((name for name, count in names.items() if count > 1), None):
-            raise ValueError(f"has {twice[:100]!r} twice: keep one of them")
-        return super().construct_mapping(node, deep)
-
-
 def _parse(data: bytes) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises: ValueError."""
     try:
-        value = yaml.load(data.decode(), _Loader)  # a SafeLoader
+        value = load_yaml(data.decode(), with_aliases=False)
         if isinstance(value, list) and len(value) == 1:
             [value] = value  # llama.cpp's list of one adapter
         json.dumps(value, allow_nan=False)
@@ -99,7 +84,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise ValueError(f"is not valid YAML: {' '.join(str(exc).split())}") from exc
     except UnicodeDecodeError as exc:
         raise ValueError("is not UTF-8") from exc
-    except (TypeError, LookupError, AttributeError, OverflowError) as exc:  # PyYAML's own, for `!!bool x` and others
+    except TypeError as exc:  # a date
         raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("must be a mapping of fields, such as `instruction: ...`")

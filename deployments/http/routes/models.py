@@ -129,7 +129,7 @@ class _Cards:
         """Return the card of a model name. `root` is the version of its policy."""
         name = named.ref.name_for(tenant)
         target, template, given = _shown_fields(named.policy)
-        root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
+        root, created = f"{name}@{named.ref.short_digest}", int(named.created_at.timestamp())
         found = getattr(named, "base_model", "")  # a Retriever of an earlier version does not tell it
         is_served = any(found == model.name for model in self._models)  # not while models are added or removed
         model = self._models.named(found if is_served else self._models.split(target)[0])
