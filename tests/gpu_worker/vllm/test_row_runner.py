@@ -192,16 +192,6 @@ def test_a_fusion_in_the_bank_counts_as_all_of_its_adapters(serve: Callable[...,
     assert serve(main) == [3, 2, 1]
 
 
-def test_a_deadline_ends_running_and_waiting_rows(serve: Callable[..., Any]) -> None:
-    async def main(bench: Bench, plans: list[Plan]) -> list[Exception | Delta | None]:
-        jobs = [replace(greedy("x", plan), time_left_s=0.02) for plan in plans[:3]]
-        asked = bench.ask(*jobs)
-        await bench.idle()
-        return [one.last for one in asked]
-
-    assert all(isinstance(last, DeadlineExceeded) for last in serve(main))
-
-
 def test_a_row_that_ends_for_two_reasons_is_closed_once(serve: Callable[..., Any]) -> None:
     """A second cancellation would interrupt the abort, and the workers would go on with the row."""
     later_s = 0.0
