@@ -83,4 +83,6 @@ def test_stopping_ends_every_job_and_refuses_later_ones(own: HostedEngine, scrat
         own.answers(job("late"))
     with pytest.raises(EngineStopped):
         own.run(own.engine.probe(["0" * 64]))
+    with pytest.raises(EngineStopped):
+        own.run(own.engine.forget(["0" * 64]))
     assert not list(scratch.rglob("*")), "files are left"

@@ -30,7 +30,6 @@ from tests.gpu_worker.engine_driver import (
     Gated,
     MakeEngine,
     Shapes,
-    assert_nothing_held,
     by_digest,
     complete,
     greedy,
@@ -82,44 +81,6 @@ def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> No
             assert (await collect(stream))[-1].num_new_tokens == 5
 
     run(main())
-
-
-def test_a_watched_stream_gives_heartbeats_while_there_is_no_text(gated: Gated) -> None:
-    _, gate, native = gated({}, max_batch_size=1)
-    job = greedy("watched", BASE_PLAN, "watched", num_new=5)
-
-    async def main() -> None:
-        async with aclosing(native.stream(job, 0.01)) as stream:
-            assert [await anext(stream) for _ in range(4)] == [None] * 4
-            gate.open()
-            deltas = [delta async for delta in stream if delta is not None]
-        async with aclosing(native.stream(job, 100.0)) as again:
-            first, *others = [delta async for delta in again]
-        assert first is None and "".join(d.text for d in others if d) == "".join(d.text for d in deltas) != ""
-        assert None not in others
-
-    run(main())
-
-
-def test_a_finished_load_wakes_the_sleeping_loop(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
-) -> None:
-    good, may_load = random_adapter(shapes, 1), threading.Event()
-
-    def fetch(digest: str) -> AdapterWeights:
-        assert may_load.wait(PATIENCE_S)
-        return good
-
-    async def main(native: NativeEngine) -> None:
-        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (good, 1.0)))))
-        while not native.loop.waiting:
-            await asyncio.sleep(0)
-        await asyncio.to_thread(int)
-        may_load.set()
-        assert (await task)[0].num_new_tokens == 8
-
-    with ThreadPoolExecutor(1) as executor:
-        run(main(start(make_engine(fetch, executor=executor))))
 
 
 def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:
@@ -227,25 +188,6 @@ def test_the_engines_thread_alone_is_nice(make_engine: MakeEngine) -> None:
     assert seen == [own + 3] and os.nice(0) == own
 
 
-def test_weights_are_forgotten_from_another_thread(shapes: Shapes, gated: Gated) -> None:
-    weights = random_adapter(shapes, 1)
-    _, gate, native = gated(by_digest(weights))
-
-    async def main() -> None:
-        empty = await native.status()
-        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (weights, 1.0)), num_new=20)))
-        await asyncio.to_thread(gate.wait_for_step)
-        forgetting = asyncio.create_task(native.forget([weights.weights_digest]))
-        await asyncio.sleep(0)  # it is queued after the current step
-        gate.open()
-        assert await forgetting is False
-        assert (await task)[0].num_new_tokens == 20
-        assert await native.forget([weights.weights_digest]) is True
-        assert await native.status() == empty
-
-    run(main())
-
-
 def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
     _, gate, native = gated({})
 
@@ -261,30 +203,6 @@ def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
         assert (await native.status()).num_running == 0
 
     run(main())
-
-
-def test_a_stopped_loop_forgets_nothing_more(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
-    native = start(make_engine({}))
-    native.stop()
-    with pytest.raises(EngineStopped):
-        run(native.forget(["a"]))
-
-
-def test_leaving_the_iterator_cancels_at_the_next_step(gated: Gated) -> None:
-    engine, gate, native = gated({}, max_batch_size=1)
-
-    async def main() -> None:
-        async with aclosing(stream_text(native, greedy("leaves", BASE_PLAN, "leaves", num_new=100))) as stream:
-            gate.permits.release()
-            await anext(stream)
-        gate.open()
-        completion, _ = await complete(native, greedy("stays", BASE_PLAN, "stays", num_new=4))
-        assert completion.num_new_tokens == 4
-
-    run(main())
-    native.stop()
-    assert engine.num_steps <= 1 + 1 + 4, "one step may have begun before the cancel arrived"
-    assert_nothing_held(engine)
 
 
 def test_rows_that_wait_for_one_prompt_hold_no_threads(
