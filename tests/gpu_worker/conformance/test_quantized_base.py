@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
 from tests.soak import Scale
-from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter, tiny_config
+from tests.tiny import SHAPE, byte_tokenizer, change_json, plan_of, random_adapter, tiny_config
 
 GROUP = 32  # inputs that share a scale
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in one integer
@@ -146,8 +145,7 @@ def write_folders(form: Format, model: Path, path: Path) -> tuple[Path, Path]:
         written |= {name.removesuffix("weight") + part: tensor for part, tensor in tensors.items()}
     save_file(written, quantized / "model.safetensors", metadata={"format": "pt"})
     save_file(whole, floats / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((quantized / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": form.config}))
+    change_json(quantized / "config.json", {"quantization_config": form.config})
     return quantized, floats
 
 
@@ -200,8 +198,7 @@ def test_weights_rounded_at_the_start_equal_the_rounded_model(
     layers |= {"lm_head.weight": head, "model.embed_tokens.weight": head}
     floats = {name: layer.quantized.dequantized() for name, layer in layers.items()}
     folder = write_copy(model_folder, tmp_path, lambda tensors: tensors | floats)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    change_json(folder / "config.json", {"tie_word_embeddings": False})
     assert_within(0.15, serve(model_folder, **changes), Reference(folder))
 
 

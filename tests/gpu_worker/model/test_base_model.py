@@ -26,7 +26,7 @@ from gpu_worker.model.base_model import (
 )
 from gpu_worker.model.packed_attention import ATTENTION_NAME
 from gpu_worker.vllm.front_model import load_front_model
-from tests.tiny import FAMILIES, TinyBase, TinyFolders, byte_tokenizer, tiny_config
+from tests.tiny import FAMILIES, TinyBase, TinyFolders, byte_tokenizer, change_json, tiny_config
 
 
 def folder_with(tmp_path: Path, source: Path, **changes: object) -> Path:
@@ -136,8 +136,10 @@ def test_a_config_that_no_model_can_be_built_of_is_refused(
     text: str | dict[str, object], says: str, tiny_folders: TinyFolders, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folders["llama"], tmp_path / "model")
-    file = folder / "config.json"
-    file.write_text(text if isinstance(text, str) else json.dumps(json.loads(file.read_text()) | text))
+    if isinstance(text, str):
+        (folder / "config.json").write_text(text)
+    else:
+        change_json(folder / "config.json", text)
     with pytest.raises(BaseModelUnsupported, match=says):
         load_base_model(tiny_config(folder))
 
@@ -147,9 +149,7 @@ def test_code_of_a_checkpoint_is_refused_in_one_sentence_and_never_run(
 ) -> None:
     folder, ran = shutil.copytree(tiny_folders["llama"], tmp_path / "model"), tmp_path / "ran"
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')")
-    settings = json.loads((folder / "config.json").read_text())
-    own_family = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
-    (folder / "config.json").write_text(json.dumps(settings | own_family))
+    change_json(folder / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}})
     with pytest.raises(BaseModelUnsupported, match=r"own is no family of transformers .* runs no code") as found:
         load_config(str(folder))
     own_tokenizer = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
