@@ -216,19 +216,16 @@ async def stop_while_blocked(native: NativeEngine, gate: Gate) -> None:
     stopper.join()
 
 
-def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
+async def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
     """Its submission is queued after the last step."""
     _, gate, native = gated({})
-
-    async def main() -> list[Any]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # prepared in order of arrival
-        running = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "running", num_new=150))))
-        await asyncio.sleep(0)
-        await asyncio.to_thread(gate.wait_for_step)  # the first step is in progress
-        late = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "late", num_new=150))))
-        await asyncio.sleep(0)
-        await asyncio.to_thread(int)  # prepared and queued
-        await stop_while_blocked(native, gate)
-        return await asyncio.gather(running, late, return_exceptions=True)
-
-    assert [type(error) for error in run(main())] == [EngineStopped] * 2
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # prepared in order of arrival
+    running = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "running", num_new=150))))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(gate.wait_for_step)  # the first step is in progress
+    late = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "late", num_new=150))))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(int)  # prepared and queued
+    await stop_while_blocked(native, gate)
+    errors = await asyncio.gather(running, late, return_exceptions=True)
+    assert [type(error) for error in errors] == [EngineStopped] * 2

@@ -37,7 +37,6 @@ from tests.gpu_worker.engine_driver import (
     compiled,
     complete,
     greedy,
-    run,
     run_together,
 )
 from tests.tiny import TinyFolders, assert_equal_logits, plan_of, random_adapter, tiny_config
@@ -213,13 +212,9 @@ def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine)
     engine.run_until_idle()
 
 
-def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shapes, start: Start) -> None:
+async def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shapes, start: Start) -> None:
     """Nothing runs and no request arrives: this one waits for a load that never ends."""
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
     native = start(make_engine(by_digest(weights), executor=executor, max_wait_s=0.05))
-
-    async def main() -> None:
-        await complete(native, greedy("x", plan_of("selection", (weights, 1.0))))
-
     with pytest.raises(WaitedTooLong):
-        run(main())
+        await complete(native, greedy("x", plan_of("selection", (weights, 1.0))))
