@@ -6,19 +6,22 @@ import gc
 
 gc.disable()  # until tests are collected: half the time of that, and a third of the imports', went into it
 
+import asyncio
 import copy
+import inspect
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
 from gpu_worker.model.base_model import BaseModel, load_base_model
-from tests.browsing import browsing  # noqa: F401  a fixture
+from tests.browsing import Browsing, browsing  # noqa: F401  a fixture
 from tests.prometheus import promtool  # noqa: F401  a fixture
 from tests.s3 import aws_credentials, s3_endpoint  # noqa: F401  fixtures
 from tests.soak import (  # noqa: F401  pytest finds its hooks and fixtures by their names here
@@ -36,6 +39,7 @@ settings.register_profile("full", deadline=None, max_examples=1000)
 settings.load_profile("small")  # `make soak` loads the other one
 
 torch.set_num_threads(1)  # tiny products are slower on two threads, which wait for each other busily
+TEST_TIMEOUT_S = 300.0  # of an asynchronous test
 ON_A_CLUSTER = ("cluster", "e2e", "servers")  # folders
 
 
@@ -67,6 +71,31 @@ def pytest_collection() -> Iterator[object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Return the event loop of asynchronous tests and fixtures."""
+    return "asyncio"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run an asynchronous test with a browser on the browser's loop, and let another one fail instead of hang."""
+    test = pyfuncitem.obj
+
+    async def limited(**arguments: Any) -> None:
+        async with asyncio.timeout(TEST_TIMEOUT_S):
+            await test(**arguments)
+
+    if not inspect.iscoroutinefunction(test):
+        return None
+    browser = pyfuncitem.funcargs.get("browsing")
+    if isinstance(browser, Browsing):
+        browser.run(test(**{name: pyfuncitem.funcargs[name] for name in inspect.signature(test).parameters}))
+        return True
+    pyfuncitem.obj = limited
+    return None
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -79,6 +80,21 @@ def gemma3_with_wide_heads() -> Gemma3ForCausalLM:
             query_pre_attn_scalar=32,
         )
     )
+
+
+def change_json(file: Path, changes: Mapping[str, Any]) -> None:
+    """Write these settings into a JSON file, which keeps its others."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(merged(kept, changes)))
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the changes, also within settings that are settings themselves."""
+    result = {**settings, **changes}
+    for name in settings.keys() & changes.keys():
+        if isinstance(settings[name], dict) and isinstance(changes[name], dict):
+            result[name] = merged(settings[name], changes[name])
+    return result
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -18,7 +18,7 @@ from benchmarks.paper.pool.train_pool import train_all
 from benchmarks.paper.stages.stage import Loaded
 from gpu_worker.config import NativeWorkerConfig
 from lora_store import LoraStore
-from retriever_svc import Encoder
+from retriever_svc import Encoder, ProjectionFiles
 from tests.benchmarks.bigbench import write_archive
 from tests.benchmarks.tiny_study import RECIPE, SPECS, examples
 from tests.gpu_worker.conftest import make_engine, shapes  # noqa: F401  fixtures
@@ -60,6 +60,11 @@ def asked(workspace: Workspace, config: NativeWorkerConfig) -> tuple[Asker, Lora
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
     return shared_encoder()
+
+
+@pytest.fixture(scope="session")
+def projected(encoder: Encoder) -> Encoder:
+    return encoder.projected(ProjectionFiles().shipped(encoder.identity))
 
 
 @pytest.fixture(scope="session")

@@ -119,21 +119,15 @@ MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
     "smolvlm": ("smolvlm", {"model_type": "llama"}, _SMOL),
 }
 
-# Each with the part of the message that gives the reason.
+# Each with the part of the message that gives the reason. What the config alone tells is in model/test_base_model.py.
 REFUSED: dict[str, tuple[Settings, str]] = {
     "diffllama": ({}, "the model attends more than once in layer 0"),
     "jetmoe": ({}, "the model attends to keys"),
     "nemotron": ({}, "the model does not pass keyword arguments to its attention layers"),
     "granite_swa": ({}, "the model's attention uses s_aux, which this engine does not support"),
     "doge": ({}, "the model passes its own attention mask, which packed rows cannot apply"),
-    "gemma4_text": (
-        {"vocab_size_per_layer_input": SHAPE["vocab_size"], "hidden_size_per_layer_input": 8},
-        "has no single head_dim for all its layers, which this engine needs",
-    ),
     "mimo_v2_flash": ({}, "the model attends to keys"),
     "codegen": (_ONE_GROUP, "has a config without num_key_value_heads, which this engine does not support"),
-    "stablelm": ({}, "does not support transformers' attention interface, which this engine needs"),
-    "falcon": ({}, "does not support transformers' attention interface, which this engine needs"),
     "hunyuan_v1_moe": (
         _HEADS | {"num_experts": 4, "moe_topk": 2},
         "its code uses the weight of a linear layer instead of calling the layer, so no adapter could change it",
@@ -142,8 +136,6 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "vaultgemma": ({}, "has soft-capping (attn_logit_softcapping)"),
     "nanochat": ({}, "has soft-capping (final_logit_softcapping), which this engine does not support"),
     "deepseek_v3": ({}, "has multi-head latent attention, which this engine does not support"),
-    "gpt_oss": ({}, "has attention sinks, which this engine does not support"),
-    "llama4_text": ({}, "has layers of other kinds (chunked_attention), which this engine does not support"),
 }
 
 

@@ -11,7 +11,6 @@ import pytest
 from torch import Tensor
 
 from gpu_worker.front import calls
-from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
@@ -52,25 +51,22 @@ def test_the_shift_is_the_largest_change_of_a_logit_in_units_of_the_largest_logi
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
+async def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
     make_engine: MakeEngine, shapes: Shapes, start: Start
 ) -> None:
     """Loads end one by one on another thread, and no row runs before all have ended."""
     pool = [random_adapter(shapes, i) for i in range(8)]
     digests = [weights.weights_digest for weights in pool]
-
-    async def main(native: NativeEngine) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        native = start(make_engine(by_digest(*pool), executor=executor))
         for batch, num_steps in ((digests[:6], 2), (digests[2:], 3), (["missing", *digests], 4)):
             shifts = await native.probe(batch)
             assert all(isinstance(shift, float) and shift > 0.0 for shift in shifts[-5:])
             assert (await native.status()).num_running == 0
             assert native.loop.num_steps == num_steps
 
-    with ThreadPoolExecutor(1) as executor:
-        run(main(start(make_engine(by_digest(*pool), executor=executor))))
 
-
-def test_a_cancelled_probe_does_not_cancel_loads_of_others(
+async def test_a_cancelled_probe_does_not_cancel_loads_of_others(
     make_engine: MakeEngine, shapes: Shapes, start: Start
 ) -> None:
     weights, may_load = random_adapter(shapes, 1), threading.Event()
@@ -79,7 +75,8 @@ def test_a_cancelled_probe_does_not_cancel_loads_of_others(
         assert may_load.wait(PATIENCE_S)
         return weights
 
-    async def main(native: NativeEngine) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        native = start(make_engine(get, executor=executor))
         leaving = asyncio.create_task(native.probe([weights.weights_digest]))
         while not native.loop.loader.loading:
             await asyncio.sleep(0)
@@ -91,6 +88,3 @@ def test_a_cancelled_probe_does_not_cancel_loads_of_others(
             await leaving
         may_load.set()
         assert (await staying)[0].num_new_tokens == 8
-
-    with ThreadPoolExecutor(1) as executor:
-        run(main(start(make_engine(get, executor=executor))))

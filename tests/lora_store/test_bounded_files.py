@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_store.bounded_files import Limits, parse_json_object, read_bytes, read_tensors
+from lora_store.bounded_files import Limits, read_bytes, read_tensors
 from lora_store.errors import FileRefused
 
 
@@ -20,19 +20,6 @@ def test_a_file_is_read_up_to_its_limit_and_refused_above(tmp_path: Path, size: 
     assert read_bytes(file, size) == b"x" * size
     with pytest.raises(FileRefused, match=f"file: has {shown}"):
         read_bytes(file, limit)
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (b"[" * 100_000, "it nests too deep"),
-        (b"[1]", "it must be a JSON object, got list"),
-        (b'{"a": 1, "a": 2}', "it repeats the keys"),
-    ],
-)
-def test_ambiguous_json_is_refused(data: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse_json_object(data)
 
 
 def large_file(folder: Path) -> tuple[Path, torch.Tensor]:

@@ -98,14 +98,6 @@ def test_a_reader_whose_files_are_vacuumed_reads_the_compacted_ones(location: Lo
     assert _names(_refreshed(new)) == ["a1", "a2", "a3", "a4", "a5"]
 
 
-def test_missing_data_files_are_reported(location: Location, rows: Rows) -> None:
-    table = _filled(location, rows, 1)
-    files = Files(location)
-    files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
-    with pytest.raises(StoreDamaged, match=r"zstd\.parquet is missing"):
-        _refreshed(table)
-
-
 @IN_A_FOLDER
 def test_a_fold_that_finds_the_disk_full_leaves_no_part_of_it(
     location: Location, rows: Rows, monkeypatch: pytest.MonkeyPatch

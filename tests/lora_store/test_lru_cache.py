@@ -9,15 +9,6 @@ from hypothesis import strategies as st
 from lora_store.lru_cache import LruCache
 
 
-def test_the_least_recently_used_value_is_evicted_first() -> None:
-    cache: LruCache[str, int] = LruCache(2)
-    cache.put("a", 1)
-    cache.put("b", 2)
-    assert cache.get("a") == 1
-    cache.put("c", 3)
-    assert (list(cache.keys()), cache.get("b"), cache.total) == (["a", "c"], None, 2)
-
-
 @pytest.mark.parametrize(("keeps_newest", "kept"), [(False, ["small"]), (True, ["large"])])
 def test_a_value_larger_than_the_cache_is_kept_only_on_request(keeps_newest: bool, kept: list[str]) -> None:
     cache: LruCache[str, str] = LruCache(3, len, keeps_newest=keeps_newest)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -31,8 +30,7 @@ def test_scaling_is_alpha_over_rank_and_over_its_root_for_rslora(tmp_path: Path,
     weights = {"m": ModuleWeights(torch.ones(rank, 3), torch.ones(2, rank), 5 / rank)}
     write_peft_folder(tmp_path, weights, base_model="b")
     assert read_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / rank)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    change(use_rslora=True)(tmp_path)
     assert read_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / math.sqrt(rank))
 
 

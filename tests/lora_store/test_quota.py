@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from lora_store import AdapterRecord, QuotaExceeded, Snapshot, TenantQuota
-from lora_store.quota import TenantUsage, count_usage
 from lora_store.rules import publish_events
 from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, MakeRecord, OpenStore, Stored, embedding
 
@@ -32,16 +31,6 @@ def records(make_record: MakeRecord) -> MakeRecords:
 
 def live(*records: AdapterRecord) -> Snapshot:
     return Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
-
-
-def test_a_tenant_holds_names_and_the_weights_of_kept_versions(records: MakeRecords, make_record: MakeRecord) -> None:
-    [a, b] = records("a", "b")
-    older = make_record("a", "acme", "f" * 64, weights_digest="w older", num_bytes=7)
-    same = make_record("a", "acme", "e" * 64, weights_digest="w b")
-    others = records("a", tenant="other")
-    snapshot = Snapshot(1, dict(live(a, b, *others).records), {("acme", "a"): (older, same)})
-    assert count_usage(snapshot, "acme") == TenantUsage(2, 207)
-    assert count_usage(snapshot, "nobody") == TenantUsage(0, 0)
 
 
 @pytest.mark.parametrize(

@@ -164,12 +164,15 @@ def test_a_broken_checkpoint_costs_nothing_while_its_commits_are_there(
     assert Catalogue(table).snapshot().records == before.records
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
 def test_a_broken_fold_costs_nothing_while_the_files_that_it_replaced_are_there(
-    location: Location, table: Location, fill: Fill
+    location: Location, table: Location, fill: Fill, num_parts: int
 ) -> None:
-    before = fill(7, min_tail=2).snapshot()
+    before = fill(7, min_tail=2 if num_parts == 1 else 4096).snapshot()
+    if num_parts == 2:
+        _fold(table, _parts_of_today, before)
     folds = [name for name in EventTable(table)._data_files() if name.startswith("fold-")]
-    assert len(folds) == 1
+    assert len(folds) == num_parts
     _break(table, folds[0], "cut")
     done = _repaired(location)
     assert done.lost == ()
@@ -268,19 +271,6 @@ def test_a_part_of_a_fold_counts_where_no_other_file_has_its_adapters(
     done = _repaired(location)
     assert set(_names(Catalogue(table).snapshot())) == left
     assert len(done.lost) == 2 and "generation 7 and older" in done.lost[0]
-
-
-@IN_A_FOLDER
-def test_a_broken_part_of_a_fold_costs_nothing_while_replaced_files_exist(
-    location: Location, table: Location, fill: Fill
-) -> None:
-    before = fill(7).snapshot()
-    _fold(table, _parts_of_today, before)
-    last = next(name for name in EventTable(table)._data_files() if "a6" in _names_in(table, name))
-    _break(table, last, "cut")
-    done = _repaired(location)
-    assert done.lost == ()
-    assert Catalogue(table).snapshot().records == before.records
 
 
 def _names_in(table: Location, file: str) -> list[str]:

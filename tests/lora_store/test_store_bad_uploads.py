@@ -37,12 +37,12 @@ def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(
     module_shapes: dict[str, tuple[int, int]],
     kind: str,
 ) -> None:
-    bad, folder, before = BAD_FOLDERS[kind], make_folder(), everything()
-    bad.spoil(folder)
+    (spoil, cause), folder, before = BAD_FOLDERS[kind], make_folder(), everything()
+    spoil(folder)
     with pytest.raises(AdapterRefused) as caught:
         store.stage(folder, module_shapes=module_shapes)
-    assert any(bad.cause in reason for reason in caught.value.reasons), caught.value.reasons
-    assert bad.cause in str(caught.value)
+    assert any(cause in reason for reason in caught.value.reasons), caught.value.reasons
+    assert cause in str(caught.value)
     assert everything() == before
     assert store.snapshot().generation == 0
 
@@ -51,11 +51,11 @@ def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(
 def test_a_bad_label_is_refused_by_name_and_nothing_is_stored(
     store: LoraStore, everything: Callable[[], list[tuple[str, int]]], make_folder: MakeFolder, kind: str
 ) -> None:
-    bad, before = BAD_LABELS[kind], everything()
+    (label, cause), before = BAD_LABELS[kind], everything()
     with pytest.raises(AdapterRefused) as caught:
-        store.stage(make_folder(), **bad.label)
+        store.stage(make_folder(), **label)
     [given] = caught.value.reasons
-    assert given.startswith(bad.cause)
+    assert given.startswith(cause)
     assert given.isprintable() and str(caught.value).isprintable()
     assert everything() == before
     assert store.snapshot().generation == 0

@@ -18,6 +18,7 @@ from lora_store.peft_files import MLX_WEIGHTS_FILE, WEIGHTS_FILE, write_peft_fol
 from lora_store.tensor_names import read_names
 from lora_store.validation import CheckedFolder
 from lora_store.weights_blob import WeightsBlob
+from tests.bad_uploads import config
 from tests.lora_store.builders import BASE, IN_A_FOLDER, SHAPES, MakeFolder
 from tests.soak import Scale
 
@@ -169,9 +170,7 @@ def test_patterns_match_the_paths_of_the_trained_model(tmp_path: Path) -> None:
 def test_a_pattern_of_neither_path_is_refused_as_its_scaling_would_be_lost(tmp_path: Path) -> None:
     weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.ones(12, 2), 4.0)}
     write_peft_folder(tmp_path, weights, base_model=BASE)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    pattern = {"alpha_pattern": {r"^model\.language_model\.layers\.0\.mlp": 1}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | pattern))
+    config(alpha_pattern={r"^model\.language_model\.layers\.0\.mlp": 1})(tmp_path)
     assert check(tmp_path).paths == {}, "with PEFT's names it is left to PEFT, which ignores the pattern"
     respell(tmp_path, SPELLINGS["no prefix of a causal model"])
     [reason] = reasons(tmp_path)
@@ -257,8 +256,7 @@ def test_names_that_fit_two_modules_are_not_read() -> None:
 def test_configs_of_mlx_are_refused_by_field(change: dict[str, object], cause: str, tmp_path: Path) -> None:
     folder = of_one_rank(tmp_path)
     as_mlx(folder)
-    config = folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    config(**change)(folder)
     assert any(cause in reason for reason in reasons(folder))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_store.adapter import AdapterRef, Sample
+from lora_store.adapter import Sample
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc.competence import (
@@ -159,28 +159,25 @@ def test_no_adapter_leads_where_all_answer_badly(right: dict[str, float]) -> Non
     assert evaluated(regions(adapter("own"), adapter("twin", None)), right) == []
 
 
-def test_a_region_that_cannot_be_scored_now_is_left_out_and_named() -> None:
-    async def run() -> list[Ranking | AdapterRef | None]:
-        scorer = Answers({"a": 0.9, "b": 0.2}, away=["a"])
-        return [found async for found in evaluate(regions(adapter("a"), adapter("b")), scorer)]
-
-    first, second = asyncio.run(run())
+async def test_a_region_that_cannot_be_scored_now_is_left_out_and_named() -> None:
+    scorer = Answers({"a": 0.9, "b": 0.2}, away=["a"])
+    first, second = [found async for found in evaluate(regions(adapter("a"), adapter("b")), scorer)]
     assert first == adapter("a").ref and isinstance(second, Ranking) and second.anchor == adapter("b").ref
 
 
-def test_an_anchor_without_rivals_is_not_measured() -> None:
+async def test_an_anchor_without_rivals_is_not_measured() -> None:
     answers = Answers({"own": 1.0})
     [region] = regions(adapter("own"))
-    assert asyncio.run(rank(region, answers)) is None
+    assert await rank(region, answers) is None
     assert answers.asked == {"own": 0}
 
 
-def test_halving_asks_less_than_everybody_everything_and_finds_the_same_best() -> None:
+async def test_halving_asks_less_than_everybody_everything_and_finds_the_same_best() -> None:
     names = [f"bare-{number}" for number in range(16)]
     right = {"own": 0.5} | {name: number / 20 for number, name in enumerate(names)} | {"bare-7": 1.0}
     answers = Answers(right)
     [region] = regions(adapter("own"), *(adapter(name, None) for name in names))
-    ranking = asyncio.run(rank(region, answers))
+    ranking = await rank(region, answers)
     assert ranking is not None and ranking.adapters[0].ref.name == max(right, key=right.__getitem__)
     assert answers.asked["own"] == 20
     assert sum(answers.asked.values()) < 20 * len(right) * 0.6

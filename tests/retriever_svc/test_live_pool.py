@@ -199,7 +199,6 @@ def test_a_thread_trains_by_default() -> None:
     done = threading.Event()
     in_thread(done.set)
     assert done.wait(120)
-    assert done.is_set()
 
 
 def test_a_new_replica_loads_trained_lists_and_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

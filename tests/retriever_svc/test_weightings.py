@@ -82,8 +82,3 @@ def test_evidence_leaves_out_companions_of_less_than_a_fiftieth(share: float, is
     assert [weight > 0 for weight in weights] == [True, is_kept, True]
     assert sum(weights) == pytest.approx(1)
     assert min(weigh("softmax", 0.8, low, 0.8)) > 0
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_one_adapter_alone_has_all_the_weight(weighting: str) -> None:
-    assert weigh(weighting, 0.3) == [1.0]

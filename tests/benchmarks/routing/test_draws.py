@@ -1,15 +1,8 @@
 from __future__ import annotations
 
-import pytest
-
 from benchmarks.routing.draws import Market, in_other_words, measure, outcome_of
 from benchmarks.routing.wording_pools import WordedPool, read_pools
-from retriever_svc import Encoder, ProjectionFiles
-
-
-@pytest.fixture(scope="module")
-def projected(encoder: Encoder) -> Encoder:
-    return encoder.projected(ProjectionFiles().shipped(encoder.identity))
+from retriever_svc import Encoder
 
 
 def test_copies_in_other_words_are_caught_and_honest_adapters_are_not(projected: Encoder) -> None:

@@ -22,11 +22,6 @@ from lora_store.feedback import MAX_PER_KEY
 from retriever_svc import Encoder, ProjectionFiles
 
 
-@pytest.fixture(scope="module")
-def projected(encoder: Encoder) -> Encoder:
-    return encoder.projected(ProjectionFiles().shipped(encoder.identity))
-
-
 def small(num_adapters: int) -> WordedPool:
     """Return the first tune pool with few adapters, samples and neighbours."""
     pool = read_pools("tune")[0]

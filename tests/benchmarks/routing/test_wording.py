@@ -7,12 +7,7 @@ import pytest
 from benchmarks.paper.retrieval.ranking import retriever_of
 from benchmarks.routing.wording import Choice, calibration_error, measure, outcome_of, route_of
 from benchmarks.routing.wording_pools import Prompt, WordedAdapter, WordedPool, read_everyday, read_pools
-from retriever_svc import Encoder, ProjectionFiles
-
-
-@pytest.fixture(scope="module")
-def projected(encoder: Encoder) -> Encoder:
-    return encoder.projected(ProjectionFiles().shipped(encoder.identity))
+from retriever_svc import Encoder
 
 
 def small(pool: WordedPool, num_adapters: int, *kinds: str) -> WordedPool:

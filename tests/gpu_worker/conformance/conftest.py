@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import HostedEngine
+from tests.gpu_worker.conformance.driver import HostedEngine, Serve, StartEngine
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
 from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, random_adapter, tiny_config
@@ -52,6 +53,21 @@ def session_engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterat
 def start_again() -> Callable[[HostedEngine], HostedEngine]:
     """Start another engine of the same kind."""
     return lambda hosted: HostedEngine(hosted.start, hosted.config)
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Return a starter of engines over a folder, which end with the test."""
+    started: list[HostedEngine] = []
+
+    def start(folder: Path, by: StartEngine | None = None, **changes: Any) -> HostedEngine:
+        config = tiny_config(folder, **changes)
+        started.append(HostedEngine(by or ENGINES[config.engine], config))
+        return started[-1]
+
+    yield start
+    for hosted in started:
+        hosted.close()
 
 
 @pytest.fixture

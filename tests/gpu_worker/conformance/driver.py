@@ -107,6 +107,9 @@ class HostedEngine:
         return fetched
 
 
+Serve = Callable[..., HostedEngine]  # the fixture `serve`
+
+
 def job(prompt: Prompt, plan: Plan = BASE_PLAN, sampling: SamplingParams = GREEDY, **changes: Any) -> Job:
     """Return a greedy job, with log probabilities of the first tokens."""
     return Job("conformance", prompt, plan, sampling, **changes)

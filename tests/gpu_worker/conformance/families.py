@@ -20,7 +20,7 @@ from gpu_worker.vllm.front_model import language_part
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference
-from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter
+from tests.tiny import SHAPE, byte_tokenizer, change_json, merged, plan_of, random_adapter
 
 Settings = Mapping[str, Any]
 # Heads have 32 values, the least that vLLM takes on the CPU.
@@ -468,16 +468,7 @@ def config_of(family: str) -> PretrainedConfig:
     text, whole = MULTIMODAL[family]
     name = family.partition(" ")[0]
     default = AutoConfig.for_model(name)
-    return AutoConfig.for_model(name, **_merged(_tiny(default, default.get_text_config(), text), whole))
-
-
-def _merged(settings: Settings, changes: Settings) -> dict[str, Any]:
-    """Return the settings with the changes, also within settings that are settings themselves."""
-    merged = {**settings, **changes}
-    for name in settings.keys() & changes.keys():
-        if isinstance(settings[name], dict) and isinstance(changes[name], dict):
-            merged[name] = _merged(settings[name], changes[name])
-    return merged
+    return AutoConfig.for_model(name, **merged(_tiny(default, default.get_text_config(), text), whole))
 
 
 def _tiny(config: PretrainedConfig, language: PretrainedConfig, text: Settings) -> dict[str, Any]:
@@ -505,16 +496,16 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     tokenizer.save_pretrained(folder)
     name = family.partition(" ")[0]
     if (architecture := ARCHITECTURES.get(family, ARCHITECTURES.get(name))) is not None:
-        _change(folder / "config.json", {"architectures": [architecture]})
+        change_json(folder / "config.json", {"architectures": [architecture]})
     if name == "chatglm":  # transformers writes its own names of these
-        _change(folder / "config.json", _CHATGLM)
+        change_json(folder / "config.json", _CHATGLM)
     if name in TEXT_NAMES:  # the hub's files have the settings of the language model under this name
         written = json.loads((folder / "config.json").read_text())
         del written["text_config"]
         text = {**_TEXT, **MULTIMODAL[family][0]}
         (folder / "config.json").write_text(json.dumps(written | {TEXT_NAMES[name]: text}))
     if name == "deepseek_vl_v2":  # vLLM asks for this token, and for these of the tensors for images
-        _change(folder / "tokenizer_config.json", {"extra_special_tokens": {"image_token": "<image>"}})
+        change_json(folder / "tokenizer_config.json", {"extra_special_tokens": {"image_token": "<image>"}})
         marks = ("view_seperator",) if family.endswith("2)") else ("view_seperator", "image_newline")
         tensors = load_file(folder / "model.safetensors") | {f"model.{mark}": torch.ones(32) for mark in marks}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -527,10 +518,10 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tensors["model.transformer.wte.new_embedding"] = whole[rows:].detach().clone()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family in PROCESSORS:
-        _change(folder / "preprocessor_config.json", PROCESSORS[family])
-        _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
+        change_json(folder / "preprocessor_config.json", PROCESSORS[family])
+        change_json(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
         tokens = {f"{name}_token": tokenizer.pad_token for name in _OMNI_TOKENS}
-        _change(folder / "tokenizer_config.json", {"extra_special_tokens": tokens})
+        change_json(folder / "tokenizer_config.json", {"extra_special_tokens": tokens})
         torch.save({}, folder / "spk_dict.pt")  # voices, which Qwen2.5-Omni reads with its weights
     if family == "phi4mm":  # the hub's files have names of PEFT, and its authors' adapters
         tensors = {name.replace("_proj.", "_proj.base_layer."): each for name, each in model.state_dict().items()}
@@ -549,7 +540,7 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tensors = load_file(folder / "model.safetensors")
         tensors = {name.replace("model.encoder.layers", "model.layers"): each for name, each in tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        _change(folder / "config.json", {"vision_config": {"image_size": 8, "patch_size": 4}})
+        change_json(folder / "config.json", {"vision_config": {"image_size": 8, "patch_size": 4}})
     if "Mistral's format" in family:
         write_mistral(model, folder / MISTRAL)
         read_tekken(folder / MISTRAL / "tekken.json").save_pretrained(folder)
@@ -592,12 +583,6 @@ def write_mistral(model: PreTrainedModel, folder: Path) -> None:
         "special_tokens": [{"rank": rank, "token_str": text} for rank, text in enumerate(special)],
     }
     (folder / "tekken.json").write_text(json.dumps(tekken))
-
-
-def _change(file: Path, settings: Settings) -> None:
-    """Write these settings into a JSON file, which keeps its others."""
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(_merged(kept, settings)))
 
 
 def assert_equal(hosted: HostedEngine, folder: Path) -> float:

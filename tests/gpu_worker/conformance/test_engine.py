@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-from gpu_worker.errors import BaseModelUnsupported, EngineStopped
+from gpu_worker.errors import EngineStopped
 from gpu_worker.front.request.request import SamplingParams
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 
@@ -48,17 +45,6 @@ def test_an_engine_describes_itself_and_is_healthy(hosted: HostedEngine) -> None
     assert health.is_alive and health.failure is None
 
 
-def test_a_base_model_that_lacks_weights_is_refused_by_name(
-    session_engine: HostedEngine, model_folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.1.self_attn.q_proj.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelUnsupported, match=r"1 of .* missing \(model.layers.1.self_attn.q_proj.weight\)"):
-        HostedEngine(session_engine.start, replace(session_engine.config, base_model=str(tmp_path)))
-
-
 def test_counters_rise_with_each_job(hosted: HostedEngine) -> None:
     before = hosted.status().counters
     [answer] = hosted.answers(job("count me"))
@@ -83,4 +69,6 @@ def test_stopping_ends_every_job_and_refuses_later_ones(own: HostedEngine, scrat
         own.answers(job("late"))
     with pytest.raises(EngineStopped):
         own.run(own.engine.probe(["0" * 64]))
+    with pytest.raises(EngineStopped):
+        own.run(own.engine.forget(["0" * 64]))
     assert not list(scratch.rglob("*")), "files are left"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,12 +19,13 @@ from lora_store import check_folder
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from lora_store.weights_blob import decode_weights, encode_weights
-from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
+from tests.gpu_worker.conformance.driver import HostedEngine, Serve, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.families import save
 from tests.gpu_worker.conformance.reference import Reference
-from tests.gpu_worker.conformance.test_parity import NUM_NEW, assert_follows
+from tests.gpu_worker.conformance.test_parity import NUM_NEW, assert_plans_follow
 from tests.gpu_worker.conformance.test_quantized_base import error_of
+from tests.gpu_worker.families import train
 from tests.gpu_worker.native.test_loop_experts import is_expert, plans_of, random_plans
 from tests.soak import Scale
 from tests.tiny import plan_of, random_adapter, tiny_config
@@ -59,26 +60,9 @@ def roomy(folder: Path) -> Iterator[HostedEngine]:
 def assert_follows_the_reference(
     hosted: HostedEngine, reference: Reference, pool: Mapping[str, AdapterWeights], plans: Mapping[str, Plan]
 ) -> None:
-    """Compare all plans for all prompts in one batch with weights plus deltas."""
     hosted.add(*pool.values())
-    asked = [(prompt, name) for name in plans for prompt in PROMPTS]
-    answers = hosted.answers(*[job(prompt, plans[name]) for prompt, name in asked])
-    for (prompt, name), answer in zip(asked, answers, strict=True):
-        steps = reference.greedy(prompt, plans[name], hosted.pool, NUM_NEW)
-        assert_follows(f"{name}: {prompt}", answer, steps, reference, TOLERANCE)
+    assert_plans_follow(hosted, reference, plans, PROMPTS, TOLERANCE)
     hosted.forget_all()
-
-
-def train(folder: Path, target: Path, seed: int, **settings: Any) -> Path:
-    """Save an adapter with random weights, as PEFT does."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **settings))
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(target)
-    return target
 
 
 def test_every_plan_and_random_plans_equal_the_reference(folder: Path, roomy: HostedEngine, scale: Scale) -> None:
@@ -151,49 +135,43 @@ def test_experts_that_overflow_reach_only_their_own_rows(roomy: HostedEngine) ->
     roomy.forget_all()
 
 
-def test_a_compiled_model_has_the_plans_of_each_step(folder: Path) -> None:
+def test_a_compiled_model_has_the_plans_of_each_step(folder: Path, serve: Serve) -> None:
     """torch.compile sees the products of experts as one operation, so it keeps nothing of the step it traced."""
     from gpu_worker.vllm.engine import VllmEngine
 
     async def start(config: Any, fetch: Any, *, free_fill: float) -> VllmEngine:
         return await VllmEngine.start(config, fetch, stream_interval_ms=0, free_fill=free_fill)
 
-    hosted = HostedEngine(start, tiny_config(folder, engine="vllm", max_batch_size=16, max_step_tokens=32))
-    try:
-        assert_follows_the_reference(hosted, Reference(folder), *plans_of(hosted.engine.module_shapes))
-    finally:
-        hosted.close()
+    hosted = serve(folder, start, engine="vllm", max_batch_size=16, max_step_tokens=32)
+    assert_follows_the_reference(hosted, Reference(folder), *plans_of(hosted.engine.module_shapes))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_experts_in_bfloat16_are_near_to_peft_in_float32(family: str, tmp_path: Path) -> None:
+def test_experts_in_bfloat16_are_near_to_peft_in_float32(family: str, tmp_path: Path, serve: Serve) -> None:
     """Both have the same rounded base weights. Each plan is nearer to its own reference than to any other's."""
     folder = save(tmp_path / "base", family)
     rounded = {name: tensor.bfloat16().float() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
-    hosted = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm", dtype="bfloat16", max_batch_size=16))
-    try:
-        paths = [train(folder, tmp_path / str(seed), seed, target_modules="all-linear") for seed in (1, 2)]
-        shapes = hosted.engine.module_shapes
-        checked = [check_folder(path, accepts_base={str(folder)}, module_shapes=shapes) for path in paths]
-        assert all(any(map(is_expert, each.modules)) for each in checked)
-        pool = [decode_weights(*encode_weights(each.modules)) for each in checked]
-        hosted.add(*pool)
-        plans = [BASE_PLAN, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
-        asked = [(prompt, place) for prompt in PROMPTS for place in range(len(plans))]
-        answers = hosted.answers(*[job(prompt, plans[place], ANSWER) for prompt, place in asked])
-        reference = Reference(folder)
-        known = {
-            prompt: [peft_logprobs(folder, path, reference.tokens_of(prompt)) for path in (None, *paths)]
-            for prompt in PROMPTS
-        }
-        for (prompt, place), answer in zip(asked, answers, strict=True):
-            found = dict(answer.logprobs[0].top)
-            errors = [error_of(found, logprobs, reference) for logprobs in known[prompt]]
-            own = errors.pop(place)
-            assert own < BFLOAT16_BOUND < min(errors) / 4, (prompt, place, own, errors)
-    finally:
-        hosted.close()
+    hosted = serve(folder, engine="vllm", dtype="bfloat16", max_batch_size=16)
+    paths = [train(folder, tmp_path / str(seed), seed, target_modules="all-linear") for seed in (1, 2)]
+    shapes = hosted.engine.module_shapes
+    checked = [check_folder(path, accepts_base={str(folder)}, module_shapes=shapes) for path in paths]
+    assert all(any(map(is_expert, each.modules)) for each in checked)
+    pool = [decode_weights(*encode_weights(each.modules)) for each in checked]
+    hosted.add(*pool)
+    plans = [BASE_PLAN, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
+    asked = [(prompt, place) for prompt in PROMPTS for place in range(len(plans))]
+    answers = hosted.answers(*[job(prompt, plans[place], ANSWER) for prompt, place in asked])
+    reference = Reference(folder)
+    known = {
+        prompt: [peft_logprobs(folder, path, reference.tokens_of(prompt)) for path in (None, *paths)]
+        for prompt in PROMPTS
+    }
+    for (prompt, place), answer in zip(asked, answers, strict=True):
+        found = dict(answer.logprobs[0].top)
+        errors = [error_of(found, logprobs, reference) for logprobs in known[prompt]]
+        own = errors.pop(place)
+        assert own < BFLOAT16_BOUND < min(errors) / 4, (prompt, place, own, errors)
 
 
 @torch.inference_mode()
@@ -206,26 +184,19 @@ def peft_logprobs(folder: Path, adapter: Path | None, tokens: list[int]) -> torc
     return logprobs
 
 
-def test_two_processes_share_the_experts(folder: Path) -> None:
-    config = tiny_config(folder, engine="vllm", max_batch_size=16, tensor_parallel_size=2)
-    hosted = HostedEngine(ENGINES["vllm"], config)
-    try:
-        assert any(map(is_expert, hosted.engine.module_shapes))
-        assert_follows_the_reference(hosted, Reference(folder), *plans_of(hosted.engine.module_shapes))
-    finally:
-        hosted.close()
+def test_two_processes_share_the_experts(folder: Path, serve: Serve) -> None:
+    hosted = serve(folder, engine="vllm", max_batch_size=16, tensor_parallel_size=2)
+    assert any(map(is_expert, hosted.engine.module_shapes))
+    assert_follows_the_reference(hosted, Reference(folder), *plans_of(hosted.engine.module_shapes))
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "glm4_moe", "ernie4_5_moe", "minimax_m2", "qwen3_moe"])
-def test_families_with_experts_equal_the_reference(family: str, tmp_path: Path, scale: Scale) -> None:
+def test_families_with_experts_equal_the_reference(family: str, tmp_path: Path, scale: Scale, serve: Serve) -> None:
     if family != "qwen3_moe" and not scale.is_full:
         pytest.skip("the other families are in `make soak`")
     folder = save(tmp_path, family)
-    hosted = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm", max_batch_size=16))
-    try:
-        assert any(map(is_expert, hosted.engine.module_shapes))
-        reference = Reference(folder)
-        assert_follows_the_reference(hosted, reference, *plans_of(hosted.engine.module_shapes))
-        assert_follows_the_reference(hosted, reference, *random_plans(hosted.engine.module_shapes, 1))
-    finally:
-        hosted.close()
+    hosted = serve(folder, engine="vllm", max_batch_size=16)
+    assert any(map(is_expert, hosted.engine.module_shapes))
+    reference = Reference(folder)
+    assert_follows_the_reference(hosted, reference, *plans_of(hosted.engine.module_shapes))
+    assert_follows_the_reference(hosted, reference, *random_plans(hosted.engine.module_shapes, 1))

@@ -18,20 +18,17 @@ from gpu_worker.errors import BaseModelUnsupported
 from lora_store import AdapterRefused, check_folder
 from lora_store.plan import BASE_PLAN
 from lora_store.weights_blob import decode_weights, encode_weights
-from tests.gpu_worker.conformance.driver import HostedEngine, job
+from tests.gpu_worker.conformance.driver import HostedEngine, Serve, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.families import NUM_NEW, SMALL, TOLERANCE, assert_equal, save
 from tests.tiny import plan_of, tiny_config
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_a_family_answers_every_kind_of_plan_as_the_reference(family: str, tmp_path: Path) -> None:
+def test_a_family_answers_every_kind_of_plan_as_the_reference(family: str, tmp_path: Path, serve: Serve) -> None:
     folder = save(tmp_path, family)
-    hosted = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm", max_model_len=96))
-    try:
-        assert_equal(hosted, folder)
-    finally:
-        hosted.close()
+    hosted = serve(folder, engine="vllm", max_model_len=96)
+    assert_equal(hosted, folder)
 
 
 def whole(folder: Path) -> Any:
@@ -43,7 +40,7 @@ def list_parameters(worker: Any) -> list[str]:
 
 
 def test_a_text_adapter_of_a_multimodal_checkpoint_acts_under_every_name_or_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     """PEFT trained it on the whole model. A server that matches no name loads it, and answers as the base model."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of a function that this test sends to the worker
@@ -63,31 +60,28 @@ def test_a_text_adapter_of_a_multimodal_checkpoint_acts_under_every_name_or_is_r
             found = each.generate(torch.tensor([tokens]), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=-1)
         expected.append((logprobs, AutoTokenizer.from_pretrained(folder).decode(found[0, len(tokens) :])))
     theirs = load_file(saved / "adapter_model.safetensors")
-    hosted = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm", max_model_len=96))
-    try:
-        [names] = hosted.run(hosted.engine._llm.collective_rpc(list_parameters))  # type: ignore[attr-defined]
-        assert names and not any("vision" in name or "multi_modal" in name for name in names), "not in memory"
-        for prefix in ("model.language_model.", "language_model.model.", "model."):
-            spelled = {key.replace("model.language_model.", prefix): tensor for key, tensor in theirs.items()}
-            save_file(spelled, saved / "adapter_model.safetensors")
-            checked = check_folder(saved, accepts_base={str(folder)}, module_shapes=hosted.engine.module_shapes)
-            assert len(checked.modules) == len(theirs) / 2
-            weights = decode_weights(*encode_weights(checked.modules))
-            hosted.add(weights)
-            plans = BASE_PLAN, plan_of("selection", (weights, 1.0))
-            answers = hosted.answers(*[job("The parrot says", plan) for plan in plans])
-            for answer, (logprobs, text) in zip(answers, expected, strict=True):
-                top = torch.tensor([logprob for _, logprob in answer.logprobs[0].top])
-                torch.testing.assert_close(top, logprobs.topk(len(top)).values, atol=TOLERANCE, rtol=0)
-                assert answer.text == text
-            assert float((expected[0][0] - expected[1][0]).abs().max()) > 0.05, "the adapter should matter"
-            hosted.forget_all()
-        spelled = {key.replace("layers", "blocks"): tensor for key, tensor in theirs.items()}
+    hosted = serve(folder, engine="vllm", max_model_len=96)
+    [names] = hosted.run(hosted.engine._llm.collective_rpc(list_parameters))  # type: ignore[attr-defined]
+    assert names and not any("vision" in name or "multi_modal" in name for name in names), "not in memory"
+    for prefix in ("model.language_model.", "language_model.model.", "model."):
+        spelled = {key.replace("model.language_model.", prefix): tensor for key, tensor in theirs.items()}
         save_file(spelled, saved / "adapter_model.safetensors")
-        with pytest.raises(AdapterRefused, match="is not a linear layer of the base model"):
-            check_folder(saved, accepts_base={str(folder)}, module_shapes=hosted.engine.module_shapes)
-    finally:
-        hosted.close()
+        checked = check_folder(saved, accepts_base={str(folder)}, module_shapes=hosted.engine.module_shapes)
+        assert len(checked.modules) == len(theirs) / 2
+        weights = decode_weights(*encode_weights(checked.modules))
+        hosted.add(weights)
+        plans = BASE_PLAN, plan_of("selection", (weights, 1.0))
+        answers = hosted.answers(*[job("The parrot says", plan) for plan in plans])
+        for answer, (logprobs, text) in zip(answers, expected, strict=True):
+            top = torch.tensor([logprob for _, logprob in answer.logprobs[0].top])
+            torch.testing.assert_close(top, logprobs.topk(len(top)).values, atol=TOLERANCE, rtol=0)
+            assert answer.text == text
+        assert float((expected[0][0] - expected[1][0]).abs().max()) > 0.05, "the adapter should matter"
+        hosted.forget_all()
+    spelled = {key.replace("layers", "blocks"): tensor for key, tensor in theirs.items()}
+    save_file(spelled, saved / "adapter_model.safetensors")
+    with pytest.raises(AdapterRefused, match="is not a linear layer of the base model"):
+        check_folder(saved, accepts_base={str(folder)}, module_shapes=hosted.engine.module_shapes)
 
 
 def test_a_family_whose_window_vllm_reads_otherwise_is_refused_at_the_start(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
-from tests.gpu_worker.conformance.test_parity import NUM_NEW, assert_follows
+from tests.gpu_worker.conformance.test_parity import assert_plans_follow
 from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter, tiny_config
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -63,7 +63,6 @@ def test_adapters_of_layers_with_other_names_equal_the_reference(
     hosted: HostedEngine, adapter: MakeAdapter, folder: Path, family: str, tolerance: float
 ) -> None:
     assert FAMILIES[family][1] in hosted.engine.module_shapes
-    reference = Reference(folder)
     one, other = adapter(1), adapter(2, rank=3, modules=lambda name: ".1." in name)
     parts = (one, 0.5), (other, 0.7)
     plans = {
@@ -73,10 +72,7 @@ def test_adapters_of_layers_with_other_names_equal_the_reference(
         "mixture": plan_of("mixture", *parts),
         "fusion": plan_of("fusion", *parts),
     }
-    answers = hosted.answers(*[job("The parrot says", plan) for plan in plans.values()])
-    for (name, plan), answer in zip(plans.items(), answers, strict=True):
-        steps = reference.greedy("The parrot says", plan, hosted.pool, NUM_NEW)
-        assert_follows(name, answer, steps, reference, tolerance)
+    assert_plans_follow(hosted, Reference(folder), plans, ["The parrot says"], tolerance)
 
 
 def test_an_adapter_of_a_module_that_the_workers_lack_fails_alone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,13 +63,21 @@ def test_every_kind_of_plan_equals_the_reference(
     prompt: str, hosted: HostedEngine, adapter: MakeAdapter, reference: Reference, tolerance: float
 ) -> None:
     plans = plans_of(adapter)
-    answers = hosted.answers(*[job(prompt, plan) for plan in plans.values()])
-    texts = set()
-    for (name, plan), answer in zip(plans.items(), answers, strict=True):
-        steps = reference.greedy(prompt, plan, hosted.pool, NUM_NEW)
-        assert_follows(name, answer, steps, reference, tolerance)
-        texts.add(tuple(tokens_of(answer)))
+    answers = assert_plans_follow(hosted, reference, plans, [prompt], tolerance)
+    texts = {tuple(tokens_of(answer)) for answer in answers}
     assert len(texts) > len(plans) / 2, "the adapters should matter"
+
+
+def assert_plans_follow(
+    hosted: HostedEngine, reference: Reference, plans: Mapping[str, Plan], prompts: Sequence[str], tolerance: float
+) -> list[Completion]:
+    """Check that one batch of all plans and prompts answers as the reference, and return the answers."""
+    asked = [(name, prompt) for name in plans for prompt in prompts]
+    answers = hosted.answers(*[job(prompt, plans[name]) for name, prompt in asked])
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        steps = reference.greedy(prompt, plans[name], hosted.pool, NUM_NEW)
+        assert_follows(f"{name}: {prompt}", answer, steps, reference, tolerance)
+    return answers
 
 
 def assert_follows(

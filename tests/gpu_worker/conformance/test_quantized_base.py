@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from gpu_worker.model.embedding import is_tied
 from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.model.quantization import QuantizedLinear
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.conformance.driver import HostedEngine, job
+from tests.gpu_worker.conformance.driver import HostedEngine, Serve, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
 from tests.soak import Scale
-from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter, tiny_config
+from tests.tiny import SHAPE, byte_tokenizer, change_json, plan_of, random_adapter, tiny_config
 
 GROUP = 32  # inputs that share a scale
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in one integer
@@ -146,36 +145,22 @@ def write_folders(form: Format, model: Path, path: Path) -> tuple[Path, Path]:
         written |= {name.removesuffix("weight") + part: tensor for part, tensor in tensors.items()}
     save_file(written, quantized / "model.safetensors", metadata={"format": "pt"})
     save_file(whole, floats / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((quantized / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": form.config}))
+    change_json(quantized / "config.json", {"quantization_config": form.config})
     return quantized, floats
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., HostedEngine]]:
-    """Return a starter of engines over a folder, which end with the test."""
-    started: list[HostedEngine] = []
-
-    def start(folder: Path, **changes: Any) -> HostedEngine:
-        config = tiny_config(folder, max_model_len=256, **changes)
-        started.append(HostedEngine(ENGINES[config.engine], config))
-        return started[-1]
-
-    yield start
-    for hosted in started:
-        hosted.close()
 
 
 @pytest.mark.parametrize(
     ("engine", "name"), [(engine, name) for engine in ENGINES for name in FORMATS if engine == "vllm" or name == "int8"]
 )
 def test_mixtures_over_a_quantized_base_equal_the_reference(
-    engine: str, name: str, model_folder: Path, tmp_path: Path, scale: Scale, serve: Callable[..., HostedEngine]
+    engine: str, name: str, model_folder: Path, tmp_path: Path, scale: Scale, serve: Serve
 ) -> None:
     if name not in list(FORMATS)[: scale.pick("formats", small=1, full=len(FORMATS))]:
         pytest.skip("runs at full counts")
     quantized, floats = write_folders(FORMATS[name], model_folder, tmp_path)
-    assert_within(FORMATS[name].bound, serve(quantized, engine=engine, dtype="bfloat16"), Reference(floats))
+    assert_within(
+        FORMATS[name].bound, serve(quantized, max_model_len=256, engine=engine, dtype="bfloat16"), Reference(floats)
+    )
 
 
 def write_copy(model: Path, target: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
@@ -188,7 +173,7 @@ def write_copy(model: Path, target: Path, change: Callable[[dict[str, Tensor]], 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_weights_rounded_at_the_start_equal_the_rounded_model(
-    quantization: str, model_folder: Path, tmp_path: Path, serve: Callable[..., HostedEngine]
+    quantization: str, model_folder: Path, tmp_path: Path, serve: Serve
 ) -> None:
     """The native engine rounds a bfloat16 checkpoint; the reference has the same numbers as floats."""
     changes = {"dtype": "auto", "quantization": quantization}
@@ -200,31 +185,28 @@ def test_weights_rounded_at_the_start_equal_the_rounded_model(
     layers |= {"lm_head.weight": head, "model.embed_tokens.weight": head}
     floats = {name: layer.quantized.dequantized() for name, layer in layers.items()}
     folder = write_copy(model_folder, tmp_path, lambda tensors: tensors | floats)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
-    assert_within(0.15, serve(model_folder, **changes), Reference(folder))
+    change_json(folder / "config.json", {"tie_word_embeddings": False})
+    assert_within(0.15, serve(model_folder, max_model_len=256, **changes), Reference(folder))
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_a_model_whose_weights_are_all_rounded_starts(
-    quantization: str, tmp_path: Path, serve: Callable[..., HostedEngine]
-) -> None:
+def test_a_model_whose_weights_are_all_rounded_starts(quantization: str, tmp_path: Path, serve: Serve) -> None:
     """OLMo's norms have no weights, so nothing of it stays a number of its own type."""
     torch.manual_seed(0)
     OlmoForCausalLM(OlmoConfig(**SHAPE)).bfloat16().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     changes = {"dtype": "auto", "quantization": quantization}
     dtype = load_base_model(tiny_config(tmp_path, max_model_len=256, **changes)).dtype
-    [answer] = serve(tmp_path, **changes).answers(job("The sea is"))
+    [answer] = serve(tmp_path, max_model_len=256, **changes).answers(job("The sea is"))
     assert answer.num_new_tokens > 0 and dtype == torch.bfloat16
 
 
 def test_products_of_bfloat16_weights_are_float32_without_bfloat16_instructions(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., HostedEngine]
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     folder = write_copy(model_folder, tmp_path, lambda tensors: {n: t.bfloat16().float() for n, t in tensors.items()})
-    hosted = serve(folder, dtype="auto")
+    hosted = serve(folder, max_model_len=256, dtype="auto")
     model = hosted.engine.loop.base.model  # type: ignore[attr-defined]  # the native engine's
     packed = [module for module in model.modules() if isinstance(module, KernelLinear)]
     assert len(packed) == 7 * 3 + 1 and {layer.dtype for layer in packed} == {torch.float32}

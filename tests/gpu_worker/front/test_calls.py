@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Sequence
 
 import pytest
@@ -32,14 +31,11 @@ def test_the_end_of_a_cancelled_request_is_dropped(last: Delta | Exception) -> N
     ],
     ids=["computed", "ended without logits", "failed"],
 )
-def test_a_probe_ends_with_its_row(events: list[Delta | Exception], expected: object) -> None:
-    async def main() -> object:
-        queue = Events()
-        for event in events:
-            queue.put_nowait(event)
-        return await asyncio.wait_for(wait_for_first_logits(queue), 60)
-
-    found = asyncio.run(main())
+async def test_a_probe_ends_with_its_row(events: list[Delta | Exception], expected: object) -> None:
+    queue = Events()
+    for event in events:
+        queue.put_nowait(event)
+    found = await wait_for_first_logits(queue)
     assert found is expected or isinstance(found, expected)  # type: ignore[arg-type]
 
 
@@ -47,19 +43,16 @@ async def load(weights_digests: Collection[str]) -> None:
     """Load nothing."""
 
 
-def test_a_probe_refuses_logits_that_are_not_finite() -> None:
+async def test_a_probe_refuses_logits_that_are_not_finite() -> None:
     """vLLM computes on with such logits, where the native engine fails the row."""
     found = {"base": LOGITS, "a": LOGITS * 1.5, "b": torch.tensor([1.0, torch.nan, 1.0]), "c": LOGITS * torch.inf}
 
     async def first_logits(jobs: Sequence[Job]) -> list[Tensor | Exception]:
         return [found[job.plan.adapters[0].weights_digest if job.plan.adapters else "base"] for job in jobs]
 
-    async def shifts() -> list[float | Exception]:
-        return await Prober(first_logits, load, torch.float32).shifts(["a", "b", "c"])
-
-    good, *bad = asyncio.run(shifts())
+    good, *bad = await Prober(first_logits, load, torch.float32).shifts(["a", "b", "c"])
     assert good == 0.5
     assert [type(error) for error in bad] == [LogitsNotFinite] * 2
     found["base"] = found["b"]
     with pytest.raises(LogitsNotFinite, match="base model"):
-        asyncio.run(shifts())
+        await Prober(first_logits, load, torch.float32).shifts(["a"])

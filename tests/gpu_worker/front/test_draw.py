@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from gpu_worker.front.draw import GREEDY_BELOW, TABLE, Draw, make_table
+from gpu_worker.front.draw import GREEDY_BELOW, Draw, make_table
 from gpu_worker.front.request.request import SamplingParams
 from tests.gpu_worker.random_draws import random_draw
 from tests.gpu_worker.slow_sampling import uniform_slowly
@@ -30,10 +30,6 @@ def test_the_table_has_the_settings_of_each_draw() -> None:
         assert (entry["top_k"], entry["top_p"]) == (min(params.top_k, VOCABULARY), params.top_p)
         assert entry["inverse_temperature"] == pytest.approx(1 / params.temperature, rel=1e-6)
         assert entry["log_min_p"] == pytest.approx(math.log(params.min_p) if params.min_p else -math.inf, rel=1e-6)
-
-
-def test_no_draws_make_an_empty_table() -> None:
-    assert make_table([], VOCABULARY).shape == (0,) and make_table([], VOCABULARY).dtype == TABLE
 
 
 def test_a_temperature_below_the_bound_is_greedy() -> None:

@@ -16,7 +16,3 @@ def test_numbers_equal_numpys_generator() -> None:
     positions = EDGES * len(EDGES) + [chance.randrange(2**20) for _ in range(500)]
     expected = [uniform_slowly(seed, position) for seed, position in zip(seeds, positions, strict=True)]
     assert uniforms(seeds, positions).tolist() == expected, "bit by bit: a seed gives the same answer forever"
-
-
-def test_without_rows_there_are_no_numbers() -> None:
-    assert uniforms([], []).tolist() == []

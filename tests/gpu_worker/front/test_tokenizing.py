@@ -13,7 +13,6 @@ import pytest
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Prompt, TokenIds, Tokenized
 from gpu_worker.front.tokenizing import Tokenizing
-from tests.gpu_worker.engine_driver import run
 
 PATIENCE_S = 60.0  # only a failing test waits this long
 
@@ -41,7 +40,7 @@ class HeldPreprocessor:
         self.threads.add(threading.get_ident())
 
 
-def over(prepare: HeldPreprocessor, max_waiting: int = 100) -> Tokenizing:
+def over(prepare: HeldPreprocessor, max_waiting: int) -> Tokenizing:
     return Tokenizing(prepare, max_waiting=max_waiting)  # type: ignore[arg-type]
 
 
@@ -59,73 +58,29 @@ def read(tokenizing: Tokenizing, tenant: str, number: int) -> asyncio.Task[list[
     return asyncio.create_task(ask())
 
 
-def test_both_calls_take_the_same_turns_on_one_thread_apart_from_the_loops() -> None:
+async def test_both_calls_take_the_same_turns_on_one_thread_apart_from_the_loops() -> None:
     prepare = HeldPreprocessor()
-    tokenizing = over(prepare)
-
-    async def main() -> None:
-        first = asked(tokenizing, "flood", "first")
-        await asyncio.to_thread(prepare.began.wait, PATIENCE_S)
-        flood = [asked(tokenizing, "flood", str(number)) for number in range(16)]
-        others = [read(tokenizing, "a", 7), asked(tokenizing, "b", "other")]
-        await asyncio.sleep(0)
-        prepare.released.set()
-        await asyncio.gather(first, *flood, *others)
-
-    run(main())
+    tokenizing = over(prepare, max_waiting=19)
+    first = asked(tokenizing, "flood", "first")
+    await asyncio.to_thread(prepare.began.wait, PATIENCE_S)
+    flood = [asked(tokenizing, "flood", str(number)) for number in range(16)]
+    others = [read(tokenizing, "a", 7), asked(tokenizing, "b", "other")]
+    await asyncio.sleep(0)
+    with pytest.raises(EngineFull, match=r"tokenizer is full \(19 requests\); retry later"):
+        await asked(tokenizing, "flood", "too many")
+    prepare.released.set()
+    await asyncio.gather(first, *flood, *others)
     order = [call[0] for call in prepare.calls]
     assert order[:5] == ["first", "0", TokenIds((7,)), "other", "1"] and len(order) == 19
     assert len(prepare.threads) == 1
     tokenizing.close()
 
 
-def test_a_tenant_that_fills_the_queue_makes_room_for_another() -> None:
-    prepare = HeldPreprocessor()
-    tokenizing = over(prepare, max_waiting=4)
-
-    async def main() -> None:
-        flood = [asked(tokenizing, "flood", str(number)) for number in range(5)]
-        await asyncio.sleep(0)
-        with pytest.raises(EngineFull, match=r"tokenizer is full \(4 requests\); retry later"):
-            await flood.pop()
-        other = asked(tokenizing, "other", "x")
-        with pytest.raises(EngineFull):
-            await flood.pop()
-        prepare.released.set()
-        await asyncio.gather(other, *flood)
-
-    run(main())
-    tokenizing.close()
-
-
-def test_a_client_that_leaves_takes_its_call_out_of_the_queue() -> None:
-    prepare = HeldPreprocessor()
-    tokenizing = over(prepare)
-
-    async def main() -> None:
-        first = asked(tokenizing, "a", "first")
-        await asyncio.to_thread(prepare.began.wait, PATIENCE_S)
-        left, stays = asked(tokenizing, "a", "left"), asked(tokenizing, "a", "stays")
-        await asyncio.sleep(0)
-        left.cancel()
-        await asyncio.gather(left, return_exceptions=True)
-        prepare.released.set()
-        await asyncio.gather(first, stays)
-
-    run(main())
-    assert [call[0] for call in prepare.calls] == ["first", "stays"]
-    tokenizing.close()
-
-
-def test_the_thread_leaves_contested_cores_to_the_engines_thread() -> None:
+async def test_the_thread_leaves_contested_cores_to_the_engines_thread() -> None:
     class Nice(HeldPreprocessor):
         def _note(self, call: object) -> None:
             self.calls.append(os.nice(0))  # on Linux of this thread
 
     tokenizing = Tokenizing(prepare := Nice(), max_waiting=1, niceness=3)  # type: ignore[arg-type]
-
-    async def main() -> None:
-        await asked(tokenizing, "a", "text")
-
-    run(main())
+    await asked(tokenizing, "a", "text")
     assert prepare.calls == [min(19, os.nice(0) + 3 + 10)]

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.attention_plan import Segment, check_heads
+from gpu_worker.model.attention_plan import check_heads
 
 HEADS, SIZE = 2, 4
-
-
-def test_a_segment_ends_after_its_tokens_in_the_step_and_in_its_row() -> None:
-    segment = Segment(row=3, start=5, num_tokens=2, context_len=70)
-    assert (segment.end, segment.total_len) == (7, 72)
 
 
 @pytest.mark.parametrize("num_query_heads", [2, 4, 6])
@@ -26,6 +21,8 @@ def test_query_heads_may_be_a_multiple_of_the_caches_heads(num_query_heads: int,
     [
         ((4, 3, 4), (1, 3, 4), (1, 3, 4), r"keys \(1, 3, 4\) .* implies \(2, 3, 4\)"),
         ((4, 3, 4), (2, 2, 4), (2, 2, 4), r"keys \(2, 2, 4\)"),
+        ((4, 3, 4), (4, 3, 4), (4, 3, 4), r"keys \(4, 3, 4\)"),
+        ((4, 3, 4), (2, 3, 1), (2, 3, 1), r"keys \(2, 3, 1\)"),
         ((4, 3, 4), (2, 3, 4), (2, 3, 1), r"values \(2, 3, 1\)"),
         ((3, 3, 4), (2, 3, 4), (2, 3, 4), r"queries \(3, 3, 4\).*multiple of 2 key/value heads"),
         ((4, 3, 8), (2, 3, 4), (2, 3, 4), r"queries \(4, 3, 8\).*each of size 4"),

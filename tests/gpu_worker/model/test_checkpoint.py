@@ -19,7 +19,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import check_checkpoint, load_whole
 from tests.gpu_worker.families import EQUAL, save
 from tests.soak import Scale
-from tests.tiny import TinyFolders
+from tests.tiny import TinyFolders, change_json
 
 Tensors = dict[str, Tensor]
 Check = Callable[[str], object]
@@ -160,8 +160,7 @@ def test_biases_that_the_config_denies_are_refused_by_name(check: Check, llama: 
 def test_tensors_beyond_the_model_are_ignored(llama: Path, tmp_path: Path) -> None:
     """A config may leave out layers of its files, such as those that predict several tokens."""
     folder = shutil.copytree(llama, tmp_path / "pruned")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    change_json(folder / "config.json", {"num_hidden_layers": 2})
     assert check_checkpoint(str(folder))
     assert load_whole(str(folder)).config.num_hidden_layers == 2
 
@@ -204,8 +203,7 @@ def test_quantised_modules_are_not_compared_but_all_others_are(
     change: Callable[[Tensors], Tensors], llama: Path, tmp_path: Path
 ) -> None:
     whole = copy_with(change, llama, tmp_path / "whole")
-    config = json.loads((whole / "config.json").read_text())
-    (whole / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    change_json(whole / "config.json", {"quantization_config": {"quant_method": "gptq"}})
     assert check_checkpoint(str(whole))
     broken = copy_with(without("1.self_attn.q_proj"), whole, tmp_path / "broken")
     with pytest.raises(
@@ -221,8 +219,7 @@ def test_a_conversion_that_only_a_quantised_model_fails_is_left_to_vllm(tmp_path
     """transformers' conversions are those of the whole model's tensors."""
     whole = save(tmp_path / "whole", "qwen3_moe", EQUAL["qwen3_moe"])
     folder = copy_with(without("experts.2.gate_proj"), whole, tmp_path / "quantised")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    change_json(folder / "config.json", {"quantization_config": {"quant_method": "gptq"}})
     assert not check_checkpoint(str(folder))
 
 

@@ -9,33 +9,31 @@ import pytest
 import torch
 
 from gpu_worker.model.grouped_mapping import GroupedMapping, grouped_mapping
-from gpu_worker.model.lora_kernel import LoraKernel, Pairs, Run
+from gpu_worker.model.lora_kernel import LoraKernel, Pairs
 from tests.gpu_worker.slow_lora import pool_of, settled
 from tests.tiny import plan_of
 
 
-def pairs_of(
-    slots: list[list[int]], rank_rows: list[list[int]], *, is_fusion: list[bool], runs: list[Run] | None = None
-) -> Pairs:
+def pairs_of(slots: list[list[int]], rank_rows: list[list[int]], num_tokens: int) -> Pairs:
     return Pairs.of(
-        slot_tokens=np.arange(len(is_fusion), dtype=np.int32),
-        fusion=np.array(is_fusion, dtype=np.uint8),
+        slot_tokens=np.arange(num_tokens, dtype=np.int32),
+        fusion=np.zeros(num_tokens, dtype=np.uint8),
         slots=[np.array(of_adapter, dtype=np.int32) for of_adapter in slots],
         weights=np.ones(sum(map(len, slots)), dtype=np.float32),
         rank_rows=rank_rows,
-        runs=runs or [],
+        runs=[],
     )
 
 
 def test_an_adapter_without_rank_rows_is_an_error() -> None:
     with pytest.raises(AssertionError, match="needs a rank row"):
-        pairs_of([[0], [0]], [[7], []], is_fusion=[False])
+        pairs_of([[0], [0]], [[7], []], num_tokens=1)
 
 
 def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -> None:
     """h of a pair begins after those of all earlier pairs; a loop counts them."""
     slots, rank_rows = [[0, 2], [1], [0, 1, 2]], [[7, 8, 9], [4], [1, 2]]
-    pairs = pairs_of(slots, rank_rows, is_fusion=[False, False, False])
+    pairs = pairs_of(slots, rank_rows, num_tokens=3)
     begins, num_values = [], 0
     for of_adapter, rows in zip(slots, rank_rows, strict=True):
         begins.append(num_values)
@@ -49,29 +47,6 @@ def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -
     assert values["rank_starts"].tolist() == [0, 3, 4, 6]
     assert values["rank_rows"].tolist() == [7, 8, 9, 4, 1, 2]
     assert (pairs.num_adapters, pairs.num_slots, pairs.max_rank) == (3, 3, 3)
-
-
-def test_fusions_are_listed_only_if_there_are_any() -> None:
-    assert pairs_of([[0, 1]], [[3]], is_fusion=[False, False]).fusion is None
-    assert pairs_of([[0, 1]], [[3]], is_fusion=[False, True]).fusion is not None
-
-
-def test_runs_have_the_last_slots() -> None:
-    """Slots 0 and 1 are single tokens; then a row of two tokens with adapters 0 and 2, and one of three with 1."""
-    slots, runs = [[0, 2, 3], [4, 5, 6], [1, 2, 3]], [Run(2, [(0, 1), (2, 1)]), Run(3, [(1, 0)])]
-    pairs = pairs_of(slots, [[7], [8, 9], [3]], is_fusion=[False] * 7, runs=runs)
-    assert (pairs.num_short_slots, pairs.num_runs) == (2, 2)
-    assert pairs.values_of["run_slots"].tolist() == [2, 4, 7]
-    assert pairs.values_of["run_starts"].tolist() == [0, 2, 3]
-    assert pairs.values_of["run_adapters"].tolist() == [0, 2, 1]
-    assert pairs.values_of["run_pairs"].tolist() == [1, 1, 0]
-    assert pairs_of(slots, [[7], [8, 9], [3]], is_fusion=[False] * 7).num_short_slots == 7
-
-
-def test_a_step_without_pairs_has_an_empty_table() -> None:
-    pairs = pairs_of([], [], is_fusion=[])
-    assert (pairs.num_adapters, pairs.num_slots, pairs.h_len, pairs.max_rank) == (0, 0, 0, 0)
-    assert pairs.values_of["slot_starts"].tolist() == [0]
 
 
 def test_an_input_may_be_any_view_and_an_output_only_columns_of_a_wider_tensor(lora_kernel: LoraKernel) -> None:

@@ -26,7 +26,7 @@ from gpu_worker.model.own_families import (
 from gpu_worker.vllm.front_model import language_part, load_front_model
 from tests.gpu_worker.conformance.families import FAMILIES, IN_BFLOAT16, MULTIMODAL, save
 from tests.gpu_worker.model.slow_families import slow_logits
-from tests.tiny import tiny_config
+from tests.tiny import change_json, tiny_config
 
 OWN = [family for family in FAMILIES if family.partition(" ")[0] in OWN_FAMILIES]
 SLOW = (
@@ -131,9 +131,7 @@ def test_what_vllm_computes_otherwise_is_refused_by_name(
     family: str, part: str, changes: dict[str, object], refusal: str, tmp_path: Path
 ) -> None:
     folder = save(tmp_path, family)
-    written = json.loads((folder / "config.json").read_text())
-    (written[part] if part else written).update(changes)
-    (folder / "config.json").write_text(json.dumps(written))
+    change_json(folder / "config.json", {part: changes} if part else changes)
     with pytest.raises(BaseModelUnsupported, match=refusal):
         load_front_model(tiny_config(folder, engine="vllm"))
 
@@ -211,8 +209,7 @@ def test_a_file_that_names_code_is_never_asked_about(
     folder, ran = save(tmp_path / "model", "llama"), tmp_path / "ran"
     monkeypatch.setattr("builtins.input", lambda _: "y")
     (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')")
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | settings))
+    change_json(folder / "config.json", settings)
     try:
         found = load_front_model(tiny_config(folder, engine="vllm"))
     except BaseModelUnsupported as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ class Noting(AttentionPlan):
 
 
 VALUE = torch.randn(1, 2, 5, 4)
+BUILD = pytest.mark.parametrize(
+    "build", [HostKvCache, lambda shape: DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)]
+)
 
 
 def layer(index: int = 3, *, is_causal: bool = True) -> nn.Module:
@@ -69,21 +73,14 @@ def test_arguments_without_effect_are_accepted() -> None:
         ({"block_indices": torch.zeros(1, dtype=torch.long)}, "block_indices"),
         ({"dropout": 0.1}, "dropout"),
         ({"is_causal": False}, "not causal"),
+        ({"module": layer(is_causal=False)}, "not causal"),
+        ({"attention_mask": torch.zeros(5, 5)}, "its own attention mask"),
     ],
 )
-def test_arguments_that_would_be_dropped_are_refused_by_name(extra: dict[str, object], reason: str) -> None:
+def test_arguments_that_would_be_dropped_are_refused_by_name(extra: dict[str, Any], reason: str) -> None:
+    arguments = {"module": layer(), "attention_mask": None, "step": filled(), "scaling": 1.0} | extra
     with pytest.raises(BaseModelUnsupported, match=reason):
-        packed_attention(layer(), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0, **extra)
-
-
-def test_a_mask_of_the_models_own_is_refused() -> None:
-    with pytest.raises(BaseModelUnsupported, match="its own attention mask"):
-        packed_attention(layer(), VALUE, VALUE, VALUE, torch.zeros(5, 5), step=filled(), scaling=1.0)
-
-
-def test_a_layer_that_is_not_causal_is_refused() -> None:
-    with pytest.raises(BaseModelUnsupported, match="not causal"):
-        packed_attention(layer(is_causal=False), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0)
+        packed_attention(query=VALUE, key=VALUE, value=VALUE, **arguments)
 
 
 def test_a_model_that_does_not_pass_the_step_on_is_refused() -> None:
@@ -91,19 +88,7 @@ def test_a_model_that_does_not_pass_the_step_on_is_refused() -> None:
         packed_attention(layer(), VALUE, VALUE, VALUE, None, scaling=1.0)
 
 
-def test_a_layer_may_attend_once_per_step() -> None:
-    step = filled()
-    for index in (0, 1):
-        packed_attention(layer(index), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
-    with pytest.raises(BaseModelUnsupported, match="more than once in layer 1"):
-        packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
-    step.fill(None, Noting())
-    packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
-
-
-@pytest.mark.parametrize(
-    "build", [HostKvCache, lambda shape: DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)]
-)
+@BUILD
 def test_a_layer_may_not_see_more_than_the_cache_keeps_for_it(build: Callable[[KvShape], KvCache]) -> None:
     cache = build(kv_shape(window=3, window_layers=frozenset({1}), num_window_tokens=15))
     row = cache.allocate(3, 5)
@@ -115,28 +100,10 @@ def test_a_layer_may_not_see_more_than_the_cache_keeps_for_it(build: Callable[[K
             plan.attend(1, *parts, scaling=1.0, sliding_window=window)
 
 
-@pytest.mark.parametrize("over", ["host", "device"])
-@pytest.mark.parametrize(
-    ("query", "key", "value"),
-    [
-        ((4, 3, 4), (1, 3, 4), (1, 3, 4)),  # would be stored in both heads
-        ((4, 3, 4), (4, 3, 4), (4, 3, 4)),
-        ((4, 3, 4), (2, 3, 1), (2, 3, 1)),
-        ((4, 3, 4), (2, 3, 4), (2, 3, 1)),
-        ((3, 3, 4), (2, 3, 4), (2, 3, 4)),
-        ((4, 3, 8), (2, 3, 4), (2, 3, 4)),
-    ],
-    ids=str,
-)
-def test_heads_that_do_not_match_the_cache_are_refused(
-    over: str, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
-) -> None:
-    shape = kv_shape()
-    cache: KvCache = (
-        HostKvCache(shape) if over == "host" else DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)
-    )
-    row = cache.allocate(3, 5)
-    plan = cache.attention([Segment(row, 0, 3, 0)])
-    parts = (torch.ones(query), torch.ones(key), torch.ones(value))
+@BUILD
+def test_heads_that_do_not_match_the_cache_are_refused(build: Callable[[KvShape], KvCache]) -> None:
+    cache = build(kv_shape())
+    plan = cache.attention([Segment(cache.allocate(3, 5), 0, 3, 0)])
+    query, one_head = torch.ones(4, 3, 4), torch.ones(1, 3, 4)  # which would be stored in both heads
     with pytest.raises(BaseModelUnsupported, match="key"):
-        plan.attend(0, *parts, scaling=1.0, sliding_window=None)
+        plan.attend(0, query, one_head, one_head, scaling=1.0, sliding_window=None)

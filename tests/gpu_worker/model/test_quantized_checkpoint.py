@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.checkpoint import read_tensors
 from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.model.quantized_checkpoint import check_format, pack_words, take_weights, unpack_words
-from tests.tiny import TinyFolders, tiny_config
+from tests.tiny import TinyFolders, change_json, tiny_config
 
 _CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 _GROUPS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -46,8 +45,7 @@ def checkpoint(source: Path, target: Path, *, bits: int) -> dict[str, torch.Tens
             tensors[layer + ".weight_shape"] = torch.tensor(weight.shape)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     own = config_with("int-quantized", _CHANNEL, _INPUTS) if bits == 8 else config_with("pack-quantized", _GROUPS)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
+    change_json(target / "config.json", {"quantization_config": own})
     return expected
 
 

@@ -30,7 +30,6 @@ from tests.gpu_worker.engine_driver import (
     Gated,
     MakeEngine,
     Shapes,
-    assert_nothing_held,
     by_digest,
     complete,
     greedy,
@@ -53,73 +52,27 @@ def jobs_over(pool: list[AdapterWeights], count: int) -> list[Job]:
 
 
 @pytest.mark.parametrize("stream_interval_ms", [0.0, 1.0, 1000.0])
-def test_streams_join_to_the_text_of_a_run_without_a_thread(
+async def test_streams_join_to_the_text_of_a_run_without_a_thread(
     stream_interval_ms: float, make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
 ) -> None:
     pool = [random_adapter(shapes, i) for i in range(2)]
     jobs = jobs_over(pool, 4)
     expected = [answer.text for answer in run_together(make_engine(by_digest(*pool)), jobs)]
     native = start(make_engine(by_digest(*pool)), stream_interval_ms=stream_interval_ms)
-
-    async def main() -> list[list[Delta]]:
-        return await asyncio.gather(*(collect(stream_text(native, job)) for job in jobs))
-
-    streams = run(main())
+    streams = await asyncio.gather(*(collect(stream_text(native, job)) for job in jobs))
     assert ["".join(delta.text for delta in deltas) for deltas in streams] == expected
     for deltas in streams:
         assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
 
 
-def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> None:
+async def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> None:
     _, gate, native = gated({})
-
-    async def main() -> None:
-        async with aclosing(stream_text(native, greedy("first", num_new=5))) as stream:
-            gate.permits.release()
-            first = await anext(stream)
-            assert first.num_new_tokens == 1 and first.finish_reason is None
-            gate.open()
-            assert (await collect(stream))[-1].num_new_tokens == 5
-
-    run(main())
-
-
-def test_a_watched_stream_gives_heartbeats_while_there_is_no_text(gated: Gated) -> None:
-    _, gate, native = gated({}, max_batch_size=1)
-    job = greedy("watched", BASE_PLAN, "watched", num_new=5)
-
-    async def main() -> None:
-        async with aclosing(native.stream(job, 0.01)) as stream:
-            assert [await anext(stream) for _ in range(4)] == [None] * 4
-            gate.open()
-            deltas = [delta async for delta in stream if delta is not None]
-        async with aclosing(native.stream(job, 100.0)) as again:
-            first, *others = [delta async for delta in again]
-        assert first is None and "".join(d.text for d in others if d) == "".join(d.text for d in deltas) != ""
-        assert None not in others
-
-    run(main())
-
-
-def test_a_finished_load_wakes_the_sleeping_loop(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
-) -> None:
-    good, may_load = random_adapter(shapes, 1), threading.Event()
-
-    def fetch(digest: str) -> AdapterWeights:
-        assert may_load.wait(PATIENCE_S)
-        return good
-
-    async def main(native: NativeEngine) -> None:
-        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (good, 1.0)))))
-        while not native.loop.waiting:
-            await asyncio.sleep(0)
-        await asyncio.to_thread(int)
-        may_load.set()
-        assert (await task)[0].num_new_tokens == 8
-
-    with ThreadPoolExecutor(1) as executor:
-        run(main(start(make_engine(fetch, executor=executor))))
+    async with aclosing(stream_text(native, greedy("first", num_new=5))) as stream:
+        gate.permits.release()
+        first = await anext(stream)
+        assert first.num_new_tokens == 1 and first.finish_reason is None
+        gate.open()
+        assert (await collect(stream))[-1].num_new_tokens == 5
 
 
 def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:
@@ -140,37 +93,29 @@ def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated)
     assert completion.num_new_tokens == 8
 
 
-def test_two_requests_of_one_id_do_not_cancel_each_other(
+async def test_two_requests_of_one_id_do_not_cancel_each_other(
     make_engine: MakeEngine, start: Callable[..., NativeEngine]
 ) -> None:
     native = start(make_engine({}))
-
-    async def main() -> list[Any]:
-        return await asyncio.gather(
-            complete(native, greedy("x", BASE_PLAN, "same", num_new=1)),
-            complete(native, greedy("x", BASE_PLAN, "same", num_new=100)),
-        )
-
-    short, long = run(main())
+    short, long = await asyncio.gather(
+        complete(native, greedy("x", BASE_PLAN, "same", num_new=1)),
+        complete(native, greedy("x", BASE_PLAN, "same", num_new=100)),
+    )
     assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 100)
 
 
-def test_an_idle_loop_is_not_hanging_and_one_in_a_long_step_is(gated: Gated) -> None:
+async def test_an_idle_loop_is_not_hanging_and_one_in_a_long_step_is(gated: Gated) -> None:
     _, gate, native = gated({})
     assert native.health().busy_s == 0.0
-
-    async def main() -> None:
-        task = asyncio.create_task(complete(native, greedy("x")))
-        await asyncio.to_thread(gate.wait_for_step)
-        earlier = native.health().busy_s
-        assert native.health().busy_s > earlier > 0.0
-        gate.open()
-        await task
-
-    run(main())
+    task = asyncio.create_task(complete(native, greedy("x")))
+    await asyncio.to_thread(gate.wait_for_step)
+    earlier = native.health().busy_s
+    assert native.health().busy_s > earlier > 0.0
+    gate.open()
+    await task
 
 
-def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
+async def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
     """A command may hang like a step: cancelling a request wipes its rows on the device."""
     native, may_end, has_begun = start(make_engine({})), threading.Event(), threading.Event()
 
@@ -178,18 +123,15 @@ def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Cal
         has_begun.set()
         assert may_end.wait(PATIENCE_S)
 
-    async def main() -> None:
-        for _ in range(2):  # the first wakes the thread, the second is queued after it
-            asked = asyncio.create_task(native._run_on_engine(hang))
-            await asyncio.to_thread(has_begun.wait, PATIENCE_S)
-            earlier = native.health().busy_s
-            assert native.health().busy_s > earlier > 0.0
-            may_end.set()
-            await asked
-            may_end.clear()
-            has_begun.clear()
-
-    run(main())
+    for _ in range(2):  # the first wakes the thread, the second is queued after it
+        asked = asyncio.create_task(native._run_on_engine(hang))
+        await asyncio.to_thread(has_begun.wait, PATIENCE_S)
+        earlier = native.health().busy_s
+        assert native.health().busy_s > earlier > 0.0
+        may_end.set()
+        await asked
+        may_end.clear()
+        has_begun.clear()
 
 
 def test_a_loop_that_waits_for_a_slow_load_is_not_hanging(
@@ -227,67 +169,20 @@ def test_the_engines_thread_alone_is_nice(make_engine: MakeEngine) -> None:
     assert seen == [own + 3] and os.nice(0) == own
 
 
-def test_weights_are_forgotten_from_another_thread(shapes: Shapes, gated: Gated) -> None:
-    weights = random_adapter(shapes, 1)
-    _, gate, native = gated(by_digest(weights))
-
-    async def main() -> None:
-        empty = await native.status()
-        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (weights, 1.0)), num_new=20)))
-        await asyncio.to_thread(gate.wait_for_step)
-        forgetting = asyncio.create_task(native.forget([weights.weights_digest]))
-        await asyncio.sleep(0)  # it is queued after the current step
-        gate.open()
-        assert await forgetting is False
-        assert (await task)[0].num_new_tokens == 20
-        assert await native.forget([weights.weights_digest]) is True
-        assert await native.status() == empty
-
-    run(main())
-
-
-def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
+async def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
     _, gate, native = gated({})
-
-    async def main() -> None:
-        task = asyncio.create_task(complete(native, greedy("x")))
-        await asyncio.to_thread(gate.wait_for_step)
-        leaving = [asyncio.create_task(native.forget(["a"])), asyncio.create_task(native.status())]
-        await asyncio.sleep(0)
-        for asker in leaving:
-            asker.cancel()
-        gate.open()
-        assert (await task)[0].num_new_tokens == 8
-        assert (await native.status()).num_running == 0
-
-    run(main())
+    task = asyncio.create_task(complete(native, greedy("x")))
+    await asyncio.to_thread(gate.wait_for_step)
+    leaving = [asyncio.create_task(native.forget(["a"])), asyncio.create_task(native.status())]
+    await asyncio.sleep(0)
+    for asker in leaving:
+        asker.cancel()
+    gate.open()
+    assert (await task)[0].num_new_tokens == 8
+    assert (await native.status()).num_running == 0
 
 
-def test_a_stopped_loop_forgets_nothing_more(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
-    native = start(make_engine({}))
-    native.stop()
-    with pytest.raises(EngineStopped):
-        run(native.forget(["a"]))
-
-
-def test_leaving_the_iterator_cancels_at_the_next_step(gated: Gated) -> None:
-    engine, gate, native = gated({}, max_batch_size=1)
-
-    async def main() -> None:
-        async with aclosing(stream_text(native, greedy("leaves", BASE_PLAN, "leaves", num_new=100))) as stream:
-            gate.permits.release()
-            await anext(stream)
-        gate.open()
-        completion, _ = await complete(native, greedy("stays", BASE_PLAN, "stays", num_new=4))
-        assert completion.num_new_tokens == 4
-
-    run(main())
-    native.stop()
-    assert engine.num_steps <= 1 + 1 + 4, "one step may have begun before the cancel arrived"
-    assert_nothing_held(engine)
-
-
-def test_rows_that_wait_for_one_prompt_hold_no_threads(
+async def test_rows_that_wait_for_one_prompt_hold_no_threads(
     make_engine: MakeEngine, start: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, may_end = threading.Event(), threading.Event()
@@ -300,19 +195,15 @@ def test_rows_that_wait_for_one_prompt_hold_no_threads(
     monkeypatch.setattr("gpu_worker.front.preprocess.render_conversation", render_slowly)
     native = start(make_engine({}))
     together = [replace(greedy("", request_id=f"{n}", num_new=2), prompt=(Message("user", "long"),)) for n in range(8)]
-
-    async def main() -> None:
-        slow = asyncio.create_task(native.generate(together))
-        assert await asyncio.to_thread(entered.wait, PATIENCE_S)
-        try:
-            async with asyncio.timeout(PATIENCE_S / 2):
-                [quick] = await native.generate([greedy("x", num_new=2)])
-            assert isinstance(quick, Completion) and not slow.done()
-        finally:
-            may_end.set()
-        assert all(isinstance(answer, Completion) for answer in await slow)
-
-    run(main())
+    slow = asyncio.create_task(native.generate(together))
+    assert await asyncio.to_thread(entered.wait, PATIENCE_S)
+    try:
+        async with asyncio.timeout(PATIENCE_S / 2):
+            [quick] = await native.generate([greedy("x", num_new=2)])
+        assert isinstance(quick, Completion) and not slow.done()
+    finally:
+        may_end.set()
+    assert all(isinstance(answer, Completion) for answer in await slow)
 
 
 async def stop_while_blocked(native: NativeEngine, gate: Gate) -> None:
@@ -325,19 +216,16 @@ async def stop_while_blocked(native: NativeEngine, gate: Gate) -> None:
     stopper.join()
 
 
-def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
+async def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
     """Its submission is queued after the last step."""
     _, gate, native = gated({})
-
-    async def main() -> list[Any]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # prepared in order of arrival
-        running = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "running", num_new=150))))
-        await asyncio.sleep(0)
-        await asyncio.to_thread(gate.wait_for_step)  # the first step is in progress
-        late = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "late", num_new=150))))
-        await asyncio.sleep(0)
-        await asyncio.to_thread(int)  # prepared and queued
-        await stop_while_blocked(native, gate)
-        return await asyncio.gather(running, late, return_exceptions=True)
-
-    assert [type(error) for error in run(main())] == [EngineStopped] * 2
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # prepared in order of arrival
+    running = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "running", num_new=150))))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(gate.wait_for_step)  # the first step is in progress
+    late = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "late", num_new=150))))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(int)  # prepared and queued
+    await stop_while_blocked(native, gate)
+    errors = await asyncio.gather(running, late, return_exceptions=True)
+    assert [type(error) for error in errors] == [EngineStopped] * 2

@@ -26,12 +26,10 @@ from tests.clocks import Clock
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Alone,
-    Gated,
     HeldExecutor,
     MakeEngine,
     Shapes,
     Start,
-    always_says,
     ask,
     assert_nothing_held,
     assert_same,
@@ -39,9 +37,7 @@ from tests.gpu_worker.engine_driver import (
     compiled,
     complete,
     greedy,
-    run,
     run_together,
-    stream_text,
 )
 from tests.tiny import TinyFolders, assert_equal_logits, plan_of, random_adapter, tiny_config
 
@@ -172,27 +168,6 @@ def test_cancelling_an_unknown_or_ended_request_does_nothing(make_engine: MakeEn
     assert_nothing_held(engine)
 
 
-def test_min_tokens_prevents_every_end_and_max_tokens_ends_the_answer(make_engine: MakeEngine) -> None:
-    engine = make_engine({})
-    always_says(engine.base.model, 257)  # <eos>
-    least = SamplingParams(max_tokens=9, min_tokens=5, temperature=0)
-    at_once, later, never, stopped = run_together(
-        engine,
-        [
-            Job("0", "x", sampling=SamplingParams(max_tokens=9, temperature=0)),
-            Job("1", "x", sampling=least),
-            Job("2", "x", sampling=SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)),
-            Job("3", "x", sampling=replace(least, ignore_eos=True, stop_token_ids=(257, 3))),
-        ],
-    )
-    assert at_once.tokens == [257] and at_once.text == ""
-    assert len(later.tokens) == 6 and later.tokens.index(257) == 5
-    assert never.tokens == [257] * 9
-    assert len(stopped.tokens) == 6 and stopped.tokens.index(257) == 5 and 3 not in stopped.tokens
-    reasons = [a.events[-1].finish_reason for a in (at_once, later, never, stopped)]  # type: ignore[union-attr]
-    assert reasons == ["stop", "stop", "length", "stop"]
-
-
 def test_the_first_logits_are_the_models_own_even_with_min_tokens(make_engine: MakeEngine) -> None:
     params = SamplingParams(max_tokens=3, min_tokens=2, temperature=0)
     plain, least = run_together(make_engine({}), [BASE_JOB, Job("least", str(BASE_JOB.prompt), sampling=params)])
@@ -219,40 +194,6 @@ def test_a_running_request_ends_at_its_deadline_and_the_others_go_on(make_engine
     assert_nothing_held(engine)
 
 
-@pytest.mark.parametrize("waits_for", ["a row", "its load"])
-def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: MakeEngine, shapes: Shapes) -> None:
-    clock, weights, executor = Clock(1000.0), random_adapter(shapes, 1), HeldExecutor()
-    engine = make_engine(by_digest(weights), clock=clock, executor=executor, max_batch_size=1)
-    if waits_for == "a row":
-        ask(engine, greedy("busy", BASE_PLAN, "busy", 100))
-    plan = BASE_PLAN if waits_for == "a row" else plan_of("selection", (weights, 1.0))
-    late = ask(engine, replace(greedy("late", plan, "late"), time_left_s=10.0))
-    engine.step()
-    assert engine.seconds_to_due == 10.0
-    clock.at = 1011.0
-    engine.step()
-    assert isinstance(late.error, DeadlineExceeded) and late.error.num_new_tokens == 0
-    assert late.row not in engine.waiting and not late.row.loads
-
-
-def test_a_request_that_cannot_start_is_refused_in_time_and_one_that_runs_may_go_on(make_engine: MakeEngine) -> None:
-    clock = Clock(1000.0)
-    engine = make_engine({}, clock=clock, max_batch_size=1, max_wait_s=5.0)
-    runs, waits = (ask(engine, greedy("x", BASE_PLAN, name, 20)) for name in ("runs", "waits"))
-    engine.step()
-    clock.at += 4.9
-    engine.step()
-    assert waits.events == []
-    clock.at += 0.1
-    engine.step()
-    assert isinstance(waits.error, WaitedTooLong) and "5 s" in str(waits.error)
-    assert engine.seconds_to_due is None
-    clock.at += 100
-    engine.run_until_idle()
-    assert runs.is_finished
-    assert_nothing_held(engine)
-
-
 def test_every_delta_has_the_waiting_time_of_its_request(make_engine: MakeEngine) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, clock=clock, max_batch_size=1)
@@ -271,32 +212,9 @@ def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine)
     engine.run_until_idle()
 
 
-def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shapes, start: Start) -> None:
+async def test_an_idle_loop_wakes_for_a_deadline(make_engine: MakeEngine, shapes: Shapes, start: Start) -> None:
     """Nothing runs and no request arrives: this one waits for a load that never ends."""
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
     native = start(make_engine(by_digest(weights), executor=executor, max_wait_s=0.05))
-
-    async def main() -> None:
-        await complete(native, greedy("x", plan_of("selection", (weights, 1.0))))
-
     with pytest.raises(WaitedTooLong):
-        run(main())
-
-
-def test_a_stream_ends_with_the_deadline_as_its_error(gated: Gated) -> None:
-    clock = Clock(1000.0)
-    _, gate, native = gated({}, clock=clock)
-
-    async def main() -> None:
-        found: list[Delta] = []
-        gate.permits.release()
-        try:
-            async for delta in stream_text(native, replace(greedy("x", num_new=100), time_left_s=10.0)):
-                found.append(delta)
-                clock.at = 1010.0
-                gate.open()
-        finally:
-            assert 1 <= len(found) <= 2
-
-    with pytest.raises(DeadlineExceeded):
-        run(main())
+        await complete(native, greedy("x", plan_of("selection", (weights, 1.0))))

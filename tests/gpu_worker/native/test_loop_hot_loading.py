@@ -11,7 +11,6 @@ import pytest
 
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.front.prefetch_window import MIN_ROWS
-from gpu_worker.front.request.request import Delta
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import (
@@ -86,52 +85,6 @@ def test_an_adapter_evicted_while_a_request_waits_is_fetched_again(
     assert pool.fetched[evicted.weights_digest] == 2
     assert_same(wide_answer, alone(wide_job, pool.weights))
     assert_same(answer, alone(job, pool.weights))
-
-
-def token_times(engine: Engine, answers: list[Answer]) -> list[list[int]]:
-    """Return the number of reported tokens of each request after each step, until all have ended."""
-    times = []
-    while not all(answer.is_finished for answer in answers):
-        assert engine.step()
-        deltas = [[event for event in answer.events if isinstance(event, Delta)] for answer in answers]
-        times.append([received[-1].num_new_tokens if received else 0 for received in deltas])
-    return times
-
-
-def test_stalled_fetches_do_not_change_the_token_times_of_others(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    """More fetches stall than there are loading threads."""
-    good, slow = random_adapter(shapes, 1), [random_adapter(shapes, 10 + i, rank=1) for i in range(6)]
-    stalled: dict[str, Future[AdapterWeights]] = {weights.weights_digest: Future() for weights in slow}
-
-    def fetch(digest: str) -> Future[AdapterWeights]:
-        if digest in stalled:
-            return stalled[digest]
-        fetched: Future[AdapterWeights] = Future()
-        fetched.set_result(good)
-        return fetched
-
-    jobs = [greedy("good " * i, only(good), f"good-{i}", num_new=5 + i) for i in range(1, 4)] + [BASE_JOB]
-    engine = make_engine({}, fetch=fetch, load_threads=2)
-    undisturbed = [ask(engine, job) for job in jobs]
-    expected = token_times(engine, undisturbed)
-
-    engine = make_engine({}, fetch=fetch, load_threads=2)
-    slow_jobs = [greedy("slow", only(weights), weights.weights_digest) for weights in slow]
-    waiting = [ask(engine, job) for job in slow_jobs[:3]]
-    answers = [ask(engine, job) for job in jobs]
-    waiting += [ask(engine, job) for job in slow_jobs[3:]]
-    assert token_times(engine, answers) == expected
-    for found, reference in zip(answers, undisturbed, strict=True):
-        assert_same(found, reference)
-
-    assert not any(answer.events for answer in waiting)
-    for weights in slow:
-        stalled[weights.weights_digest].set_result(weights)
-    engine.run_until_idle()
-    for job, answer in zip(slow_jobs, waiting, strict=True):
-        assert_same(answer, alone(job, by_digest(*slow)))
 
 
 def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(

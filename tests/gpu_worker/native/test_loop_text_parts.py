@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from lora_store import AdapterRefused, check_folder
-from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
+from tests.gpu_worker.engine_driver import MakeEngine
 from tests.gpu_worker.families import (
     EQUAL,
     MULTIMODAL,
@@ -27,7 +26,7 @@ from tests.gpu_worker.families import (
 )
 from tests.gpu_worker.peft_answers import PROMPTS, assert_answers_as_peft
 from tests.soak import Scale
-from tests.tiny import assert_equal_logits, linear_shapes, plan_of, tiny_config
+from tests.tiny import linear_shapes, tiny_config
 
 NEW_FAMILIES = ("gpt_neox", "gptj", "opt", "persimmon")
 ALL_TEXT = r".*(language_model|text_model)\..*\w+_proj"
@@ -74,35 +73,6 @@ def test_a_head_under_an_unknown_name_is_refused_rather_than_tied(tmp_path: Path
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseModelUnsupported, match=r"the output head has another name in the files \(language_model"):
         load_base_model(tiny_config(folder))
-
-
-def test_a_text_adapter_of_either_class_moves_the_logits_of_a_multimodal_checkpoint(
-    tmp_path: Path, make_engine: MakeEngine
-) -> None:
-    """An adapter that was trained on the text model alone has other names than one of the whole model.
-
-    A server that matches neither spelling loads it, and answers as the base model.
-    """
-    folder = save_multimodal(tmp_path / "base", "gemma3")
-    adapter = train(folder, tmp_path / "whole", 1, target_modules=ALL_TEXT)
-    theirs = load_file(adapter / "adapter_model.safetensors")
-    shapes = linear_shapes(load_base_model(tiny_config(folder)))
-    expected = None
-    for prefix in ("model.language_model.", "language_model.model.", "model."):
-        spelled = {key.replace("model.language_model.", prefix): tensor for key, tensor in theirs.items()}
-        save_file(spelled, adapter / "adapter_model.safetensors")
-        found = check_folder(adapter, accepts_base={str(folder)}, module_shapes=shapes).modules
-        assert len(found) == len(shapes)
-        weights = AdapterWeights(prefix, found)
-        engine = make_engine(by_digest(weights), base=load_base_model(tiny_config(folder)))
-        jobs = [greedy("x", num_new=1), greedy("x", plan_of("selection", (weights, 1.0)), num_new=1)]
-        plain, adapted = (answer.first_logits for answer in run_together(engine, jobs))
-        assert float((plain - adapted).abs().max()) > 0.05
-        expected = adapted if expected is None else expected
-        assert_equal_logits(adapted, expected)
-    save_file({key.replace("layers", "blocks"): t for key, t in theirs.items()}, adapter / "adapter_model.safetensors")
-    with pytest.raises(AdapterRefused, match="is not a linear layer of the base model"):
-        check_folder(adapter, accepts_base={str(folder)}, module_shapes=shapes)
 
 
 def test_an_adapter_of_the_vision_part_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ from gpu_worker.vllm.front_model import load_front_model
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 from tests.gpu_worker.conformance.families import save as save_of_vllm
 from tests.gpu_worker.families import save
-from tests.tiny import byte_tokenizer, tiny_config
+from tests.tiny import byte_tokenizer, change_json, tiny_config
 
 BIND, COUNT = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 
@@ -214,8 +213,7 @@ def test_latent_attention_keeps_one_latent_a_token_and_on_the_cpu_of_one_size(
     config = tiny_config(folder, engine="vllm", kv_tokens=1000)
     vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
     assert vllm_config.cache_config.kv_cache_memory_bytes == 1000 * 3 * (512 + 64) * 4
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | {"kv_lora_rank": 256}))
+    change_json(folder / "config.json", {"kv_lora_rank": 256})
     with pytest.raises(BaseModelUnsupported, match=r"deepseek_v2 needs a GPU .* = 576 only, and the model has 320"):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
@@ -257,9 +255,7 @@ def test_states_that_processes_cannot_share_are_refused_before_a_process_starts(
     tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
     folder = save_of_vllm(tmp_path, "qwen3_5_text")
-    written = json.loads((folder / "config.json").read_text())
-    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
-    (folder / "config.json").write_text(json.dumps(written | heads))
+    change_json(folder / "config.json", {"linear_num_key_heads": 1, "linear_num_value_heads": 1})
     config = tiny_config(folder, engine="vllm", dtype="bfloat16", tensor_parallel_size=2)
     with pytest.raises(BaseModelUnsupported, match="vLLM refuses qwen3_5_text: 1 is not divisible by 2"):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
@@ -278,9 +274,8 @@ def test_a_model_with_chunks_is_refused_before_a_process_starts(tmp_path: Path, 
     folder = save_of_vllm(tmp_path, "gemma3_text (as Rnj-1)")
     config = tiny_config(folder, engine="vllm")
     build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
-    written = json.loads((folder / "config.json").read_text())
     kinds = ["chunked_attention", "full_attention", "chunked_attention"]
-    (folder / "config.json").write_text(json.dumps(written | {"layer_types": kinds}))
+    change_json(folder / "config.json", {"layer_types": kinds})
     with pytest.raises(BaseModelUnsupported, match=r"gemma3_text has no language model .*chunked_attention"):
         load_front_model(config)
 
@@ -314,8 +309,7 @@ def test_a_format_of_weights_that_vllm_does_not_read_is_refused_before_a_process
     method: str, reason: str, tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
     folder = save_of_vllm(tmp_path, "llama")
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | {"quantization_config": {"quant_method": method}}))
+    change_json(folder / "config.json", {"quantization_config": {"quant_method": method}})
     config = tiny_config(folder, engine="vllm", dtype="bfloat16")
     with pytest.raises(BaseModelUnsupported, match=f"vLLM refuses llama: {reason}"):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)

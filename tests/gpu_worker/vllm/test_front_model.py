@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, OPTConfig, OPT
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from tests.gpu_worker.conformance.families import config_of
-from tests.tiny import SHAPE, TinyFolders, byte_tokenizer, tiny_config
+from tests.tiny import SHAPE, TinyFolders, byte_tokenizer, change_json, tiny_config
 
 _PARTS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 # The tiny models have 4 attention heads, 2 key heads and MLPs of 48 values.
@@ -62,8 +62,7 @@ def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_e
     tiny_folders: TinyFolders, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folders["llama"], tmp_path / "quantized")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    change_json(folder / "config.json", {"quantization_config": {"quant_method": "gptq"}})
     assert load_front_model(tiny_config(folder, engine="vllm", dtype="bfloat16")).dtype is torch.bfloat16
     with pytest.raises(WorkerConfigInvalid, match="'bfloat16' with a quantized base model, got 'float32'"):
         load_front_model(tiny_config(folder, engine="vllm"))
@@ -73,9 +72,8 @@ def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_e
 def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place: str, tmp_path: Path) -> None:
     config_of("gemma3").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (config if place == "whole" else config["text_config"])["quantization_config"] = {"quant_method": "gptq"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    changes = {"quantization_config": {"quant_method": "gptq"}}
+    change_json(tmp_path / "config.json", changes if place == "whole" else {"text_config": changes})
     assert load_front_model(tiny_config(tmp_path, engine="vllm", dtype="bfloat16")).is_quantized
 
 

@@ -26,7 +26,7 @@ from gpu_worker.model.checkpoint import auto_class, read_config
 from gpu_worker.vllm.front_model import language_part
 from gpu_worker.vllm.language_model import FORMAT, LanguageModelLoader, find_arguments, name_in_part, register_loader
 from tests.gpu_worker.conformance.families import MISTRAL, save
-from tests.tiny import tiny_config
+from tests.tiny import change_json, tiny_config
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -35,8 +35,7 @@ def test_vllm_gets_the_settings_of_the_language_model_with_its_class(
     family: str, is_tied: bool, tmp_path: Path
 ) -> None:
     save(tmp_path, family)
-    written = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(written | {"tie_word_embeddings": is_tied}))
+    change_json(tmp_path / "config.json", {"tie_word_embeddings": is_tied})
     found = find_arguments(str(tmp_path), family)
     config = pickle.loads(pickle.dumps(found["hf_overrides"]))(None)
     assert (
@@ -125,9 +124,7 @@ def test_the_fused_layers_of_molmo_2_are_those_of_qwen_3(tmp_path: Path) -> None
     assert (
         all(found[name].equal(weight) for name, weight in expected.items()) and len(decoder.embed_tokens.weight) == 308
     )
-    written = json.loads((tmp_path / "config.json").read_text())
-    written["text_config"]["qk_norm_type"] = "olmo"
-    (tmp_path / "config.json").write_text(json.dumps(written))
+    change_json(tmp_path / "config.json", {"text_config": {"qk_norm_type": "olmo"}})
     with pytest.raises(BaseModelUnsupported, match="serves molmo2 only if its language model is that of Qwen 3"):
         find_arguments(folder, "molmo2")
 
@@ -140,8 +137,7 @@ def test_other_classes_of_vllm_get_the_settings_that_they_ask_for(tmp_path: Path
 
 def test_quantised_weights_beside_other_parts_are_refused(tmp_path: Path) -> None:
     save(tmp_path, "voxtral")
-    written = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(written | {"quantization_config": {"quant_method": "gptq"}}))
+    change_json(tmp_path / "config.json", {"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(BaseModelUnsupported, match="does not support voxtral with quantised weights"):
         find_arguments(str(tmp_path), "voxtral")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Coroutine, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from gpu_worker.vllm.packing import Change
 from gpu_worker.vllm.remote_bank import PlannedResidency, RemoteBank
 from lora_store.adapter import AdapterRef
 from lora_store.plan import Plan, PlannedAdapter
-from tests.gpu_worker.engine_driver import run
 from tests.tiny import random_adapter
 
 SHAPES = {"m": (4, 3)}
@@ -55,196 +53,165 @@ class Far:
         return self.unfit
 
 
-def served(main: Any) -> Any:
-    async def within() -> Any:
-        far = Far()
-        return await main(far, RemoteBank(far.send, far.failures.append))
-
-    made: Coroutine[Any, Any, Any] = within()
-    return run(made)
+def served() -> tuple[Far, RemoteBank]:
+    far = Far()
+    return far, RemoteBank(far.send, far.failures.append)
 
 
-def test_changes_made_together_are_sent_together_and_in_order() -> None:
+async def test_changes_made_together_are_sent_together_and_in_order() -> None:
     one, two = adapter(1), adapter(2)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        bank.put(one)
-        bank.drop(one.weights_digest)
-        bank.put(two)
-        await bank.drained()
-        assert far.calls == [[f"put {one.weights_digest}", f"drop {one.weights_digest}", f"put {two.weights_digest}"]]
-        bank.drop(two.weights_digest)
-        await bank.drained()
-        assert far.calls[1:] == [[f"drop {two.weights_digest}"]]
-
-    served(main)
+    far, bank = served()
+    bank.put(one)
+    bank.drop(one.weights_digest)
+    bank.put(two)
+    await bank.drained()
+    assert far.calls == [[f"put {one.weights_digest}", f"drop {one.weights_digest}", f"put {two.weights_digest}"]]
+    bank.drop(two.weights_digest)
+    await bank.drained()
+    assert far.calls[1:] == [[f"drop {two.weights_digest}"]]
 
 
-def test_written_returns_when_the_workers_hold_the_adapter() -> None:
+async def test_written_returns_when_the_workers_hold_the_adapter() -> None:
     one = adapter(1)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        bank.put(one)
-        assert far.calls == []
-        await bank.written([one.weights_digest])
-        assert far.calls == [[f"put {one.weights_digest}"]]
-
-    served(main)
+    far, bank = served()
+    bank.put(one)
+    assert far.calls == []
+    await bank.written([one.weights_digest])
+    assert far.calls == [[f"put {one.weights_digest}"]]
 
 
-def test_an_adapter_that_the_workers_hold_is_not_kept_here() -> None:
-    async def main(far: Far, bank: RemoteBank) -> None:
-        one = adapter(1)
-        digest, tensor = one.weights_digest, weakref.ref(one.modules["m"].a)
-        bank.put(one)
-        del one
-        await bank.drained()
-        gc.collect()
-        assert tensor() is None
-        await bank.written([digest])
-        bank.drop(digest)
-        await bank.drained()
-
-    served(main)
+async def test_an_adapter_that_the_workers_hold_is_not_kept_here() -> None:
+    _, bank = served()
+    one = adapter(1)
+    digest, tensor = one.weights_digest, weakref.ref(one.modules["m"].a)
+    bank.put(one)
+    del one
+    await bank.drained()
+    gc.collect()
+    assert tensor() is None
+    await bank.written([digest])
+    bank.drop(digest)
+    await bank.drained()
 
 
-def test_a_failure_is_reported_and_later_changes_are_sent_again() -> None:
+async def test_a_failure_is_reported_and_later_changes_are_sent_again() -> None:
     one, two = adapter(1), adapter(2)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        far.error = RuntimeError("lost")
-        bank.put(one)
-        await bank.drained()
-        assert far.failures == [far.error]
-        far.error = None
-        bank.put(two)
-        await bank.drained()
-        assert far.calls == [[f"put {two.weights_digest}"]]
-
-    served(main)
+    far, bank = served()
+    far.error = RuntimeError("lost")
+    bank.put(one)
+    await bank.drained()
+    assert far.failures == [far.error]
+    far.error = None
+    bank.put(two)
+    await bank.drained()
+    assert far.calls == [[f"put {two.weights_digest}"]]
 
 
-def test_waiting_for_changes_ends_while_others_come_and_go() -> None:
+async def test_waiting_for_changes_ends_while_others_come_and_go() -> None:
     one = adapter(1)
+    far, bank = served()
 
-    async def main(far: Far, bank: RemoteBank) -> None:
-        async def change_for_ever() -> None:
-            while True:
-                bank.put(one)
-                bank.drop(one.weights_digest)
-                await asyncio.sleep(0)
-
-        changing = asyncio.ensure_future(change_for_ever())
-        while not far.calls:
+    async def change_for_ever() -> None:
+        while True:
+            bank.put(one)
+            bank.drop(one.weights_digest)
             await asyncio.sleep(0)
-        num_before = len(far.calls)
-        await bank.drained()
-        assert len(far.calls) <= num_before + 2
-        changing.cancel()
-        await bank.drained()
 
-    served(main)
-
-
-def test_waiting_for_changes_ends_when_they_fail() -> None:
-    async def main(far: Far, bank: RemoteBank) -> None:
-        far.may_answer.clear()
-        bank.put(adapter(1))
-        while not far.calls:
-            await asyncio.sleep(0)
-        waiting = [asyncio.ensure_future(bank.drained())]
+    changing = asyncio.ensure_future(change_for_ever())
+    while not far.calls:
         await asyncio.sleep(0)
-        bank.put(adapter(2))
-        waiting.append(asyncio.ensure_future(bank.drained()))
-        far.error = RuntimeError("lost")
-        far.may_answer.set()
-        await asyncio.gather(*waiting)
-        assert far.failures == [far.error]
-
-    served(main)
+    num_before = len(far.calls)
+    await bank.drained()
+    assert len(far.calls) <= num_before + 2
+    changing.cancel()
+    await bank.drained()
 
 
-def test_only_rows_of_an_adapter_that_the_workers_refuse_get_the_reason() -> None:
+async def test_waiting_for_changes_ends_when_they_fail() -> None:
+    far, bank = served()
+    far.may_answer.clear()
+    bank.put(adapter(1))
+    while not far.calls:
+        await asyncio.sleep(0)
+    waiting = [asyncio.ensure_future(bank.drained())]
+    await asyncio.sleep(0)
+    bank.put(adapter(2))
+    waiting.append(asyncio.ensure_future(bank.drained()))
+    far.error = RuntimeError("lost")
+    far.may_answer.set()
+    await asyncio.gather(*waiting)
+    assert far.failures == [far.error]
+
+
+async def test_only_rows_of_an_adapter_that_the_workers_refuse_get_the_reason() -> None:
     one, two = adapter(1), adapter(2)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        far.unfit = {one.weights_digest: "the base model has no module 'm' in vLLM"}
-        bank.put(one)
-        bank.put(two)
-        for _ in range(2):  # a later request for it neither asks the workers again nor ends them
-            with pytest.raises(AdapterUnfit, match="no module 'm' in vLLM"):
-                await bank.written([two.weights_digest, one.weights_digest])
-        await bank.written([two.weights_digest])
-        bank.drop(one.weights_digest)
-        await bank.drained()
-        assert len(far.calls) == 2 and far.failures == []
-
-    served(main)
+    far, bank = served()
+    far.unfit = {one.weights_digest: "the base model has no module 'm' in vLLM"}
+    bank.put(one)
+    bank.put(two)
+    for _ in range(2):  # a later request for it neither asks the workers again nor ends them
+        with pytest.raises(AdapterUnfit, match="no module 'm' in vLLM"):
+            await bank.written([two.weights_digest, one.weights_digest])
+    await bank.written([two.weights_digest])
+    bank.drop(one.weights_digest)
+    await bank.drained()
+    assert len(far.calls) == 2 and far.failures == []
 
 
-def test_an_adapter_that_is_sent_again_is_written_when_the_second_sending_is() -> None:
+async def test_an_adapter_that_is_sent_again_is_written_when_the_second_sending_is() -> None:
     one = adapter(1)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        far.may_answer.clear()
-        bank.put(one)
-        while not far.calls:
-            await asyncio.sleep(0)
-        bank.drop(one.weights_digest)
-        bank.put(one)
-        waiting = asyncio.ensure_future(bank.written([one.weights_digest]))
-        far.may_answer.set()
-        far.may_answer = asyncio.Event()  # of the second sending
-        while len(far.calls) < 2:
-            assert not waiting.done(), "the first sending does not count"
-            await asyncio.sleep(0)
-        assert not waiting.done()
-        far.may_answer.set()
-        await waiting
-        await bank.drained()
-
-    served(main)
+    far, bank = served()
+    far.may_answer.clear()
+    bank.put(one)
+    while not far.calls:
+        await asyncio.sleep(0)
+    bank.drop(one.weights_digest)
+    bank.put(one)
+    waiting = asyncio.ensure_future(bank.written([one.weights_digest]))
+    far.may_answer.set()
+    far.may_answer = asyncio.Event()  # of the second sending
+    while len(far.calls) < 2:
+        assert not waiting.done(), "the first sending does not count"
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    far.may_answer.set()
+    await waiting
+    await bank.drained()
 
 
-def test_an_adapter_that_was_never_sent_is_not_dropped() -> None:
+async def test_an_adapter_that_was_never_sent_is_not_dropped() -> None:
     one, two, three = adapter(1), adapter(2), adapter(3)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        residency = PlannedResidency(bank, 4, 4)
-        assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
-        residency.unpin([one.weights_digest])
-        residency.drop([one.weights_digest])  # before `settle` sent it
-        others = {later.weights_digest: later for later in (two, three)}
-        assert residency.try_pin(list(others), others)
-        residency.settle()
-        assert residency.active_rows == 4
-        await bank.drained()
-        assert far.calls == [[f"put {digest}" for digest in others]]
-
-    served(main)
+    far, bank = served()
+    residency = PlannedResidency(bank, 4, 4)
+    assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
+    residency.unpin([one.weights_digest])
+    residency.drop([one.weights_digest])  # before `settle` sent it
+    others = {later.weights_digest: later for later in (two, three)}
+    assert residency.try_pin(list(others), others)
+    residency.settle()
+    assert residency.active_rows == 4
+    await bank.drained()
+    assert far.calls == [[f"put {digest}" for digest in others]]
 
 
-def test_fusions_and_adapters_have_rows_of_their_own() -> None:
+async def test_fusions_and_adapters_have_rows_of_their_own() -> None:
     one, two, three = adapter(1), adapter(2), adapter(3)
     average = fusion(one, two, three)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        residency = PlannedResidency(bank, 4, 2)
-        both = {each.weights_digest: each for each in (one, two)}
-        assert residency.try_pin(list(both), both), "the adapters' rows are full"
-        assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
-        assert not residency.try_pin([three.weights_digest], {three.weights_digest: three})
-        residency.settle()
-        assert (residency.occupied_rows, residency.active_rows) == (6, 6)
-        assert residency.resident == {each.weights_digest for each in (one, two, three)}, "three is part of the fusion"
-        assert average.weights_digest in residency and three.weights_digest not in residency
-        await bank.drained()
-        assert far.calls == [[f"put {digest}" for digest in (*both, average.weights_digest)]]
-
-    served(main)
+    far, bank = served()
+    residency = PlannedResidency(bank, 4, 2)
+    both = {each.weights_digest: each for each in (one, two)}
+    assert residency.try_pin(list(both), both), "the adapters' rows are full"
+    assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
+    assert not residency.try_pin([three.weights_digest], {three.weights_digest: three})
+    residency.settle()
+    assert (residency.occupied_rows, residency.active_rows) == (6, 6)
+    assert residency.resident == {each.weights_digest for each in (one, two, three)}, "three is part of the fusion"
+    assert average.weights_digest in residency and three.weights_digest not in residency
+    await bank.drained()
+    assert far.calls == [[f"put {digest}" for digest in (*both, average.weights_digest)]]
 
 
-def test_experts_of_fusions_and_of_adapters_have_room_of_their_own() -> None:
+async def test_experts_of_fusions_and_of_adapters_have_room_of_their_own() -> None:
     shapes = {"m": (4, 3), "experts.down_proj": (4, 3, 2)}
     one, two = (to_device_layout(random_adapter(shapes, seed, rank=2), shapes, torch.float32) for seed in (1, 2))
     planned = with_fusion(
@@ -256,68 +223,56 @@ def test_experts_of_fusions_and_of_adapters_have_room_of_their_own() -> None:
     [name] = [each.weights_digest for each in planned.adapters]
     average = to_device_layout(composed(name, [(one, 0.5), (two, 0.5)]), shapes, torch.float32)
     assert one.expert_bytes == average.expert_bytes == 4 * 2 * 2 * (4 + 3)
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        residency = PlannedResidency(bank, 8, 8, (one.expert_bytes, average.expert_bytes))
-        assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
-        assert not residency.try_pin([two.weights_digest], {two.weights_digest: two}), "the first one is in use"
-        assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
-        with pytest.raises(PlanTooLarge, match="bytes for their experts"):
-            PlannedResidency(bank, 8, 8).try_pin([one.weights_digest], {one.weights_digest: one})
-
-    served(main)
+    _, bank = served()
+    residency = PlannedResidency(bank, 8, 8, (one.expert_bytes, average.expert_bytes))
+    assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
+    assert not residency.try_pin([two.weights_digest], {two.weights_digest: two}), "the first one is in use"
+    assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
+    with pytest.raises(PlanTooLarge, match="bytes for their experts"):
+        PlannedResidency(bank, 8, 8).try_pin([one.weights_digest], {one.weights_digest: one})
 
 
-def test_a_fusion_of_higher_rank_than_the_rows_for_fusions_is_refused() -> None:
+async def test_a_fusion_of_higher_rank_than_the_rows_for_fusions_is_refused() -> None:
     average = fusion(adapter(1), adapter(2))
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        with pytest.raises(
-            PlanTooLarge,
-            match=r"needs 2 rank rows, the bank has 1 for fusions \(worker.fusion_rank_rows\); use adapters",
-        ):
-            PlannedResidency(bank, 4, 1).try_pin([average.weights_digest], {average.weights_digest: average})
-
-    served(main)
+    _, bank = served()
+    with pytest.raises(
+        PlanTooLarge,
+        match=r"needs 2 rank rows, the bank has 1 for fusions \(worker.fusion_rank_rows\); use adapters",
+    ):
+        PlannedResidency(bank, 4, 1).try_pin([average.weights_digest], {average.weights_digest: average})
 
 
-def test_the_least_recently_used_fusion_leaves_first_and_one_in_use_never() -> None:
+async def test_the_least_recently_used_fusion_leaves_first_and_one_in_use_never() -> None:
     parts = [adapter(seed) for seed in range(2)]
     first, second, third = (fusion(*parts, weight=weight) for weight in (0.1, 0.2, 0.3))
+    _, bank = served()
+    residency = PlannedResidency(bank, 4, 4)
 
-    async def main(far: Far, bank: RemoteBank) -> None:
-        residency = PlannedResidency(bank, 4, 4)
+    def pin(average: DeviceAdapter) -> bool:
+        return residency.try_pin([average.weights_digest], {average.weights_digest: average})
 
-        def pin(average: DeviceAdapter) -> bool:
-            return residency.try_pin([average.weights_digest], {average.weights_digest: average})
-
-        assert pin(first) and pin(second)
-        residency.settle()
-        assert not pin(third), "both are in use"
-        residency.unpin([second.weights_digest])
-        residency.unpin([first.weights_digest])
-        assert pin(first), "which makes the second the oldest"
-        assert pin(third)
-        assert second.weights_digest not in residency and not pin(second)
-
-    served(main)
+    assert pin(first) and pin(second)
+    residency.settle()
+    assert not pin(third), "both are in use"
+    residency.unpin([second.weights_digest])
+    residency.unpin([first.weights_digest])
+    assert pin(first), "which makes the second the oldest"
+    assert pin(third)
+    assert second.weights_digest not in residency and not pin(second)
 
 
-def test_a_withdrawn_adapter_takes_its_fusions_along() -> None:
+async def test_a_withdrawn_adapter_takes_its_fusions_along() -> None:
     one, two, three = adapter(1), adapter(2), adapter(3)
     averages = [fusion(one, two), fusion(two, three)]
-
-    async def main(far: Far, bank: RemoteBank) -> None:
-        residency = PlannedResidency(bank, 6, 4)
-        for each in (one, three, *averages):
-            assert residency.try_pin([each.weights_digest], {each.weights_digest: each})
-            residency.settle()
-            residency.unpin([each.weights_digest])
-        residency.drop([one.weights_digest])
-        await bank.drained()
-        gone = [command for call in far.calls for command in call if command.startswith("drop")]
-        assert gone == [f"drop {one.weights_digest}", f"drop {averages[0].weights_digest}"]
-        assert residency.resident == {two.weights_digest, three.weights_digest}
-        assert residency.occupied_rows == 4
-
-    served(main)
+    far, bank = served()
+    residency = PlannedResidency(bank, 6, 4)
+    for each in (one, three, *averages):
+        assert residency.try_pin([each.weights_digest], {each.weights_digest: each})
+        residency.settle()
+        residency.unpin([each.weights_digest])
+    residency.drop([one.weights_digest])
+    await bank.drained()
+    gone = [command for call in far.calls for command in call if command.startswith("drop")]
+    assert gone == [f"drop {one.weights_digest}", f"drop {averages[0].weights_digest}"]
+    assert residency.resident == {two.weights_digest, three.weights_digest}
+    assert residency.occupied_rows == 4

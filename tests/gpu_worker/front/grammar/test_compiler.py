@@ -17,7 +17,6 @@ from gpu_worker.front.grammar import library
 from gpu_worker.front.grammar import state as state_module
 from gpu_worker.front.grammar.compiler import CheckProcess, GrammarCompiler
 from gpu_worker.front.request.grammar import Grammar
-from tests.gpu_worker.engine_driver import run
 from tests.gpu_worker.front.grammar.small_vocabulary import TOKENS, ids_of, vocabulary_of
 
 GOOD = Grammar("regex", "ab")
@@ -98,33 +97,25 @@ def test_a_grammar_is_compiled_once_for_each_tenant(make: Make, checks: Checks) 
     assert ids_of(ahead) == [ord("b")] and use(compiler) == [ord("a")], "each row has a state of its own"
 
 
-def test_requests_that_wait_together_share_a_compilation(make: Make, checks: Checks) -> None:
+async def test_requests_that_wait_together_share_a_compilation(make: Make, checks: Checks) -> None:
     compiler = make()
-
-    async def main() -> None:
-        waiting = [asyncio.ensure_future(compiler.compile(GOOD, "a")) for _ in range(3)]
-        await asyncio.sleep(0)
-        waiting[0].cancel()
-        await asyncio.sleep(0)
-        assert not checks.made[0].killed.is_set(), "two others wait"
-        checks.released.set()
-        await asyncio.gather(*waiting[1:])
-
-    run(main())
+    waiting = [asyncio.ensure_future(compiler.compile(GOOD, "a")) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    assert not checks.made[0].killed.is_set(), "two others wait"
+    checks.released.set()
+    await asyncio.gather(*waiting[1:])
     assert checks.checked == ["ab"]
 
 
-def test_the_check_is_killed_when_the_last_request_leaves(make: Make, checks: Checks) -> None:
+async def test_the_check_is_killed_when_the_last_request_leaves(make: Make, checks: Checks) -> None:
     compiler = make()
-
-    async def main() -> None:
-        waiting = [asyncio.ensure_future(compiler.compile(GOOD, "a")) for _ in range(2)]
-        await asyncio.sleep(0)
-        for each in waiting:
-            each.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-    run(main())
+    waiting = [asyncio.ensure_future(compiler.compile(GOOD, "a")) for _ in range(2)]
+    await asyncio.sleep(0)
+    for each in waiting:
+        each.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
     assert checks.made[0].killed.is_set() and compiler.num_grammars == 0
     checks.released.set()
     assert use(compiler) == [ord("a")], "a later request compiles it again"
@@ -254,22 +245,18 @@ def test_a_grammar_that_passed_is_compiled_again_without_a_check(
     assert checks.checked[4:] == ["b"], "other tenants know nothing of it"
 
 
-def test_a_lone_tenant_may_use_every_place_and_makes_room_for_another(make: Make, checks: Checks) -> None:
+async def test_a_lone_tenant_may_use_every_place_and_makes_room_for_another(make: Make, checks: Checks) -> None:
     compiler = make(max_pending=8)
-
-    async def main() -> None:
-        texts = [str(number) for number in range(9)]
-        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), "a")) for text in texts]
-        await asyncio.sleep(0)
-        with pytest.raises(EngineFull, match="8 grammars"):
-            await waiting.pop()
-        other = asyncio.ensure_future(compiler.compile(Grammar("regex", "b"), "b"))
-        with pytest.raises(EngineFull, match="8 grammars"):
-            await waiting.pop()
-        checks.released.set()
-        await asyncio.gather(other, *waiting)
-
-    run(main())
+    texts = [str(number) for number in range(9)]
+    waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), "a")) for text in texts]
+    await asyncio.sleep(0)
+    with pytest.raises(EngineFull, match="8 grammars"):
+        await waiting.pop()
+    other = asyncio.ensure_future(compiler.compile(Grammar("regex", "b"), "b"))
+    with pytest.raises(EngineFull, match="8 grammars"):
+        await waiting.pop()
+    checks.released.set()
+    await asyncio.gather(other, *waiting)
     assert checks.checked.index("b") < 4, "two were being compiled, and the tenants take turns"
     assert compiler.num_grammars == 8 and "7" not in checks.checked
     assert use(compiler, Grammar("regex", "7")) == [ord("7")], "what made room is compiled when it comes again"

@@ -37,19 +37,6 @@ def test_the_lowest_free_row_is_allocated(build: Build) -> None:
 
 
 @either
-def test_a_row_takes_whole_pages_as_it_grows(build: Build) -> None:
-    cache = build(kv_shape(num_tokens=40, page_tokens=4, max_len=20))
-    row = cache.allocate(5, 20)
-    free = [cache.num_free_tokens]
-    for num_tokens in range(6, 14):
-        assert cache.grow(row, num_tokens)
-        free.append(cache.num_free_tokens)
-    assert free == [32, 32, 32, 32, 28, 28, 28, 28, 24]
-    cache.free(row)
-    assert cache.num_free_tokens == 40
-
-
-@either
 def test_a_row_that_cannot_grow_keeps_its_pages(build: Build) -> None:
     cache = build(kv_shape(num_tokens=16, page_tokens=4, max_len=16))
     first, second = cache.allocate(8, 16), cache.allocate(4, 16)

@@ -19,42 +19,6 @@ from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
 CPU = torch.device("cpu")
 
 
-def test_tokens_are_written_to_their_rows_pages_in_order() -> None:
-    cache = DeviceKvCache(kv_shape(num_tokens=24, page_tokens=4, max_len=12), CPU, slow_varlen_attn)
-    rows = [cache.allocate(1, 12) for _ in range(2)]
-    for row in (rows[0], rows[1], rows[0]):  # so that the pages of a row are not in order
-        assert cache.grow(row, cache.num_free_tokens and 5 if row == rows[1] else 9)
-    plan = cache.attention([Segment(rows[1], 0, 3, 2), Segment(rows[0], 3, 5, 4)])
-    key, value = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
-    plan.attend(1, torch.randn(4, 8, 4), key, value, scaling=1.0, sliding_window=None)
-    [group] = plan.groups
-    tables, expected = group.block_table.tolist(), torch.zeros(2, *group.store.shape[2:])
-    for token, (segment, position) in enumerate([(0, 2), (0, 3), (0, 4), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8)]):
-        page, slot = tables[segment][position // 4], position % 4
-        expected[0, page, slot], expected[1, page, slot] = key[:, token], value[:, token]
-    assert torch.equal(group.store[1], expected)
-    assert not group.store[0].any()
-
-
-def test_host_tokens_are_written_to_their_rows_pages_only() -> None:
-    cache = HostKvCache(kv_shape(num_tokens=24, page_tokens=4, max_len=12))
-    rows = [cache.allocate(1, 12) for _ in range(2)]
-    for row, length in ((rows[1], 5), (rows[0], 9)):  # so that the pages of the first row are not adjacent
-        assert cache.grow(row, length)
-    plan = cache.attention([Segment(rows[1], 0, 3, 2), Segment(rows[0], 3, 5, 4)])
-    key, value = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
-    plan.attend(1, torch.randn(4, 8, 4), key, value, scaling=1.0, sliding_window=None)
-    expected = torch.zeros(2, 2, 24, 4)
-    for token, (row, position) in enumerate([(1, 2), (1, 3), (1, 4), (0, 4), (0, 5), (0, 6), (0, 7), (0, 8)]):
-        page = plan.groups[1].pages.table[rows[row], position // 4]
-        expected[0, :, page * 4 + position % 4], expected[1, :, page * 4 + position % 4] = (
-            key[:, token],
-            value[:, token],
-        )
-    assert torch.equal(torch.stack([cache.keys[1], cache.values[1]]), expected)
-    assert not cache.keys[0].any() and not cache.values[0].any()
-
-
 @pytest.mark.parametrize("build", [HostKvCache, lambda shape: DeviceKvCache(shape, CPU, slow_varlen_attn)])
 def test_freed_pages_are_wiped_and_the_others_are_not(build: Callable[[KvShape], HostKvCache | DeviceKvCache]) -> None:
     cache = build(kv_shape(num_tokens=80, page_tokens=16, max_len=40))

@@ -61,34 +61,12 @@ def test_the_least_recently_used_page_is_evicted_first() -> None:
         assert pool.find(gone) is None
 
 
-def test_a_held_page_is_never_evicted() -> None:
-    pool = PagePool(3, 3, wiped := Wiped())
-    [a] = registered(pool, b"a")
-    pool.hold(a)
-    pool.release([a])  # one holder is left
-    assert taken(pool, 2) and pool.take(1) is None
-    assert pool.find(b"a") == a and wiped == [] and not pool.is_kept(a)
-    pool.release([a])
-    assert pool.is_kept(a) and taken(pool, 1) == [a] and wiped == [a]
-
-
 def test_no_more_pages_are_kept_than_allowed() -> None:
     pool = PagePool(4, 1, wiped := Wiped())
     pages = registered(pool, b"a", b"b", b"c")
     pool.release(pages)
     assert wiped == [pages[2], pages[1]] and pool.find(b"a") == pages[0]
     assert (pool.num_available, pool.num_cached, pool.num_evicted) == (4, 1, 2)
-
-
-def test_one_page_of_two_equal_blocks_stays() -> None:
-    pool = PagePool(3, 3, wiped := Wiped())
-    first, second = taken(pool, 2)
-    assert pool.register(first, b"a", ()) == pool.register(second, b"a", ()) == first
-    assert wiped == [second] and pool.num_available == 2
-    pool.release([first])
-    assert not pool.is_kept(first), "the other row holds it too"
-    pool.release([first])
-    assert pool.is_kept(first) and pool.num_available == 3
 
 
 def test_forgotten_weights_leave_no_page() -> None:
@@ -105,12 +83,3 @@ def test_forgotten_weights_leave_no_page() -> None:
     assert wiped == [*both, *one] and pool.find(b"base") == base[0]
     pool.forget(None)
     assert pool.num_cached == 0 and pool.num_available == 4
-
-
-def test_a_held_page_that_loses_its_key_is_wiped_when_its_row_leaves() -> None:
-    pool = PagePool(2, 2, wiped := Wiped())
-    pages = registered(pool, b"a")
-    pool.unregister(pages)
-    assert wiped == [] and pool.find(b"a") is None and pool.num_available == 1
-    pool.release(pages)
-    assert wiped == pages and pool.num_available == 2

@@ -9,7 +9,6 @@ from torch import Tensor
 from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.penalties import adjust
-from gpu_worker.native.sampling.sampling import Sampler
 from tests.gpu_worker.slow_sampling import adjusted_slowly
 
 PROMPT, MADE = [3, 3, 5, 7], [1, 3, 1, 1]
@@ -36,17 +35,3 @@ def test_logits_of_all_rows_equal_the_slow_loop(made: list[int]) -> None:
     adjust(found, draws)
     assert found.tolist() == [adjusted_slowly(row, draw) for row, draw in zip(logits, draws, strict=True)]
     assert torch.equal(found[0], logits[0]), "a row without options does not change"
-
-
-def test_greedy_takes_the_largest_logit_after_penalties(sampler: Sampler) -> None:
-    logits = torch.tensor([[0.0, 5.0, 4.9, 1.0]], dtype=torch.bfloat16)
-    plain = SamplingParams(temperature=0)
-    penal = SamplingParams(temperature=0, presence_penalty=0.2)
-    biased = SamplingParams(temperature=0, logit_bias=((3, 100.0),))
-    draws = [Draw(params, 0, 3, (), [0, 1], 1) for params in (plain, penal, biased)]
-    assert sampler(logits.repeat(3, 1), draws)[0] == [1, 2, 3]
-
-
-def test_a_bias_does_not_allow_a_forbidden_id(sampler: Sampler) -> None:
-    params = SamplingParams(temperature=0, logit_bias=((1, 100.0),))
-    assert sampler(torch.zeros(1, 3), [Draw(params, 0, 0, forbidden=(1,))])[0] != [1]
