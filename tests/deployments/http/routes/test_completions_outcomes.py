@@ -8,7 +8,7 @@ import pytest
 
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of
+from tests.deployments.asking import ask, asked, error_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
 
@@ -64,15 +64,13 @@ def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(adapter: 
         ({"score": "good"}, 400, "invalid_request"),
     ],
 )
-def test_an_outcome_of_nothing_known_is_refused(changes: dict[str, Any], status: int, code: str) -> None:
+async def test_an_outcome_of_nothing_known_is_refused(changes: dict[str, Any], status: int, code: str) -> None:
     store = FakeStore(pool_of(*POOL))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        asked = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
+    async with asked(store=store, learning="observe") as (client, served):
+        request_id = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
         await served.services.background.idle()
-        return await client.post("/v1/outcomes", json={"request_id": asked, "adapter": "poet", "score": 1} | changes)
-
-    response = ask(run, store=store, learning="observe")
+        body = {"request_id": request_id, "adapter": "poet", "score": 1} | changes
+        response = await client.post("/v1/outcomes", json=body)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
     assert not [kind for _, kind, _ in store.given if kind == "outcome"]
 
@@ -83,16 +81,13 @@ def test_without_learning_no_request_is_kept() -> None:
     assert "learning: observe or apply" in error_of(answer)["message"]
 
 
-def test_a_tenant_cannot_judge_another_tenants_request(tmp_path: Path) -> None:
+async def test_a_tenant_cannot_judge_another_tenants_request(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("acme", "acme"), entry("globex", "globex"))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+    async with asked(learning="observe", keys_file=keys) as (client, served):
         chat = await client.post("/v1/chat/completions", json=CHAT, headers=bearer("acme"))
         await served.services.background.idle()
         body = {"request_id": chat.headers["x-request-id"], "adapter": None, "score": 1}
         own = await client.post("/v1/outcomes", json=body, headers=bearer("acme"))
         assert own.status_code == 201, own.text
-        return await client.post("/v1/outcomes", json=body, headers=bearer("globex"))
-
-    response = ask(run, learning="observe", keys_file=keys)
+        response = await client.post("/v1/outcomes", json=body, headers=bearer("globex"))
     assert (response.status_code, error_of(response)["code"]) == (404, "request_not_kept")

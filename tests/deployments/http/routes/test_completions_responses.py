@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from typing import Any
@@ -34,27 +33,24 @@ def test_a_response_names_the_adapters_in_its_body_and_headers() -> None:
     assert response.headers["x-lora-adapters"].startswith("poet@")
 
 
-def test_it_generates_by_the_job_of_the_same_chat() -> None:
-    async def run() -> None:
-        jobs = []
-        for path, body in (
-            (PATH, {"input": "Hi", "instructions": "Be brief", "max_output_tokens": 4}),
-            (
-                "/v1/chat/completions",
-                {
-                    "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
-                    "max_tokens": 4,
-                },
-            ),
-        ):
-            served = serve_plainly()
-            async with http_of(served, headers={"x-request-id": "r"}) as client:
-                assert (await client.post(path, json=body)).status_code == 200
-            jobs.append(served.job)
-        [one, other] = [(job.prompt, job.plan, job.sampling, job.template) for job in jobs]
-        assert one == other
-
-    asyncio.run(run())
+async def test_it_generates_by_the_job_of_the_same_chat() -> None:
+    jobs = []
+    for path, body in (
+        (PATH, {"input": "Hi", "instructions": "Be brief", "max_output_tokens": 4}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
+                "max_tokens": 4,
+            },
+        ),
+    ):
+        served = serve_plainly()
+        async with http_of(served, headers={"x-request-id": "r"}) as client:
+            assert (await client.post(path, json=body)).status_code == 200
+        jobs.append(served.job)
+    [one, other] = [(job.prompt, job.plan, job.sampling, job.template) for job in jobs]
+    assert one == other
 
 
 def test_a_stream_names_its_events_and_ends_with_the_last_of_them() -> None:

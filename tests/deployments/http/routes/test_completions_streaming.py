@@ -211,7 +211,7 @@ async def test_a_stream_that_is_cancelled_again_and_again_still_leaves_the_chunk
     assert reading.cancelled() and left == [True]
 
 
-def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
+async def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
     left = []
 
     async def source() -> AsyncGenerator[dict[str, Any]]:
@@ -221,14 +221,11 @@ def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
         finally:
             left.append(True)
 
-    async def leave() -> None:
-        stream = events(source(), CONTEXT)
-        await anext(stream)
-        await anext(stream)
-        await stream.aclose()
-        assert left == [True]
-
-    asyncio.run(leave())
+    stream = events(source(), CONTEXT)
+    await anext(stream)
+    await anext(stream)
+    await stream.aclose()
+    assert left == [True]
 
 
 def lines_of(*lines: dict[str, Any] | Exception) -> list[str]:

@@ -17,7 +17,7 @@ from lora_store.names import policy_digest
 from retriever_svc import WEIGHTINGS
 from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
-from tests.deployments.asking import ask, error_of, get
+from tests.deployments.asking import ask, asked, error_of, get
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.key_files import bearer, keys_of_all_roles
 from tests.virtual_time import run_in_virtual_time
@@ -149,13 +149,11 @@ def test_the_source_of_another_tenants_adapter_is_private() -> None:
 @pytest.mark.parametrize(
     "name", ["poet", "local/poet", f"{BASE}:poet", f"{BASE}:local/poet", "auto", BASE, f"{BASE}:auto"]
 )
-def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(name: str) -> None:
-    async def show(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+async def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(name: str) -> None:
+    async with asked() as (client, served):
         response = await client.get(f"/v1/models/{name}")
         assert served.retriever.called("records") == served.retriever.called("page") == []
-        return response
-
-    card = ask(show).json()
+    card = response.json()
     assert card["id"] == name
     assert card["parent"] == (None if name == BASE else BASE)
 
