@@ -18,7 +18,7 @@ from lora_store import Feedback, StoreUnavailable, VersionConflict
 from retriever_svc.learning import Effect, Learnt
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of
+from tests.deployments.asking import ask, asked, error_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 
@@ -175,15 +175,15 @@ def test_a_tenant_that_rests_or_takes_long_keeps_no_other_waiting() -> None:
     assert applied_for("stuck", "two", "three", num_applied=2)[0] == ["two", "three"]
 
 
-def test_outcomes_that_wait_when_the_replica_ends_are_applied_at_once() -> None:
-    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
-    store.given = {(tenant, "asked", asked.id): asked for tenant in ("one", "broken", "stuck", "two")}
+async def test_outcomes_that_wait_when_the_replica_ends_are_applied_at_once() -> None:
+    store, noted = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {(tenant, "asked", noted.id): noted for tenant in ("one", "broken", "stuck", "two")}
     retriever = BrokenForOne()
 
     async def never(seconds: float) -> None:
         await asyncio.Event().wait()
 
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(store=store) as (_, served):
         services, options = served.services, {"applies": True, "sleep": never}
         learning = Learning(store, retriever, services.publisher, services.background, **options)
         for tenant in ("one", "broken", "two"):
@@ -195,8 +195,6 @@ def test_outcomes_that_wait_when_the_replica_ends_are_applied_at_once() -> None:
         await learning.judge("stuck", ("id", None, 1.0), "key")
         await learning.finish(0.05)  # does not wait for ever
         services.background.cancel()
-
-    ask(run, store=store)
 
 
 async def no_pause(seconds: float) -> None:
@@ -220,17 +218,14 @@ class Overtaken(FakeRetriever):
         return await super().learn(tenant, outcomes)
 
 
-def test_an_outcome_of_another_replica_is_not_undone() -> None:
-    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
-    store.given = {("local", "asked", asked.id): asked}
+async def test_an_outcome_of_another_replica_is_not_undone() -> None:
+    store, noted = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {("local", "asked", noted.id): noted}
     retriever = Overtaken(store)
-
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(store=store) as (_, served):
         publisher, background = served.services.publisher, served.services.background
         learning = Learning(store, retriever, publisher, background, applies=True, sleep=no_pause)
         await learning.judge("local", ("id", None, 1.0), "key")
-
-    ask(run, store=store)
     assert [len(rankings) for _, rankings in store.ranked] == [2, 1, 2]
     assert retriever.num_learnt == 2, "it learns again only where outcomes changed"
 
@@ -244,17 +239,14 @@ class CheckingOneByOne(FakeRetriever):
     num_checked = 0
 
 
-def test_outcomes_that_are_left_to_be_checked_follow_by_themselves() -> None:
-    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
-    store.given = {("local", "asked", asked.id): asked}
-
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_outcomes_that_are_left_to_be_checked_follow_by_themselves() -> None:
+    store, noted = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {("local", "asked", noted.id): noted}
+    async with asked(store=store) as (_, served):
         for number in range(2):
             await store.put_feedback("local", "outcome", Feedback.of_request(f"{number}", "Rhyme.", None, "key", 1.0))
         parts = store, CheckingOneByOne(), served.services.publisher, served.services.background
         await Learning(*parts, applies=True, sleep=no_pause).judge("local", ("id", None, 1.0), "key")
-
-    ask(run, store=store)
     assert [len(rankings) for _, rankings in store.ranked] == [1, 2, 3]
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from deployments.api.adapters import PublishItem
@@ -17,7 +16,7 @@ from deployments.publishing.preload import Preload
 from lora_store import AdapterRecord, AdapterRefused, Key, StoreUnavailable, VersionConflict
 from tests.deployments.adapter_records import BASE, adapter, key_of, pool_of
 from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask
+from tests.deployments.asking import asked
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import entry, write
 from tests.deployments.preloads import preload_of
@@ -33,32 +32,27 @@ from tests.deployments.preloads import preload_of
     ],
     ids=["all failed", "one failed", "one base model is away", "one is refused"],
 )
-def test_calls_of_ready_repeat_a_preload_until_nothing_failed_that_may_pass(
+async def test_calls_of_ready_repeat_a_preload_until_nothing_failed_that_may_pass(
     tmp_path: Path, method: str, error: Exception, statuses: list[int]
 ) -> None:
-    async def ready(client: httpx.AsyncClient, served: Served) -> list[httpx.Response]:
+    store = FakeStore(failing={method: (error, 1)})
+    async with asked(store=store, preload=preload_of(tmp_path, "poet", "sql")) as (client, served):
         answers = []
         for _ in statuses:
             answers.append(await client.get("/ready"))
             await served.services.preload.wait()
-        return answers
-
-    store = FakeStore(failing={method: (error, 1)})
-    answers = ask(ready, store=store, preload=preload_of(tmp_path, "poet", "sql"))
     assert [answer.status_code for answer in answers] == statuses
     is_final = isinstance(error, AdapterRefused)
     assert {name for _, name in store.live} == ({"sql"} if is_final else {"poet", "sql"})
     assert list(answers[-1].json()["refused"]) == (["poet"] if is_final else [])
 
 
-def test_a_repeated_preload_leaves_adapters_withdrawn_that_it_had_published(tmp_path: Path) -> None:
-    async def ready_after_a_withdrawal(client: httpx.AsyncClient, served: Served) -> None:
+async def test_a_repeated_preload_leaves_adapters_withdrawn_that_it_had_published(tmp_path: Path) -> None:
+    store = FakeStore(failing={"stage": (NotReady("no worker"), 1)})
+    async with asked(store=store, preload=preload_of(tmp_path, "poet", "sql")) as (client, served):
         assert (await client.delete("/v1/loras/sql")).status_code == 200
         await client.get("/ready")
         await served.services.preload.wait()
-
-    store = FakeStore(failing={"stage": (NotReady("no worker"), 1)})
-    ask(ready_after_a_withdrawal, store=store, preload=preload_of(tmp_path, "poet", "sql"))
     assert list(store.live) == [("local", "poet")]
 
 
