@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from lora_store import Feedback, StoreUnavailable
 from retriever_svc.encoder import MAX_CHARS
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask
+from tests.deployments.asking import ask, asked
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.fakes import FakeHandle
@@ -81,17 +80,14 @@ def test_the_owner_of_an_adapter_never_sees_prompts_of_other_tenants() -> None:
     assert noted({"model": "globex/poet", "messages": turns("Our secret.")}, retriever=FakeRetriever([foreign])) == []
 
 
-def test_a_routed_request_is_kept_under_its_id_for_an_outcome() -> None:
+async def test_a_routed_request_is_kept_under_its_id_for_an_outcome() -> None:
     store = FakeStore(pool_of(*POOL))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> str:
+    async with asked(store=store, learning="observe") as (client, _):
         answer = await client.post(CHAT, json={"messages": turns("Rhyme on rain.")})
-        return answer.headers["x-request-id"]
-
-    request_id = ask(run, store=store, learning="observe")
-    found = asyncio.run(store.asked("local", request_id))
+        request_id = answer.headers["x-request-id"]
+    found = await store.asked("local", request_id)
     assert found is not None and (found.text, found.adapter) == ("Rhyme on rain.", None)
-    assert asyncio.run(store.asked("globex", request_id)) is None
+    assert await store.asked("globex", request_id) is None
 
 
 def test_what_is_kept_for_an_outcome_is_the_text_that_decided() -> None:

@@ -25,7 +25,7 @@ from retriever_svc import PinnedAdapter, Route, RouteRequest
 from retriever_svc.planning import named_plan, replayed_plan, with_trials
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask
+from tests.deployments.asking import ask, asked
 from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
@@ -150,34 +150,28 @@ def test_the_answer_of_a_shadow_never_reaches_a_client(failure: Exception | None
     assert len(kinds["trial_request_seconds"].seen[other, "shadow"]) == len(shadowed)
 
 
-def test_a_stream_has_no_chunk_of_a_shadow_and_does_not_wait_for_it() -> None:
+async def test_a_stream_has_no_chunk_of_a_shadow_and_does_not_wait_for_it() -> None:
     worker = NamingWorker()
-
-    async def send(client: httpx.AsyncClient, served: Served) -> str:
+    trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
+    async with asked(retriever=TrialRetriever(trial=trial), worker=worker) as (client, served):
         worker.goes_on = asyncio.Event()
         answer = await client.post("/v1/chat/completions", json=CHAT | {"stream": True})
         worker.goes_on.set()
         await shadows_end(served)
-        return answer.text
-
-    trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
-    text = ask(send, retriever=TrialRetriever(trial=trial), worker=worker)
+        text = answer.text
     assert LIVE.weights_digest in text and text.endswith("[DONE]\n\n")
     assert OTHER.weights_digest not in text and OTHER.ref.digest not in text
 
 
-def test_shadows_beyond_the_bound_are_dropped_and_counted() -> None:
+async def test_shadows_beyond_the_bound_are_dropped_and_counted() -> None:
     worker, kinds = NamingWorker(), FakeMetrics()
-
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+    trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
+    async with asked(retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds) as (client, served):
         worker.goes_on = asyncio.Event()
         for _ in range(MAX_SHADOWS + 3):
             assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
         worker.goes_on.set()
         await shadows_end(served)
-
-    trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
-    ask(send, retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds)
     other = OTHER.ref.digest[:12]
     counts = kinds["trial_requests_total"].counts
     assert counts[other, "shadow", "dropped"] == 3
@@ -192,14 +186,11 @@ def test_the_metrics_of_a_share_are_by_version() -> None:
     assert kinds["trial_requests_total"].counts == expected
 
 
-def test_calls_that_generate_nothing_are_not_counted_for_a_version() -> None:
+async def test_calls_that_generate_nothing_are_not_counted_for_a_version() -> None:
     kinds = FakeMetrics()
-
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(retriever=TrialRetriever(), worker=NamingWorker(), kinds=kinds) as (client, _):
         for path, body in (("/tokenize", CHAT), ("/tokenize", CHAT | {"model": "poet"}), ("/detokenize", TOKENS)):
             assert (await client.post(path, json=body)).status_code == 200
-
-    ask(send, retriever=TrialRetriever(), worker=NamingWorker(), kinds=kinds)
     assert kinds["trial_requests_total"].counts == {}
     assert kinds["trial_request_seconds"].seen == {}
 
