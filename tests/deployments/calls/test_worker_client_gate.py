@@ -15,7 +15,7 @@ from deployments.calls.worker_client import KEPT_S, RECENT_S, BaseWorkers, serve
 from deployments.errors import WorkerStarting
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of
+from tests.deployments.asking import ask, asked, error_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import SHAPES, FakeWorker
 from tests.fakes import FakeHandle
@@ -178,14 +178,12 @@ def test_a_request_is_answered_by_the_worker_that_it_started() -> None:
     assert [call.name for call in served.worker.calls] == ["module_shapes", "stream"]
 
 
-def test_a_publish_without_a_worker_in_time_leaves_nothing() -> None:
-    async def question(_: httpx.AsyncClient, served: Served) -> list[str]:
+async def test_a_publish_without_a_worker_in_time_leaves_nothing() -> None:
+    store = FakeStore(pool_of(*POOL, adapter("poet", version="older")))
+    async with asked(worker=Sleeper(), store=store, **ASLEEP) as (_, served):
         publisher = served.services.publisher
         with pytest.raises(WorkerStarting):
             await publisher.publish([PublishItem(Path("new"))], "tester")
         with pytest.raises(WorkerStarting):
             await publisher.rollback(("local", "poet"), None, "tester")
-        return [call.name for call in served.store.calls]
-
-    store = FakeStore(pool_of(*POOL, adapter("poet", version="older")))
-    assert ask(question, worker=Sleeper(), store=store, **ASLEEP) == ["active_encoder", "active_encoder", "versions"]
+    assert [call.name for call in served.store.calls] == ["active_encoder", "active_encoder", "versions"]
