@@ -10,7 +10,6 @@ pytest.importorskip("langchain_tests", reason="langchain-tests is not installed:
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage  # noqa: E402
 from langchain_tests.integration_tests import ChatModelIntegrationTests  # noqa: E402
-from langchain_tests.unit_tests import ChatModelUnitTests  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 # One event loop for all tests, because the model keeps its connections. Most tests are no coroutines.
@@ -77,35 +76,6 @@ class TestResponses(TestStandardTests):
         return super().chat_model_params | {"use_responses_api": True}
 
 
-class TestUnits(ChatModelUnitTests):
-    """the unit tests of `langchain-tests`, with the options for this server"""
-
-    @property
-    def chat_model_class(self) -> Any:
-        return langchain_openai.ChatOpenAI
-
-    @property
-    def chat_model_params(self) -> dict[str, Any]:
-        return params("http://127.0.0.1/v1")
-
-    @property
-    def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-        url = "http://127.0.0.1/v1"
-        return {"OPENAI_API_KEY": "k", "OPENAI_API_BASE": url}, {"model": "auto"}, {"openai_api_base": url}
-
-    @property
-    def supports_json_mode(self) -> bool:
-        return True
-
-    @property
-    def supports_anthropic_inputs(self) -> bool:
-        return True
-
-    @pytest.mark.xfail(reason="compares the model as text with a file of langchain-openai's own repository")
-    def test_serdes(self, model: Any, snapshot: Any) -> None:
-        super().test_serdes(model, snapshot)
-
-
 # Why each standard test that `langchain-tests` switches by a property is left out.
 NOT_TESTED = {
     "enable_vcr_tests": "they replay recorded answers, and these tests have a server",
@@ -125,7 +95,7 @@ USAGE_NOT_TESTED = {
 }
 
 
-@pytest.mark.parametrize("kind", [TestStandardTests, TestResponses, TestUnits])
+@pytest.mark.parametrize("kind", [TestStandardTests, TestResponses])
 def test_every_standard_test_that_is_left_out_has_a_reason(kind: type) -> None:
     """the standard tests of images, audio, video and files are left out, as these are refused"""
     names = [name for name in dir(kind) if name.startswith(("has_", "supports_", "enable_", "returns_"))]
