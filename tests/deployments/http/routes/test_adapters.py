@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.adapters import MAX_BATCH, MAX_UPLOAD_FILES, PublishItem
+from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem
 from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from lora_store import StoreUnavailable
@@ -132,14 +132,10 @@ def test_a_batch_without_errors_has_the_status_of_one_publish(retriever: FakeRet
     ("body", "param"),
     [
         ({}, None),
-        ({"path": "/a", "source": "s3://b/a"}, None),
         ({"path": ""}, "path"),
         ({"path": "/a", "force": True}, "force"),
-        ({"path": "/a", "template": "jinja"}, "template"),
         ({"path": "/a", "tags": "fun"}, "tags"),
         ({"path": "/a", "samples": ["Rhyme."]}, "samples"),
-        ({"adapters": []}, "adapters"),
-        ({"adapters": [{"path": "/a"}] * (MAX_BATCH + 1)}, "adapters"),
         ({"adapters": [{"path": "/a"}, {"name": "x"}]}, "adapters.1"),
         ({"adapters": [{"path": "/a"}], "path": "/b"}, "path"),
         ([], None),

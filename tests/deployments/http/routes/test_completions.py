@@ -5,21 +5,12 @@ import json
 import pytest
 
 from gpu_worker.config import NativeSettings
-from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
-from tests.deployments.asking import error_of, post
+from tests.deployments.asking import chunks_of, error_of, post
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
-
-
-def test_http_answers_like_the_plain_method() -> None:
-    response = post("/v1/chat/completions", CHAT)
-    assert response.status_code == 200
-    assert response.json()["choices"][0]["message"]["content"] == "Hello"
-    text = post("/v1/completions", {"prompt": "Once"})
-    assert text.json()["choices"][0]["text"] == "Hello"
 
 
 def test_http_streams_events() -> None:
@@ -27,17 +18,7 @@ def test_http_streams_events() -> None:
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-store"
     assert response.headers["x-accel-buffering"] == "no"
-    *events, done = response.text.rstrip("\n").split("\n\n")
-    assert done == "data: [DONE]"
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "Hello"
-
-
-def test_an_error_before_the_first_token_is_a_status_over_http() -> None:
-    response = post("/v1/chat/completions", CHAT | {"stream": True}, worker=FakeWorker([EngineFull("full")]))
-    assert response.status_code == 503
-    assert error_of(response)["code"] == "overloaded"
-    assert response.headers["retry-after"] == "1"
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks_of(response)) == "Hello"
 
 
 def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
@@ -87,8 +68,7 @@ async def test_ids_are_decoded_only_where_their_text_is_needed() -> None:
 def test_echo_puts_the_prompt_before_the_answer_whole_and_in_a_stream(prompt: object) -> None:
     body = {"prompt": prompt, "echo": True}
     assert post("/v1/completions", body).json()["choices"][0]["text"] == "HiHello"
-    streamed = post("/v1/completions", body | {"stream": True}).text.split("\n\n")[:-2]
-    chunks = [json.loads(event.removeprefix("data: ")) for event in streamed]
+    chunks = chunks_of(post("/v1/completions", body | {"stream": True}))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "HiHello"
 
 

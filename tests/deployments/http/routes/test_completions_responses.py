@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.errors import EngineFull
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
@@ -60,11 +59,6 @@ def test_a_stream_names_its_events_and_ends_with_the_last_of_them() -> None:
     assert all(name == data["type"] for name, data in events)
     assert events[0][0] == "response.created" and events[-1][0] == "response.completed"
     assert events[-1][1]["response"]["usage"]["output_tokens"] == 3
-
-
-def test_an_error_before_the_first_token_is_a_status() -> None:
-    response = post(PATH, {"input": "Hi", "stream": True}, worker=FakeWorker([EngineFull("full")]))
-    assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
 
 
 def test_an_error_after_the_first_token_ends_the_stream_as_a_failure() -> None:

