@@ -7,8 +7,7 @@ import httpx
 import pytest
 
 from tests.deployments.adapter_records import POOL, pool_of
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, asked, error_of
+from tests.deployments.asking import asked, error_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
 
@@ -16,21 +15,18 @@ CHAT = {"messages": [{"role": "user", "content": "Rhyme on rain."}]}
 DIGEST = POOL[0].ref.digest
 
 
-def judged(learning: str, *scores: float, adapter: str | None = "poet") -> tuple[FakeStore, list[httpx.Response]]:
+async def judged(learning: str, *scores: float, adapter: str | None = "poet") -> tuple[FakeStore, list[httpx.Response]]:
     """Ask once, send these scores, and return the store and the answers."""
     store = FakeStore(pool_of(*POOL))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> list[httpx.Response]:
-        asked = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
+    async with asked(store=store, learning=learning) as (client, served):
+        request_id = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
         await served.services.background.idle()
-        body = {"request_id": asked, "adapter": adapter}
-        return [await client.post("/v1/outcomes", json={**body, "score": score}) for score in scores]
-
-    return store, ask(run, store=store, learning=learning)
+        body = {"request_id": request_id, "adapter": adapter}
+        return store, [await client.post("/v1/outcomes", json={**body, "score": score}) for score in scores]
 
 
-def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
-    store, [answer] = judged("observe", -0.5)
+async def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
+    store, [answer] = await judged("observe", -0.5)
     assert (answer.status_code, answer.json()["applies"]) == (201, False)
     [outcome] = [given for (_, kind, _), given in store.given.items() if kind == "outcome"]
     assert (outcome.text, outcome.adapter, outcome.score) == ("Rhyme on rain.", "local/poet", -0.5)
@@ -38,16 +34,16 @@ def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["local/poet", f"poet@{DIGEST[:8]}", f"poet@{DIGEST[:9]}", f"local/poet@{DIGEST}"])
-def test_an_outcome_is_kept_under_one_name_of_its_adapter(name: str) -> None:
+async def test_an_outcome_is_kept_under_one_name_of_its_adapter(name: str) -> None:
     """So a key has no more outcomes for an adapter by writing its name in other ways."""
-    store, [answer] = judged("observe", 1, adapter=name)
+    store, [answer] = await judged("observe", 1, adapter=name)
     assert (answer.status_code, answer.json()["adapter"]) == (201, name)
     assert [given.adapter for (_, kind, _), given in store.given.items() if kind == "outcome"] == ["local/poet"]
 
 
 @pytest.mark.parametrize("adapter", ["poet", None])
-def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(adapter: str | None) -> None:
-    store, answers = judged("apply", 1, -1, adapter=adapter)
+async def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(adapter: str | None) -> None:
+    store, answers = await judged("apply", 1, -1, adapter=adapter)
     assert [answer.json()["applies"] for answer in answers] == [True, True]
     [(tenant, rankings)] = store.ranked
     assert tenant == "local"
@@ -75,8 +71,8 @@ async def test_an_outcome_of_nothing_known_is_refused(changes: dict[str, Any], s
     assert not [kind for _, kind, _ in store.given if kind == "outcome"]
 
 
-def test_without_learning_no_request_is_kept() -> None:
-    _, [answer] = judged("off", 1)
+async def test_without_learning_no_request_is_kept() -> None:
+    _, [answer] = await judged("off", 1)
     assert (answer.status_code, error_of(answer)["code"]) == (404, "request_not_kept")
     assert "learning: observe or apply" in error_of(answer)["message"]
 
