@@ -8,9 +8,12 @@ from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayError, RayTaskError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from gpu_worker.errors import EngineFull, EngineStopped, PromptTooLong, RequestFailed
+from lora_store import AdapterNotFound
 
 _numbers = itertools.count()
 
@@ -136,3 +139,19 @@ def as_ray_raises(error: Exception) -> Exception:
     text = f"Traceback (most recent call last):\n  a replica's inside\n{error!r}"
     wrapped: Exception = RayTaskError("method", text, error, "replica", 1, "127.0.0.1").as_instanceof_cause()
     return wrapped
+
+
+# A call that ends by one of FAILURES is sent again, and by one of ANSWERS it is not.
+DEATHS = [ActorDiedError(), ActorUnavailableError("gone", None), ObjectLostError("0" * 56, None, "")]
+FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
+ANSWERS = [
+    PromptTooLong("long"),
+    RequestFailed("r-1"),
+    EngineFull("full"),
+    AdapterNotFound("x"),
+    BackPressureError(2, 1),
+    DeploymentUnavailableError(DeploymentID("Worker", "app")),
+    TimeoutError("its own"),
+    as_ray_raises(RuntimeError("a replica's own")),
+    RayTaskError("read", "Traceback", ActorDiedError(), "replica", 1, "127.0.0.1").as_instanceof_cause(),
+]

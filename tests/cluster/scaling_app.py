@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from deployments.cli.client import free_port
 from tests.cluster.machines import Machines, own_ray
+from tests.e2e.live import is_ready
 from tests.served_engine import HEAD_DIM, START_S, WORKER
 from tests.tiny import VOCABULARY, byte_tokenizer
 
@@ -135,12 +136,6 @@ def on_machines(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
             yield machines.url
         finally:
             machines.stop()
-
-
-def is_ready(url: str) -> bool:
-    with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/ready", timeout=120).status_code == 200
-    return False
 
 
 def worker_replicas(url: str) -> dict[str, int]:

@@ -33,7 +33,7 @@ from deployments.cli.client import free_port
 from deployments.cli.local_server import CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
 from tests.cluster.machines import own_ray
-from tests.e2e.live import command_of, eventually, eventually_equal
+from tests.e2e.live import command_of, eventually, eventually_equal, is_ready
 from tests.served_engine import START_S, WORKER, save_served_model
 from tests.soak import Scale
 
@@ -124,16 +124,11 @@ class Site:
         """Run the page's `serve deploy`. Return when the application is ready."""
         run = subprocess.run(self.deploy, capture_output=True, text=True, timeout=START_S, check=False)
         assert run.returncode == 0, run.stderr
-        eventually(self.is_ready, within_s=START_S)
-
-    def is_ready(self) -> bool:
-        with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/ready", timeout=60).status_code == 200
-        return False
+        eventually(lambda: is_ready(self.url), within_s=START_S)
 
     def is_ready_on_both(self) -> bool:
         """Return whether both nodes' proxies, which share the port, find a ready Ingress."""
-        return all(self.is_ready() for _ in range(20))
+        return all(is_ready(self.url) for _ in range(20))
 
     def check_answer(self) -> None:
         body = {"model": "tiny", "prompt": "The sea", "max_tokens": 4}

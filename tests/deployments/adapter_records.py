@@ -1,18 +1,22 @@
-"""Adapter records for the routes' fakes."""
+"""Adapters: records for the routes' fakes, and folders with random weights."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 
-from lora_store import AdapterRecord, AdapterRef, Embedding, Key, Visibility
+from lora_store import AdapterRecord, AdapterRef, Embedding, Key, ModuleWeights, Sample, Visibility, write_peft_folder
 
 T = TypeVar("T")
 BASE = "tiny-base"
 ENCODER = "fake-encoder"
+MODULE = "model.layers.0.mlp.up_proj"
 
 
 def digest_of(text: str) -> str:
@@ -72,3 +76,15 @@ def given(event: T | Exception) -> T:
     if isinstance(event, Exception):
         raise event
     return event
+
+
+def write_random_folder(
+    path: Path, seed: int, texts: Sequence[str], *, base_model: str = BASE, shape: tuple[int, int] = (8, 6)
+) -> Path:
+    """Write an adapter of rank 2 for one layer of this shape, with these samples."""
+    num_out, num_in = shape
+    random = torch.Generator().manual_seed(seed)
+    sides = torch.randn(2, num_in, generator=random), torch.randn(num_out, 2, generator=random)
+    samples = [Sample(text) for text in texts]
+    write_peft_folder(path, {MODULE: ModuleWeights(*sides, 2.0)}, base_model=base_model, samples=samples)
+    return path

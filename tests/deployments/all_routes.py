@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
 
 from tests.deployments.app_fakes import app_over_fakes
@@ -76,13 +74,6 @@ def mounted() -> dict[tuple[str, str], Any]:
 def guarded() -> dict[tuple[str, str], APIRoute]:
     """Return the mounted routes of the API."""
     return {key: route for key, route in mounted().items() if key[1].startswith(("/v1/", "/tokenize", "/detokenize"))}
-
-
-def dependencies(dependant: Dependant) -> Iterator[Any]:
-    """Yield every function that `dependant` depends on, including itself."""
-    yield dependant.call
-    for needed in dependant.dependencies:
-        yield from dependencies(needed)
 
 
 def documented() -> set[tuple[str, str]]:

@@ -60,3 +60,10 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("application/x-ndjson")
     return [json.loads(line) for line in response.text.splitlines()]
+
+
+def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """Return the chunks of a stream that ended."""
+    *events, done = response.text.rstrip("\n").split("\n\n")
+    assert done == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]

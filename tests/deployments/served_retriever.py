@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,11 +81,3 @@ async def served(folder: Path) -> AsyncIterator[Served]:
         yield started
     finally:
         started.replica._polling.cancel()
-
-
-def run(folder: Path, scenario: Callable[[Served], Coroutine[Any, Any, None]]) -> None:
-    async def main() -> None:
-        async with served(folder) as started:
-            await asyncio.wait_for(scenario(started), 60)
-
-    asyncio.run(main())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import pytest
 
 from gpu_worker.front.request.request import Delta, Job, TokenLogprob
 from tests.deployments.adapter_records import BASE
-from tests.deployments.asking import asked, error_of, post
+from tests.deployments.asking import asked, chunks_of, error_of, post
 from tests.deployments.fake_worker import NOTHING_CACHED, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -27,12 +25,6 @@ class Echo(FakeWorker):
             logprobs = () if job.sampling.logprobs is None else (TokenLogprob(word.encode(), -1.0, (), 0),)
             reason = "stop" if number == len(words) else None
             yield Delta(word, len(prompt), number, reason, logprobs=logprobs)
-
-
-def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
-    *events, done = response.text.rstrip("\n").split("\n\n")
-    assert done == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 async def test_n_choices_of_one_plan_are_in_order_with_separate_seeds_whole_and_streamed() -> None:

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
-import torch
 
 import deployments.publishing.source_folders
 import deployments.store
@@ -33,18 +32,16 @@ from lora_store import (
     EncoderIncomplete,
     Key,
     LoraStore,
-    ModuleWeights,
     RankedAdapter,
     Ranking,
     Sample,
     Staged,
     StoreUnavailable,
     decode_weights,
-    write_peft_folder,
 )
 from lora_store.rankings import OUTCOME
 from lora_store.usage import UsageFiles, UsageQuery
-from tests.deployments.adapter_records import BASE
+from tests.deployments.adapter_records import BASE, write_random_folder
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_worker import SHAPES
 from tests.deployments.publishing.local_hub import local_hub
@@ -68,12 +65,7 @@ class Stores:
         return buffer
 
     def adapter(self, name: str = "poet", seed: int = 0, *, samples: bool = True) -> Path:
-        path = self.folder / str(seed) / name
-        random = torch.Generator().manual_seed(seed)
-        weights = ModuleWeights(torch.randn(2, 6, generator=random), torch.randn(8, 2, generator=random), 2.0)
-        texts = [Sample("Rhyme."), Sample("Sing.")] if samples else []
-        write_peft_folder(path, {"model.layers.0.mlp.up_proj": weights}, base_model=BASE, samples=texts)
-        return path
+        return write_random_folder(self.folder / str(seed) / name, seed, ["Rhyme.", "Sing."] if samples else [])
 
     async def stage(self, upload: PublishItem) -> Staged:
         return await self.deployment.stage(upload, {BASE: SHAPES})

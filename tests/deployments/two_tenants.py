@@ -16,33 +16,21 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
-from deployments.config.app import RetrievalSettings
-from deployments.ingress import Ingress
-from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
-from lora_store import AdapterRecord, ModuleWeights, Sample, write_peft_folder
+from lora_store import AdapterRecord
 from retriever_svc import IndexSettings
 from retriever_svc.encoder import Vectors
-from tests.deployments.adapter_records import BASE
-from tests.deployments.app_fakes import Served, config_of, http_of
-from tests.deployments.console_fakes import CountingWorker
+from tests.deployments.adapter_records import write_random_folder
+from tests.deployments.app_fakes import Served
 from tests.deployments.key_files import bearer, entry, write
-from tests.fakes import FakeHandle
+from tests.deployments.real_app import real_app
 
 WORDS = {"acme": "zebra", "globex": "quokka"}  # part of every private name of the tenant
 TENANTS = tuple(WORDS)
-MODULE = "model.layers.0.mlp.up_proj"
 _TOPICS = {"acme": ("tax", "patent", "lease", "merger", "audit"), "globex": ("heart", "lung", "liver", "brain", "skin")}
+Request = tuple[str, str, dict[str, Any]]  # method, path, JSON body
 _TASKS = ("Summarise the %s case", "List risks of the %s file", "Translate the %s note", "Rate the %s report")
-
-
-class QuietWorker(CountingWorker):
-    """Accepts the small adapters of this file."""
-
-    async def module_shapes(self) -> dict[str, tuple[int, int]]:
-        return {MODULE: (8, 6)}
 
 
 @dataclass
@@ -64,11 +52,7 @@ class TwoTenants:
         return await self.ask(tenant, "POST", "/v1/loras", json=body)
 
     def folder(self, name: str, seed: int, texts: Sequence[str]) -> Path:
-        path = self.folders / str(seed) / name
-        random = torch.Generator().manual_seed(seed)
-        weights = ModuleWeights(torch.randn(2, 6, generator=random), torch.randn(8, 2, generator=random), 2.0)
-        write_peft_folder(path, {MODULE: weights}, base_model=BASE, samples=[Sample(text) for text in texts])
-        return path
+        return write_random_folder(self.folders / str(seed) / name, seed, texts)
 
     async def fill(self, num_private: int) -> None:
         """Give each tenant its private adapters, and one public one."""
@@ -126,27 +110,19 @@ class TwoTenants:
 
 @asynccontextmanager
 async def two_tenants(
-    folder: Path, num_private: int, *, index: IndexSettings | None = None, **settings: Any
+    folder: Path, num_private: int = 3, *, index: IndexSettings | None = None, **settings: Any
 ) -> AsyncIterator[TwoTenants]:
     """Return the application with a filled pool; `index` decides how it is searched."""
     keys = write(folder / "keys.json", *[entry(tenant, tenant) for tenant in TENANTS])
-    retrieval = RetrievalSettings(encoder_threads=1, min_score=-1.0)
-    config = config_of(
-        store_uri=str(folder / "pool"), keys_file=keys, retrieval=retrieval, publish_paths=True, **settings
-    )
-    retriever = RetrieverDeployment(config, index=index, poll_interval_s=3600.0)
-    retriever._pools._background = lambda work: work()  # lists are trained before a publish is answered
-    asked, worker = FakeHandle(retriever), FakeHandle(QuietWorker())
-    store = FakeHandle(StoreDeployment(config, put=lambda b: b))
-    served = Served(Ingress(config, asked, dict.fromkeys(config.by_model, worker), store), asked, worker, store)
-    try:
-        async with http_of(served) as client:
-            made = TwoTenants(served, client, folder)
-            await made.fill(num_private)
-            yield made
-        await served.services.background.idle()
-    finally:
-        retriever._polling.cancel()
+    async with real_app(folder, index=index, keys_file=keys, publish_paths=True, **settings) as (client, served):
+        made = TwoTenants(served, client, folder)
+        await made.fill(num_private)
+        yield made
+
+
+async def answer_to(tenants: TwoTenants, tenant: str, request: Request) -> httpx.Response:
+    method, path, body = request
+    return await tenants.ask(tenant, method, path, **({"json": body} if method in ("POST", "PATCH") else {}))
 
 
 def plans_of(response: httpx.Response) -> Iterator[dict[str, Any]]:

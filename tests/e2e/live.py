@@ -119,18 +119,15 @@ class Live:
         with files.open_output_stream(path) as stream:
             stream.write(data)
 
-    def replicas(self, deployment: str) -> dict[str, str]:
-        """Return the name and the namespace of every replica's actor."""
-        prefix = f"SERVE_REPLICA::{APP}#{deployment}#"
-        actors = ray.util.list_named_actors(all_namespaces=True)
-        return {actor["name"]: actor["namespace"] for actor in actors if prefix in actor["name"]}
 
-    def kill_replicas(self, deployment: str) -> int:
-        """Kill every replica of a deployment, to simulate a crash. Return how many there were."""
-        actors = self.replicas(deployment)
-        for name, namespace in actors.items():
-            ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
-        return len(actors)
+def kill_replicas(app: str, deployment: str) -> int:
+    """Kill every replica of a deployment, to simulate a crash. Return how many there were."""
+    prefix, killed = f"SERVE_REPLICA::{app}#{deployment}#", 0
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if prefix in actor["name"]:
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
+            killed += 1
+    return killed
 
 
 def run(live: Live, *words: str, code: int = 0) -> str:
@@ -142,6 +139,12 @@ def run(live: Live, *words: str, code: int = 0) -> str:
 
 def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     return {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+
+
+def is_ready(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/ready", timeout=120).status_code == 200
+    return False
 
 
 def processes_with(*starts: str) -> list[psutil.Process]:
@@ -179,6 +182,17 @@ def eventually_equal(look: Callable[[], object], expected: object, *, within_s: 
     while (found := look()) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
     assert found == expected, f"{found} is not {expected}"
+
+
+async def abandon(url: str, body: dict[str, Any], count: int, num_running: Callable[[], int]) -> None:
+    """Let this many clients send the request and disconnect once the workers have all of them."""
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+        asking = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for _ in range(count)]
+        await asyncio.to_thread(eventually_equal, num_running, count)
+        assert not any(task.done() for task in asking), "some were answered before they could leave"
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
 
 
 async def stream_texts(

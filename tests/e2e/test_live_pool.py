@@ -11,7 +11,7 @@ import httpx
 import pytest
 import ray
 
-from tests.e2e.live import Live, completion, eventually, eventually_equal, settled, stream_texts
+from tests.e2e.live import APP, Live, completion, eventually, eventually_equal, kill_replicas, settled, stream_texts
 from tests.served_engine import START_S
 from tests.soak import Scale
 
@@ -170,14 +170,14 @@ def _is_resident(live: Live, name: str) -> bool:
 def test_a_dead_store_replica_fails_no_request(live: Live, stars: list[str]) -> None:
     found = asyncio.run(stream_texts(live, stars, 24))
     texts = {name: text for name, (text, _) in zip(stars, found, strict=True)}
-    assert live.kill_replicas("Store") == 1
+    assert kill_replicas(APP, "Store") == 1
     again = asyncio.run(stream_texts(live, list(texts), 24))
     assert [text for text, _ in again] == list(texts.values())
 
 
 def test_a_new_retriever_replica_is_up_to_date_before_its_first_request(live: Live, seed: int) -> None:
     answer = live.publish(live.folder("rivers", seed, "rivers of the north"))
-    assert live.kill_replicas("Retriever") == 2
+    assert kill_replicas(APP, "Retriever") == 2
     fence = {"prompt": "Describe rivers of the north.", "lora": {"min_generation": answer["generation"]}}
     eventually(lambda: live.call("POST", "/v1/route", json=fence).status_code == 200, within_s=START_S)
     for _ in range(10):

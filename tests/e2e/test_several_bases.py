@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 import torch
 from ray import serve
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -23,7 +22,7 @@ from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
-from tests.e2e.live import completion, eventually, eventually_equal, settled
+from tests.e2e.live import completion, eventually, eventually_equal, kill_replicas, settled
 from tests.served_engine import START_S, WORKER
 from tests.soak import Scale
 from tests.tiny import SHAPE, byte_tokenizer, linear_shapes, random_adapter, save_talkative, tiny_config
@@ -149,11 +148,11 @@ def test_mixed_prompts_are_answered_as_by_each_base_model_alone(several: Several
 
 def test_killing_the_workers_of_one_base_fails_no_request_of_the_other(several: Several) -> None:
     prompts = [("first", prompt) for prompt in several.expected["first"]] * 3
-    killed = kill_replicas("Worker-second")
+    killed = kill_replicas(APP, "Worker-second")
     with ThreadPoolExecutor(4) as threads:
         checks = threads.map(lambda item: several.check(*item), prompts)
         assert len(list(islice(checks, 8))) == 8
-        killed += kill_replicas("Worker-second")
+        killed += kill_replicas(APP, "Worker-second")
         assert len(list(checks)) == len(prompts) - 8
     assert killed
     name, prompt = "second", next(iter(several.expected["second"]))
@@ -224,13 +223,3 @@ def changed(method: str, name: str, body: dict[str, Any], path: str = "") -> dic
     reached = {"min_generation": found["generation"]}
     eventually(lambda: httpx.get(name, params=reached, timeout=60).status_code == 200, within_s=START_S)
     return found
-
-
-def kill_replicas(deployment: str) -> int:
-    """Kill every replica of a deployment, to simulate a crash. Return how many there were."""
-    prefix, killed = f"SERVE_REPLICA::{APP}#{deployment}#", 0
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if prefix in actor["name"]:
-            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
-            killed += 1
-    return killed

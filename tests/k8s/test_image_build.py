@@ -22,7 +22,7 @@ import yaml
 
 from deployments.cli.client import free_port
 from retriever_svc.encoder_files import DEFAULT_MODEL
-from tests.e2e.live import command_of, eventually
+from tests.e2e.live import command_of, eventually, is_ready
 from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT
 from tests.soak import Scale
 
@@ -122,9 +122,3 @@ def processes(server: subprocess.Popen[bytes], part: str) -> list[psutil.Process
         found = psutil.Process(server.pid).children(recursive=True)
         return [each for each in found if part in command_of(each) and "buildah" not in command_of(each)]
     return []
-
-
-def is_ready(url: str) -> bool:
-    with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/ready", timeout=60).status_code == 200
-    return False

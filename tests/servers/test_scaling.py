@@ -11,7 +11,6 @@ import pytest
 from tests.cluster.scaling_app import (
     NUM_STREAMS,
     completion,
-    is_ready,
     num_workers,
     on_machines,
     rise_and_fall,
@@ -19,6 +18,7 @@ from tests.cluster.scaling_app import (
     until,
     worker_replicas,
 )
+from tests.e2e.live import is_ready
 from tests.servers.started import MOST_WORKERS
 from tests.soak import Scale
 

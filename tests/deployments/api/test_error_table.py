@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -91,6 +92,12 @@ EXPECTED = [
     (worker_errors.EngineFull("full"), 503, OVERLOADED, "overloaded"),
     (worker_errors.EngineStopped("stopped"), 503, OVERLOADED, "unavailable"),
 ]
+STAY_INSIDE = [
+    api_errors.ReplicaStuck("stuck"),
+    api_errors.RayUnauthenticated(None),
+    api_errors.ProxyUnsafe("RAY_X"),
+    api_errors.BatchRefused("another run"),
+]
 RAYS_OWN = [
     (BackPressureError(4, 3), 503, OVERLOADED, "overloaded"),
     (DeploymentUnavailableError(DeploymentID("Worker", "inner")), 503, OVERLOADED, "unavailable"),
@@ -145,6 +152,18 @@ def test_an_error_maps_equally_from_this_process_and_from_a_replica(
         is_final = status in (409, 500, 504)
         assert headers.get("x-should-retry") == ("false" if is_final else None)
         assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [*[row[0] for row in EXPECTED], *STAY_INSIDE, api_errors.Unforeseen()],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling_between_replicas(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), again.__dict__) == (str(error), error.__dict__)
+    assert str(error).strip()
 
 
 @pytest.mark.parametrize(("error", "status", "type_", "code"), RAYS_OWN, ids=lambda value: type(value).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import subprocess
@@ -68,20 +67,16 @@ def test_without_a_mode_in_the_environment_the_builder_switches_it_on(tmp_path: 
 
 
 @pytest.mark.parametrize("deployment", [Ingress, RetrieverDeployment, StoreDeployment, WorkerDeployment])
-def test_every_replica_checks_its_process_as_it_starts(deployment: type, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_replica_checks_its_process_as_it_starts(deployment: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver in token mode may connect to a cluster without it."""
     check = Mock(side_effect=RayUnauthenticated("off"))
     monkeypatch.setattr(sys.modules[deployment.__module__], "require_token_mode", check)
     parameters = inspect.signature(deployment).parameters.values()
     needed = [Mock(allow_unauthenticated_ray=False) for each in parameters if each.default is inspect.Parameter.empty]
-
-    async def start() -> None:
+    with pytest.raises(RayUnauthenticated):
         started = deployment.__init__(object.__new__(deployment), *needed)  # a coroutine, where Serve awaits it
         if started is not None:
             await started
-
-    with pytest.raises(RayUnauthenticated):
-        asyncio.run(start())
     check.assert_called_once_with(allow_unauthenticated=False)
 
 

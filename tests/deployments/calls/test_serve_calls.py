@@ -10,29 +10,13 @@ from typing import Any
 
 import grpc
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
-from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import ActorDiedError
 
 from deployments.calls.serve_calls import bypass_http_proxy, retry_on_replica_death
 from deployments.cli.client import free_port
 from deployments.errors import PoisonRequest
-from gpu_worker.errors import EngineStopped, PromptTooLong, RequestFailed
-from lora_store import AdapterNotFound
-from tests.fakes import FakeHandle, as_ray_raises
-
-DEATHS = [ActorDiedError(), ActorUnavailableError("gone", None), ObjectLostError("0" * 56, None, "")]
-FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
-ANSWERS = [
-    PromptTooLong("long"),
-    RequestFailed("r-1"),
-    AdapterNotFound("x"),
-    BackPressureError(2, 1),
-    DeploymentUnavailableError(DeploymentID("Worker", "app")),
-    TimeoutError(),
-    as_ray_raises(RuntimeError("a replica's own")),
-    RayTaskError("read", "Traceback", ActorDiedError(), "replica", 1, "127.0.0.1").as_instanceof_cause(),
-]
+from gpu_worker.errors import EngineStopped
+from tests.fakes import ANSWERS, DEATHS, FAILURES, FakeHandle
 
 
 @dataclass

@@ -3,10 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from lora_store import ModuleWeights, Sample, write_peft_folder
-from tests.deployments.adapter_records import BASE
+from tests.deployments.adapter_records import BASE, write_random_folder
 
 
 @pytest.fixture
@@ -19,7 +17,4 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Write an adapter that the server accepts."""
-    path = tmp_path / "poet"
-    weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.ones(8, 2), 2.0)}
-    write_peft_folder(path, weights, base_model=BASE, samples=[Sample("Rhyme."), Sample("Sing.")])
-    return path
+    return write_random_folder(tmp_path / "poet", 0, ["Rhyme.", "Sing."])

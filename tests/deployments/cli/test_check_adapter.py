@@ -127,16 +127,6 @@ def test_a_place_without_an_adapter_is_refused(folder: Path, tmp_path: Path, che
     assert check(tmp_path / "empty").err.endswith("no adapter here, adapter_config.json is missing")
 
 
-def test_the_last_checkpoint_of_a_run_is_checked_under_the_name_of_the_run(
-    folder: Path, tmp_path: Path, check: Check
-) -> None:
-    for step in (90, 100):
-        shutil.copytree(folder, tmp_path / "my-task" / f"checkpoint-{step}")
-    (tmp_path / "my-task" / "checkpoint-90" / "adapter_model.safetensors").unlink()
-    said = check(tmp_path / "my-task")
-    assert said.code == 0 and said.out.startswith("my-task: 1 module, 2 samples, fit to publish")
-
-
 def test_each_adapter_of_a_folder_is_checked_and_the_refused_are_counted(
     folder: Path, tmp_path: Path, check: Check
 ) -> None:

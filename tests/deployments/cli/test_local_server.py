@@ -270,7 +270,9 @@ os._exit(0)
     assert sorted(log.read_text().splitlines()) == ["of a thread", "of the C++ core", "of the log"]
 
 
-def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ended = list[str]()
 
     async def wait_for_the_controller() -> None:
@@ -283,19 +285,16 @@ def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkey
     async def answer_at_once() -> None:
         ended.append("answered")
 
-    async def stop() -> None:
-        async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0) as listening:
-            address = "127.0.0.1", listening.sockets[0].getsockname()[1]
-            monkeypatch.setattr(serve, "shutdown_async", answer_at_once)
-            await _shut_down_serve(address)
-            monkeypatch.setattr(serve, "shutdown_async", wait_for_the_controller)
-            stopping = asyncio.ensure_future(_shut_down_serve(address))
-            await closing.wait()
-            assert not stopping.done()
-        await stopping
-
     closing = asyncio.Event()
-    asyncio.run(asyncio.wait_for(stop(), 60))
+    async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0) as listening:
+        address = "127.0.0.1", listening.sockets[0].getsockname()[1]
+        monkeypatch.setattr(serve, "shutdown_async", answer_at_once)
+        await _shut_down_serve(address)
+        monkeypatch.setattr(serve, "shutdown_async", wait_for_the_controller)
+        stopping = asyncio.ensure_future(_shut_down_serve(address))
+        await closing.wait()
+        assert not stopping.done()
+    await stopping
     assert ended == ["answered", "cancelled"]
 
 

@@ -14,8 +14,8 @@ from deployments.generation.row_stream import within
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from gpu_worker.front.request.request import Delta, Job
 from retriever_svc import Route, RouteRequest
-from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask, error_of, post
+from tests.deployments.app_fakes import serve_plainly
+from tests.deployments.asking import asked, error_of, post
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 
@@ -45,7 +45,7 @@ async def test_the_worker_gets_the_clients_deadline_limited_by_the_servers(
     assert served.job.time_left_s is not None and limit_s - 100 < served.job.time_left_s <= limit_s
 
 
-def test_over_http_the_time_of_the_body_counts() -> None:
+async def test_over_http_the_time_of_the_body_counts() -> None:
     read_at: list[float] = []
 
     async def slow_body() -> AsyncIterator[bytes]:
@@ -53,13 +53,11 @@ def test_over_http_the_time_of_the_body_counts() -> None:
         await asyncio.sleep(0.05)
         yield b'{"timeout_s": 20, "messages": [{"role": "user", "content": "Hi"}]}'
 
-    async def question(client: Any, served: Served) -> Served:
+    async with asked() as (client, served):
         headers = {"content-type": "application/json"}
         response = await client.post("/v1/chat/completions", content=slow_body(), headers=headers)
         assert response.status_code == 200
-        return served
-
-    assert ask(question).job.time_left_s <= 20 - 0.05
+    assert served.job.time_left_s <= 20 - 0.05
 
 
 class Failing(FakeWorker):

@@ -191,12 +191,6 @@ def test_retrieval_options_are_refused_if_adapters_are_named(model: str, field: 
     assert handle.calls == []
 
 
-@pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
-def test_a_named_model_is_composed_as_requested(strategy: str) -> None:
-    planned = plan(handle_of(), "poet", {"strategy": strategy})
-    assert (planned.plan.strategy, names(planned)) == (strategy, ["poet"])
-
-
 @pytest.mark.parametrize(
     ("model", "lora", "param"),
     [
@@ -226,26 +220,12 @@ def test_named_adapters_are_planned_with_their_weights_by_the_configs_strategy(c
     )
 
 
-def test_an_unknown_named_adapter_is_not_found() -> None:
-    with pytest.raises(Exception, match="unknown") as caught:
-        plan(handle_of(), lora={"adapters": [{"name": "unknown"}]})
-    status, body = describe(caught.value)
-    assert (status, body["error"]["code"], body["error"]["message"]) == (404, "model_not_found", "no adapter 'unknown'")
-
-
 def test_an_impossible_plan_keeps_its_own_error() -> None:
     with pytest.raises(PlanInvalid):
         plan(handle_of(), lora={"adapters": [{"name": "poet"}, {"name": "poet"}]})
     twins = FakeHandle(FakeRetriever(failure=NoAdapterMatched(0.1, 0.5)))
     with pytest.raises(NoAdapterMatched):
         plan(twins)
-
-
-def test_an_abstention_is_reported() -> None:
-    planned = plan(FakeHandle(FakeRetriever(abstains=True)))
-    assert planned.abstained
-    assert planned.plan.strategy == "base"
-    assert len(planned.candidates) == 2
 
 
 def plan_turns(handle: FakeHandle, *turns: str, lora: dict[str, Any] | None = None) -> Planned:

@@ -12,37 +12,22 @@ from typing import Any
 import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
-from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.authenticator import TokenUsage
 from deployments.calls.worker_client import BaseWorkers, Workers, serve_worker
 from deployments.errors import PoisonRequest, WorkerStarting
 from deployments.generation.row_stream import NO_ROOM, RowStream
 from deployments.observability.request_context import RequestContext
-from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
+from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
 from gpu_worker.front.request.request import Delta, Job
 from gpu_worker.front.request.tools import Function, Tools
-from tests.fakes import FakeHandle, as_ray_raises
+from tests.fakes import ANSWERS, DEATHS, FAILURES, FakeHandle
 from tests.virtual_time import run_in_virtual_time
 
-DEATHS = [ActorDiedError(), ActorUnavailableError("gone", None), ObjectLostError("0" * 56, None, "")]
-FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
 BROKEN_OFF = [
     AioRpcError(grpc.StatusCode.CANCELLED, Metadata(), Metadata(), "the server stops"),
     AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "a stream was reset"),
     asyncio.CancelledError(),  # error of the replica's task, returned as its answer
-]
-ANSWERS = [
-    PromptTooLong("long"),
-    RequestFailed("r-1"),
-    EngineFull("full"),
-    BackPressureError(2, 1),
-    DeploymentUnavailableError(DeploymentID("Worker", "app")),
-    TimeoutError("its own"),
-    as_ray_raises(RuntimeError("a replica's own")),
-    RayTaskError("read", "Traceback", ActorDiedError(), "replica", 1, "127.0.0.1").as_instanceof_cause(),
 ]
 A, B, C = Delta("a", 4, 1), Delta("b", 4, 2), Delta("c", 4, 3, "stop")
 FOREVER = object()

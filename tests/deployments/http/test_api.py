@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from fastapi import FastAPI
 
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.http.api import list_middleware, send_usage
-from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from deployments.observability.request_context import RequestContext
 from deployments.observability.usage import UsageLog
 from retriever_svc import NoAdapterMatched
@@ -20,7 +18,6 @@ from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, get, post, request
 from tests.deployments.fake_retriever import FakeRetriever
-from tests.deployments.fake_worker import FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -29,17 +26,8 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
     ("path", "body", "status", "code", "param"),
     [
         ("/v1/chat/completions", CHAT | {"model": "nobody"}, 404, "model_not_found", "model"),
-        ("/v1/chat/completions", CHAT | {"temperature": 9}, 400, "invalid_request", "temperature"),
         ("/v1/chat/completions", CHAT | {"lora": {"kk": 1}}, 400, "invalid_request", "lora.kk"),
         ("/v1/chat/completions", CHAT | {"min_tokens": 2, "max_tokens": 1}, 400, "invalid_request", "min_tokens"),
-        (
-            "/v1/chat/completions",
-            CHAT | {"model": "poet", "lora": {"adapters": [{"name": "poet"}]}},
-            400,
-            "invalid_request",
-            "lora.adapters",
-        ),
-        ("/v1/completions", {}, 400, "invalid_request", "prompt"),
         ("/v1/route", {"prompt": []}, 400, "invalid_request", "prompt"),
         ("/v1/nowhere", {}, 404, "http_error", None),
     ],
@@ -54,13 +42,6 @@ def test_a_refusal_has_the_openai_format(path: str, body: Any, status: int, code
 
 def test_a_path_without_v1_is_answered_with_the_right_one() -> None:
     assert "use /v1/chat/completions" in error_of(post("/chat/completions", CHAT))["message"]
-
-
-def test_a_body_that_is_not_json_is_a_bad_request() -> None:
-    headers = {"content-type": "application/json"}
-    response = request("POST", "/v1/completions", sent={"content": b"{", "headers": headers})
-    assert (response.status_code, error_of(response)["param"]) == (400, None)
-    assert error_of(response)["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/route"])
@@ -87,36 +68,13 @@ def test_half_of_a_surrogate_pair_is_a_bad_request(body: bytes) -> None:
     assert error_of(response)["message"]
 
 
-@pytest.mark.parametrize("announced", [True, False])
-def test_a_body_over_the_limit_is_413_over_http(announced: bool) -> None:
-    async def chunks() -> AsyncIterator[bytes]:
-        for _ in range(5):
-            yield b" " * (DEFAULT_MAX_BODY_BYTES // 4)
-
-    headers = {"content-type": "application/json"}
-    content = b" " * (DEFAULT_MAX_BODY_BYTES + 1) if announced else chunks()
-    response = request("POST", "/v1/chat/completions", sent={"content": content, "headers": headers})
-    assert response.status_code == 413
-    assert error_of(response)["code"] == "body_too_large"
-
-
-def test_an_expected_error_is_an_answer_and_does_not_crash_the_replica() -> None:
-    async def run() -> None:
-        served = serve_plainly(retriever=FakeRetriever(failure=NoAdapterMatched(0.1, 0.5)))
-        async with http_of(served, raise_app_exceptions=True) as client:
-            response = await client.post("/v1/chat/completions", json=CHAT)
-            assert (response.status_code, error_of(response)["code"]) == (422, "no_adapter_matched")
-            response = await client.post("/v1/chat/completions", json=CHAT | {"model": "nobody"})
-            assert response.status_code == 404
-
-    asyncio.run(run())
-
-
-def test_an_unexpected_error_is_a_500_without_details() -> None:
-    response = post("/v1/chat/completions", CHAT, worker=FakeWorker([RuntimeError("secret")]))
-    assert response.status_code == 500
-    assert error_of(response)["code"] == "internal_error"
-    assert "secret" not in response.text
+async def test_an_expected_error_is_an_answer_and_does_not_crash_the_replica() -> None:
+    served = serve_plainly(retriever=FakeRetriever(failure=NoAdapterMatched(0.1, 0.5)))
+    async with http_of(served, raise_app_exceptions=True) as client:
+        response = await client.post("/v1/chat/completions", json=CHAT)
+        assert (response.status_code, error_of(response)["code"]) == (422, "no_adapter_matched")
+        response = await client.post("/v1/chat/completions", json=CHAT | {"model": "nobody"})
+        assert response.status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/loras", "/v1/usage?by=key"])
@@ -130,40 +88,27 @@ def test_a_long_list_is_written_without_a_walk_over_its_values(path: str, monkey
     assert listed.content == json.dumps(listed.json(), ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def test_the_api_describes_itself() -> None:
-    paths = get("/openapi.json").json()["paths"]
-    assert {"/v1/chat/completions", "/v1/loras", "/v1/load_lora_adapter", "/v1/pool/verify"} <= paths.keys()
-    assert set(paths["/v1/loras"]["post"]["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
-
-
-def test_a_request_passes_the_middleware_in_this_order() -> None:
+async def test_a_request_passes_the_middleware_in_this_order() -> None:
     """Each needs the results of those before it: the context, and the caller."""
-
-    async def build() -> list[str]:
-        services = serve_plainly(cors_origins=("https://chat.example",)).services
-        return [type_.cls.__name__ for type_ in list_middleware(services)]
-
-    order = asyncio.run(build())
+    services = serve_plainly(cors_origins=("https://chat.example",)).services
+    order = [type_.cls.__name__ for type_ in list_middleware(services)]
     assert order == ["RequestContextMiddleware", "CORSMiddleware", "Admission", "BodyLimit"]
 
 
-def test_a_replica_sends_its_usage_when_it_starts_and_when_it_stops(tmp_path: Path) -> None:
+async def test_a_replica_sends_its_usage_when_it_starts_and_when_it_stops(tmp_path: Path) -> None:
     arrived: list[int] = []
 
     async def put(segment: str, lines: bytes) -> None:
         arrived.append(lines.count(b"\n"))
 
-    async def run() -> None:
-        for number in range(2):
-            dead = UsageLog(tmp_path, "tiny", put)
-            dead.record(RequestContext(f"{number}", "/v1/completions", "POST", caller=LOCAL_CALLER))
-            dead.close()
-        log = UsageLog(tmp_path, "tiny", put)
-        async with asyncio.timeout(60), send_usage(log, FastAPI()):
-            while arrived != [1, 1]:
-                await asyncio.sleep(0)
-            for number in range(3):
-                log.record(RequestContext(f"more-{number}", "/v1/completions", "POST", caller=LOCAL_CALLER))
-        assert arrived == [1, 1, 3]
-
-    asyncio.run(run())
+    for number in range(2):
+        dead = UsageLog(tmp_path, "tiny", put)
+        dead.record(RequestContext(f"{number}", "/v1/completions", "POST", caller=LOCAL_CALLER))
+        dead.close()
+    log = UsageLog(tmp_path, "tiny", put)
+    async with asyncio.timeout(60), send_usage(log, FastAPI()):
+        while arrived != [1, 1]:
+            await asyncio.sleep(0)
+        for number in range(3):
+            log.record(RequestContext(f"more-{number}", "/v1/completions", "POST", caller=LOCAL_CALLER))
+    assert arrived == [1, 1, 3]

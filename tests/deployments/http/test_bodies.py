@@ -41,13 +41,10 @@ def limited(app: ASGIApp, *, budget: ByteBudget | None = None, patience_s: float
     return with_context(BodyLimit(app, lambda scope: 8, room, patience_s))
 
 
-def post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
-    async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(limited(echo))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/", content=content)
-
-    return asyncio.run(run())
+async def post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
+    transport = httpx.ASGITransport(limited(echo))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.post("/", content=content)
 
 
 async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
@@ -56,20 +53,20 @@ async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
 
 
 @pytest.mark.parametrize("content", [b"", b"12345678", chunks(b"1234", b"5678")])
-def test_a_body_up_to_the_limit_arrives_whole(content: bytes | AsyncIterator[bytes]) -> None:
-    response = post(content)
+async def test_a_body_up_to_the_limit_arrives_whole(content: bytes | AsyncIterator[bytes]) -> None:
+    response = await post(content)
     assert response.status_code == 200
     assert response.content == (b"" if content == b"" else b"12345678")
 
 
 @pytest.mark.parametrize("content", [b"123456789", chunks(b"1234", b"5678", b"9")])
-def test_a_larger_body_is_refused_also_without_an_announced_length(content: bytes | AsyncIterator[bytes]) -> None:
-    response = post(content)
+async def test_a_larger_body_is_refused_also_without_an_announced_length(content: bytes | AsyncIterator[bytes]) -> None:
+    response = await post(content)
     assert response.status_code == 413
     assert json.loads(response.content)["error"]["code"] == "body_too_large"
 
 
-def test_reading_stops_at_the_limit() -> None:
+async def test_reading_stops_at_the_limit() -> None:
     read = []
 
     async def long() -> Message:
@@ -77,36 +74,30 @@ def test_reading_stops_at_the_limit() -> None:
         assert len(read) < 100, "nothing stops the reading"
         return {"type": "http.request", "body": b"1234", "more_body": True}
 
-    async def run() -> list[Message]:
-        sent: list[Message] = []
+    sent: list[Message] = []
 
-        async def send(message: Message) -> None:
-            sent.append(message)
+    async def send(message: Message) -> None:
+        sent.append(message)
 
-        await limited(echo)(SCOPE | {}, long, send)
-        return sent
-
-    assert asyncio.run(run())[0]["status"] == 413
+    await limited(echo)(SCOPE | {}, long, send)
+    assert sent[0]["status"] == 413
     assert sum(read) == 12
 
 
-def test_a_request_whose_client_is_gone_is_not_answered() -> None:
+async def test_a_request_whose_client_is_gone_is_not_answered() -> None:
     async def silent(scope: Scope, receive: Receive, send: Send) -> None:
         assert (await receive())["type"] == "http.disconnect"
 
     async def gone() -> Message:
         return {"type": "http.disconnect"}
 
-    async def run() -> list[Message]:
-        sent: list[Message] = []
+    sent: list[Message] = []
 
-        async def send(message: Message) -> None:
-            sent.append(message)
+    async def send(message: Message) -> None:
+        sent.append(message)
 
-        await limited(silent)(SCOPE | {}, gone, send)
-        return sent
-
-    assert asyncio.run(run()) == []
+    await limited(silent)(SCOPE | {}, gone, send)
+    assert sent == []
 
 
 def test_other_scopes_pass() -> None:
@@ -154,34 +145,30 @@ def test_a_slow_body_is_refused_and_a_slow_reader_is_not() -> None:
     assert run_in_virtual_time(run(read_then_wait, waiting)) == []
 
 
-def test_stalled_bodies_stay_within_the_budget_and_release_it() -> None:
+async def test_stalled_bodies_stay_within_the_budget_and_release_it() -> None:
     budget = ByteBudget(10)
+    goes_on = asyncio.Event()
 
-    async def run() -> list[int]:
-        goes_on = asyncio.Event()
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"123456"
+        await goes_on.wait()
+        yield b"78"
 
-        async def stalls() -> AsyncIterator[bytes]:
-            yield b"123456"
-            await goes_on.wait()
-            yield b"78"
-
-        transport = httpx.ASGITransport(limited(echo, budget=budget))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            first = asyncio.create_task(client.post("/", content=stalls()))
-            while budget.num_bytes < 6:
-                await asyncio.sleep(0)
-            busy = await client.post("/", content=b"12345")
-            assert busy.json()["error"]["code"] == "overloaded"
-            small = await client.post("/", content=b"1234")
-            goes_on.set()
-            return [busy.status_code, small.status_code, (await first).status_code]
-
-    assert asyncio.run(run()) == [503, 200, 200]
+    transport = httpx.ASGITransport(limited(echo, budget=budget))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        first = asyncio.create_task(client.post("/", content=stalls()))
+        while budget.num_bytes < 6:
+            await asyncio.sleep(0)
+        busy = await client.post("/", content=b"12345")
+        assert busy.json()["error"]["code"] == "overloaded"
+        small = await client.post("/", content=b"1234")
+        goes_on.set()
+        assert [busy.status_code, small.status_code, (await first).status_code] == [503, 200, 200]
     assert budget.num_bytes == 0
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
-def test_an_unexpected_body_is_refused_unread_on_every_route(method: str) -> None:
+async def test_an_unexpected_body_is_refused_unread_on_every_route(method: str) -> None:
     """An endless body is not read, and its client gets an answer."""
     read: list[bool] = []
 
@@ -191,22 +178,19 @@ def test_an_unexpected_body_is_refused_unread_on_every_route(method: str) -> Non
             assert len(read) < 100, "nothing stops the reading"
             yield b"x"
 
-    async def run() -> int:
-        num_asked = 0
-        async with http_of(serve_plainly()) as client:
-            for known, path in mounted():
-                if known != method:
-                    continue
-                response = await client.request(method, example_path(path), content=endless())
-                assert response.status_code == 400, path
-                if method != "HEAD":
-                    assert error_of(response)["code"] == "invalid_request"
-                num_asked += 1
-            unknown = await client.request(method, "/ready", content=b"x")
-            assert unknown.status_code == 400
-        return num_asked
-
-    assert asyncio.run(run()) == len([key for key in mounted() if key[0] == method])
+    num_asked = 0
+    async with http_of(serve_plainly()) as client:
+        for known, path in mounted():
+            if known != method:
+                continue
+            response = await client.request(method, example_path(path), content=endless())
+            assert response.status_code == 400, path
+            if method != "HEAD":
+                assert error_of(response)["code"] == "invalid_request"
+            num_asked += 1
+        unknown = await client.request(method, "/ready", content=b"x")
+        assert unknown.status_code == 400
+    assert num_asked == len([key for key in mounted() if key[0] == method])
     assert read == []
 
 
@@ -229,68 +213,58 @@ async def post_json(client: httpx.AsyncClient, content: AsyncIterator[bytes], ke
     return await client.post("/v1/chat/completions", content=content, headers=headers)
 
 
-def test_a_parsed_body_uses_neither_budget_nor_memory() -> None:
-    async def run() -> None:
-        worker = Held()
-        served = serve_plainly(worker=worker, max_body_total_bytes=4 * MIB)
-        async with http_of(served) as client:
-            await served.services.preload.wait()
-            tracemalloc.start()
-            try:
-                running = []
-                for count in range(1, 7):
-                    running.append(asyncio.create_task(post_json(client, padded(3 * MIB))))
-                    await worker.has(count)
-                assert served.services.bodies.num_bytes < 10_000
-                assert tracemalloc.get_traced_memory()[0] < 6 * MIB
-            finally:
-                tracemalloc.stop()
-            worker.let_go.set()
-            assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 6
-        assert served.services.bodies.num_bytes == 0
-
-    asyncio.run(asyncio.wait_for(run(), 120))
+async def test_a_parsed_body_uses_neither_budget_nor_memory() -> None:
+    worker = Held()
+    served = serve_plainly(worker=worker, max_body_total_bytes=4 * MIB)
+    async with http_of(served) as client:
+        await served.services.preload.wait()
+        tracemalloc.start()
+        try:
+            running = []
+            for count in range(1, 7):
+                running.append(asyncio.create_task(post_json(client, padded(3 * MIB))))
+                await worker.has(count)
+            assert served.services.bodies.num_bytes < 10_000
+            assert tracemalloc.get_traced_memory()[0] < 6 * MIB
+        finally:
+            tracemalloc.stop()
+        worker.let_go.set()
+        assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 6
+    assert served.services.bodies.num_bytes == 0
 
 
-def test_the_texts_of_a_body_count_until_its_answer_ends() -> None:
-    async def run() -> None:
-        worker = Held()
-        served = serve_plainly(worker=worker)
-        async with http_of(served) as client:
-            running = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x" * 9000}))
-            await worker.has(1)
-            assert 9000 <= served.services.bodies.num_bytes < 10_000
-            worker.let_go.set()
-            assert (await running).status_code == 200
-        assert served.services.bodies.num_bytes == 0
-
-    asyncio.run(asyncio.wait_for(run(), 120))
+async def test_the_texts_of_a_body_count_until_its_answer_ends() -> None:
+    worker = Held()
+    served = serve_plainly(worker=worker)
+    async with http_of(served) as client:
+        running = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x" * 9000}))
+        await worker.has(1)
+        assert 9000 <= served.services.bodies.num_bytes < 10_000
+        worker.let_go.set()
+        assert (await running).status_code == 200
+    assert served.services.bodies.num_bytes == 0
 
 
-def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
+async def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("a", tenant="a"), entry("b", tenant="b"))
+    served = serve_plainly(keys_file=keys, max_body_total_bytes=16 * MIB)
+    bodies = served.services.bodies
+    goes_on = asyncio.Event()
 
-    async def run() -> None:
-        served = serve_plainly(keys_file=keys, max_body_total_bytes=16 * MIB)
-        bodies = served.services.bodies
-        goes_on = asyncio.Event()
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b" " * (4 * MIB - 1000)
+        await goes_on.wait()
+        yield json.dumps(CHAT).encode()
 
-        async def stalls() -> AsyncIterator[bytes]:
-            yield b" " * (4 * MIB - 1000)
-            await goes_on.wait()
-            yield json.dumps(CHAT).encode()
-
-        async with http_of(served) as client:
-            running = [asyncio.create_task(post_json(client, stalls(), "a")) for _ in range(2)]
-            while bodies.num_bytes < 7 * MIB:
-                await asyncio.sleep(0)
-            assert error_of(await post_json(client, padded(4 * MIB - 1000), "a"))["code"] == "overloaded"
-            assert (await post_json(client, padded(4 * MIB - 1000), "b")).status_code == 200
-            goes_on.set()
-            assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
-        assert bodies.num_bytes == 0
-
-    asyncio.run(asyncio.wait_for(run(), 120))
+    async with http_of(served) as client:
+        running = [asyncio.create_task(post_json(client, stalls(), "a")) for _ in range(2)]
+        while bodies.num_bytes < 7 * MIB:
+            await asyncio.sleep(0)
+        assert error_of(await post_json(client, padded(4 * MIB - 1000), "a"))["code"] == "overloaded"
+        assert (await post_json(client, padded(4 * MIB - 1000), "b")).status_code == 200
+        goes_on.set()
+        assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
+    assert bodies.num_bytes == 0
 
 
 @pytest.mark.parametrize(

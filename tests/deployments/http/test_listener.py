@@ -48,16 +48,13 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"!"})
 
 
-def test_requests_of_one_connection_are_answered_with_their_ids() -> None:
-    async def run() -> None:
-        async with listening(echo) as client:
-            for text in ("one", "two", "x" * 300_000):
-                answer = await client.post("/", content=text, headers={"x-request-id": f"id-{len(text)}"})
-                assert answer.text == text.upper() + "!" and answer.status_code == 200
-                assert answer.headers.get_list("x-request-id") == [f"id-{len(text)}"]
-            assert "x-request-id" not in (await client.post("/")).headers, "the application makes one"
-
-    asyncio.run(run())
+async def test_requests_of_one_connection_are_answered_with_their_ids() -> None:
+    async with listening(echo) as client:
+        for text in ("one", "two", "x" * 300_000):
+            answer = await client.post("/", content=text, headers={"x-request-id": f"id-{len(text)}"})
+            assert answer.text == text.upper() + "!" and answer.status_code == 200
+            assert answer.headers.get_list("x-request-id") == [f"id-{len(text)}"]
+        assert "x-request-id" not in (await client.post("/")).headers, "the application makes one"
 
 
 @pytest.mark.parametrize("given", ["5dba8b27-e6c9", "req:42", "Root=1-67891233", "a" * 65, "two words", ""])
@@ -72,22 +69,16 @@ async def test_an_answer_has_one_id_whatever_the_client_sent(given: str) -> None
 
 
 @pytest.mark.parametrize(("trusts", "seen"), [(False, ""), (True, "traceparent tracestate")])
-def test_a_client_decides_what_is_traced_only_if_it_may(trusts: bool, seen: str) -> None:
-    async def run() -> None:
-        async with listening(echo, ProxyLimits(trusts_traceparent=trusts)) as client:
-            answer = await client.get("/", headers={"traceparent": "00-1-1-01", "tracestate": "a=b"})
-            assert answer.headers["x-seen"] == seen
-
-    asyncio.run(run())
+async def test_a_client_decides_what_is_traced_only_if_it_may(trusts: bool, seen: str) -> None:
+    async with listening(echo, ProxyLimits(trusts_traceparent=trusts)) as client:
+        answer = await client.get("/", headers={"traceparent": "00-1-1-01", "tracestate": "a=b"})
+        assert answer.headers["x-seen"] == seen
 
 
-def test_health_is_answered_as_by_the_proxy() -> None:
-    async def run() -> None:
-        async with listening(echo) as client:
-            answer = await client.get("/-/healthz")
-            assert (answer.status_code, answer.text) == (200, "success")
-
-    asyncio.run(run())
+async def test_health_is_answered_as_by_the_proxy() -> None:
+    async with listening(echo) as client:
+        answer = await client.get("/-/healthz")
+        assert (answer.status_code, answer.text) == (200, "success")
 
 
 async def raw(port: int, text: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -96,88 +87,76 @@ async def raw(port: int, text: bytes) -> tuple[asyncio.StreamReader, asyncio.Str
     return reader, writer
 
 
-def test_connections_and_heads_have_the_proxys_limits() -> None:
-    async def run() -> None:
-        async with listening(echo, ProxyLimits(connections_per_address=1)) as client:
-            assert client.base_url.port is not None
-            reader, writer = await raw(client.base_url.port, b"GET / HTTP/1.1\r\nx: " + b"a" * 17_000)
-            assert (await asyncio.wait_for(reader.readline(), 120)).startswith(b"HTTP/1.1 400")
-            writer.close()
-            begun = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
-            first, second = await raw(client.base_url.port, begun), await raw(client.base_url.port, begun)
-            assert (await asyncio.wait_for(second[0].readline(), 120)).startswith(b"HTTP/1.1 429")
-            first[1].write(b"after")
-            assert (await asyncio.wait_for(first[0].readuntil(b"!"), 120)).startswith(b"HTTP/1.1 200")
-            first[1].close()
-            second[1].close()
-
-    asyncio.run(run())
+async def test_connections_and_heads_have_the_proxys_limits() -> None:
+    async with listening(echo, ProxyLimits(connections_per_address=1)) as client:
+        assert client.base_url.port is not None
+        reader, writer = await raw(client.base_url.port, b"GET / HTTP/1.1\r\nx: " + b"a" * 17_000)
+        assert (await asyncio.wait_for(reader.readline(), 120)).startswith(b"HTTP/1.1 400")
+        writer.close()
+        begun = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
+        first, second = await raw(client.base_url.port, begun), await raw(client.base_url.port, begun)
+        assert (await asyncio.wait_for(second[0].readline(), 120)).startswith(b"HTTP/1.1 429")
+        first[1].write(b"after")
+        assert (await asyncio.wait_for(first[0].readuntil(b"!"), 120)).startswith(b"HTTP/1.1 200")
+        first[1].close()
+        second[1].close()
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_request_whose_client_leaves_is_cancelled(is_streamed: bool) -> None:
-    async def run() -> None:
-        began, ended = asyncio.Event(), asyncio.Event()
+async def test_a_request_whose_client_leaves_is_cancelled(is_streamed: bool) -> None:
+    began, ended = asyncio.Event(), asyncio.Event()
 
-        async def slow(scope: Any, receive: Any, send: Any) -> None:
-            await body_of(receive)
-            if is_streamed:
-                await send({"type": "http.response.start", "status": 200, "headers": []})
-                await send({"type": "http.response.body", "body": b"a", "more_body": True})
-            began.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await body_of(receive)
+        if is_streamed:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
 
-        async with listening(slow) as client:
-            asking = asyncio.create_task(client.post("/", content="text"))
-            await asyncio.wait_for(began.wait(), 120)
-            assert not ended.is_set()
-            asking.cancel()
-            await asyncio.wait_for(ended.wait(), 120)
-
-    asyncio.run(run())
+    async with listening(slow) as client:
+        asking = asyncio.create_task(client.post("/", content="text"))
+        await asyncio.wait_for(began.wait(), 120)
+        assert not ended.is_set()
+        asking.cancel()
+        await asyncio.wait_for(ended.wait(), 120)
 
 
-def test_an_application_that_ends_before_the_body_is_answered() -> None:
+async def test_an_application_that_ends_before_the_body_is_answered() -> None:
     """The body is larger than all buffers, so its rest stays with the client."""
 
     async def refuse(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 413, "headers": [(b"connection", b"close")]})
         await send({"type": "http.response.body", "body": b"too long"})
 
-    async def run() -> None:
-        async with listening(refuse) as client:
-            assert client.base_url.port is not None
-            head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n"
-            reader, writer = await raw(client.base_url.port, head + b"a" * 200_000)
-            answer = await asyncio.wait_for(reader.readuntil(b"too long"), 120)
-            assert answer.startswith(b"HTTP/1.1 413")
-            writer.close()
-
-    asyncio.run(run())
+    async with listening(refuse) as client:
+        assert client.base_url.port is not None
+        head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n"
+        reader, writer = await raw(client.base_url.port, head + b"a" * 200_000)
+        answer = await asyncio.wait_for(reader.readuntil(b"too long"), 120)
+        assert answer.startswith(b"HTTP/1.1 413")
+        writer.close()
 
 
-def test_work_after_the_answer_is_finished() -> None:
-    async def run() -> None:
-        may_finish, finished = asyncio.Event(), asyncio.Event()
+async def test_work_after_the_answer_is_finished() -> None:
+    may_finish, finished = asyncio.Event(), asyncio.Event()
 
-        async def working(scope: Any, receive: Any, send: Any) -> None:
-            await echo(scope, receive, send)
-            await may_finish.wait()
-            finished.set()
+    async def working(scope: Any, receive: Any, send: Any) -> None:
+        await echo(scope, receive, send)
+        await may_finish.wait()
+        finished.set()
 
-        async with listening(working) as client:
-            answer = await client.post("/", content="a", headers={"connection": "close"})
-            assert answer.text == "A!" and not finished.is_set()
-            may_finish.set()
-            await asyncio.wait_for(finished.wait(), 120)
-
-    asyncio.run(run())
+    async with listening(working) as client:
+        answer = await client.post("/", content="a", headers={"connection": "close"})
+        assert answer.text == "A!" and not finished.is_set()
+        may_finish.set()
+        await asyncio.wait_for(finished.wait(), 120)
 
 
-def test_an_error_is_answered_and_the_next_request_too(
+async def test_an_error_is_answered_and_the_next_request_too(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("uvicorn", "uvicorn.error"):  # servers of other tests silence them
@@ -189,131 +168,108 @@ def test_an_error_is_answered_and_the_next_request_too(
             raise ValueError("broken here")
         await echo(scope, receive, send)
 
-    async def run() -> None:
-        async with listening(broken) as client:
-            assert (await client.get("/bad")).status_code == 500
-            assert (await client.post("/", content="a")).text == "A!"
-
-    asyncio.run(run())
+    async with listening(broken) as client:
+        assert (await client.get("/bad")).status_code == 500
+        assert (await client.post("/", content="a")).text == "A!"
     assert "broken here" in caplog.text
 
 
-def test_an_address_is_free_again_at_once_after_its_listener_has_stopped() -> None:
+async def test_an_address_is_free_again_at_once_after_its_listener_has_stopped() -> None:
     """Connections that a listener closes would keep its address busy for a minute."""
-
-    async def run() -> None:
-        port = 0
-        for text in ("a", "b"):
-            listener = Listener(echo, await listening_at("127.0.0.1", port, within_s=0))
-            listener.start()
-            port = listener.port
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-                answer = await client.post("/", content=text, headers={"connection": "close"})
-                assert answer.text == f"{text.upper()}!"
-            await asyncio.wait_for(listener.stopped(), 120)
-
-    asyncio.run(run())
-
-
-def test_requests_in_progress_are_answered_before_a_listener_has_stopped() -> None:
-    async def run() -> None:
-        began, may_answer = asyncio.Event(), asyncio.Event()
-
-        async def slow(scope: Any, receive: Any, send: Any) -> None:
-            began.set()
-            await may_answer.wait()
-            await echo(scope, receive, send)
-
-        listener = Listener(slow, await listening_at("127.0.0.1", 0))
-        assert await listener.stopped(), "it had not started"
-        listener = Listener(slow, await listening_at("127.0.0.1", 0))
+    port = 0
+    for text in ("a", "b"):
+        listener = Listener(echo, await listening_at("127.0.0.1", port, within_s=0))
         listener.start()
         port = listener.port
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            asking = asyncio.create_task(client.post("/", content="a"))
-            await asyncio.wait_for(began.wait(), 120)
-            assert not await listener.stopped(within_s=0.5)
-            with pytest.raises(ConnectionRefusedError):
-                await raw(port, b"")
-            may_answer.set()
-            assert await listener.stopped(within_s=120)
-            assert (await asking).text == "A!" and not listener.has_failed
-
-    asyncio.run(run())
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            answer = await client.post("/", content=text, headers={"connection": "close"})
+            assert answer.text == f"{text.upper()}!"
+        await asyncio.wait_for(listener.stopped(), 120)
 
 
-def test_a_listener_waits_until_an_earlier_one_has_left_its_address() -> None:
-    async def run() -> None:
-        earlier = await listening_at("127.0.0.1", 0)
-        port = earlier.getsockname()[1]
-        with pytest.raises(OSError, match="in use"):
-            await listening_at("127.0.0.1", port, within_s=0)
-        waiting = asyncio.create_task(listening_at("127.0.0.1", port))
-        await asyncio.sleep(0.1)
-        assert not waiting.done()
-        earlier.close()
-        (await asyncio.wait_for(waiting, 120)).close()
-        with pytest.raises(OSError, match="assign"):
-            await asyncio.wait_for(listening_at("192.0.2.1", 0), 120)
+async def test_requests_in_progress_are_answered_before_a_listener_has_stopped() -> None:
+    began, may_answer = asyncio.Event(), asyncio.Event()
 
-    asyncio.run(run())
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        began.set()
+        await may_answer.wait()
+        await echo(scope, receive, send)
+
+    listener = Listener(slow, await listening_at("127.0.0.1", 0))
+    assert await listener.stopped(), "it had not started"
+    listener = Listener(slow, await listening_at("127.0.0.1", 0))
+    listener.start()
+    port = listener.port
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        asking = asyncio.create_task(client.post("/", content="a"))
+        await asyncio.wait_for(began.wait(), 120)
+        assert not await listener.stopped(within_s=0.5)
+        with pytest.raises(ConnectionRefusedError):
+            await raw(port, b"")
+        may_answer.set()
+        assert await listener.stopped(within_s=120)
+        assert (await asking).text == "A!" and not listener.has_failed
 
 
-def test_an_address_may_be_ipv6() -> None:
+async def test_a_listener_waits_until_an_earlier_one_has_left_its_address() -> None:
+    earlier = await listening_at("127.0.0.1", 0)
+    port = earlier.getsockname()[1]
+    with pytest.raises(OSError, match="in use"):
+        await listening_at("127.0.0.1", port, within_s=0)
+    waiting = asyncio.create_task(listening_at("127.0.0.1", port))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    earlier.close()
+    (await asyncio.wait_for(waiting, 120)).close()
+    with pytest.raises(OSError, match="assign"):
+        await asyncio.wait_for(listening_at("192.0.2.1", 0), 120)
+
+
+async def test_an_address_may_be_ipv6() -> None:
     try:
         with socket.socket(socket.AF_INET6) as tried:
             tried.bind(("::1", 0))
     except OSError:
         pytest.skip("this machine has no IPv6")
-
-    async def run() -> None:
-        listener = Listener(echo, await listening_at("::1", 0))
-        listener.start()
-        async with httpx.AsyncClient() as client:
-            assert (await client.post(f"http://[::1]:{listener.port}/", content="a")).text == "A!"
-        await asyncio.wait_for(listener.stopped(), 120)
-
-    asyncio.run(run())
+    listener = Listener(echo, await listening_at("::1", 0))
+    listener.start()
+    async with httpx.AsyncClient() as client:
+        assert (await client.post(f"http://[::1]:{listener.port}/", content="a")).text == "A!"
+    await asyncio.wait_for(listener.stopped(), 120)
 
 
-def test_an_unread_body_stays_with_its_client() -> None:
-    async def run() -> None:
-        may_read = asyncio.Event()
+async def test_an_unread_body_stays_with_its_client() -> None:
+    may_read = asyncio.Event()
 
-        async def late(scope: Any, receive: Any, send: Any) -> None:
-            await may_read.wait()
-            await echo(scope, receive, send)
+    async def late(scope: Any, receive: Any, send: Any) -> None:
+        await may_read.wait()
+        await echo(scope, receive, send)
 
-        async with listening(late) as client:
-            assert client.base_url.port is not None
-            size = 30_000_000
-            head = f"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode()
-            reader, writer = await raw(client.base_url.port, head + b"a" * size)
-            await asyncio.sleep(0.5)
-            assert writer.transport.get_write_buffer_size() > size / 2
-            may_read.set()
-            assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 200")
-            writer.close()
-
-    asyncio.run(run())
+    async with listening(late) as client:
+        assert client.base_url.port is not None
+        size = 30_000_000
+        head = f"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode()
+        reader, writer = await raw(client.base_url.port, head + b"a" * size)
+        await asyncio.sleep(0.5)
+        assert writer.transport.get_write_buffer_size() > size / 2
+        may_read.set()
+        assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 200")
+        writer.close()
 
 
-def test_a_listener_that_ends_by_itself_has_failed(caplog: pytest.LogCaptureFixture) -> None:
-    async def run() -> None:
-        listening_socket = await listening_at("127.0.0.1", 0)
-        listener = Listener(echo, listening_socket)
-        assert not listener.has_failed
-        listening_socket.close()  # so that it cannot be served
-        listener.start()
-        await asyncio.wait_for(listener.ended(), 120)
-        assert listener.has_failed
-        working = Listener(echo, await listening_at("127.0.0.1", 0))
-        working.start()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{working.port}") as client:
-            assert (await client.post("/", content="a")).text == "A!"
-        assert not working.has_failed
-        await asyncio.wait_for(working.stopped(), 120)
-        assert not working.has_failed
-
-    asyncio.run(run())
+async def test_a_listener_that_ends_by_itself_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    listening_socket = await listening_at("127.0.0.1", 0)
+    listener = Listener(echo, listening_socket)
+    assert not listener.has_failed
+    listening_socket.close()  # so that it cannot be served
+    listener.start()
+    await asyncio.wait_for(listener.ended(), 120)
+    assert listener.has_failed
+    working = Listener(echo, await listening_at("127.0.0.1", 0))
+    working.start()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{working.port}") as client:
+        assert (await client.post("/", content="a")).text == "A!"
+    assert not working.has_failed
+    await asyncio.wait_for(working.stopped(), 120)
+    assert not working.has_failed
     assert "the HTTP listener has failed" in caplog.text

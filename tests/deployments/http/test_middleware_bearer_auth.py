@@ -22,16 +22,14 @@ from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.all_routes import (
     OPEN_ROUTES,
     ROLES_OF,
-    dependencies,
     documented,
     example_path,
     guarded,
     mounted,
 )
 from tests.deployments.app_fakes import Served, http_of, serve_plainly, with_context
-from tests.deployments.asking import ask, error_of, get, post
+from tests.deployments.asking import ask, asked, error_of, get, post
 from tests.deployments.console_fakes import MappedRetriever
-from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 from tests.deployments.key_files import bearer, entry, keys_of_all_roles, write
@@ -68,26 +66,20 @@ def test_the_routes_are_the_known_ones() -> None:
     assert documented() == in_document
 
 
-def test_every_route_below_v1_authenticates() -> None:
-    assert len(guarded()) >= 21
-    assert [key for key, route in guarded().items() if find_caller not in dependencies(route.dependant)] == []
-
-
 @pytest.mark.parametrize("sent", [None, "Bearer", "Bearer wrong", "Basic all", "all", "Bearer all extra"])
-def test_without_a_valid_key_every_route_answers_401_before_reading_the_body(keys: Path, sent: str | None) -> None:
+async def test_without_a_valid_key_every_route_answers_401_before_reading_the_body(
+    keys: Path, sent: str | None
+) -> None:
     headers = {} if sent is None else {"Authorization": sent}
-
-    async def ask_all(client: httpx.AsyncClient, _: Served) -> None:
-        asked = 0
+    async with asked(keys_file=keys) as (client, _):
+        num_asked = 0
         for method, path in guarded():
             response = await client.request(method, example_path(path), content=b"{", headers=headers)
             assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key"), path
             assert response.headers["www-authenticate"] == "Bearer"
-            asked += 1
-        assert asked == len(ROLES_OF)
+            num_asked += 1
+        assert num_asked == len(ROLES_OF)
         assert (await client.get("/v1/no/such/route", headers=headers)).status_code == 401
-
-    ask(ask_all, keys_file=keys)
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
@@ -109,16 +101,6 @@ def test_with_keys_ready_returns_only_the_status(keys: Path, tmp_path: Path) -> 
     assert get("/ready", keys_file=keys, headers=bearer("all")).json() == {"status": "ready"}
 
 
-def test_the_operator_sees_only_public_adapters(keys: Path) -> None:
-    held = [adapter("open"), adapter("mine", tenant="acme", visibility="private"), adapter("own", visibility="private")]
-
-    async def started(_: httpx.AsyncClient, served: Served) -> Any:
-        return await served.ingress.started()
-
-    assert ask(started, keys_file=keys, retriever=FakeRetriever(held))["num_adapters"] == 1
-    assert get("/ready", retriever=FakeRetriever(held)).json()["num_adapters"] == 2
-
-
 def test_the_api_description_mentions_the_key() -> None:
     described = get("/openapi.json").json()
     assert described["paths"]["/v1/loras"]["post"]["security"] == [{"HTTPBearer": []}]
@@ -126,16 +108,14 @@ def test_the_api_description_mentions_the_key() -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_allows_its_routes_and_no_others(keys: Path, role: str) -> None:
-    async def ask_all(client: httpx.AsyncClient, _: Served) -> None:
+async def test_a_role_allows_its_routes_and_no_others(keys: Path, role: str) -> None:
+    async with asked(keys_file=keys, publish_paths=True, headers=bearer(role)) as (client, _):
         for (method, path), needed in NEEDS.items():
             body = {"json": BODIES.get(path, {})} if method in ("POST", "PATCH") else {}
             response = await client.request(method, path, **body)
             assert (response.status_code == 403) is (needed not in (None, role)), (method, path, response.text)
             if response.status_code == 403:
                 assert error_of(response)["code"] == "permission_denied"
-
-    ask(ask_all, keys_file=keys, publish_paths=True, headers=bearer(role))
 
 
 @pytest.mark.parametrize(
@@ -160,49 +140,43 @@ def test_a_route_reached_without_the_middleware_has_no_caller() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/live"])
-def test_the_middleware_works_for_a_mounted_application(keys: Path, prefix: str) -> None:
-    async def run() -> list[int]:
-        served = serve_plainly(keys_file=keys)
-        statuses: list[int] = []
+async def test_the_middleware_works_for_a_mounted_application(keys: Path, prefix: str) -> None:
+    served = serve_plainly(keys_file=keys)
+    statuses: list[int] = []
 
-        async def inner(scope: Any, receive: Any, send: Any) -> None:
-            statuses.append(0)
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        statuses.append(0)
 
-        async def send(message: Any) -> None:
-            statuses.append(message.get("status", -1))
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status", -1))
 
-        services = served.services
-        admission = Admission(inner, services.config, services.authenticator, services.in_flight)
-        guarded_app = with_context(admission)
-        async with http_of(served):
-            for path in ("/v1/models", "/health"):
-                scope: dict[str, Any] = {"type": "http", "method": "GET", "path": prefix + path, "root_path": prefix}
-                scope["headers"] = [(b"host", b"localhost")]
-                await guarded_app(scope, None, send)  # type: ignore[arg-type]
-        return statuses
-
-    assert asyncio.run(run()) == [401, -1, 0]
+    services = served.services
+    admission = Admission(inner, services.config, services.authenticator, services.in_flight)
+    guarded_app = with_context(admission)
+    async with http_of(served):
+        for path in ("/v1/models", "/health"):
+            scope: dict[str, Any] = {"type": "http", "method": "GET", "path": prefix + path, "root_path": prefix}
+            scope["headers"] = [(b"host", b"localhost")]
+            await guarded_app(scope, None, send)  # type: ignore[arg-type]
+    assert statuses == [401, -1, 0]
 
 
-def test_without_keys_every_client_is_the_local_tenant(tmp_path: Path) -> None:
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+async def test_without_keys_every_client_is_the_local_tenant(tmp_path: Path) -> None:
+    async with asked() as (client, served):
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
-        [([asked],)] = served.retriever.called("route")
-        assert asked.tenant == "local"
+        [([routed],)] = served.retriever.called("route")
+        assert routed.tenant == "local"
         await client.post("/v1/loras", json={"path": str(tmp_path / "mine")})
         [([staged], _, _, actor, _, share, _)] = served.store.called("commit")
         assert (staged.ref.tenant, actor, share) == ("local", "local", None)
         [(upload, _)] = served.store.called("stage")
         assert upload.visibility or upload.default_visibility == "public"
 
-    ask(look)
 
-
-def test_a_key_publishes_privately_for_its_tenant_by_default(tmp_path: Path) -> None:
+async def test_a_key_publishes_privately_for_its_tenant_by_default(tmp_path: Path) -> None:
     limits = {"max_adapters": 7}
     keys = write(tmp_path / "keys.json", entry("k", roles=["publish"], limits=limits))
-
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(keys_file=keys, host="192.0.2.7", headers=bearer("k")) as (client, served):
         files = [("files", ("adapter_config.json", b"{}"))]
         for data in ({"name": "a"}, {"name": "b", "visibility": "public"}):
             response = await client.post("/v1/loras", files=files, data=data)
@@ -215,8 +189,6 @@ def test_a_key_publishes_privately_for_its_tenant_by_default(tmp_path: Path) -> 
         for groups, tenants in served.retriever.called("embed"):
             assert (len(groups), tenants) == (1, ["acme"])
 
-    ask(look, keys_file=keys, host="192.0.2.7", headers=bearer("k"))
-
 
 def test_with_keys_server_folders_are_published_only_if_allowed(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, headers=bearer("all"))
@@ -226,11 +198,10 @@ def test_with_keys_server_folders_are_published_only_if_allowed(keys: Path) -> N
     )
 
 
-def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:
+async def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:
     mine = adapter("poet", tenant="acme")
     store = FakeStore({("acme", "poet"): (mine,), ("local", "theirs"): (POOL[0],)})
-
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(keys_file=keys, store=store, headers=bearer("all")) as (client, served):
         response = await client.patch("/v1/loras/poet", json={"visibility": "private"})
         assert response.json() == {
             "name": "poet",
@@ -245,24 +216,19 @@ def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:
         response = await client.patch("/v1/loras/poet", json={"visibility": "secret"})
         assert (response.status_code, error_of(response)["param"]) == (400, "visibility")
 
-    ask(look, keys_file=keys, store=store, headers=bearer("all"))
 
-
-def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(
+async def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.auth.key_file.MISSING_GRACE_S", 0.0)
     path = write(tmp_path / "keys.json", entry("all"))
-
-    async def look(client: httpx.AsyncClient, _: Served) -> None:
+    async with asked(keys_file=path, headers=bearer("all")) as (client, _):
         assert (await client.get("/v1/models")).status_code == 200
         path.unlink()
         response = await client.get("/v1/models")
         assert (response.status_code, error_of(response)["code"]) == (503, "unavailable")
         assert str(tmp_path) not in response.text
         assert (await client.get("/health")).status_code == 200
-
-    ask(look, keys_file=path, headers=bearer("all"))
 
 
 def by_openai(
@@ -308,10 +274,10 @@ def test_the_openai_client_raises_its_usual_errors(tmp_path: Path) -> None:
     ],
     ids=["a plan that is gone", "an exceeded deadline", "a part that is unavailable"],
 )
-def test_the_openai_client_retries_only_if_that_can_help(
+async def test_the_openai_client_retries_only_if_that_can_help(
     keys: Path, options: dict[str, Any], body: dict[str, Any], status: int, times: int
 ) -> None:
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(keys_file=keys, **options) as (client, _):
         seen: list[int] = []
 
         async def count(response: httpx.Response) -> None:
@@ -323,13 +289,10 @@ def test_the_openai_client_retries_only_if_that_can_help(
             await own.chat.completions.create(model="auto", **CHAT, extra_body=body)
         assert seen == [status] * times
 
-    ask(look, keys_file=keys, **options)
 
-
-def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None:
+async def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 1}))
-
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(keys_file=keys, headers=bearer("k")) as (client, served):
         caller = served.services.authenticator.authenticate("Bearer k")
         chunks = served.ingress.stream(CHAT, caller)
         await anext(chunks)
@@ -340,15 +303,12 @@ def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None
         await chunks.aclose()
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
-    ask(look, keys_file=keys, headers=bearer("k"))
-
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_used_tokens_are_charged_not_requested_ones(tmp_path: Path, stream: bool) -> None:
+async def test_used_tokens_are_charged_not_requested_ones(tmp_path: Path, stream: bool) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
     body = CHAT | {"max_tokens": 80, "stream": stream}
-
-    async def look(client: httpx.AsyncClient, _: Served) -> None:
+    async with asked(keys_file=keys, headers=bearer("k")) as (client, _):
         for _turn in range(2):  # 8 tokens each
             response = await client.post("/v1/chat/completions", json=body)
             assert response.status_code == 200, response.text
@@ -357,61 +317,51 @@ def test_used_tokens_are_charged_not_requested_ones(tmp_path: Path, stream: bool
         response = await client.post("/v1/chat/completions", json=body | {"max_tokens": 101})
         assert (response.status_code, error_of(response)["param"]) == (400, "max_tokens")
 
-    ask(look, keys_file=keys, headers=bearer("k"))
 
-
-def test_a_failed_request_is_charged_its_usage(tmp_path: Path) -> None:
+async def test_a_failed_request_is_charged_its_usage(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
     worker = FakeWorker(events=(DELTAS[0], TimeoutError()))
-
-    async def look(client: httpx.AsyncClient, _: Served) -> None:
+    async with asked(keys_file=keys, worker=worker, headers=bearer("k")) as (client, _):
         for _turn in range(3):
             response = await client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 80})
             assert response.status_code == 503
 
-    ask(look, keys_file=keys, worker=worker, headers=bearer("k"))
 
-
-def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> None:
+async def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> None:
     """Each key is added next to the previous one, used as soon as the file is written, and then alone in it."""
     num_rotations = scale.pick("rotations", small=25, full=500)
     path = write(tmp_path / "keys.json", entry("k0"))
+    served = serve_plainly(keys_file=path)
+    valid, num_asked, done = ["k0"], 0, False
 
-    async def run() -> int:
-        served = serve_plainly(keys_file=path)
-        valid, num_asked, done = ["k0"], 0, False
+    async def client_task(client: httpx.AsyncClient) -> None:
+        nonlocal num_asked
+        while not done:
+            response = await client.get("/v1/models", headers=bearer(valid[-1]))
+            assert response.status_code == 200, response.text
+            num_asked += 1
+            await asyncio.sleep(0)  # over fakes a request may end without waiting for anything
 
-        async def client_task(client: httpx.AsyncClient) -> None:
-            nonlocal num_asked
-            while not done:
-                response = await client.get("/v1/models", headers=bearer(valid[-1]))
-                assert response.status_code == 200, response.text
-                num_asked += 1
-                await asyncio.sleep(0)  # over fakes a request may end without waiting for anything
-
-        async with http_of(served) as client, asyncio.TaskGroup() as tasks:
-            for _ in range(8):
-                tasks.create_task(client_task(client))
-            for number in range(1, num_rotations + 1):
-                old, new = f"k{number - 1}", f"k{number}"
-                await asyncio.to_thread(write, path, entry(old), entry(new))
-                valid.append(new)
-                seen = num_asked
-                while num_asked < seen + 16:  # requests with the old key have been answered
-                    await asyncio.sleep(0)
-                await asyncio.to_thread(write, path, entry(new))
-                gone = await client.get("/v1/models", headers=bearer(old))
-                assert gone.status_code == 401
-            done = True
-        return num_asked
-
-    assert asyncio.run(run()) >= 16 * num_rotations
+    async with http_of(served) as client, asyncio.TaskGroup() as tasks:
+        for _ in range(8):
+            tasks.create_task(client_task(client))
+        for number in range(1, num_rotations + 1):
+            old, new = f"k{number - 1}", f"k{number}"
+            await asyncio.to_thread(write, path, entry(old), entry(new))
+            valid.append(new)
+            seen = num_asked
+            while num_asked < seen + 16:  # requests with the old key have been answered
+                await asyncio.sleep(0)
+            await asyncio.to_thread(write, path, entry(new))
+            gone = await client.get("/v1/models", headers=bearer(old))
+            assert gone.status_code == 401
+        done = True
+    assert num_asked >= 16 * num_rotations
 
 
-def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: Path) -> None:
+async def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"requests_per_minute": 2}), entry("free"))
-
-    async def look(client: httpx.AsyncClient, _: Served) -> None:
+    async with asked(keys_file=keys, headers=bearer("k")) as (client, _):
         for path in ("/v1/models", "/v1/models/auto", "/v1/models?limit=20&name=") * 2:
             response = await client.get(path)
             assert (response.status_code, response.headers["x-ratelimit-remaining-requests"]) == (200, "2"), path
@@ -426,8 +376,6 @@ def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: 
             response = await client.get("/v1/models", headers=headers)
             assert not [name for name in response.headers if name.startswith("x-ratelimit")]
 
-    ask(look, keys_file=keys, headers=bearer("k"))
-
 
 @pytest.mark.parametrize(
     "path",
@@ -436,10 +384,7 @@ def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: 
         *("/v1/models?name=a", "/v1/models?tag=a", "/v1/models?owner=acme", "/v1/models?after=auto"),
     ],
 )
-def test_polling_a_list_uses_up_the_keys_requests(path: str, tmp_path: Path) -> None:
+async def test_polling_a_list_uses_up_the_keys_requests(path: str, tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"requests_per_minute": 1}))
-
-    async def look(client: httpx.AsyncClient, _: Served) -> None:
+    async with asked(keys_file=keys, headers=bearer("k"), retriever=MappedRetriever()) as (client, _):
         assert [(await client.get(path)).status_code for _ in range(2)] == [200, 429]
-
-    ask(look, keys_file=keys, headers=bearer("k"), retriever=MappedRetriever())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,24 @@ from tests.deployments.held_worker import CHAT, Held
 from tests.deployments.key_files import bearer, entry, write
 
 
-def with_two_held(
-    question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], body: dict[str, Any] | None = None
-) -> Any:
-    """Return the result of `question`, called while two requests fill a replica with two places."""
-
-    async def run() -> Any:
-        worker = Held()
-        served = serve_plainly(worker=worker, max_concurrent_requests=2)
-        async with http_of(served) as client:
-            held = [asyncio.create_task(client.post("/v1/chat/completions", json=body or CHAT)) for _ in range(2)]
-            await worker.has(2)
-            answer = await question(client, served)
-            worker.let_go.set()
-            assert [response.status_code for response in await asyncio.gather(*held)] == [200, 200]
-        assert served.services.in_flight.count == 0
-        return answer
-
-    return asyncio.run(asyncio.wait_for(run(), 120))
+@asynccontextmanager
+async def two_held(body: dict[str, Any] | None = None) -> AsyncIterator[tuple[httpx.AsyncClient, Served]]:
+    """Yield a client while two requests fill a replica with two places."""
+    worker = Held()
+    served = serve_plainly(worker=worker, max_concurrent_requests=2)
+    async with http_of(served) as client:
+        held = [asyncio.create_task(client.post("/v1/chat/completions", json=body or CHAT)) for _ in range(2)]
+        await worker.has(2)
+        yield client, served
+        worker.let_go.set()
+        assert [response.status_code for response in await asyncio.gather(*held)] == [200, 200]
+    assert served.services.in_flight.count == 0
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_request_above_the_limit_is_refused_with_retry_after(streamed: bool) -> None:
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        return await client.post("/v1/chat/completions", json=CHAT)
-
-    response = with_two_held(question, CHAT | {"stream": streamed})
+async def test_a_request_above_the_limit_is_refused_with_retry_after(streamed: bool) -> None:
+    async with two_held(CHAT | {"stream": streamed}) as (client, _):
+        response = await client.post("/v1/chat/completions", json=CHAT)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
     error = error_of(response)
@@ -52,54 +45,45 @@ def test_a_request_above_the_limit_is_refused_with_retry_after(streamed: bool) -
     assert "2 concurrent requests" in error["message"]
 
 
-def test_the_body_of_a_refused_request_is_not_read() -> None:
+async def test_the_body_of_a_refused_request_is_not_read() -> None:
     read = []
 
     async def body() -> AsyncIterator[bytes]:
         read.append(True)
         yield b"{}"
 
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        return await client.post("/v1/chat/completions", content=body())
-
-    assert with_two_held(question).status_code == 429
+    async with two_held() as (client, _):
+        assert (await client.post("/v1/chat/completions", content=body())).status_code == 429
     assert not read
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
-def test_a_probe_is_answered_at_any_load(path: str) -> None:
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+async def test_a_probe_is_answered_at_any_load(path: str) -> None:
+    async with two_held() as (client, served):
         await served.services.preload.wait()
-        return await client.get(path)
-
-    assert with_two_held(question).status_code == 200
+        assert (await client.get(path)).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/loras/health", "/v1/models/ready"])
-def test_a_path_that_only_ends_like_a_probe_is_not_one(path: str) -> None:
-    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        return await client.get(path)
-
-    assert with_two_held(question).status_code == 429
+async def test_a_path_that_only_ends_like_a_probe_is_not_one(path: str) -> None:
+    async with two_held() as (client, _):
+        assert (await client.get(path)).status_code == 429
 
 
-def test_a_place_is_free_after_an_answer_an_error_or_a_disconnect() -> None:
-    async def run() -> None:
-        worker = Held()
-        served = serve_plainly(worker=worker, max_concurrent_requests=1)
-        async with http_of(served) as client:
-            leaving = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
-            await worker.has(1)
-            assert served.services.in_flight.count == 1
-            leaving.cancel()
-            await asyncio.wait([leaving])
-            assert served.services.in_flight.count == 0
-            worker.let_go.set()
-            for body, status in [(CHAT, 200), ({}, 400), (CHAT | {"model": "nobody"}, 404), (CHAT, 200)]:
-                assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+async def test_a_place_is_free_after_an_answer_an_error_or_a_disconnect() -> None:
+    worker = Held()
+    served = serve_plainly(worker=worker, max_concurrent_requests=1)
+    async with http_of(served) as client:
+        leaving = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
+        await worker.has(1)
+        assert served.services.in_flight.count == 1
+        leaving.cancel()
+        await asyncio.wait([leaving])
         assert served.services.in_flight.count == 0
-
-    asyncio.run(run())
+        worker.let_go.set()
+        for body, status in [(CHAT, 200), ({}, 400), (CHAT | {"model": "nobody"}, 404), (CHAT, 200)]:
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+    assert served.services.in_flight.count == 0
 
 
 def test_the_count_never_exceeds_the_limit() -> None:
@@ -180,27 +164,23 @@ def test_many_tenants_have_at_least_one_place_each() -> None:
         assert not is_let_in(in_flight, f"tenant {number}")
 
 
-def test_over_http_the_share_belongs_to_the_keys_tenant(tmp_path: Path) -> None:
+async def test_over_http_the_share_belongs_to_the_keys_tenant(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", *[entry(tenant, tenant) for tenant in ("flood", "late")])
+    worker = Held()
+    served = serve_plainly(worker=worker, max_concurrent_requests=2, keys_file=keys)
 
-    async def run() -> list[int]:
-        worker = Held()
-        served = serve_plainly(worker=worker, max_concurrent_requests=2, keys_file=keys)
+    async def post(tenant: str) -> int:
+        headers = bearer(tenant)
+        return (await client.post("/v1/chat/completions", json=CHAT, headers=headers)).status_code
 
-        async def post(tenant: str) -> int:
-            headers = bearer(tenant)
-            return (await client.post("/v1/chat/completions", json=CHAT, headers=headers)).status_code
-
-        async with http_of(served) as client:
-            held = [asyncio.create_task(post("flood")) for _ in range(2)]
-            await worker.has(2)
-            statuses = [await post("late")]
-            held[0].cancel()
-            await asyncio.wait([held[0]])
-            statuses.append(await post("flood"))
-            late = asyncio.create_task(post("late"))
-            await worker.has(3)
-            worker.let_go.set()
-            return [*statuses, await late, await held[1]]
-
-    assert asyncio.run(asyncio.wait_for(run(), 120)) == [429, 429, 200, 200]
+    async with http_of(served) as client:
+        held = [asyncio.create_task(post("flood")) for _ in range(2)]
+        await worker.has(2)
+        statuses = [await post("late")]
+        held[0].cancel()
+        await asyncio.wait([held[0]])
+        statuses.append(await post("flood"))
+        late = asyncio.create_task(post("late"))
+        await worker.has(3)
+        worker.let_go.set()
+        assert [*statuses, await late, await held[1]] == [429, 429, 200, 200]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from deployments.http.middleware import parse_host
 from tests.deployments.all_routes import example_path, mounted
-from tests.deployments.app_fakes import Served, config_of, http_of, serve_plainly
-from tests.deployments.asking import ask, error_of, request
+from tests.deployments.app_fakes import config_of, http_of, serve_plainly
+from tests.deployments.asking import asked, error_of, request
 from tests.deployments.key_files import bearer, entry, write
 
 OWN = [
@@ -71,42 +70,36 @@ def test_the_setting_adds_names(host: str) -> None:
     assert status(f"x{host}", allowed_hosts=("pool.example",)).status_code == 421
 
 
-def sent(method: str, path: str, *headers: tuple[str, str], **options: Any) -> httpx.Response:
+async def sent(method: str, path: str, *headers: tuple[str, str], **options: Any) -> httpx.Response:
     """Return the response to a request with exactly these Host and Origin headers."""
-
-    async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
+    async with asked(**{"allowed_hosts": (), **options}) as (client, _):
         made = client.build_request(method, path)
         del made.headers["host"]
         made.headers = httpx.Headers([*made.headers.multi_items(), *headers])
-        return await client.send(made)
-
-    response: httpx.Response = ask(question, **{"allowed_hosts": (), **options})
+        response: httpx.Response = await client.send(made)
     return response
 
 
-def test_no_host_and_two_hosts_are_refused() -> None:
-    assert sent("GET", "/v1/models").status_code == 421
-    assert sent("GET", "/v1/models", ("host", "localhost"), ("host", "evil.example")).status_code == 421
-    assert sent("GET", "/v1/models", ("host", "localhost")).status_code == 200
+async def test_no_host_and_two_hosts_are_refused() -> None:
+    assert (await sent("GET", "/v1/models")).status_code == 421
+    assert (await sent("GET", "/v1/models", ("host", "localhost"), ("host", "evil.example"))).status_code == 421
+    assert (await sent("GET", "/v1/models", ("host", "localhost"))).status_code == 200
 
 
-def test_every_route_refuses_a_foreign_name_and_a_foreign_page() -> None:
-    async def run() -> int:
-        num_asked = 0
-        async with http_of(serve_plainly(allowed_hosts=())) as client:
-            for method, path in mounted():
-                asked = example_path(path)
-                refused = await client.request(method, asked, headers={"host": "evil.example"})
-                assert refused.status_code == 421, (method, path)
-                headers = {"host": "127.0.0.1:8000", "origin": "http://evil.example:8000"}
-                refused = await client.request(method, asked, headers=headers)
-                assert refused.status_code == 403, (method, path)
-                if method != "HEAD":
-                    assert error_of(refused)["code"] == "permission_denied"
-                num_asked += 1
-        return num_asked
-
-    assert asyncio.run(run()) == len(mounted()) >= 30
+async def test_every_route_refuses_a_foreign_name_and_a_foreign_page() -> None:
+    num_asked = 0
+    async with http_of(serve_plainly(allowed_hosts=())) as client:
+        for method, path in mounted():
+            asked = example_path(path)
+            refused = await client.request(method, asked, headers={"host": "evil.example"})
+            assert refused.status_code == 421, (method, path)
+            headers = {"host": "127.0.0.1:8000", "origin": "http://evil.example:8000"}
+            refused = await client.request(method, asked, headers=headers)
+            assert refused.status_code == 403, (method, path)
+            if method != "HEAD":
+                assert error_of(refused)["code"] == "permission_denied"
+            num_asked += 1
+    assert num_asked == len(mounted()) >= 30
 
 
 @pytest.mark.parametrize(

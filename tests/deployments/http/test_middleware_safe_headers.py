@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -13,20 +12,17 @@ from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-def test_answers_forbid_type_guessing_and_pool_data_forbids_caching() -> None:
-    async def run() -> int:
-        num_seen = 0
-        async with http_of(serve_plainly(worker=CountingWorker(), retriever=MappedRetriever())) as client:
-            for method, path in mounted():
-                for body in ({"content": b"{}", "headers": {"content-type": "application/json"}}, {}):
-                    response = await client.request(method, example_path(path), **body)  # type: ignore[arg-type]
-                    assert response.headers["x-content-type-options"] == "nosniff", path
-                    if path.startswith("/v1/") or response.status_code >= 400:
-                        assert response.headers["cache-control"] == "no-store", (method, path)
-                    num_seen += 1
-        return num_seen
-
-    assert asyncio.run(run()) == 2 * len(mounted()) >= 60
+async def test_answers_forbid_type_guessing_and_pool_data_forbids_caching() -> None:
+    num_seen = 0
+    async with http_of(serve_plainly(worker=CountingWorker(), retriever=MappedRetriever())) as client:
+        for method, path in mounted():
+            for body in ({"content": b"{}", "headers": {"content-type": "application/json"}}, {}):
+                response = await client.request(method, example_path(path), **body)  # type: ignore[arg-type]
+                assert response.headers["x-content-type-options"] == "nosniff", path
+                if path.startswith("/v1/") or response.status_code >= 400:
+                    assert response.headers["cache-control"] == "no-store", (method, path)
+                num_seen += 1
+    assert num_seen == 2 * len(mounted()) >= 60
 
 
 @pytest.mark.parametrize(

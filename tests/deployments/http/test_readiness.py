@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ class Asked:
     retriever: FakeHandle
 
 
-def with_readiness(
-    question: Callable[[Asked], Awaitable[Any]],
+@asynccontextmanager
+async def ready_parts(
     *,
     worker: FakeWorker | None = None,
     held: tuple[AdapterRecord, ...] = POOL,
@@ -62,31 +63,25 @@ def with_readiness(
     folders: tuple[Path, ...] = (),
     has_keys: bool = False,
     **options: Any,
-) -> Any:
-    """Return the result of `question`, called after the preload."""
-
-    async def run() -> Any:
-        asked = Publishing(retriever=FakeHandle(FakeRetriever(held, unserved=unserved)))
-        handle, background = FakeHandle(worker or FakeWorker()), Background()
-        client = serve_worker(handle)
-        preload = Preload(folders, asked.publisher(background))
-        await preload.wait()
-        readiness = Readiness(
-            preload, workers_of(client), serve_retriever(asked.retriever), has_keys=has_keys, **options
-        )
-        answer = await question(Asked(readiness, handle, asked.retriever))
-        await background.idle()
-        return answer
-
-    return asyncio.run(asyncio.wait_for(run(), 120))
+) -> AsyncIterator[Asked]:
+    """Yield the parts after the preload."""
+    asked = Publishing(retriever=FakeHandle(FakeRetriever(held, unserved=unserved)))
+    handle, background = FakeHandle(worker or FakeWorker()), Background()
+    client = serve_worker(handle)
+    preload = Preload(folders, asked.publisher(background))
+    await preload.wait()
+    readiness = Readiness(preload, workers_of(client), serve_retriever(asked.retriever), has_keys=has_keys, **options)
+    yield Asked(readiness, handle, asked.retriever)
+    await background.idle()
 
 
-async def public(asked: Asked) -> Ready:
-    return await asked.readiness.public()
+async def shown(**options: Any) -> Ready:
+    async with ready_parts(**options) as asked:
+        return await asked.readiness.public()
 
 
-def test_it_answers_with_the_generation_and_the_number_of_adapters() -> None:
-    assert with_readiness(public) == {
+async def test_it_answers_with_the_generation_and_the_number_of_adapters() -> None:
+    assert await shown() == {
         "status": "ready",
         "generation": 7,
         "num_adapters": 2,
@@ -95,62 +90,50 @@ def test_it_answers_with_the_generation_and_the_number_of_adapters() -> None:
     }
 
 
-def test_with_keys_only_the_status_is_returned_and_private_adapters_do_not_count() -> None:
+async def test_with_keys_only_the_status_is_returned_and_private_adapters_do_not_count() -> None:
     held = (adapter("poet"), adapter("secret", tenant="acme", visibility="private"))
-    assert with_readiness(public, held=held, has_keys=True) == {"status": "ready"}
-
-    async def details(asked: Asked) -> Ready:
-        return await asked.readiness.details()
-
-    assert with_readiness(details, held=held, has_keys=True)["num_adapters"] == 1
+    assert await shown(held=held, has_keys=True) == {"status": "ready"}
+    async with ready_parts(held=held, has_keys=True) as asked:
+        assert (await asked.readiness.details())["num_adapters"] == 1
 
 
 @pytest.mark.parametrize("has_keys", [False, True])
-def test_the_operator_sees_how_many_adapters_of_other_bases_are_not_served(has_keys: bool) -> None:
-    async def both(asked: Asked) -> tuple[Ready, Ready]:
-        return await asked.readiness.public(), await asked.readiness.details()
-
-    shown, details = with_readiness(both, unserved=(("org/old", 12),), has_keys=has_keys)
+async def test_the_operator_sees_how_many_adapters_of_other_bases_are_not_served(has_keys: bool) -> None:
+    async with ready_parts(unserved=(("org/old", 12),), has_keys=has_keys) as asked:
+        answer, details = await asked.readiness.public(), await asked.readiness.details()
     assert [(row["base_model"], row["num_adapters"]) for row in details["unserved"]] == [("org/old", 12)]
-    assert ("unserved" in shown) == (not has_keys)
+    assert ("unserved" in answer) == (not has_keys)
 
 
-def test_the_wait_for_a_worker_is_limited() -> None:
+async def test_the_wait_for_a_worker_is_limited() -> None:
     with pytest.raises(NotReady, match=r"did not answer within 0\.01 s"):
-        with_readiness(public, worker=Silent(), wait_s=0.01)
+        await shown(worker=Silent(), wait_s=0.01)
 
 
-def test_an_error_reaches_every_waiting_client_and_the_next_one_calls_again() -> None:
+async def test_an_error_reaches_every_waiting_client_and_the_next_one_calls_again() -> None:
     clock = Clock()
-
-    async def ask(asked: Asked) -> list[Any]:
+    async with ready_parts(worker=Dead(), clock=clock) as asked:
         outcomes = []
         for _ in range(2):
             both = await asyncio.gather(*[asked.readiness.public() for _ in range(2)], return_exceptions=True)
             outcomes += [type(outcome).__name__ for outcome in both]
             clock.at += KEPT_S
         assert len(asked.worker.called("module_shapes")) >= 2
-        return outcomes
-
-    outcomes = with_readiness(ask, worker=Dead(), clock=clock)
     assert len(outcomes) == 4 and "dict" not in outcomes
 
 
-def test_both_are_called_once_per_half_second_for_any_number_of_clients() -> None:
+async def test_both_are_called_once_per_half_second_for_any_number_of_clients() -> None:
     clock = Clock()
-
-    async def ask(asked: Asked) -> None:
+    async with ready_parts(clock=clock) as asked:
         for step_s, num_asked in ((0.0, 1), (0.4, 1), (0.2, 2)):
             clock.at += step_s
             answers = await asyncio.gather(*[asked.readiness.public() for _ in range(20)])
             assert {answer["status"] for answer in answers} == {"ready"}
             assert len(asked.retriever.called("load")) == len(asked.worker.called("module_shapes")) == num_asked
 
-    with_readiness(ask, clock=clock)
 
-
-def test_the_number_of_waiting_clients_is_limited_and_leaving_ones_make_room() -> None:
-    async def ask(asked: Asked) -> None:
+async def test_the_number_of_waiting_clients_is_limited_and_leaving_ones_make_room() -> None:
+    async with ready_parts(worker=Silent()) as asked:
         waiting = [asyncio.create_task(asked.readiness.public()) for _ in range(MAX_WAITING)]
         await asyncio.sleep(0)
         with pytest.raises(NotReady, match="256 clients"):
@@ -163,19 +146,15 @@ def test_the_number_of_waiting_clients_is_limited_and_leaving_ones_make_room() -
         assert not again.done(), "it waits as the others did"
         again.cancel()
 
-    with_readiness(ask, worker=Silent())
 
-
-def test_refused_folders_are_shown_to_clients_without_their_paths(tmp_path: Path) -> None:
+async def test_refused_folders_are_shown_to_clients_without_their_paths(tmp_path: Path) -> None:
     folders = preload_of(tmp_path, "poet", "bad")
-    assert with_readiness(public, folders=folders)["refused"] == {"bad": "adapter 'bad' refused: it is bad"}
+    assert (await shown(folders=folders))["refused"] == {"bad": "adapter 'bad' refused: it is bad"}
 
 
-def test_refused_folders_of_one_name_are_both_shown(tmp_path: Path) -> None:
+async def test_refused_folders_of_one_name_are_both_shown(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         preload_of(tmp_path / name, "bad")
     folders = (tmp_path / "one", tmp_path / "two")
-    assert with_readiness(public, folders=folders)["refused"] == {
-        "bad": "; ".join(["adapter 'bad' refused: it is bad"] * 2)
-    }
+    assert (await shown(folders=folders))["refused"] == {"bad": "; ".join(["adapter 'bad' refused: it is bad"] * 2)}

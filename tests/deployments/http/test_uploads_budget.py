@@ -39,39 +39,35 @@ def request_of(*parts: bytes, announced: int | str | None = None) -> Request:
     return Request({"type": "http", "headers": headers}, receive)
 
 
-def read(budget: ByteBudget, http: Request, count: int) -> int:
+async def read(budget: ByteBudget, http: Request, count: int) -> int:
     """Return the budget's use after this many pieces of the request were read."""
-
-    async def run() -> int:
-        with count_upload(http, "a", budget) as body:
-            for _ in range(count):
-                await body.receive()
-            return budget.num_bytes
-
-    return asyncio.run(run())
+    with count_upload(http, "a", budget) as body:
+        for _ in range(count):
+            await body.receive()
+        return budget.num_bytes
 
 
-def test_an_announced_length_counts_at_once_and_until_the_end() -> None:
+async def test_an_announced_length_counts_at_once_and_until_the_end() -> None:
     budget = ByteBudget(10)
-    assert read(budget, request_of(announced=10), 0) == 10
+    assert await read(budget, request_of(announced=10), 0) == 10
     assert budget.num_bytes == 0
     with pytest.raises(UploadMemoryFull, match="10 bytes"):
-        read(budget, request_of(announced=11), 0)
+        await read(budget, request_of(announced=11), 0)
     assert budget.num_bytes == 0
 
 
-def test_an_unannounced_body_counts_as_it_arrives() -> None:
+async def test_an_unannounced_body_counts_as_it_arrives() -> None:
     budget = ByteBudget(10)
-    assert read(budget, request_of(b"1234", b"567", b"890"), 2) == 7
+    assert await read(budget, request_of(b"1234", b"567", b"890"), 2) == 7
     with pytest.raises(UploadMemoryFull):
-        read(budget, request_of(b"123456", b"78901"), 2)
+        await read(budget, request_of(b"123456", b"78901"), 2)
     assert budget.num_bytes == 0
 
 
-def test_bytes_beyond_the_announced_length_count_too() -> None:
+async def test_bytes_beyond_the_announced_length_count_too() -> None:
     budget = ByteBudget(10)
-    assert read(budget, request_of(b"1234", b"5678", announced=5), 1) == 5
-    assert read(budget, request_of(b"1234", b"5678", announced=5), 2) == 8
+    assert await read(budget, request_of(b"1234", b"5678", announced=5), 1) == 5
+    assert await read(budget, request_of(b"1234", b"5678", announced=5), 2) == 8
 
 
 @pytest.mark.parametrize("announced", ["-5", "five", "²", "9" * 400])
@@ -140,23 +136,25 @@ def upload(client: httpx.AsyncClient, num_bytes: int) -> Any:
     return client.post("/v1/loras", files=[("files", ("x.txt", b"x" * num_bytes))], data={"name": "novel"})
 
 
-def test_a_full_disk_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(max_size: int) -> BinaryIO:
         return Path("/dev/full").open("r+b")
 
-    async def run() -> None:
-        served: Served = serve_plainly()
-        async with http_of(served) as client:
-            refused = await upload(client, 9000)
-        assert refused.status_code == 503 and error_of(refused)["code"] == "unavailable"
-        assert "no disk space" in error_of(refused)["message"]
-        assert served.services.uploads.num_bytes == 0
-
     monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", full_disk)
-    asyncio.run(run())
+    served: Served = serve_plainly()
+    async with http_of(served) as client:
+        refused = await upload(client, 9000)
+    assert refused.status_code == 503 and error_of(refused)["code"] == "unavailable"
+    assert "no disk space" in error_of(refused)["message"]
+    assert served.services.uploads.num_bytes == 0
 
 
-async def one_in_progress(leaves: bool) -> None:
+async def iter_bytes(count: int) -> AsyncIterator[bytes]:
+    yield b"x" * count
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_an_upload_counts_until_it_is_published_also_when_its_client_has_left(leaves: bool) -> None:
     store = HeldStore(pool_of(*POOL))
     store.let_go, store.staging = asyncio.Event(), asyncio.Event()
     served: Served = serve_plainly(
@@ -187,16 +185,7 @@ async def one_in_progress(leaves: bool) -> None:
         assert (await upload(client, 90)).status_code == 201
 
 
-async def iter_bytes(count: int) -> AsyncIterator[bytes]:
-    yield b"x" * count
-
-
-@pytest.mark.parametrize("leaves", [False, True])
-def test_an_upload_counts_until_it_is_published_also_when_its_client_has_left(leaves: bool) -> None:
-    asyncio.run(asyncio.wait_for(one_in_progress(leaves), 120))
-
-
-def test_a_large_file_is_sent_in_parts_and_the_parts_are_deleted_after_the_stage() -> None:
+async def test_a_large_file_is_sent_in_parts_and_the_parts_are_deleted_after_the_stage() -> None:
     seen: list[tuple[str, list[int]]] = []
     content = bytes(range(256)) * (80 << 10)  # 20 MiB
 
@@ -212,18 +201,15 @@ def test_a_large_file_is_sent_in_parts_and_the_parts_are_deleted_after_the_stage
 
     sent = {"adapter_model.safetensors": content, "adapter_config.json": b"{}"}
     store = WatchingStore(pool_of(*POOL))
-
-    async def run() -> int:
-        async with http_of(serve_plainly(store=store)) as client:
-            files = [("files", item) for item in sent.items()]
-            return (await client.post("/v1/loras", files=files, data={"name": "novel"})).status_code
-
-    assert asyncio.run(run()) == 201
+    async with http_of(serve_plainly(store=store)) as client:
+        files = [("files", item) for item in sent.items()]
+        response = await client.post("/v1/loras", files=files, data={"name": "novel"})
+    assert response.status_code == 201
     assert seen == [("adapter_model.safetensors", [8 << 20, 8 << 20, 4 << 20]), ("adapter_config.json", [2])]
     assert store.parts == {}
 
 
-def test_the_parts_of_an_upload_that_breaks_off_are_deleted() -> None:
+async def test_the_parts_of_an_upload_that_breaks_off_are_deleted() -> None:
     store = FakeStore(pool_of(*POOL))
     put_part = store.put_part
 
@@ -232,14 +218,11 @@ def test_the_parts_of_an_upload_that_breaks_off_are_deleted() -> None:
         if number == 1:
             raise StoreUnavailable("full")
 
-    async def run() -> int:
-        store.put_part = failing  # type: ignore[method-assign]
-        served = serve_plainly(store=store)
-        async with http_of(served) as client:
-            files = [("files", ("adapter_model.safetensors", b"x" * (20 << 20)))]
-            response = await client.post("/v1/loras", files=files, data={"name": "novel"})
-            await served.services.background.idle()
-            return response.status_code
-
-    assert asyncio.run(run()) == 503
+    store.put_part = failing  # type: ignore[method-assign]
+    served = serve_plainly(store=store)
+    async with http_of(served) as client:
+        files = [("files", ("adapter_model.safetensors", b"x" * (20 << 20)))]
+        response = await client.post("/v1/loras", files=files, data={"name": "novel"})
+        await served.services.background.idle()
+    assert response.status_code == 503
     assert store.parts == {}

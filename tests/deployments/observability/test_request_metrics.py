@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from deployments.errors import RequestInvalid
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
 from tests.deployments.app_fakes import POOL, FakeRetriever, FakeWorker, Served, serve_plainly
-from tests.deployments.asking import ask
+from tests.deployments.asking import asked
 from tests.deployments.key_files import bearer, entry, write
 from tests.deployments.metric_fakes import FakeMetrics
 
@@ -27,26 +27,30 @@ DIGESTS = [record.ref.digest[:12] for record in POOL]
 BROKEN = [Delta("a", 5, 1), EngineFull("full")]
 
 
-def recorded(
-    question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], caplog: pytest.LogCaptureFixture, **options: Any
-) -> tuple[FakeMetrics, list[logging.LogRecord]]:
-    """Return the metrics, and the log lines of requests. No line of any kind may contain the prompt."""
+@asynccontextmanager
+async def recorded(
+    caplog: pytest.LogCaptureFixture, **options: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Served, FakeMetrics]]:
+    """Yield a client, its server and the metrics. No log line of any kind may contain the prompt."""
     kinds = FakeMetrics()
     with caplog.at_level(logging.DEBUG):
-        ask(question, kinds=kinds, **options)
+        async with asked(kinds=kinds, **options) as (client, served):
+            yield client, served, kinds
     assert SECRET not in caplog.text and not any(SECRET in str(vars(record)) for record in caplog.records)
-    return kinds, [record for record in caplog.records if record.name == "deployments.observability.request_metrics"]
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return the log lines of requests."""
+    return [record for record in caplog.records if record.name == "deployments.observability.request_metrics"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
     worker = FakeWorker([Delta("Hel", 5, 1, queued_s=0.25), Delta("lo", 5, 3, "stop", queued_s=0.25)])
-
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+    async with recorded(caplog, worker=worker) as (client, served, kinds):
         await client.post(CHAT_ROUTE, json=CHAT | {"stream": stream}, headers={"x-request-id": "mine-1"})
         assert served.job.request_id == "mine-1"
-
-    kinds, [line] = recorded(send, caplog, worker=worker)
+    [line] = lines_of(caplog)
     assert kinds["requests_total"].counts == {(CHAT_ROUTE, "200", "mixture"): 1}
     assert kinds["errors_total"].counts == {}
     for name in ("request_seconds", "first_token_seconds", "inter_token_seconds"):
@@ -68,13 +72,11 @@ def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> 
     assert "request_id=mine-1" in line.getMessage() and "code=" not in line.getMessage()
 
 
-def test_ignored_fields_are_counted_once_by_request_and_unknown_names_together(
+async def test_ignored_fields_are_counted_once_by_request_and_unknown_names_together(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def send(client: httpx.AsyncClient, _: Served) -> None:
+    async with recorded(caplog) as (client, _, kinds):
         await client.post(CHAT_ROUTE, json=CHAT | {SECRET: 1, "other_field": 2, "verbosity": "low"})
-
-    kinds, _ = recorded(send, caplog)
     assert kinds["ignored_fields_total"].counts == {("other",): 1, ("verbosity",): 1}
 
 
@@ -93,33 +95,29 @@ def test_ignored_fields_are_counted_once_by_request_and_unknown_names_together(
     ],
     ids=["unknown model", "value", "type", "key", "full", "broken", "broken stream", "unforeseen", "overload"],
 )
-def test_a_refused_request_counts_by_its_code(
+async def test_a_refused_request_counts_by_its_code(
     body: Any, options: dict[str, Any], status: str, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = dict(options)
     in_flight = options.pop("in_flight", 0)
-
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+    async with recorded(caplog, **options) as (client, served, kinds):
         for _ in range(in_flight):
             served.services.in_flight.enter("another tenant")
         assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
-
-    kinds, [line] = recorded(send, caplog, **options)
+    [line] = lines_of(caplog)
     [(labels, count)] = kinds["requests_total"].counts.items()
     assert (labels[1], count) == (status, 1)
     assert kinds["errors_total"].counts == {(code,): 1}
     assert vars(line)["code"] == code
 
 
-def test_labels_are_bounded_for_any_request(caplog: pytest.LogCaptureFixture) -> None:
+async def test_labels_are_bounded_for_any_request(caplog: pytest.LogCaptureFixture) -> None:
     paths = ["/nowhere", "/v1/models/a", "/v1/models/b", "/v1/loras/x/y", "/v1/loras/a", "/a%0Ab", "/health", "/ready"]
-
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+    async with recorded(caplog) as (client, _, kinds):
         for path in paths:
             for _ in range(2):
                 await client.get(path)
-
-    kinds, lines = recorded(send, caplog)
+    lines = lines_of(caplog)
     counted = kinds["requests_total"].counts
     assert {labels[0] for labels in counted} == {"none", "/v1/models/{model:path}", "/v1/loras/{name:path}"}
     assert sum(counted.values()) == len(lines) == 2 * (len(paths) - 2), "probes are not reported"
@@ -128,37 +126,30 @@ def test_labels_are_bounded_for_any_request(caplog: pytest.LogCaptureFixture) ->
     }
 
 
-def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+async def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    async with recorded(caplog) as (client, served, _):
         for given in ("a b", "x" * 65, "é", ""):
             await client.post(CHAT_ROUTE, json=CHAT, headers={"x-request-id": given.encode()})
             assert len(served.worker.called("stream")[-1][0].request_id) == 32
 
-    recorded(send, caplog)
 
-
-def test_an_abstention_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+async def test_an_abstention_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    async with recorded(caplog, retriever=FakeRetriever(abstains=True)) as (client, _, kinds):
         await client.post(CHAT_ROUTE, json=CHAT)
-
-    kinds, [line] = recorded(send, caplog, retriever=FakeRetriever(abstains=True))
+    [line] = lines_of(caplog)
     assert kinds["requests_total"].counts == {(CHAT_ROUTE, "200", "base"): 1}
     assert vars(line)["abstained"] is True and vars(line)["adapters"] == []
 
 
-def test_calls_through_a_handle_are_reported_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_calls_through_a_handle_are_reported_too(caplog: pytest.LogCaptureFixture) -> None:
     kinds = FakeMetrics()
-
-    async def main() -> None:
+    with caplog.at_level(logging.INFO):
         served = serve_plainly(kinds=kinds)
         await served.ingress.generate(CHAT)
         async for _ in served.ingress.stream(CHAT):
             pass
         with pytest.raises(RequestInvalid):
             await served.ingress.generate({"messages": SECRET})
-
-    with caplog.at_level(logging.INFO):
-        asyncio.run(main())
     assert kinds["requests_total"].counts == {
         ("generate", "200", "mixture"): 1,
         ("stream", "200", "mixture"): 1,
@@ -168,19 +159,16 @@ def test_calls_through_a_handle_are_reported_too(caplog: pytest.LogCaptureFixtur
     assert SECRET not in caplog.text
 
 
-def test_changes_of_the_pool_count_one_by_one(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
+async def test_changes_of_the_pool_count_one_by_one(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
     folders = [tmp_path / name for name in ("fine", "bad", "taken", "fine-too")]
     for folder in folders:
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
-
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+    async with recorded(caplog) as (client, _, kinds):
         body = {"adapters": [{"path": str(folder)} for folder in folders]}
         assert (await client.post("/v1/loras", json=body)).status_code == 207
         assert (await client.delete("/v1/loras/poet")).status_code == 200
         assert (await client.delete("/v1/loras/poet")).status_code == 404
-
-    kinds, _ = recorded(send, caplog)
     assert kinds["pool_changes_total"].counts == {
         ("publish", "ok"): 2,
         ("publish", "adapter_refused"): 1,
@@ -190,17 +178,19 @@ def test_changes_of_the_pool_count_one_by_one(caplog: pytest.LogCaptureFixture, 
     }
 
 
-def test_only_the_first_tenants_have_counters_of_their_own(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+async def test_only_the_first_tenants_have_counters_of_their_own(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     keys = write(tmp_path / "keys.json", *[entry(name, name) for name in ("a", "b", "c")])
 
-    async def send(client: httpx.AsyncClient, _: Served) -> None:
-        for name in "abcab":
-            await client.post(CHAT_ROUTE, json=CHAT, headers=bearer(name))
+    async def counts_of(**options: Any) -> Any:
+        async with recorded(caplog, keys_file=keys, **options) as (client, _, kinds):
+            for name in "abcab":
+                await client.post(CHAT_ROUTE, json=CHAT, headers=bearer(name))
+        return kinds["tenant_usage_total"].counts
 
     worker = FakeWorker([Delta("Hi", 5, 2, "stop", num_cached_tokens=4)])
-    kinds, _ = recorded(send, caplog, worker=worker, keys_file=keys, tenant_metrics=2)
-    counts = kinds["tenant_usage_total"].counts
+    counts = await counts_of(worker=worker, tenant_metrics=2)
     assert {tenant: counts[tenant, "requests"] for tenant, _ in counts} == {"a": 2, "b": 2, "(other)": 1}
     assert [counts["a", kind] for kind in ("prompt", "cached", "new")] == [10, 8, 4]
-    kinds, _ = recorded(send, caplog, keys_file=keys)
-    assert kinds["tenant_usage_total"].counts == {}
+    assert await counts_of() == {}

@@ -22,7 +22,7 @@ from lora_store import AdapterRef, Plan, PlannedAdapter
 from retriever_svc import RouteRequest
 from tests.deployments.asking import post
 from tests.deployments.fake_worker import DELTAS, FakeWorker
-from tests.deployments.served_retriever import Served, run
+from tests.deployments.served_retriever import served
 
 POET = PlannedAdapter(AdapterRef("local", "poet", "0123456789abcdef"), "weights", 1.0)
 POETIC = Plan("selection", (POET,))
@@ -122,12 +122,10 @@ def test_a_load_that_a_job_waits_for_is_a_span_even_if_it_outlasts_the_queue(
         assert ("error.type" in span.attributes) == (load.source == "")
 
 
-def test_encoding_and_search_are_spans(spans: InMemorySpanExporter, tmp_path: Path) -> None:
-    async def scenario(here: Served) -> None:
+async def test_encoding_and_search_are_spans(spans: InMemorySpanExporter, tmp_path: Path) -> None:
+    async with served(tmp_path) as here:
         await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
         await here.replica.route([RouteRequest("secret")])
-
-    run(tmp_path, scenario)
     assert list(by_name(spans)) == ["retriever.encode", "retriever.search"]
 
 

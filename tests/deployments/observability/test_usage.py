@@ -29,8 +29,8 @@ from gpu_worker.front.request.request import Delta
 from lora_store import StoreUnavailable, usage
 from lora_store.usage import UsageQuery, parse_events
 from tests.deployments.adapter_records import BASE, POOL
-from tests.deployments.app_fakes import Served, http_of, serve_plainly
-from tests.deployments.asking import ask
+from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.asking import asked
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.key_files import bearer, entry, write
@@ -70,15 +70,12 @@ def context(request_id: str) -> RequestContext:
     return RequestContext(request_id, "/v1/completions", "POST", caller=LOCAL_CALLER)
 
 
-def test_an_event_has_who_asked_for_what_and_its_tokens(tmp_path: Path) -> None:
+async def test_an_event_has_who_asked_for_what_and_its_tokens(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k"))
     worker = FakeWorker([Delta("Hel", 5, 1, queued_s=0.25, num_cached_tokens=4), Delta("lo", 5, 3, "stop")])
-
-    async def send(client: httpx.AsyncClient, served: Served) -> Any:
+    async with asked(keys_file=keys, headers=bearer("k"), worker=worker, cache_dir=tmp_path) as (client, _):
         body = CHAT | {"n": 2, "model": "auto"}
-        return (await client.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine"})).json()
-
-    answer = ask(send, keys_file=keys, headers=bearer("k"), worker=worker, cache_dir=tmp_path)
+        answer = (await client.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine"})).json()
     [event] = events_in(tmp_path)
     usage = answer["usage"]
     assert [event[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")] == [
@@ -104,84 +101,70 @@ def test_an_event_has_who_asked_for_what_and_its_tokens(tmp_path: Path) -> None:
     ],
     ids=["refused", "cut off", "no such route"],
 )
-def test_a_request_that_fails_is_recorded_with_its_status(
+async def test_a_request_that_fails_is_recorded_with_its_status(
     worker: list[Any] | None, path: str, status: int, tmp_path: Path
 ) -> None:
-    async def send(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(worker=None if worker is None else FakeWorker(worker), cache_dir=tmp_path) as (client, _):
         response = await client.post(path, json=CHAT | {"stream": True})
         assert response.status_code == status
-
-    ask(send, worker=None if worker is None else FakeWorker(worker), cache_dir=tmp_path)
     [event] = events_in(tmp_path)
     assert event["status"] == status and event["code"]
 
 
 @pytest.mark.parametrize("chunk", [b"[DONE]", b'"usage"'])
-def test_a_stream_is_recorded_before_the_client_can_take_it_for_complete(chunk: bytes, tmp_path: Path) -> None:
-    async def run() -> None:
-        served = serve_plainly(cache_dir=tmp_path)
-        seen: list[tuple[bool, int]] = []
-        async with http_of(served) as client:
-            app = client._transport.app  # type: ignore[attr-defined]
+async def test_a_stream_is_recorded_before_the_client_can_take_it_for_complete(chunk: bytes, tmp_path: Path) -> None:
+    served = serve_plainly(cache_dir=tmp_path)
+    seen: list[tuple[bool, int]] = []
+    async with http_of(served) as client:
+        app = client._transport.app  # type: ignore[attr-defined]
 
-            async def watching(scope: Any, receive: Any, send: Any) -> None:
-                async def watched(message: Any) -> None:
-                    seen.append((chunk in message.get("body", b""), len(events_in(tmp_path))))
-                    await send(message)
+        async def watching(scope: Any, receive: Any, send: Any) -> None:
+            async def watched(message: Any) -> None:
+                seen.append((chunk in message.get("body", b""), len(events_in(tmp_path))))
+                await send(message)
 
-                await app(scope, receive, watched)
+            await app(scope, receive, watched)
 
-            client._transport.app = watching  # type: ignore[attr-defined]
-            body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
-            await client.post("/v1/chat/completions", json=body)
-        assert [number for has_chunk, number in seen if has_chunk] == [1]
-        assert seen[0][1] == 0 and len(events_in(tmp_path)) == 1
-
-    asyncio.run(run())
+        client._transport.app = watching  # type: ignore[attr-defined]
+        body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+        await client.post("/v1/chat/completions", json=body)
+    assert [number for has_chunk, number in seen if has_chunk] == [1]
+    assert seen[0][1] == 0 and len(events_in(tmp_path)) == 1
 
 
-def test_a_client_that_leaves_is_charged_what_it_got(tmp_path: Path) -> None:
-    async def run() -> None:
-        served = serve_plainly(cache_dir=tmp_path, worker=FakeWorker([Delta("a", 5, 1), Delta("b", 5, 2)]))
-        chunks: AsyncIterator[Any] = served.ingress.stream(CHAT)
-        await anext(chunks)
-        await anext(chunks)
-        await chunks.aclose()  # type: ignore[attr-defined]
-
-    asyncio.run(run())
+async def test_a_client_that_leaves_is_charged_what_it_got(tmp_path: Path) -> None:
+    served = serve_plainly(cache_dir=tmp_path, worker=FakeWorker([Delta("a", 5, 1), Delta("b", 5, 2)]))
+    chunks: AsyncIterator[Any] = served.ingress.stream(CHAT)
+    await anext(chunks)
+    await anext(chunks)
+    await chunks.aclose()  # type: ignore[attr-defined]
     [event] = events_in(tmp_path)
     assert (event["status"], event["prompt_tokens"], event["completion_tokens"]) == (499, 5, 1)
 
 
-def test_reads_and_requests_without_a_caller_are_not_recorded_and_others_once(tmp_path: Path) -> None:
-    async def run() -> None:
-        log = UsageLog(tmp_path, BASE, Pool().put)
-        log.record(RequestContext("read", "/v1/loras", "GET", caller=LOCAL_CALLER))
-        log.record(RequestContext("nobody", "/", "POST"))
-        once = context("once")
-        log.record(once)
-        log.record(once)
-        log.close()
-
-    asyncio.run(run())
+async def test_reads_and_requests_without_a_caller_are_not_recorded_and_others_once(tmp_path: Path) -> None:
+    log = UsageLog(tmp_path, BASE, Pool().put)
+    log.record(RequestContext("read", "/v1/loras", "GET", caller=LOCAL_CALLER))
+    log.record(RequestContext("nobody", "/", "POST"))
+    once = context("once")
+    log.record(once)
+    log.record(once)
+    log.close()
     assert [event["request_id"] for event in events_in(tmp_path)] == ["once"]
 
 
-def test_events_that_wait_for_another_store_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def run() -> None:
-        before, now = (UsageLog(tmp_path / name, BASE, Pool().put) for name in ("before", "now"))
-        before.record(context("one"))
-        before.close()
-        sending = asyncio.create_task(now.keep_sending())
-        await asyncio.sleep(0)
-        sending.cancel()
-
-    asyncio.run(run())
+async def test_events_that_wait_for_another_store_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before, now = (UsageLog(tmp_path / name, BASE, Pool().put) for name in ("before", "now"))
+    before.record(context("one"))
+    before.close()
+    sending = asyncio.create_task(now.keep_sending())
+    await asyncio.sleep(0)
+    sending.cancel()
     [message] = caplog.messages
     assert message.startswith("1 usage files") and message.endswith(f"move them to {tmp_path / 'now'}")
 
 
-def test_events_of_a_killed_process_are_sent_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+async def test_events_of_a_killed_process_are_sent_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
     script = """
 import asyncio, os, signal, sys
 from tests.deployments.observability.test_usage import *
@@ -204,68 +187,61 @@ asyncio.run(main())
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout is not None and other.stdout.readline() == "written\n"
-            asyncio.run(send())
+            await send()
             assert pool.ids == ["own"]
         finally:
             other.kill()
-    asyncio.run(send())
+    await send()
     assert pool.ids == ["one", "own", "own", "two"]
     assert list(tmp_path.glob("*.jsonl")) == []
 
 
-def test_events_stay_while_the_store_is_away(tmp_path: Path) -> None:
-    async def run() -> None:
-        pool = Pool()
-        log = UsageLog(tmp_path, BASE, pool.put)
-        pool.is_away = True
-        log.record(context("one"))
-        with pytest.raises(StoreUnavailable):
-            await log.send_all()
-        log.record(context("two"))
-        pool.is_away = False
+async def test_events_stay_while_the_store_is_away(tmp_path: Path) -> None:
+    pool = Pool()
+    log = UsageLog(tmp_path, BASE, pool.put)
+    pool.is_away = True
+    log.record(context("one"))
+    with pytest.raises(StoreUnavailable):
         await log.send_all()
-        assert pool.ids == ["one", "two"]
+    log.record(context("two"))
+    pool.is_away = False
+    await log.send_all()
+    assert pool.ids == ["one", "two"]
 
-    asyncio.run(run())
 
-
-def test_a_full_disk_stops_no_answer_and_spoils_no_other_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        pool = Pool()
-        log = UsageLog(tmp_path, BASE, pool.put)
-        log.record(context("before"))
-        write_all = os.write
-        monkeypatch.setattr(os, "write", lambda descriptor, data: write_all(descriptor, data[:20]))
-        log.record(context("torn"))
-        monkeypatch.undo()
-        log.record(context("after"))
-        await log.send_all()
-        assert pool.ids == ["after", "before"]
-
-    asyncio.run(run())
+async def test_a_full_disk_stops_no_answer_and_spoils_no_other_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool()
+    log = UsageLog(tmp_path, BASE, pool.put)
+    log.record(context("before"))
+    write_all = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write_all(descriptor, data[:20]))
+    log.record(context("torn"))
+    monkeypatch.undo()
+    log.record(context("after"))
+    await log.send_all()
+    assert pool.ids == ["after", "before"]
 
 
 @pytest.mark.parametrize(("what", "num_files"), [("write", 1), ("rename", 0)])
-def test_a_full_disk_gets_no_more_files_and_leaves_none_open(
+async def test_a_full_disk_gets_no_more_files_and_leaves_none_open(
     what: str, num_files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
-    async def run() -> None:
-        log, num_open = UsageLog(tmp_path, BASE, Pool().put), len(os.listdir("/proc/self/fd"))
-        monkeypatch.setattr(*((os, "write") if what == "write" else (Path, "rename")), fail)
-        for number in range(5):
-            log.record(context(str(number)))
-        monkeypatch.undo()
-        assert len(list(tmp_path.iterdir())) == num_files
-        log.close()
-        assert len(os.listdir("/proc/self/fd")) == num_open
-
-    asyncio.run(run())
+    log, num_open = UsageLog(tmp_path, BASE, Pool().put), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(*((os, "write") if what == "write" else (Path, "rename")), fail)
+    for number in range(5):
+        log.record(context(str(number)))
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == num_files
+    log.close()
+    assert len(os.listdir("/proc/self/fd")) == num_open
 
 
-def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(
+async def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = write(
@@ -274,8 +250,7 @@ def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(
         entry("globex-key", "globex", roles=["infer"]),
         entry("admin", "ops", roles=["admin"]),
     )
-
-    async def look(client: httpx.AsyncClient, _: Served) -> None:
+    async with asked(keys_file=keys, cache_dir=tmp_path) as (client, _):
         for key, times in (("acme-key", 2), ("globex-key", 1)):
             for _ in range(times):
                 assert (await client.post("/v1/chat/completions", json=CHAT, headers=bearer(key))).status_code == 200
@@ -302,8 +277,6 @@ def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(
         monkeypatch.setattr(status, "MAX_ROWS", 1)
         assert "more than 1 rows" in (await report("admin", by="tenant")).text
 
-    ask(look, keys_file=keys, cache_dir=tmp_path)
-
 
 @dataclass
 class BusyStore(FakeStore):
@@ -321,34 +294,29 @@ class BusyStore(FakeStore):
         return []
 
 
-def test_reports_of_one_tenant_take_one_place_of_the_store(tmp_path: Path) -> None:
+async def test_reports_of_one_tenant_take_one_place_of_the_store(tmp_path: Path) -> None:
     roles = ["infer"]
     keys = write(tmp_path / "keys.json", entry("a", roles=roles), entry("g", "globex", roles=roles))
     store = BusyStore()
-
-    async def look(client: httpx.AsyncClient, _: Served) -> None:
-        asked = [asyncio.create_task(client.get("/v1/usage", headers=bearer(key))) for key in "a" * 20 + "g"]
+    async with asked(keys_file=keys, cache_dir=tmp_path, store=store) as (client, _):
+        reports = [asyncio.create_task(client.get("/v1/usage", headers=bearer(key))) for key in "a" * 20 + "g"]
         await asyncio.wait_for(store.is_other.wait(), 60)
         assert sorted(map(str, store.reading)) == ["acme", "globex"]
         store.is_open.set()
-        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+        assert {answer.status_code for answer in await asyncio.gather(*reports)} == {200}
         assert len(store.reading) == 21
 
-    ask(look, keys_file=keys, cache_dir=tmp_path, store=store)
 
-
-def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:
-    async def send(client: httpx.AsyncClient, _: Served) -> None:
+async def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:
+    async with asked(cache_dir=tmp_path, usage_days=0) as (client, _):
         await client.post("/v1/chat/completions", json=CHAT)
         report = (await client.get("/v1/usage")).json()
         assert (report["data"], report["usage_days"]) == ([], 0)
-
-    ask(send, cache_dir=tmp_path, usage_days=0)
     assert list(tmp_path.rglob("*.jsonl")) == []
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
-def test_a_stream_whose_client_leaves_is_recorded_with_499(is_cancelled: bool, tmp_path: Path) -> None:
+async def test_a_stream_whose_client_leaves_is_recorded_with_499(is_cancelled: bool, tmp_path: Path) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         find_context(scope).caller = LOCAL_CALLER
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -356,13 +324,13 @@ def test_a_stream_whose_client_leaves_is_recorded_with_499(is_cancelled: bool, t
         if is_cancelled:
             raise asyncio.CancelledError
 
-    assert _read_statuses(app, UsageLog(tmp_path, BASE, Pool().put)) == ["499"]
+    assert await _read_statuses(app, UsageLog(tmp_path, BASE, Pool().put)) == ["499"]
     [event] = events_in(tmp_path)
     assert (event["status"], event["code"]) == (499, "")
 
 
 @pytest.mark.parametrize("has_folder", [True, False])
-def test_a_client_that_leaves_after_the_last_text_of_its_stream_has_its_answer(
+async def test_a_client_that_leaves_after_the_last_text_of_its_stream_has_its_answer(
     has_folder: bool, tmp_path: Path
 ) -> None:
     log = UsageLog(tmp_path if has_folder else None, BASE, Pool().put)
@@ -372,20 +340,16 @@ def test_a_client_that_leaves_after_the_last_text_of_its_stream_has_its_answer(
         await send({"type": "http.response.start", "status": 200, "headers": []})
         log.record(find_context(scope), 200)  # as the end of every stream does
 
-    assert _read_statuses(app, log) == ["200"]
+    assert await _read_statuses(app, log) == ["200"]
     assert [event["status"] for event in events_in(tmp_path)] == [200] * has_folder
 
 
-def _read_statuses(app: ASGIApp, log: UsageLog) -> list[str]:
+async def _read_statuses(app: ASGIApp, log: UsageLog) -> list[str]:
     """Send a request to this application. Return the statuses that the metrics counted."""
     metrics = FakeMetrics()
-
-    async def run() -> None:
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        with suppress(asyncio.CancelledError):
-            await RequestContextMiddleware(app, RequestMetrics(metrics), log)(scope, asyncio.Event().wait, _drop)
-
-    asyncio.run(run())
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    with suppress(asyncio.CancelledError):
+        await RequestContextMiddleware(app, RequestMetrics(metrics), log)(scope, asyncio.Event().wait, _drop)
     return [status for _, status, _ in metrics["requests_total"].counts]
 
 

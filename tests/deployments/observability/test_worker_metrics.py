@@ -7,32 +7,17 @@ import pytest
 from deployments.calls.worker_client import Usage
 from deployments.observability import worker_metrics
 from deployments.observability.worker_metrics import COUNTER_METRICS, TenantUsage, WorkerMetrics, count_tokens
-from gpu_worker.front.engine_status import Counters, EngineStatus
+from gpu_worker.front.engine_status import Counters
 from gpu_worker.front.request.request import Delta
+from tests.deployments.console_fakes import HOLDINGS
 from tests.deployments.metric_fakes import FakeMetrics
 
-HELD = EngineStatus(
-    resident=frozenset({"a" * 64, "b" * 64}),
+HELD = replace(
+    HOLDINGS,
     occupied_rows=12,
-    active_rows=8,
-    num_running=3,
-    num_waiting=2,
     kv_tokens=70,
-    free_kv_rows=13,
-    free_kv_tokens=900,
-    host_cache_bytes=500,
-    num_forgetting=0,
-    prefix_cache_tokens=640,
     num_threads=2,
-    counters=Counters(
-        num_cached_tokens=48,
-        num_requests=5,
-        num_new_tokens=100,
-        num_bank_hits=4,
-        num_host_hits=1,
-        num_steps=40,
-        step_s=1.5,
-    ),
+    counters=replace(HOLDINGS.counters, num_prompt_tokens=0, step_s=1.5),
 )
 
 
@@ -48,8 +33,8 @@ def test_gauges_report_the_current_state() -> None:
     metrics.report_missing_kernels(2)
     assert kinds["missing_kernels"].last[()] == 2
     single = ("running_rows", "waiting_rows", "host_cache_bytes", "kv_free_rows", "kv_tokens", "kv_free_tokens")
-    assert [kinds[name].last[()] for name in single] == [3, 2, 500, 13, 70, 900]
-    assert kinds["prefix_cache_tokens"].last[()] == 640
+    assert [kinds[name].last[()] for name in single] == [3, 2, 5_000_000, 29, 70, 59_000]
+    assert kinds["prefix_cache_tokens"].last[()] == 320
     assert kinds["threads"].last[()] == 2
     assert kinds["step_age_seconds"].last[()] == 0.25
     assert kinds["bank_rows"].last == {("active",): 8, ("idle",): 4, ("free",): 4}
@@ -63,18 +48,15 @@ def test_counters_increase_by_the_engines_work_since_the_last_report() -> None:
     metrics = WorkerMetrics(16, kinds)
     metrics.report_status(HELD)
     metrics.report_status(HELD)
-    metrics.report_status(
-        replace(
-            HELD, counters=replace(HELD.counters, num_new_tokens=130, step_s=2.0, num_fetches=1, num_evicted_blocks=7)
-        )
-    )
-    assert kinds["new_tokens_total"].counts == {(): 130}
+    later = replace(HELD.counters, num_new_tokens=430, step_s=2.0, num_fetches=2, num_evicted_blocks=7)
+    metrics.report_status(replace(HELD, counters=later))
+    assert kinds["new_tokens_total"].counts == {(): 430}
     assert kinds["step_seconds_total"].counts == {(): 2.0}
-    assert kinds["prefix_cache_hit_tokens_total"].counts == {(): 48}
+    assert kinds["prefix_cache_hit_tokens_total"].counts == {(): 32}
     assert kinds["prefix_cache_evictions_total"].counts == {(): 7}
-    assert kinds["engine_requests_total"].counts == {(): 5}
+    assert kinds["engine_requests_total"].counts == {(): 10}
     assert kinds["prompt_tokens_total"].counts == {}, "Ray refuses to add nothing"
-    assert kinds["adapter_hits_total"].counts == {("bank",): 4, ("host",): 1}
+    assert kinds["adapter_hits_total"].counts == {("bank",): 6, ("host",): 3}
 
 
 def test_a_fetch_counts_under_its_source() -> None:

@@ -14,8 +14,8 @@ from gpu_worker.front.request.request import Delta, FinishReason, Job
 from lora_store import AdapterRecord, Sample
 from retriever_svc import Region
 from tests.deployments.adapter_records import POOL
-from tests.deployments.app_fakes import Served, config_of
-from tests.deployments.asking import ask
+from tests.deployments.app_fakes import config_of
+from tests.deployments.asking import asked
 from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
@@ -95,16 +95,12 @@ def test_a_right_answer_has_room_and_a_long_output_counts_as_far_as_it_was_gener
 
 
 @pytest.mark.parametrize("error", [EngineStopped("stopped"), AdapterLoadFailed("the store cannot be reached")])
-def test_a_failed_example_ends_the_rows_of_the_others(error: Exception) -> None:
+async def test_a_failed_example_ends_the_rows_of_the_others(error: Exception) -> None:
     handle = FakeHandle(Ended(failure=error))
-
-    async def run() -> None:
-        with pytest.raises(type(error)):
-            await AnswerScorer(workers_of(serve_worker(handle)), CHATTING).scores(POET, EXAMPLES)
-        streams = [response for response in handle.responses if hasattr(response.answer, "__aiter__")]
-        assert len(streams) >= 4 and all(stream.num_cancels for stream in streams)
-
-    asyncio.run(run())
+    with pytest.raises(type(error)):
+        await AnswerScorer(workers_of(serve_worker(handle)), CHATTING).scores(POET, EXAMPLES)
+    streams = [response for response in handle.responses if hasattr(response.answer, "__aiter__")]
+    assert len(streams) >= 4 and all(stream.num_cancels for stream in streams)
 
 
 def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:
@@ -115,11 +111,10 @@ def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:
 
 
 @pytest.mark.parametrize("rival_is_judged", [True, False])
-def test_an_evaluation_stores_its_rankings_and_waits_until_they_are_served(rival_is_judged: bool) -> None:
+async def test_an_evaluation_stores_its_rankings_and_waits_until_they_are_served(rival_is_judged: bool) -> None:
     judged = frozenset({POET.ref, CODER.ref} if rival_is_judged else {POET.ref})
     region = Region(POET, (POET, CODER), EXAMPLES, judged)
-
-    async def run(client, served: Served) -> None:  # type: ignore[no-untyped-def]
+    async with asked(worker=Poet(), retriever=FakeRetriever(to_evaluate=[region])) as (client, served):
         response = await client.post("/v1/pool/evaluate", json={})
         *progress, last = map(json.loads, response.text.splitlines())
         assert progress == [{"done": 0, "total": 1}, {"done": 1, "total": 1}]
@@ -130,5 +125,3 @@ def test_an_evaluation_stores_its_rankings_and_waits_until_they_are_served(rival
         assert (tenant, [ranking.anchor for ranking in rankings]) == ("local", [POET.ref])
         calls = sorted(served.store.calls + served.retriever.calls, key=lambda call: call.number)
         assert [call.name for call in calls if call.name != "expire"] == ["ping", "regions", "rank", "catch_up"]
-
-    ask(run, worker=Poet(), retriever=FakeRetriever(to_evaluate=[region]))

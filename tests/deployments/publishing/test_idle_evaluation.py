@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
-from tests.virtual_time import run_in_virtual_time
+from tests.virtual_time import in_virtual_time, run_in_virtual_time
 
 POET, CODER = POOL
 EXAMPLES = tuple(Sample(f"prompt {number}", "Yes.") for number in range(4))
@@ -105,12 +106,14 @@ def test_of_several_base_models_one_without_workers_is_left_out() -> None:
     assert found == [True, False, True], "a busy one is waited for"
 
 
-def test_what_is_left_out_keeps_its_ranking() -> None:
+@in_virtual_time
+async def test_what_is_left_out_keeps_its_ranking() -> None:
     class AwayOnes(Ones):
         async def can_score(self, adapter: AdapterRecord) -> bool:
             return adapter.ref != POET.ref
 
-    async def work(served: Served) -> None:
+    other = Region(CODER, (CODER, POET), EXAMPLES, frozenset({POET.ref, CODER.ref}))
+    async with serving(regions=(REGION, other)) as served:
         services = served.services
         retriever, publisher = services.retriever, services.publisher
         evaluator = Evaluator(services.store, retriever, publisher, AwayOnes())
@@ -119,9 +122,6 @@ def test_what_is_left_out_keeps_its_ranking() -> None:
         [(_, rankings, _, _, keeps)] = served.store.called("rank")
         assert ([item.anchor for item in rankings], keeps) == ([CODER.ref], [POET.ref])
 
-    other = Region(CODER, (CODER, POET), EXAMPLES, frozenset({POET.ref, CODER.ref}))
-    run_served(work, regions=(REGION, other))
-
 
 async def publish(served: Served, times: int = 1) -> None:
     for _ in range(times):
@@ -129,21 +129,19 @@ async def publish(served: Served, times: int = 1) -> None:
         assert not isinstance(outcome, Exception), outcome
 
 
-def run_served(
-    work: Any, *, regions: Sequence[Region] = (REGION,), kinds: FakeMetrics | None = None, **settings: Any
-) -> Served:
-    async def main() -> Served:
-        retriever = FakeRetriever(to_evaluate=regions)
-        served = serve_plainly(worker=Poet(), retriever=retriever, kinds=kinds or FakeMetrics(), **settings)
-        await work(served)
-        await served.services.background.idle()
-        return served
-
-    return run_in_virtual_time(main())
+@asynccontextmanager
+async def serving(
+    *, regions: Sequence[Region] = (REGION,), kinds: FakeMetrics | None = None, **settings: Any
+) -> AsyncIterator[Served]:
+    retriever = FakeRetriever(to_evaluate=regions)
+    served = serve_plainly(worker=Poet(), retriever=retriever, kinds=kinds or FakeMetrics(), **settings)
+    yield served
+    await served.services.background.idle()
 
 
-def test_several_publishes_of_two_tenants_are_followed_by_one_evaluation_each() -> None:
-    async def work(served: Served) -> None:
+@in_virtual_time
+async def test_several_publishes_of_two_tenants_are_followed_by_one_evaluation_each() -> None:
+    async with serving() as served:
         goes_on, slept_s = asyncio.Event(), list[float]()
 
         async def sleep(seconds: float) -> None:
@@ -166,11 +164,12 @@ def test_several_publishes_of_two_tenants_are_followed_by_one_evaluation_each() 
         await services.background.idle()
         assert len(served.store.called("rank")) == 3
 
-    run_served(work)
 
+@in_virtual_time
+async def test_an_evaluation_that_fails_is_logged_and_shown() -> None:
+    store = FakeStore(pool_of(*POOL), failing={"ping": (StoreUnavailable("down"), 9)})
+    async with serving(store=store) as served:
 
-def test_an_evaluation_that_fails_is_logged_and_shown() -> None:
-    async def work(served: Served) -> None:
         async def sleep(seconds: float) -> None:
             pass
 
@@ -181,40 +180,35 @@ def test_an_evaluation_that_fails_is_logged_and_shown() -> None:
         assert idle.state_of("acme")["last"]["outcome"] == "store_unavailable"
         assert metrics["pool_changes_total"].counts["evaluate", "store_unavailable"] == 1
 
-    store = FakeStore(pool_of(*POOL), failing={"ping": (StoreUnavailable("down"), 9)})
-    run_served(work, store=store)
 
-
-def test_an_evaluation_after_a_publish_is_counted_and_shown() -> None:
+@in_virtual_time
+async def test_an_evaluation_after_a_publish_is_counted_and_shown() -> None:
     kinds = FakeMetrics()
-    shown: list[Any] = []
-
-    async def work(served: Served) -> None:
+    async with serving(kinds=kinds, evaluate_after_publish=True) as served:
         await publish(served, times=3)
         await served.services.background.idle()
         async with http_of(served) as client:
-            shown.append((await client.get("/v1/stats")).json()["evaluation"])
-
-    served = run_served(work, kinds=kinds, evaluate_after_publish=True)
+            last = (await client.get("/v1/stats")).json()["evaluation"]
     assert 1 <= len(served.store.called("rank")) <= 3
     tenant, rankings, actor, *_ = served.store.called("rank")[0]
     assert (tenant, [ranking.anchor for ranking in rankings], actor) == ("local", [POET.ref], "me")
-    [last] = shown
     assert (last["state"], last["last"]["outcome"], last["last"]["num_regions"]) == ("idle", "ok", 1)
     assert kinds["pool_changes_total"].counts["evaluate", "ok"] == len(served.store.called("rank"))
 
 
-def test_by_default_nothing_is_evaluated_after_a_publish() -> None:
-    async def work(served: Served) -> None:
+@in_virtual_time
+async def test_by_default_nothing_is_evaluated_after_a_publish() -> None:
+    async with serving() as served:
         await publish(served)
         async with http_of(served) as client:
             assert (await client.get("/v1/stats")).json()["evaluation"] is None
-
-    assert run_served(work).store.called("rank") == []
+    assert served.store.called("rank") == []
 
 
 @pytest.mark.parametrize("num_regions", [0, MAX_REGIONS + 1])
-def test_no_regions_and_too_many_store_nothing(num_regions: int) -> None:
-    served = run_served(publish, regions=[REGION] * num_regions, evaluate_after_publish=True)
+@in_virtual_time
+async def test_no_regions_and_too_many_store_nothing(num_regions: int) -> None:
+    async with serving(regions=[REGION] * num_regions, evaluate_after_publish=True) as served:
+        await publish(served)
     assert served.store.called("rank") == []
     assert served.worker.called("stream") == []

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
 from ray.exceptions import RayActorError
 
@@ -15,8 +14,8 @@ from deployments.publishing.learning import Learning
 from lora_store import EncoderIncomplete, Feedback
 from retriever_svc import EncoderUnusable
 from tests.deployments.adapter_records import POOL
-from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask, lines_of, post
+from tests.deployments.app_fakes import serve_plainly
+from tests.deployments.asking import asked, lines_of, post
 from tests.deployments.fake_retriever import FakeRetriever, reindex_step
 from tests.deployments.fake_store import FakeStore
 
@@ -27,8 +26,9 @@ async def no_pause(seconds: float) -> None:
     await asyncio.sleep(0)
 
 
-def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() -> None:
+    retriever = FakeRetriever(steps=[[reindex_step(1, 2, POET), reindex_step(2, 2, CODER)]])
+    async with asked(retriever=retriever) as (client, served):
         response = await client.post("/v1/pool/reindex", json={"encoder": "other"})
         *progress, last = lines_of(response)
         assert progress == [{"done": 1, "total": 2}, {"done": 2, "total": 2}]
@@ -50,22 +50,19 @@ def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() 
         ]
         assert served.store.called("activate_encoder") == [("other", "other-encoder", "local")]
 
-    ask(run, retriever=FakeRetriever(steps=[[reindex_step(1, 2, POET), reindex_step(2, 2, CODER)]]))
 
-
-def test_a_refit_comes_first_and_its_projection_is_embedded_and_activated() -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_a_refit_comes_first_and_its_projection_is_embedded_and_activated() -> None:
+    async with asked(retriever=FakeRetriever(steps=[[reindex_step(1, 1, POET)]])) as (client, served):
         await client.post("/v1/pool/reindex", json={"encoder": "other", "projection": "refit"})
         names = [call.name for call in served.retriever.calls]
         assert names[names.index("refit") : names.index("refit") + 2] == ["refit", "reindex"]
         assert served.retriever.called("reindex") == [("other", "other+fitted")]
         assert served.retriever.called("prepare_encoder") == [("other", "other+fitted")]
 
-    ask(run, retriever=FakeRetriever(steps=[[reindex_step(1, 1, POET)]]))
 
-
-def test_applied_outcomes_of_every_tenant_are_applied_again_with_the_new_encoders_vectors() -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_applied_outcomes_of_every_tenant_are_applied_again_with_the_new_encoders_vectors() -> None:
+    store = FakeStore()
+    async with asked(store=store, retriever=FakeRetriever(steps=[[reindex_step(1, 1, POET)]])) as (_, served):
         pool, said = served.services, Feedback.of_request("id", "Rhyme.", None, "key", 1.0)
         retriever = FakeRetriever(encoder="other-encoder")
         await pool.store.put_feedback("acme", "outcome", said)
@@ -74,9 +71,6 @@ def test_applied_outcomes_of_every_tenant_are_applied_again_with_the_new_encoder
         learning = Learning(pool.store, retriever, pool.publisher, pool.background, applies=True, sleep=no_pause)
         job = maintenance.reindex(pool.publisher, pool.store, pool.retriever, learning, "other", "tester")
         assert "result" in [line async for line in job][-1]
-
-    store = FakeStore()
-    ask(run, store=store, retriever=FakeRetriever(steps=[[reindex_step(1, 1, POET)]]))
     assert [(tenant, [ranking.encoder for ranking in rankings]) for tenant, rankings in store.ranked[2:]] == [
         ("acme", ["other-encoder"])
     ]
@@ -90,15 +84,14 @@ def test_adapters_published_meanwhile_are_embedded_in_another_round() -> None:
     assert last["result"]["generation"] == 10
 
 
-def test_rounds_after_the_first_name_the_encoder_that_every_replica_has_loaded() -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_rounds_after_the_first_name_the_encoder_that_every_replica_has_loaded() -> None:
+    retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)] for _ in range(3)])
+    store = FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(2)])
+    async with asked(retriever=retriever, store=store) as (client, served):
         response = await client.post("/v1/pool/reindex", json={"encoder": "other"})
         assert "result" in lines_of(response)[-1]
         wanted = [("other", "auto"), *[("other", "other-encoder")] * 2]
         assert served.retriever.called("reindex") == served.retriever.called("prepare_encoder") == wanted
-
-    retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)] for _ in range(3)])
-    ask(run, retriever=retriever, store=FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(2)]))
 
 
 def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_encoder_stays() -> None:

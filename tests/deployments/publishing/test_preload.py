@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from deployments.api.adapters import PublishItem
@@ -17,7 +15,7 @@ from deployments.publishing.preload import Preload
 from lora_store import AdapterRecord, AdapterRefused, Key, StoreUnavailable, VersionConflict
 from tests.deployments.adapter_records import BASE, adapter, key_of, pool_of
 from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask
+from tests.deployments.asking import asked
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import entry, write
 from tests.deployments.preloads import preload_of
@@ -33,32 +31,27 @@ from tests.deployments.preloads import preload_of
     ],
     ids=["all failed", "one failed", "one base model is away", "one is refused"],
 )
-def test_calls_of_ready_repeat_a_preload_until_nothing_failed_that_may_pass(
+async def test_calls_of_ready_repeat_a_preload_until_nothing_failed_that_may_pass(
     tmp_path: Path, method: str, error: Exception, statuses: list[int]
 ) -> None:
-    async def ready(client: httpx.AsyncClient, served: Served) -> list[httpx.Response]:
+    store = FakeStore(failing={method: (error, 1)})
+    async with asked(store=store, preload=preload_of(tmp_path, "poet", "sql")) as (client, served):
         answers = []
         for _ in statuses:
             answers.append(await client.get("/ready"))
             await served.services.preload.wait()
-        return answers
-
-    store = FakeStore(failing={method: (error, 1)})
-    answers = ask(ready, store=store, preload=preload_of(tmp_path, "poet", "sql"))
     assert [answer.status_code for answer in answers] == statuses
     is_final = isinstance(error, AdapterRefused)
     assert {name for _, name in store.live} == ({"sql"} if is_final else {"poet", "sql"})
     assert list(answers[-1].json()["refused"]) == (["poet"] if is_final else [])
 
 
-def test_a_repeated_preload_leaves_adapters_withdrawn_that_it_had_published(tmp_path: Path) -> None:
-    async def ready_after_a_withdrawal(client: httpx.AsyncClient, served: Served) -> None:
+async def test_a_repeated_preload_leaves_adapters_withdrawn_that_it_had_published(tmp_path: Path) -> None:
+    store = FakeStore(failing={"stage": (NotReady("no worker"), 1)})
+    async with asked(store=store, preload=preload_of(tmp_path, "poet", "sql")) as (client, served):
         assert (await client.delete("/v1/loras/sql")).status_code == 200
         await client.get("/ready")
         await served.services.preload.wait()
-
-    store = FakeStore(failing={"stage": (NotReady("no worker"), 1)})
-    ask(ready_after_a_withdrawal, store=store, preload=preload_of(tmp_path, "poet", "sql"))
     assert list(store.live) == [("local", "poet")]
 
 
@@ -80,19 +73,19 @@ async def test_the_preload_waits_for_a_worker_that_loads_its_model_for_minutes(t
     assert [Path(path).name for path in preload.refused()] == ["poet"]
 
 
-def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
-    served = started(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
+async def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
+    served = await started(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
     commits = served.store.called("commit")
     assert [len(staged) for staged, *_ in commits] == [32, 1]
     assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
 
 
 @pytest.mark.parametrize(("base_model", "is_published"), [(BASE, False), ("org/old", True)])
-def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
+async def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
     tmp_path: Path, base_model: str, is_published: bool
 ) -> None:
     store = FakeStore(pool_of(replace(adapter("poet", version="old"), base_model=base_model, tags=())))
-    served = started(store=store, preload=preload_of(tmp_path, "poet"))
+    served = await started(store=store, preload=preload_of(tmp_path, "poet"))
     assert bool(served.store.called("commit")) == is_published
 
 
@@ -106,7 +99,7 @@ def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
     ],
     ids=["no keys", "asked for", "keys", "keys, not asked for"],
 )
-def test_new_and_earlier_preloaded_adapters_are_approved_if_there_are_other_tenants(
+async def test_new_and_earlier_preloaded_adapters_are_approved_if_there_are_other_tenants(
     tmp_path: Path, settings: dict[str, Any], is_approved: bool
 ) -> None:
     if "keys_file" in settings:
@@ -115,17 +108,13 @@ def test_new_and_earlier_preloaded_adapters_are_approved_if_there_are_other_tena
     for name, actor in (("a", "preload"), ("b", "id-acme"), ("c", "preload")):
         record = replace(adapter(name, tenant="local"), actor=actor, approved=name == "c")
         store.live[key_of(record)] = (record,)
-    served = started(store=store, preload=folders, **settings)
+    served = await started(store=store, preload=folders, **settings)
     approved = [(ref.name, actor) for refs, actor in served.store.called("approve") for ref in refs]
     assert sorted(approved) == ([("a", "preload"), ("d", "preload")] if is_approved else [])
 
 
-def started(**settings: Any) -> Served:
+async def started(**settings: Any) -> Served:
     """Return an application after its preload."""
-
-    async def run() -> Served:
-        served = serve_plainly(**settings)
-        await served.services.preload.wait()
-        return served
-
-    return asyncio.run(run())
+    served = serve_plainly(**settings)
+    await served.services.preload.wait()
+    return served

@@ -229,19 +229,16 @@ def test_a_lost_store_is_logged_and_the_rest_is_left_to_gc(caplog: pytest.LogCap
     assert (caplog.records[0].levelname, caplog.records[-1].levelname) == ("WARNING", "ERROR")
 
 
-def test_a_client_that_leaves_does_not_stop_its_publish() -> None:
-    async def run() -> dict[Any, Any]:
-        publishing, background = Publishing(), Background()
-        client = asyncio.create_task(publishing.publisher(background).publish([PublishItem(Path("poet"))], "tester"))
-        await asyncio.sleep(0)
-        client.cancel()
-        await asyncio.wait([client])
-        assert publishing.pool.live == {}, "it was over before the client left"
-        await background.idle()
-        assert publishing.pool.held == []
-        return publishing.pool.live
-
-    assert list(asyncio.run(run())) == [POET]
+async def test_a_client_that_leaves_does_not_stop_its_publish() -> None:
+    publishing, background = Publishing(), Background()
+    client = asyncio.create_task(publishing.publisher(background).publish([PublishItem(Path("poet"))], "tester"))
+    await asyncio.sleep(0)
+    client.cancel()
+    await asyncio.wait([client])
+    assert publishing.pool.live == {}, "it was over before the client left"
+    await background.idle()
+    assert publishing.pool.held == []
+    assert list(publishing.pool.live) == [POET]
 
 
 def test_replicas_that_do_not_catch_up_are_counted_as_behind() -> None:

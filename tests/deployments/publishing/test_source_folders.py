@@ -102,14 +102,6 @@ def test_a_full_disk_is_reported_and_other_errors_are_not_changed(tmp_path: Path
             raise error
 
 
-def test_a_source_is_refused_if_none_is_allowed() -> None:
-    with (
-        pytest.raises(SourceRefused, match="source prefix"),
-        open_folder(PublishItem(source="file:///data/poet"), (), MAX_BYTES),
-    ):
-        pass
-
-
 def test_an_upload_is_not_read_for_a_client_that_may_not_publish() -> None:
     read = []
 

@@ -40,68 +40,58 @@ def heard_from(*reports: ResidencyReport) -> frozenset[bytes]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_lost_repeated_and_reordered_reports_leave_the_newest_heard_state(seed: int) -> None:
+async def test_lost_repeated_and_reordered_reports_leave_the_newest_heard_state(seed: int) -> None:
     chance = random.Random(seed)
-
-    async def main() -> None:
-        engine, heard = FakeEngine(), HeardReports()
-        engine.go_on.set()
-        worker = Residency("w", engine.expected)
-        states: list[tuple[ResidencyReport, frozenset[bytes]]] = []  # what was sent, with the state at that time
-        held: frozenset[bytes] = frozenset()
-        for _ in range(60):
-            new = chance.sample(DIGESTS, 3)
-            held |= short(new)
-            states.append((worker.report(new), held))
-            if chance.random() < 0.4:
-                engine.held = set(chance.sample(DIGESTS, chance.randrange(64)))
-                worker.refresh()
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                held = short(engine.held)
-        arrived = [states[chance.randrange(60)] for _ in range(40)]  # some never, some often, in any order
-        for place, (report, _) in enumerate(arrived):
-            heard.hear(pickle.loads(pickle.dumps(report)))
-            newest = max(arrived[: place + 1], key=lambda state: state[0].number)
-            assert heard.held_by("w") == newest[1]
-
-    asyncio.run(main())
-
-
-def test_a_request_counts_at_once_and_the_engine_is_asked_once_at_a_time() -> None:
-    async def main() -> None:
-        engine = FakeEngine()
-        worker = Residency("w", engine.expected)
-        assert heard_from(worker.report(())) == frozenset()
-        assert heard_from(worker.report(DIGESTS[:2]), worker.report(DIGESTS[2:3])) == short(DIGESTS[:3])
-        engine.held = {DIGESTS[2], DIGESTS[9]}
-        for _ in range(5):
+    engine, heard = FakeEngine(), HeardReports()
+    engine.go_on.set()
+    worker = Residency("w", engine.expected)
+    states: list[tuple[ResidencyReport, frozenset[bytes]]] = []  # what was sent, with the state at that time
+    held: frozenset[bytes] = frozenset()
+    for _ in range(60):
+        new = chance.sample(DIGESTS, 3)
+        held |= short(new)
+        states.append((worker.report(new), held))
+        if chance.random() < 0.4:
+            engine.held = set(chance.sample(DIGESTS, chance.randrange(64)))
             worker.refresh()
             await asyncio.sleep(0)
-        assert engine.asked == 1 and heard_from(worker.report(())) == short(DIGESTS[:3])  # no answer waits for it
-        engine.go_on.set()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert heard_from(worker.report(())) == short(engine.held)
+            await asyncio.sleep(0)
+            held = short(engine.held)
+    arrived = [states[chance.randrange(60)] for _ in range(40)]  # some never, some often, in any order
+    for place, (report, _) in enumerate(arrived):
+        heard.hear(pickle.loads(pickle.dumps(report)))
+        newest = max(arrived[: place + 1], key=lambda state: state[0].number)
+        assert heard.held_by("w") == newest[1]
+
+
+async def test_a_request_counts_at_once_and_the_engine_is_asked_once_at_a_time() -> None:
+    engine = FakeEngine()
+    worker = Residency("w", engine.expected)
+    assert heard_from(worker.report(())) == frozenset()
+    assert heard_from(worker.report(DIGESTS[:2]), worker.report(DIGESTS[2:3])) == short(DIGESTS[:3])
+    engine.held = {DIGESTS[2], DIGESTS[9]}
+    for _ in range(5):
         worker.refresh()
         await asyncio.sleep(0)
-        assert engine.asked == 2
+    assert engine.asked == 1 and heard_from(worker.report(())) == short(DIGESTS[:3])  # no answer waits for it
+    engine.go_on.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert heard_from(worker.report(())) == short(engine.held)
+    worker.refresh()
+    await asyncio.sleep(0)
+    assert engine.asked == 2
 
-    asyncio.run(main())
 
-
-def test_a_stopped_engine_leaves_the_last_state() -> None:
+async def test_a_stopped_engine_leaves_the_last_state() -> None:
     async def stopped() -> frozenset[str]:
         raise EngineStopped("it has ended")
 
-    async def main() -> None:
-        worker = Residency("w", stopped)
-        worker.refresh()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert heard_from(worker.report(DIGESTS[:1])) == short(DIGESTS[:1])
-
-    asyncio.run(main())
+    worker = Residency("w", stopped)
+    worker.refresh()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert heard_from(worker.report(DIGESTS[:1])) == short(DIGESTS[:1])
 
 
 def test_workers_are_told_apart_and_the_ones_not_heard_for_longest_are_forgotten(

@@ -12,8 +12,7 @@ import yaml
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
 from tests.deployments.asking import error_of
-from tests.deployments.isolation import run
-from tests.deployments.two_tenants import TENANTS, TwoTenants
+from tests.deployments.two_tenants import TENANTS, TwoTenants, two_tenants
 
 OWNER, OTHER = TENANTS
 CONTRACT: dict[str, Any] = {
@@ -56,8 +55,8 @@ async def contract_of(tenants: TwoTenants) -> Any:
     return (await tenants.ask(OWNER, "GET", "/v1/loras/mood")).json()["contract"]
 
 
-def test_auto_finds_by_the_users_text_and_asks_by_the_contract(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_auto_finds_by_the_users_text_and_asks_by_the_contract(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         await publish(tenants, folder(tenants))
         plain = (await tenants.ask(OWNER, "POST", "/v1/route", json={"prompt": TEXT, "lora": CHAT["lora"]})).json()
         job, lora = await ask(tenants)
@@ -94,11 +93,9 @@ def test_auto_finds_by_the_users_text_and_asks_by_the_contract(tmp_path: Path) -
         [*_, (job,)] = tenants.served.worker.called("stream")
         assert job.prompt == read
 
-    run(tmp_path, look)
 
-
-def test_a_contract_applies_where_its_adapter_has_more_than_half(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_a_contract_applies_where_its_adapter_has_more_than_half(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         await publish(tenants, folder(tenants))
         name = tenants.names[OWNER][0]
         for weights, applies in (((0.5, 0.5), False), ((0.6, 0.4), True), ((-0.6, 0.4), False), ((0.6, -0.7), False)):
@@ -109,11 +106,9 @@ def test_a_contract_applies_where_its_adapter_has_more_than_half(tmp_path: Path)
             again, replayed = await ask(tenants, lora={"plan": lora, "explain": True})
             assert (again.prompt, replayed.get("contract")) == (job.prompt, lora.get("contract"))
 
-    run(tmp_path, look)
 
-
-def test_a_new_version_keeps_replaces_and_clears_the_contract(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_a_new_version_keeps_replaces_and_clears_the_contract(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         await publish(tenants, folder(tenants))
         kept = await publish(tenants, folder(tenants, seed=78, contract=None))
         assert await contract_of(tenants) == kept["kept"]["contract"] == CONTRACT
@@ -129,11 +124,9 @@ def test_a_new_version_keeps_replaces_and_clears_the_contract(tmp_path: Path) ->
         back = await tenants.ask(OWNER, "POST", "/v1/loras/mood/rollback", json={"digest": given["digest"]})
         assert back.status_code == 201 and await contract_of(tenants) == {"stop": ["Y"]}
 
-    run(tmp_path, look)
 
-
-def test_a_bad_contract_is_refused_with_its_field(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_a_bad_contract_is_refused_with_its_field(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         bad = {"sampling": {"temperature": 3}}
         refused = await publish(tenants, folder(tenants, contract=bad), status=400)
         assert "adapter_io.yaml: sampling.temperature: must be at most 2, got 3" in refused["error"]["message"]
@@ -151,11 +144,9 @@ def test_a_bad_contract_is_refused_with_its_field(tmp_path: Path) -> None:
             )
             assert (said.status_code, error_of(said)["param"]) == (400, field)
 
-    run(tmp_path, look)
 
-
-def test_the_policy_of_a_name_wins_over_the_contract_and_a_request_over_both(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_the_policy_of_a_name_wins_over_the_contract_and_a_request_over_both(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         await publish(tenants, folder(tenants))
         policy = {"model": "mood", "temperature": 1.0, "stop": ["Y"], "response_format": {"type": "json_object"}}
         assert (await tenants.ask(OWNER, "PUT", "/v1/names/support", json=policy)).status_code == 200
@@ -167,5 +158,3 @@ def test_the_policy_of_a_name_wins_over_the_contract_and_a_request_over_both(tmp
         assert (await tenants.ask(OWNER, "POST", "/v1/responses", json=body)).status_code == 200
         [*_, (job,)] = tenants.served.worker.called("stream")
         assert job.sampling.grammar is None
-
-    run(tmp_path, look)

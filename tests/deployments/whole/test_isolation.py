@@ -15,9 +15,8 @@ import pytest
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from retriever_svc import IndexSettings, RouteRequest
 from retriever_svc.map_layout import FEWEST_IN_CLUSTERS
-from tests.deployments.isolation import Request, answer_to, run
 from tests.deployments.metric_fakes import FakeMetrics
-from tests.deployments.two_tenants import TENANTS, WORDS, TwoTenants, plans_of
+from tests.deployments.two_tenants import TENANTS, WORDS, Request, answer_to, plans_of, two_tenants
 from tests.soak import Scale
 
 EXACT = IndexSettings()
@@ -79,36 +78,33 @@ def naming(name: str, owner: str) -> Iterator[Request]:
 
 
 @pytest.mark.parametrize("index", [EXACT, BY_LISTS], ids=["exact", "lists"])
-def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
+async def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
     tmp_path: Path, index: IndexSettings, scale: Scale, caplog: pytest.LogCaptureFixture
 ) -> None:
     num_requests = scale.pick("requests", small=40, full=1000)
-
-    async def look(tenants: TwoTenants) -> None:
-        stats = await tenants.served.retriever.index_stats.remote()
-        assert stats.has_lists is (index is BY_LISTS)
-        seen = set()
-        for number in range(num_requests // 2):
-            for mine, other in itertools.permutations(TENANTS):
-                prompt = tenants.prompts[other][number % NUM_PRIVATE]
-                # Each way to search in turn, for the same prompt at the next round; a list every tenth time.
-                requests = list(listing()) if number % 10 == 9 else list(searching(prompt))
-                request = requests[(number // 10 if number % 10 == 9 else number) % len(requests)]
-                response = await answer_to(tenants, mine, request)
-                tenants.assert_no_leak(mine, response)
-                if request[1].endswith("completions") and response.status_code == 200:
-                    [*_, (job,)] = tenants.served.worker.called("stream")
-                    assert [row.ref.name_for(mine) for row in job.plan.adapters] == [
-                        a["name"] for a in response.json()["lora"]["adapters"]
-                    ]
-                seen.add((request[1], response.status_code))
-                if request[1] == "/v1/route":
-                    # All of its own: adapters of others take no place.
-                    assert [len(plan["candidates"]) for plan in plans_of(response)] == [16, 16]
-        assert ("/v1/chat/completions", 422) in seen and ("/v1/loras", 200) in seen
-
     with caplog.at_level(logging.INFO):
-        run(tmp_path, look, NUM_PRIVATE, index=index)
+        async with two_tenants(tmp_path, NUM_PRIVATE, index=index) as tenants:
+            stats = await tenants.served.retriever.index_stats.remote()
+            assert stats.has_lists is (index is BY_LISTS)
+            seen = set()
+            for number in range(num_requests // 2):
+                for mine, other in itertools.permutations(TENANTS):
+                    prompt = tenants.prompts[other][number % NUM_PRIVATE]
+                    # Each way to search in turn, for the same prompt at the next round; a list every tenth time.
+                    requests = list(listing()) if number % 10 == 9 else list(searching(prompt))
+                    request = requests[(number // 10 if number % 10 == 9 else number) % len(requests)]
+                    response = await answer_to(tenants, mine, request)
+                    tenants.assert_no_leak(mine, response)
+                    if request[1].endswith("completions") and response.status_code == 200:
+                        [*_, (job,)] = tenants.served.worker.called("stream")
+                        assert [row.ref.name_for(mine) for row in job.plan.adapters] == [
+                            a["name"] for a in response.json()["lora"]["adapters"]
+                        ]
+                    seen.add((request[1], response.status_code))
+                    if request[1] == "/v1/route":
+                        # All of its own: adapters of others take no place.
+                        assert [len(plan["candidates"]) for plan in plans_of(response)] == [16, 16]
+            assert ("/v1/chat/completions", 422) in seen and ("/v1/loras", 200) in seen
     ours = [
         r.getMessage()
         for r in caplog.records
@@ -118,8 +114,8 @@ def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
     assert [line for line in ours if any(word in line for word in WORDS.values())] == []
 
 
-def test_maps_and_usage_show_nothing_of_anothers(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_maps_and_usage_show_nothing_of_anothers(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path, FEWEST_IN_CLUSTERS, cache_dir=tmp_path / "cache") as tenants:
         for mine in TENANTS:
             asked = {"model": tenants.names[mine][0], "messages": [{"role": "user", "content": "hi"}]}
             assert (await tenants.ask(mine, "POST", "/v1/chat/completions", json=asked)).status_code == 200
@@ -132,11 +128,9 @@ def test_maps_and_usage_show_nothing_of_anothers(tmp_path: Path) -> None:
             assert len(drawn.json()["clusters"]) > 1 and drawn.json()["num_adapters"] == FEWEST_IN_CLUSTERS + 1
             assert f"{mine}/{tenants.names[mine][0]}" in used.text
 
-    run(tmp_path, look, FEWEST_IN_CLUSTERS, cache_dir=tmp_path / "cache")
 
-
-def test_explanations_show_samples_of_the_callers_own_adapters_alone(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_explanations_show_samples_of_the_callers_own_adapters_alone(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path, public_requires_approval=False) as tenants:
         for mine, other in itertools.permutations(TENANTS):
             prompt = tenants.prompts[mine][0]
             lora = {"explain": True, "k": 16}
@@ -153,16 +147,14 @@ def test_explanations_show_samples_of_the_callers_own_adapters_alone(tmp_path: P
             plain = await tenants.ask(mine, "POST", "/v1/route", json={"prompt": prompt})
             assert "samples" not in plain.text
 
-    run(tmp_path, look, public_requires_approval=False)
-
 
 def without_id(headers: httpx.Headers) -> dict[str, str]:
     """Return the response without the parts that are unique to every response."""
     return {name: value for name, value in headers.items() if name != "x-request-id"}
 
 
-def test_another_tenants_private_name_is_answered_like_an_unknown_name(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_another_tenants_private_name_is_answered_like_an_unknown_name(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         for mine, other in itertools.permutations(TENANTS):
             private, unknown = tenants.names[other][0], "x" * len(tenants.names[other][0])
             for hit, miss in zip(naming(private, other), naming(unknown, other), strict=True):
@@ -177,13 +169,10 @@ def test_another_tenants_private_name_is_answered_like_an_unknown_name(tmp_path:
         live = tenants.store._store.snapshot()
         assert sum(record.visibility == "private" for record in live.records.values()) == 6
 
-    run(tmp_path, look)
 
-
-def test_a_publish_reveals_nothing_of_another_tenants_adapters(tmp_path: Path) -> None:
+async def test_a_publish_reveals_nothing_of_another_tenants_adapters(tmp_path: Path) -> None:
     """Checked are the neighbours, a name that both have, the same bytes, and loaded weights."""
-
-    async def look(tenants: TwoTenants) -> None:
+    async with two_tenants(tmp_path) as tenants:
         mine, other = TENANTS
         name = tenants.names[other][0]
         texts = [tenants.prompts[other][0], f"Again: {tenants.prompts[other][0]}"]
@@ -207,13 +196,10 @@ def test_a_publish_reveals_nothing_of_another_tenants_adapters(tmp_path: Path) -
         response = await tenants.publish(other, [same], visibility="public")
         assert (response.status_code, response.json()["data"][0]["status"]) == (207, 409)
 
-    run(tmp_path, look)
 
-
-def test_every_reported_name_means_the_reported_adapter(tmp_path: Path) -> None:
+async def test_every_reported_name_means_the_reported_adapter(tmp_path: Path) -> None:
     """Also if the caller's own private adapter has the bare name of another tenant's public one."""
-
-    async def look(tenants: TwoTenants) -> None:
+    async with two_tenants(tmp_path) as tenants:
         texts = ["Sing of the sea."]
         for number, (tenant, visibility) in enumerate(zip(TENANTS, ("public", "private"), strict=True)):
             folder = tenants.folder("same", 300 + number, [*texts, f"Number {number}."])
@@ -237,11 +223,9 @@ def test_every_reported_name_means_the_reported_adapter(tmp_path: Path) -> None:
                     assert [row["digest"] for row in asked.json()["lora"]["adapters"]] == [digest]
                     assert (await tenants.ask(tenant, "GET", f"/v1/loras/{name}")).json()["digest"] == digest
 
-    run(tmp_path, look)
 
-
-def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         kinds = FakeMetrics()
         retriever: Any = tenants.served.retriever.replicas[0]
         retriever._metrics = RetrieverMetrics(kinds)
@@ -254,13 +238,12 @@ def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:
         assert {f"open-{tenant}" for tenant in TENANTS} <= reported
         assert not [label for label in reported if any(word in label for word in WORDS.values())]
 
-    run(tmp_path, look)
 
-
-def test_other_tenants_texts_do_not_change_the_encoders_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_other_tenants_texts_do_not_change_the_encoders_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The response time would show whether a text is computed, so computations are counted."""
-
-    async def look(tenants: TwoTenants) -> None:
+    async with two_tenants(tmp_path, num_private=len(BY_THE_ENCODER)) as tenants:
         computed = tenants.computed_texts(monkeypatch)
         asked = {tenant: f"What {tenant} asked alone." for tenant in TENANTS}
         for tenant in TENANTS:
@@ -278,5 +261,3 @@ def test_other_tenants_texts_do_not_change_the_encoders_work(tmp_path: Path, mon
                     for _ in range(2):
                         assert (await answer_to(tenants, mine, request_of(text))).status_code == 200
                     assert computed == [text], request_of(text)[1]  # once, for its own tenant
-
-    run(tmp_path, look, num_private=len(BY_THE_ENCODER))

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.deployments.asking import error_of
-from tests.deployments.isolation import Request, answer_to, run
-from tests.deployments.two_tenants import TENANTS, TwoTenants
+from tests.deployments.two_tenants import TENANTS, Request, TwoTenants, answer_to, two_tenants
 
 
-def test_a_withdrawn_name_means_no_other_tenants_adapter(tmp_path: Path) -> None:
+async def test_a_withdrawn_name_means_no_other_tenants_adapter(tmp_path: Path) -> None:
     """Neither does a misspelt name: clients would get weights that a stranger chose."""
-
-    async def look(tenants: TwoTenants) -> None:
+    async with two_tenants(tmp_path) as tenants:
         acme, globex = TENANTS
         texts = ["Sing of the sea."]
         assert (await tenants.publish(acme, [tenants.folder("poet", 300, texts)])).status_code == 201
@@ -30,8 +28,6 @@ def test_a_withdrawn_name_means_no_other_tenants_adapter(tmp_path: Path) -> None
             assert (await answer_to(tenants, acme, request)).status_code == 200, request
         for request in naming_to_answer("poet"):
             assert (await answer_to(tenants, globex, request)).status_code == 200, request
-
-    run(tmp_path, look)
 
 
 async def generations_told(tenants: TwoTenants, tenant: str) -> list[Any]:
@@ -60,8 +56,8 @@ async def generations_told(tenants: TwoTenants, tenant: str) -> list[Any]:
     ]
 
 
-def test_no_reported_generation_changes_with_anothers_private_changes(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_no_reported_generation_changes_with_anothers_private_changes(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         mine, other = TENANTS
         before = await generations_told(tenants, mine)
         [newest] = set(before[:-1])
@@ -76,8 +72,6 @@ def test_no_reported_generation_changes_with_anothers_private_changes(tmp_path: 
             assert later.status_code == 503
             assert (await tenants.ask(mine, "GET", path, params={"min_generation": newest})).status_code == 200
 
-    run(tmp_path, look)
-
 
 def naming_to_answer(name: str) -> Iterator[Request]:
     """Return all requests that the adapter of this name answers."""
@@ -88,8 +82,8 @@ def naming_to_answer(name: str) -> Iterator[Request]:
     yield "GET", f"/v1/loras/{name}", {}
 
 
-def test_a_tenant_reads_its_own_change(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_a_tenant_reads_its_own_change(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         mine, other = TENANTS
         for number, visibility in enumerate(("private", "public", "private")):
             noise = tenants.folder(f"noise-{number}", 500 + number, ["Noise."])
@@ -106,5 +100,3 @@ def test_a_tenant_reads_its_own_change(tmp_path: Path) -> None:
         listed = await tenants.ask(mine, "GET", "/v1/loras", params={"min_generation": gone["generation"]})
         assert "own" not in [row["id"] for row in listed.json()["data"]]
         assert listed.json()["generation"] == gone["generation"]
-
-    run(tmp_path, look)

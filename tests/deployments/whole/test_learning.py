@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.deployments.isolation import run
-from tests.deployments.two_tenants import TwoTenants
+from tests.deployments.two_tenants import TwoTenants, two_tenants
 
 NAME = "zebra-0"
 PATH = f"/v1/loras/{NAME}"
@@ -29,10 +28,9 @@ async def candidates(tenants: TwoTenants, tenant: str, prompt: str) -> dict[str,
     return {row["name"]: row for row in plan["candidates"]}
 
 
-def test_a_named_prompt_is_proposed_accepted_found_and_undone(tmp_path: Path) -> None:
+async def test_a_named_prompt_is_proposed_accepted_found_and_undone(tmp_path: Path) -> None:
     prompt = "Kannst du mir die Steuersache kurz zusammenfassen?"
-
-    async def scenario(tenants: TwoTenants) -> None:
+    async with two_tenants(tmp_path, learning="observe") as tenants:
         before = await candidates(tenants, "acme", prompt)
         await send(tenants, "acme", "/v1/chat/completions", chat(prompt, model=NAME))
         shown = (await tenants.ask("acme", "GET", PATH, params={"proposed": "true"})).json()
@@ -54,13 +52,10 @@ def test_a_named_prompt_is_proposed_accepted_found_and_undone(tmp_path: Path) ->
         undone = await candidates(tenants, "acme", prompt)
         assert undone[NAME]["score"] == before[NAME]["score"]
 
-    run(tmp_path, scenario, learning="observe")
 
-
-def test_an_outcome_changes_the_choices_of_its_own_tenant_only(tmp_path: Path) -> None:
+async def test_an_outcome_changes_the_choices_of_its_own_tenant_only(tmp_path: Path) -> None:
     prompt = "Guten Tag, ich hätte da mal eine Frage zu etwas ganz anderem."
-
-    async def scenario(tenants: TwoTenants) -> None:
+    async with two_tenants(tmp_path, learning="apply") as tenants:
         asked = await send(tenants, "acme", "/v1/chat/completions", chat(prompt))
         rival = await candidates(tenants, "globex", prompt)
         body = {"request_id": asked.headers["x-request-id"], "adapter": "zebra-2", "score": 1}
@@ -78,5 +73,3 @@ def test_an_outcome_changes_the_choices_of_its_own_tenant_only(tmp_path: Path) -
         assert await candidates(tenants, "globex", prompt) == rival
         await send(tenants, "acme", "/v1/outcomes", {**body, "score": 0})
         assert all("outcome" not in row for row in (await candidates(tenants, "acme", prompt)).values())
-
-    run(tmp_path, scenario, learning="apply")

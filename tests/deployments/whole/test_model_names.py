@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.deployments.asking import error_of
-from tests.deployments.isolation import run
-from tests.deployments.two_tenants import TENANTS, TwoTenants
+from tests.deployments.two_tenants import TENANTS, TwoTenants, two_tenants
 
 NUM_REQUESTS = 100
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "Hi"}]}
@@ -27,8 +26,8 @@ async def put(tenants: TwoTenants, tenant: str, policy: dict[str, Any]) -> str:
     return digest
 
 
-def test_a_change_is_seen_by_every_request_from_its_answer_on_and_none_fails(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_a_change_is_seen_by_every_request_from_its_answer_on_and_none_fails(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         owner = TENANTS[0]
         first, second = tenants.names[owner][:2]
         await put(tenants, owner, {"model": first})
@@ -41,11 +40,9 @@ def test_a_change_is_seen_by_every_request_from_its_answer_on_and_none_fails(tmp
         assert (await tenants.ask(owner, "POST", "/v1/names/support/rollback", json={})).status_code == 200
         assert await adapters(tenants, owner) == (200, [first])
 
-    run(tmp_path, look)
 
-
-def test_a_name_gives_no_tenant_adapters_or_knowledge_of_another(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_a_name_gives_no_tenant_adapters_or_knowledge_of_another(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         owner, other = TENANTS
         hidden = await put(tenants, owner, {"lora": {"adapters": [{"name": tenants.names[owner][0]}]}})
         for model in ("support", f"{owner}/support", f"{owner}/support@{hidden}"):
@@ -67,11 +64,9 @@ def test_a_name_gives_no_tenant_adapters_or_knowledge_of_another(tmp_path: Path)
             tenants.assert_no_leak(other, answer)
         assert (await adapters(tenants, other, f"{owner}/support@{hidden}"))[0] == 404
 
-    run(tmp_path, look)
 
-
-def test_names_and_adapters_cannot_be_called_alike(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
+async def test_names_and_adapters_cannot_be_called_alike(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as tenants:
         owner = TENANTS[0]
         taken = await tenants.ask(owner, "PUT", f"/v1/names/{tenants.names[owner][0]}", json={})
         assert (taken.status_code, error_of(taken)["code"]) == (409, "name_taken")
@@ -80,5 +75,3 @@ def test_names_and_adapters_cannot_be_called_alike(tmp_path: Path) -> None:
         [item] = refused.json()["data"]
         assert (item["status"], item["error"]["code"]) == (409, "name_taken")
         assert "'support' is a model name: choose another name" in item["error"]["message"]
-
-    run(tmp_path, look)

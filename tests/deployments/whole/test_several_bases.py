@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from ray.exceptions import RayActorError
 
-from deployments.config.app import RetrievalSettings
-from deployments.ingress import Ingress
-from deployments.retriever import RetrieverDeployment
-from deployments.store import StoreDeployment
 from gpu_worker.config import PACKAGED_MODEL
 from gpu_worker.front.request.request import Job
-from lora_store import ModuleWeights, Sample, write_peft_folder
-from tests.deployments.app_fakes import Served, config_of, http_of
+from tests.deployments.adapter_records import MODULE, write_random_folder
+from tests.deployments.app_fakes import Served
 from tests.deployments.asking import error_of
 from tests.deployments.console_fakes import CountingWorker
 from tests.deployments.observability.test_usage import events_in
+from tests.deployments.real_app import real_app
 from tests.fakes import FakeHandle
 
-MODULE = "model.layers.0.mlp.up_proj"
 SHAPES = {"first": (8, 6), "second": (12, 10)}
 ADAPTERS = {"poet": "first", "lyricist": "first", "coder": "second"}
 PROMPTS = {
@@ -84,52 +79,36 @@ class Case:
         return jobs
 
     async def publish(self, folder: Path, name: str, base_model: str, **fields: Any) -> httpx.Response:
-        num_out, num_in = SHAPES[base_model]
-        random = torch.Generator().manual_seed(len(folder.parts) * 100 + len(name))
-        sides = torch.randn(2, num_in, generator=random), torch.randn(num_out, 2, generator=random)
-        path, samples = folder / base_model / name, [Sample(text) for text in PROMPTS[name]]
-        write_peft_folder(path, {MODULE: ModuleWeights(*sides, 2.0)}, base_model=base_model, samples=samples)
+        path, seed = folder / base_model / name, len(folder.parts) * 100 + len(name)
+        write_random_folder(path, seed, PROMPTS[name], base_model=base_model, shape=SHAPES[base_model])
         return await self.client.post("/v1/loras", json={"path": str(path), **fields})
 
 
 @asynccontextmanager
 async def serving(folder: Path, *, is_asleep: bool = False, **settings: Any) -> AsyncIterator[Case]:
-    retrieval = RetrievalSettings(encoder_threads=1, min_score=-1.0)
-    plain = {"models": MODELS, "base_model": PACKAGED_MODEL, "store_uri": str(folder / "pool"), "retrieval": retrieval}
-    config = config_of(**plain | settings)
-    retriever = RetrieverDeployment(config, poll_interval_s=3600.0)
     replicas = [ShapedWorker(name="first"), ShapedWorker(name="second", is_asleep=is_asleep)]
-    asked, workers = FakeHandle(retriever), {worker.name: FakeHandle(worker) for worker in replicas}
-    store = FakeHandle(StoreDeployment(config, put=lambda b: b))
-    served = Served(Ingress(config, asked, workers, store), asked, workers["first"], store)  # type: ignore[arg-type]
-    try:
-        await served.services.preload.wait()
-        async with http_of(served) as client:
-            yield Case(client, served, workers)
-        await served.services.background.idle()
-    finally:
-        retriever._polling.cancel()
+    workers = {worker.name: FakeHandle(worker) for worker in replicas}
+    settings = {"models": MODELS, "base_model": PACKAGED_MODEL} | settings
+    async with real_app(folder, workers, **settings) as (client, served):
+        yield Case(client, served, workers)
 
 
-def on_two_bases(folder: Path, scenario: Callable[[Case], Awaitable[None]], **settings: Any) -> None:
-    """Publish the adapters of both, then run the scenario."""
-
-    async def run() -> None:
-        async with serving(folder, **settings) as case:
-            for name, base_model in ADAPTERS.items():
-                answer = await case.publish(folder, name, base_model)
-                assert answer.status_code == 201, answer.text
-            for name, handle in case.workers.items():
-                probed = sum(len(digests) for (digests,) in handle.called("probe_many"))
-                assert probed == list(ADAPTERS.values()).count(name), "each is probed on its own base model"
-            case.take_jobs()
-            await asyncio.wait_for(scenario(case), 300)
-
-    asyncio.run(run())
+@asynccontextmanager
+async def two_bases(folder: Path, **settings: Any) -> AsyncIterator[Case]:
+    """Publish the adapters of both, then yield the application."""
+    async with serving(folder, **settings) as case:
+        for name, base_model in ADAPTERS.items():
+            answer = await case.publish(folder, name, base_model)
+            assert answer.status_code == 201, answer.text
+        for name, handle in case.workers.items():
+            probed = sum(len(digests) for (digests,) in handle.called("probe_many"))
+            assert probed == list(ADAPTERS.values()).count(name), "each is probed on its own base model"
+        case.take_jobs()
+        yield case
 
 
-def test_auto_answers_on_the_base_of_the_best_adapter_with_its_template(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_auto_answers_on_the_base_of_the_best_adapter_with_its_template(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         for prompt, base_model, best, template in (
             ("Write a poem.", "first", "poet", "alpaca"),
             ("Write a function.", "second", "coder", "chat"),
@@ -145,11 +124,9 @@ def test_auto_answers_on_the_base_of_the_best_adapter_with_its_template(tmp_path
             again = await case.chat(prompt, lora={"plan": shown})
             assert (again.status_code, case.take_jobs()[0][0]) == (200, base_model)
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_the_model_chooses_the_base_and_without_a_fit_the_first_answers(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_the_model_chooses_the_base_and_without_a_fit_the_first_answers(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         no_fit = {"lora": {"min_score": 1.0}}
         for model, options, base_model, names in (
             ("auto", no_fit, "first", []),
@@ -179,11 +156,9 @@ def test_the_model_chooses_the_base_and_without_a_fit_the_first_answers(tmp_path
             assert (answer.status_code, error_of(answer)["code"]) == (status, code)
         assert case.take_jobs() == []
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_texts_and_token_ids_go_to_the_tokenizer_of_their_base(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_texts_and_token_ids_go_to_the_tokenizer_of_their_base(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         for model, base_model in (
             ("second", "second"),
             ("coder", "second"),
@@ -208,11 +183,9 @@ def test_texts_and_token_ids_go_to_the_tokenizer_of_their_base(tmp_path: Path) -
                 assert not case.workers["first"].calls
                 case.take_jobs()
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_lists_cards_and_names_know_the_base_of_each_model(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_lists_cards_and_names_know_the_base_of_each_model(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         policy = {"model": "second:auto", "temperature": 0}
         assert (await case.client.put("/v1/names/code", json=policy)).status_code == 200
         named = {"by-model": {"model": "coder"}, "by-list": {"lora": {"adapters": [{"name": "coder"}]}}, "own": {}}
@@ -241,11 +214,9 @@ def test_lists_cards_and_names_know_the_base_of_each_model(tmp_path: Path) -> No
             200,
         ]
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_a_base_whose_workers_are_away_fails_nothing_of_the_other(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_a_base_whose_workers_are_away_fails_nothing_of_the_other(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         [worker] = case.workers["second"].replicas
         assert isinstance(worker, ShapedWorker)
         worker.is_away, worker.failure, worker.events = True, RayActorError(), [RayActorError()]
@@ -259,22 +230,18 @@ def test_a_base_whose_workers_are_away_fails_nothing_of_the_other(tmp_path: Path
         stats = (await case.client.get("/v1/stats")).json()
         assert list(stats["models"]) == ["first", "second"] and stats["workers"]["num_running"] == 6
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_a_batch_of_prompts_may_need_both_bases(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_a_batch_of_prompts_may_need_both_bases(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         body = {"model": "auto", "prompt": ["Write a poem.", "Write a function."], "max_tokens": 4}
         answer = await case.client.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         assert [choice["lora"]["base_model"] for choice in answer.json()["choices"]] == ["first", "second"]
         assert sorted(name for name, _ in case.take_jobs()) == ["first", "second"]
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_the_tokens_of_a_request_count_for_the_base_of_each_prompt(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_the_tokens_of_a_request_count_for_the_base_of_each_prompt(tmp_path: Path) -> None:
+    async with two_bases(tmp_path, cache_dir=tmp_path / "cache", usage_days=1) as case:
         prompts = ["Write a poem.", "Write a function.", "Write a song."]
         body = {"model": "auto", "prompt": prompts, "n": 2, "lora": {"k": 1}}
         answer = await case.client.post("/v1/completions", json=body)
@@ -291,11 +258,9 @@ def test_the_tokens_of_a_request_count_for_the_base_of_each_prompt(tmp_path: Pat
         total = answer.json()["usage"]["completion_tokens"]
         assert sum(event["completion_tokens"] for event in events.values()) == total
 
-    on_two_bases(tmp_path, scenario, cache_dir=tmp_path / "cache", usage_days=1)
 
-
-def test_route_searches_the_base_that_its_model_names(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_route_searches_the_base_that_its_model_names(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         for model, expected in (("auto", ["coder"]), ("first:auto", ["poet"]), ("second:coder", ["coder"])):
             lora = {"k": 1} if model.endswith("auto") else {}
             answer = await case.client.post(
@@ -310,11 +275,9 @@ def test_route_searches_the_base_that_its_model_names(tmp_path: Path) -> None:
         missing = await case.client.post("/v1/route", json={"prompt": "Hi", "model": "third:auto"})
         assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_a_trial_across_base_models_is_refused(tmp_path: Path) -> None:
-    async def scenario(case: Case) -> None:
+async def test_a_trial_across_base_models_is_refused(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as case:
         offered = await case.publish(tmp_path / "other", "poet", "second", share=0.5)
         assert (offered.status_code, error_of(offered)["code"]) == (400, "adapter_refused"), offered.text
         assert (
@@ -325,22 +288,16 @@ def test_a_trial_across_base_models_is_refused(tmp_path: Path) -> None:
         started = await case.client.post("/v1/loras/poet/share", json={"digest": older, "share": 0.5})
         assert (started.status_code, error_of(started)["code"]) == (400, "adapter_refused"), started.text
 
-    on_two_bases(tmp_path, scenario)
 
-
-def test_a_base_that_sleeps_is_waited_for_by_its_own_requests_only(tmp_path: Path) -> None:
+async def test_a_base_that_sleeps_is_waited_for_by_its_own_requests_only(tmp_path: Path) -> None:
     asleep = {"worker_scaling": {"autoscaling_config": {"min_replicas": 0}}}
     models = (MODELS[0], {**MODELS[1], **asleep})
-
-    async def run() -> None:
-        async with serving(tmp_path, is_asleep=True, models=models, scale_from_zero_timeout_s=0.01) as case:
-            assert (await case.publish(tmp_path, "poet", "first")).status_code == 201
-            refused = await case.publish(tmp_path, "coder", "second")
-            asked = await case.chat("Write a function.", model="second")
-            for answer in (refused, asked):
-                assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready"), answer.text
-                assert int(answer.headers["retry-after"]) > 0
-            assert (await case.chat("Write a poem.")).status_code == 200
-            assert [name for name, _ in case.take_jobs()] == ["first"]
-
-    asyncio.run(asyncio.wait_for(run(), 300))
+    async with serving(tmp_path, is_asleep=True, models=models, scale_from_zero_timeout_s=0.01) as case:
+        assert (await case.publish(tmp_path, "poet", "first")).status_code == 201
+        refused = await case.publish(tmp_path, "coder", "second")
+        asked = await case.chat("Write a function.", model="second")
+        for answer in (refused, asked):
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready"), answer.text
+            assert int(answer.headers["retry-after"]) > 0
+        assert (await case.chat("Write a poem.")).status_code == 200
+        assert [name for name, _ in case.take_jobs()] == ["first"]

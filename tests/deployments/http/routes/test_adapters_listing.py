@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
-import httpx
 import pytest
 
 from lora_store import Sample
 from tests.deployments.adapter_records import adapter
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of, get
+from tests.deployments.asking import asked, error_of, get
 from tests.deployments.fake_retriever import FakeRetriever
 
 
@@ -24,15 +22,14 @@ def test_the_pool_is_listed_with_its_generation() -> None:
 
 @pytest.mark.parametrize("search", ["", "task-1 even"])
 @pytest.mark.parametrize("limit", [1, 7, 24, 25, 26])
-def test_the_pool_is_paged_as_the_models_are(limit: int, search: str) -> None:
+async def test_the_pool_is_paged_as_the_models_are(limit: int, search: str) -> None:
     held = [adapter(f"task-{number:02}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
     expected = [
         record.ref.name
         for record in held
         if not search or record.ref.name in ("task-10", "task-12", "task-14", "task-16", "task-18")
     ]
-
-    async def walk(client: httpx.AsyncClient, served: Served) -> list[str]:
+    async with asked(retriever=FakeRetriever(held)) as (client, _):
         seen: list[str] = []
         has_more = True
         while has_more:
@@ -43,9 +40,7 @@ def test_the_pool_is_paged_as_the_models_are(limit: int, search: str) -> None:
             seen += [row["id"] for row in page["data"]]
             assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], seen[-1])
             has_more = page["has_more"]
-        return seen
-
-    assert ask(walk, retriever=FakeRetriever(held)) == expected
+    assert seen == expected
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ import pytest
 
 from retriever_svc import Drawn, DrawnAdapter, Draws, ReindexStep
 from tests.deployments.adapter_records import POOL, adapter, pool_of
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of, post, request
+from tests.deployments.asking import asked, error_of, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, keys_of_all_roles
@@ -41,23 +40,20 @@ def keys(tmp_path: Path) -> Path:
         ("nobody", {"digest": LIVE}, 404, "model_not_found"),
     ],
 )
-def test_an_admin_approves_the_full_digest_that_it_reviewed(
+async def test_an_admin_approves_the_full_digest_that_it_reviewed(
     keys: Path, name: str, body: Any, status: int, code: str | None
 ) -> None:
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(keys_file=keys, headers=bearer("all")) as (client, served):
         response = await client.post(f"/v1/loras/{name}/approve", json=body)
         assert (response.status_code, code and error_of(response)["code"]) == (status, code), response.text
         approved = [([POOL[0].ref], "id-all")] if status == 200 else []
         assert served.store.called("approve") == approved
 
-    ask(look, keys_file=keys, headers=bearer("all"))
 
-
-def test_an_update_after_the_review_is_not_approved(keys: Path) -> None:
+async def test_an_update_after_the_review_is_not_approved(keys: Path) -> None:
     """The error names the version that is live now, so that it can be reviewed."""
     changed = adapter("poet", version="changed")
-
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(keys_file=keys, headers=bearer("all")) as (client, served):
         seen = (await client.get("/v1/loras/poet")).json()["digest"]
         served.retriever.replicas[0].held = (changed,)
         response = await client.post("/v1/loras/poet/approve", json={"digest": seen})
@@ -65,18 +61,13 @@ def test_an_update_after_the_review_is_not_approved(keys: Path) -> None:
         assert changed.ref.digest in error_of(response)["message"]
         assert served.store.called("approve") == []
 
-    ask(look, keys_file=keys, headers=bearer("all"))
 
-
-def test_a_private_adapter_is_not_approved(keys: Path) -> None:
+async def test_a_private_adapter_is_not_approved(keys: Path) -> None:
     mine = adapter("mine", tenant="acme", visibility="private")
-
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(keys_file=keys, headers=bearer("all")) as (client, served):
         served.retriever.replicas[0].held = (mine,)
         response = await client.post("/v1/loras/mine/approve", json={"digest": mine.ref.digest})
         assert (response.status_code, error_of(response)["param"]) == (400, "name")
-
-    ask(look, keys_file=keys, headers=bearer("all"))
 
 
 @pytest.mark.parametrize(
@@ -88,10 +79,10 @@ def test_a_private_adapter_is_not_approved(keys: Path) -> None:
         ("globex", {}, 200),
     ],
 )
-def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, settings: Any, status: int) -> None:
+async def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, settings: Any, status: int) -> None:
     record = adapter("poet", tenant=owner)
-
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    settings |= {"keys_file": keys, "store": FakeStore(pool_of(record))}
+    async with asked(headers=bearer("all"), **settings) as (client, served):
         served.retriever.replicas[0].held = (record,)
         response = await client.post(f"/v1/loras/{owner}/poet/approve", json={"digest": record.ref.digest})
         assert response.status_code == status, response.text
@@ -99,8 +90,6 @@ def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, se
         if status == 403:
             assert error_of(response)["code"] == "permission_denied"
             assert "allow_self_approval" in error_of(response)["message"]
-
-    ask(look, keys_file=keys, headers=bearer("all"), store=FakeStore(pool_of(record)), **settings)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +101,10 @@ def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, se
         ("all", adapter("poet", tenant="acme", visibility="private"), 400),
     ],
 )
-def test_a_dry_run_checks_an_approval_and_approves_nothing(keys: Path, key: str, record: Any, status: int) -> None:
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+async def test_a_dry_run_checks_an_approval_and_approves_nothing(
+    keys: Path, key: str, record: Any, status: int
+) -> None:
+    async with asked(keys_file=keys, headers=bearer(key)) as (client, served):
         served.retriever.replicas[0].held = (record,)
         path = f"/v1/loras/{record.ref.tenant}/poet/approve?dry_run=true"
         response = await client.post(path, json={"digest": record.ref.digest})
@@ -121,15 +112,15 @@ def test_a_dry_run_checks_an_approval_and_approves_nothing(keys: Path, key: str,
         assert response.json().get("approved") in (False, None)
         assert served.store.called("approve") == []
 
-    ask(look, keys_file=keys, headers=bearer(key))
-
 
 MANY = Draws(Drawn(535, 0, 0), (DrawnAdapter(POOL[1].ref, Drawn(16, 8, 12), Drawn(16, 4, 4), 0.75),))
 
 
 @pytest.mark.parametrize(("body", "status"), [({}, 400), ({"confirmed": False}, 400), ({"confirmed": True}, 200)])
-def test_a_version_that_draws_many_prompts_of_others_has_to_be_confirmed(keys: Path, body: Any, status: int) -> None:
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+async def test_a_version_that_draws_many_prompts_of_others_has_to_be_confirmed(
+    keys: Path, body: Any, status: int
+) -> None:
+    async with asked(keys_file=keys, headers=bearer("all")) as (client, served):
         served.retriever.replicas[0].drawn = MANY
         response = await client.post("/v1/loras/poet/approve", json={"digest": LIVE} | body)
         assert response.status_code == status, response.text
@@ -139,11 +130,9 @@ def test_a_version_that_draws_many_prompts_of_others_has_to_be_confirmed(keys: P
             expected = "50.0% (all adapters of local 75.0%) of the samples of local/coder"
             assert expected in error_of(response)["message"]
 
-    ask(look, keys_file=keys, headers=bearer("all"))
 
-
-def test_an_approver_is_shown_what_the_version_would_draw(keys: Path) -> None:
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+async def test_an_approver_is_shown_what_the_version_would_draw(keys: Path) -> None:
+    async with asked(keys_file=keys, headers=bearer("all")) as (client, served):
         served.retriever.replicas[0].drawn = MANY
         response = await client.post("/v1/loras/poet/approve?dry_run=true", json={"digest": LIVE})
         draws = response.json()["draws"]
@@ -154,8 +143,6 @@ def test_an_approver_is_shown_what_the_version_would_draw(keys: Path) -> None:
         assert (draws["ordinary_prompts"], draws["needs_confirmation"]) == ({"share": 0.0, "owner_share": 0.0}, True)
         [(tenant, version, generation)] = served.retriever.called("draws")
         assert (tenant, version, generation) == ("acme", f"local/poet@{LIVE}", 7)
-
-    ask(look, keys_file=keys, headers=bearer("all"))
 
 
 def test_without_keys_clients_that_may_change_the_pool_may_approve() -> None:
@@ -176,10 +163,11 @@ def test_without_keys_clients_that_may_change_the_pool_may_approve() -> None:
         ("org/any-model", "127.0.0.1", False),
     ],
 )
-def test_an_admins_key_reindexes_with_a_listed_encoder_only(
+async def test_an_admins_key_reindexes_with_a_listed_encoder_only(
     keys: Path, encoder: str, host: str, is_allowed: bool
 ) -> None:
-    async def look(client: httpx.AsyncClient, served: Served) -> None:
+    settings = {"retriever": FakeRetriever(steps=[[ReindexStep(1, 1, {}, ())]]), "encoders": ["org/listed"]}
+    async with asked(keys_file=keys, host=host, headers=bearer("all"), **settings) as (client, served):
         response = await client.post("/v1/pool/reindex", json={"encoder": encoder})
         if is_allowed:
             assert response.status_code == 200, response.text
@@ -188,9 +176,6 @@ def test_an_admins_key_reindexes_with_a_listed_encoder_only(
             assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
             assert encoder not in response.text
             assert served.retriever.calls == served.store.calls == []
-
-    retriever = FakeRetriever(steps=[[ReindexStep(1, 1, {}, ())]])
-    ask(look, keys_file=keys, encoders=["org/listed"], host=host, headers=bearer("all"), retriever=retriever)
 
 
 @pytest.mark.parametrize("digest", [None, adapter("poet", version="1").ref.digest[:12]])
@@ -206,11 +191,11 @@ def trial_of(client_answer: httpx.Response) -> Any:
     return client_answer.json()["trial"]
 
 
-def test_a_share_goes_to_a_kept_version_and_ends_with_zero_or_one_roll_back() -> None:
+async def test_a_share_goes_to_a_kept_version_and_ends_with_zero_or_one_roll_back() -> None:
     new, old = adapter("poet", version="2"), adapter("poet", version="1")
     store = FakeStore(pool_of(new, old))
+    async with asked(store=store) as (client, _):
 
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
         async def share(**body: Any) -> Any:
             return trial_of(await client.post("/v1/loras/poet/share", json=body))
 
@@ -223,8 +208,6 @@ def test_a_share_goes_to_a_kept_version_and_ends_with_zero_or_one_roll_back() ->
         assert (rolled_back.status_code, rolled_back.json()["digest"]) == (201, new.ref.digest)
         [live, *_] = store.live["local", "poet"]
         assert (live.ref, live.trial) == (new.ref, None)
-
-    ask(run, store=store)
 
 
 @pytest.mark.parametrize(

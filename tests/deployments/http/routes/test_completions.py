@@ -1,26 +1,16 @@
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
 
 from gpu_worker.config import NativeSettings
-from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
-from tests.deployments.asking import error_of, post
+from tests.deployments.asking import chunks_of, error_of, post
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
-
-
-def test_http_answers_like_the_plain_method() -> None:
-    response = post("/v1/chat/completions", CHAT)
-    assert response.status_code == 200
-    assert response.json()["choices"][0]["message"]["content"] == "Hello"
-    text = post("/v1/completions", {"prompt": "Once"})
-    assert text.json()["choices"][0]["text"] == "Hello"
 
 
 def test_http_streams_events() -> None:
@@ -28,17 +18,7 @@ def test_http_streams_events() -> None:
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-store"
     assert response.headers["x-accel-buffering"] == "no"
-    *events, done = response.text.rstrip("\n").split("\n\n")
-    assert done == "data: [DONE]"
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "Hello"
-
-
-def test_an_error_before_the_first_token_is_a_status_over_http() -> None:
-    response = post("/v1/chat/completions", CHAT | {"stream": True}, worker=FakeWorker([EngineFull("full")]))
-    assert response.status_code == 503
-    assert error_of(response)["code"] == "overloaded"
-    assert response.headers["retry-after"] == "1"
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks_of(response)) == "Hello"
 
 
 def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
@@ -49,53 +29,46 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
     assert "[DONE]" not in response.text
 
 
-def test_route_returns_the_plan_of_each_prompt_without_generating() -> None:
-    async def run() -> None:
-        served = serve_plainly()
-        async with http_of(served) as client:
-            answer = (await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"k": 2}})).json()
-        [(requests,)] = served.retriever.called("route")  # one call for any number of prompts
-        assert [(request.text, request.top_k) for request in requests] == [("a", 2), ("b", 2)]
-        assert [[c["name"] for c in plan["candidates"]] for plan in answer["data"]] == [["poet", "coder"]] * 2
-        assert served.worker.called("stream") == []
-
-    asyncio.run(run())
+async def test_route_returns_the_plan_of_each_prompt_without_generating() -> None:
+    served = serve_plainly()
+    async with http_of(served) as client:
+        answer = (await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"k": 2}})).json()
+    [(requests,)] = served.retriever.called("route")  # one call for any number of prompts
+    assert [(request.text, request.top_k) for request in requests] == [("a", 2), ("b", 2)]
+    assert [[c["name"] for c in plan["candidates"]] for plan in answer["data"]] == [["poet", "coder"]] * 2
+    assert served.worker.called("stream") == []
 
 
-def test_token_ids_are_sent_as_they_are_and_find_adapters_by_their_text() -> None:
-    async def run() -> None:
-        served = serve_plainly()
-        async with http_of(served) as client:
-            answer = await client.post("/v1/completions", json={"prompt": [[72, 105], [79, 104]], "n": 2})
-        assert answer.status_code == 200, answer.text
-        jobs = [job for (job,) in served.worker.called("stream")]
-        assert [job.prompt for job in jobs] == [TokenIds((72, 105))] * 2 + [TokenIds((79, 104))] * 2
-        [(requests,)] = served.retriever.called("route")
-        assert [request.text for request in requests] == ["Hi", "Oh"]
-        assert answer.json()["usage"]["prompt_tokens"] == 10, "as the worker counts them"
-
-    asyncio.run(run())
+async def test_token_ids_are_sent_as_they_are_and_find_adapters_by_their_text() -> None:
+    served = serve_plainly()
+    async with http_of(served) as client:
+        answer = await client.post("/v1/completions", json={"prompt": [[72, 105], [79, 104]], "n": 2})
+    assert answer.status_code == 200, answer.text
+    jobs = [job for (job,) in served.worker.called("stream")]
+    assert [job.prompt for job in jobs] == [TokenIds((72, 105))] * 2 + [TokenIds((79, 104))] * 2
+    [(requests,)] = served.retriever.called("route")
+    assert [request.text for request in requests] == ["Hi", "Oh"]
+    assert answer.json()["usage"]["prompt_tokens"] == 10, "as the worker counts them"
 
 
-def test_ids_are_decoded_only_where_their_text_is_needed() -> None:
+async def test_ids_are_decoded_only_where_their_text_is_needed() -> None:
     async def decoded(body: dict[str, object]) -> int:
         served = serve_plainly()
         async with http_of(served) as client:
             assert (await client.post("/v1/completions", json={"prompt": [72, 105], **body})).status_code == 200
         return len(served.worker.called("detokenize"))
 
-    assert asyncio.run(decoded({"model": "poet"})) == 0
-    assert asyncio.run(decoded({"model": "poet", "echo": True})) == 1
-    assert asyncio.run(decoded({"model": "auto"})) == 1
-    assert asyncio.run(decoded({"lora": {"query": "other text"}})) == 0
+    assert await decoded({"model": "poet"}) == 0
+    assert await decoded({"model": "poet", "echo": True}) == 1
+    assert await decoded({"model": "auto"}) == 1
+    assert await decoded({"lora": {"query": "other text"}}) == 0
 
 
 @pytest.mark.parametrize("prompt", ["Hi", [72, 105]], ids=["text", "ids"])
 def test_echo_puts_the_prompt_before_the_answer_whole_and_in_a_stream(prompt: object) -> None:
     body = {"prompt": prompt, "echo": True}
     assert post("/v1/completions", body).json()["choices"][0]["text"] == "HiHello"
-    streamed = post("/v1/completions", body | {"stream": True}).text.split("\n\n")[:-2]
-    chunks = [json.loads(event.removeprefix("data: ")) for event in streamed]
+    chunks = chunks_of(post("/v1/completions", body | {"stream": True}))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "HiHello"
 
 

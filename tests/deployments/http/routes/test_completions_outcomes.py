@@ -7,8 +7,7 @@ import httpx
 import pytest
 
 from tests.deployments.adapter_records import POOL, pool_of
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of
+from tests.deployments.asking import asked, error_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
 
@@ -16,21 +15,18 @@ CHAT = {"messages": [{"role": "user", "content": "Rhyme on rain."}]}
 DIGEST = POOL[0].ref.digest
 
 
-def judged(learning: str, *scores: float, adapter: str | None = "poet") -> tuple[FakeStore, list[httpx.Response]]:
+async def judged(learning: str, *scores: float, adapter: str | None = "poet") -> tuple[FakeStore, list[httpx.Response]]:
     """Ask once, send these scores, and return the store and the answers."""
     store = FakeStore(pool_of(*POOL))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> list[httpx.Response]:
-        asked = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
+    async with asked(store=store, learning=learning) as (client, served):
+        request_id = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
         await served.services.background.idle()
-        body = {"request_id": asked, "adapter": adapter}
-        return [await client.post("/v1/outcomes", json={**body, "score": score}) for score in scores]
-
-    return store, ask(run, store=store, learning=learning)
+        body = {"request_id": request_id, "adapter": adapter}
+        return store, [await client.post("/v1/outcomes", json={**body, "score": score}) for score in scores]
 
 
-def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
-    store, [answer] = judged("observe", -0.5)
+async def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
+    store, [answer] = await judged("observe", -0.5)
     assert (answer.status_code, answer.json()["applies"]) == (201, False)
     [outcome] = [given for (_, kind, _), given in store.given.items() if kind == "outcome"]
     assert (outcome.text, outcome.adapter, outcome.score) == ("Rhyme on rain.", "local/poet", -0.5)
@@ -38,16 +34,16 @@ def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["local/poet", f"poet@{DIGEST[:8]}", f"poet@{DIGEST[:9]}", f"local/poet@{DIGEST}"])
-def test_an_outcome_is_kept_under_one_name_of_its_adapter(name: str) -> None:
+async def test_an_outcome_is_kept_under_one_name_of_its_adapter(name: str) -> None:
     """So a key has no more outcomes for an adapter by writing its name in other ways."""
-    store, [answer] = judged("observe", 1, adapter=name)
+    store, [answer] = await judged("observe", 1, adapter=name)
     assert (answer.status_code, answer.json()["adapter"]) == (201, name)
     assert [given.adapter for (_, kind, _), given in store.given.items() if kind == "outcome"] == ["local/poet"]
 
 
 @pytest.mark.parametrize("adapter", ["poet", None])
-def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(adapter: str | None) -> None:
-    store, answers = judged("apply", 1, -1, adapter=adapter)
+async def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(adapter: str | None) -> None:
+    store, answers = await judged("apply", 1, -1, adapter=adapter)
     assert [answer.json()["applies"] for answer in answers] == [True, True]
     [(tenant, rankings)] = store.ranked
     assert tenant == "local"
@@ -64,35 +60,30 @@ def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(adapter: 
         ({"score": "good"}, 400, "invalid_request"),
     ],
 )
-def test_an_outcome_of_nothing_known_is_refused(changes: dict[str, Any], status: int, code: str) -> None:
+async def test_an_outcome_of_nothing_known_is_refused(changes: dict[str, Any], status: int, code: str) -> None:
     store = FakeStore(pool_of(*POOL))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        asked = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
+    async with asked(store=store, learning="observe") as (client, served):
+        request_id = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
         await served.services.background.idle()
-        return await client.post("/v1/outcomes", json={"request_id": asked, "adapter": "poet", "score": 1} | changes)
-
-    response = ask(run, store=store, learning="observe")
+        body = {"request_id": request_id, "adapter": "poet", "score": 1} | changes
+        response = await client.post("/v1/outcomes", json=body)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
     assert not [kind for _, kind, _ in store.given if kind == "outcome"]
 
 
-def test_without_learning_no_request_is_kept() -> None:
-    _, [answer] = judged("off", 1)
+async def test_without_learning_no_request_is_kept() -> None:
+    _, [answer] = await judged("off", 1)
     assert (answer.status_code, error_of(answer)["code"]) == (404, "request_not_kept")
     assert "learning: observe or apply" in error_of(answer)["message"]
 
 
-def test_a_tenant_cannot_judge_another_tenants_request(tmp_path: Path) -> None:
+async def test_a_tenant_cannot_judge_another_tenants_request(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("acme", "acme"), entry("globex", "globex"))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+    async with asked(learning="observe", keys_file=keys) as (client, served):
         chat = await client.post("/v1/chat/completions", json=CHAT, headers=bearer("acme"))
         await served.services.background.idle()
         body = {"request_id": chat.headers["x-request-id"], "adapter": None, "score": 1}
         own = await client.post("/v1/outcomes", json=body, headers=bearer("acme"))
         assert own.status_code == 201, own.text
-        return await client.post("/v1/outcomes", json=body, headers=bearer("globex"))
-
-    response = ask(run, learning="observe", keys_file=keys)
+        response = await client.post("/v1/outcomes", json=body, headers=bearer("globex"))
     assert (response.status_code, error_of(response)["code"]) == (404, "request_not_kept")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from typing import Any
 
 import pytest
 
-from gpu_worker.errors import EngineFull
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
@@ -34,27 +32,24 @@ def test_a_response_names_the_adapters_in_its_body_and_headers() -> None:
     assert response.headers["x-lora-adapters"].startswith("poet@")
 
 
-def test_it_generates_by_the_job_of_the_same_chat() -> None:
-    async def run() -> None:
-        jobs = []
-        for path, body in (
-            (PATH, {"input": "Hi", "instructions": "Be brief", "max_output_tokens": 4}),
-            (
-                "/v1/chat/completions",
-                {
-                    "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
-                    "max_tokens": 4,
-                },
-            ),
-        ):
-            served = serve_plainly()
-            async with http_of(served, headers={"x-request-id": "r"}) as client:
-                assert (await client.post(path, json=body)).status_code == 200
-            jobs.append(served.job)
-        [one, other] = [(job.prompt, job.plan, job.sampling, job.template) for job in jobs]
-        assert one == other
-
-    asyncio.run(run())
+async def test_it_generates_by_the_job_of_the_same_chat() -> None:
+    jobs = []
+    for path, body in (
+        (PATH, {"input": "Hi", "instructions": "Be brief", "max_output_tokens": 4}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
+                "max_tokens": 4,
+            },
+        ),
+    ):
+        served = serve_plainly()
+        async with http_of(served, headers={"x-request-id": "r"}) as client:
+            assert (await client.post(path, json=body)).status_code == 200
+        jobs.append(served.job)
+    [one, other] = [(job.prompt, job.plan, job.sampling, job.template) for job in jobs]
+    assert one == other
 
 
 def test_a_stream_names_its_events_and_ends_with_the_last_of_them() -> None:
@@ -64,11 +59,6 @@ def test_a_stream_names_its_events_and_ends_with_the_last_of_them() -> None:
     assert all(name == data["type"] for name, data in events)
     assert events[0][0] == "response.created" and events[-1][0] == "response.completed"
     assert events[-1][1]["response"]["usage"]["output_tokens"] == 3
-
-
-def test_an_error_before_the_first_token_is_a_status() -> None:
-    response = post(PATH, {"input": "Hi", "stream": True}, worker=FakeWorker([EngineFull("full")]))
-    assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
 
 
 def test_an_error_after_the_first_token_ends_the_stream_as_a_failure() -> None:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from deployments.publishing import maintenance
@@ -15,8 +13,8 @@ from retriever_svc.asked_prompts import AskedCounts
 from retriever_svc.encoder import tokens_read
 from retriever_svc.views import tokens_routed
 from tests.deployments.adapter_records import POOL, digest_of
-from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask, error_of, lines_of, post
+from tests.deployments.app_fakes import serve_plainly
+from tests.deployments.asking import asked, error_of, lines_of, post
 from tests.deployments.fake_retriever import FakeRetriever, reindex_step
 from tests.deployments.key_files import bearer, entry, write
 
@@ -32,38 +30,30 @@ def test_verify_reports_progress_and_every_bad_blob() -> None:
 
 
 @pytest.mark.parametrize(("body", "retention_s"), [({}, 86_400), ({"retention_s": 0}, 0)])
-def test_gc_reports_the_removed_blobs(body: dict[str, Any], retention_s: float) -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_gc_reports_the_removed_blobs(body: dict[str, Any], retention_s: float) -> None:
+    async with asked() as (client, served):
         response = await client.post("/v1/pool/gc", json=body)
         assert (response.status_code, response.json()) == (200, {"num_blobs": 3, "num_bytes": 12, "num_projections": 1})
         assert served.store.called("gc") == [(retention_s,)]
 
-    ask(run)
-
 
 @pytest.mark.parametrize(("has_keys", "state"), [(False, b""), (True, b"acme")])
-def test_an_export_is_of_the_keys_tenant(has_keys: bool, state: bytes, tmp_path: Path) -> None:
+async def test_an_export_is_of_the_keys_tenant(has_keys: bool, state: bytes, tmp_path: Path) -> None:
     keys = {"keys_file": write(tmp_path / "keys.json", entry("admin", roles=["admin"]))} if has_keys else {}
-
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(**keys) as (client, _):
         response = await client.get("/v1/pool/export", headers=bearer("admin"))
         assert (response.status_code, response.content) == (200, state)
 
-    ask(run, **keys)
 
-
-def test_a_file_of_an_export_is_streamed_in_parts_until_one_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_of_an_export_is_streamed_in_parts_until_one_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.http.routes.maintenance.PART_BYTES", 3)
-
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked() as (client, served):
         served.store.replicas[0].parts["blobs/aa/aab"] = {0: b"abc", 1: b"def", 2: b"g"}
         served.store.replicas[0].parts["blobs/aa/whole"] = {0: b"abc", 1: b""}
         for name, content in (("aab", b"abcdefg"), ("whole", b"abc")):
             response = await client.get(f"/v1/pool/files/blobs/aa/{name}")
             assert (response.status_code, response.content) == (200, content)
         assert (await client.get("/v1/pool/files/blobs/aa/gone")).status_code == 404
-
-    ask(run)
 
 
 def test_the_doctor_reports_at_the_end() -> None:
@@ -103,18 +93,15 @@ def test_an_invalid_prompt_for_the_doctor_is_named(prompt: dict[str, Any]) -> No
     assert (response.status_code, error_of(response)["param"].partition(".")[0]) == (400, "prompts")
 
 
-def test_prompts_for_the_doctor_are_charged_to_the_key_by_their_views(tmp_path: Path) -> None:
+async def test_prompts_for_the_doctor_are_charged_to_the_key_by_their_views(tmp_path: Path) -> None:
     text = "\n\n".join(f"{word} " * 60 for word in ("tax", "river", "poem"))
     assert 2 * tokens_read(text) <= tokens_routed(text)
-
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+    steps = [[DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))] for _ in range(2)]
+    keys = write(tmp_path / "keys.json", entry("all", limits={"tokens_per_minute": 8 * tokens_routed(text)}))
+    async with asked(keys_file=keys, headers=bearer("all"), retriever=FakeRetriever(steps=steps)) as (client, _):
         body = {"prompts": [{"prompt": text}] * 8}
         statuses = [(await client.post("/v1/pool/doctor", json=body)).status_code for _ in range(2)]
         assert statuses == [200, 429]
-
-    steps = [[DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))] for _ in range(2)]
-    keys = write(tmp_path / "keys.json", entry("all", limits={"tokens_per_minute": 8 * tokens_routed(text)}))
-    ask(run, keys_file=keys, headers=bearer("all"), retriever=FakeRetriever(steps=steps))
 
 
 @pytest.mark.parametrize(
@@ -140,17 +127,14 @@ def test_an_error_after_the_first_line_is_the_last_line(job: str) -> None:
     assert last["error"]["code"] == "store_unavailable"
 
 
-def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
-    async def run() -> None:
-        served = serve_plainly()
-        lines = maintenance.verify(served.services.store, "local")
-        await anext(lines)
-        response = served.store.responses[-1]
-        assert response.num_cancels == 0
-        await lines.aclose()
-        assert response.num_cancels == 1
-
-    asyncio.run(run())
+async def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
+    served = serve_plainly()
+    lines = maintenance.verify(served.services.store, "local")
+    await anext(lines)
+    response = served.store.responses[-1]
+    assert response.num_cancels == 0
+    await lines.aclose()
+    assert response.num_cancels == 1
 
 
 @pytest.mark.parametrize("job", BODIES)

@@ -16,8 +16,8 @@ from lora_store.events import SetName
 from lora_store.names import policy_digest
 from retriever_svc import WEIGHTINGS
 from tests.deployments.adapter_records import BASE, POOL, adapter
-from tests.deployments.app_fakes import Served, http_of, serve_plainly
-from tests.deployments.asking import ask, error_of, get
+from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.asking import asked, error_of, get
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.key_files import bearer, keys_of_all_roles
 from tests.virtual_time import run_in_virtual_time
@@ -29,10 +29,9 @@ def ids(answer: dict[str, Any]) -> list[str]:
     return [card["id"] for card in answer["data"]]
 
 
-def pages(limit: int, after_field: str = "after", **query: Any) -> list[list[str]]:
+async def pages(limit: int, after_field: str = "after", **query: Any) -> list[list[str]]:
     """Return the ids of every page, each requested after the previous one."""
-
-    async def walk(client: httpx.AsyncClient, served: Served) -> list[list[str]]:
+    async with asked(retriever=FakeRetriever(MANY)) as (client, _):
         found: list[list[str]] = []
         after, has_more = "", True
         while has_more:
@@ -45,16 +44,14 @@ def pages(limit: int, after_field: str = "after", **query: Any) -> list[list[str
             )
             assert len(answer["data"]) == limit or not answer["has_more"]
             has_more, after = answer["has_more"], answer["last_id"]
-        return found
-
-    walked: list[list[str]] = ask(walk, retriever=FakeRetriever(MANY))
+        walked: list[list[str]] = found
     return walked
 
 
 @pytest.mark.parametrize("after_field", ["after", "after_id"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 26, 27, 28, 1000])
-def test_pages_contain_every_model_once_and_in_order(limit: int, after_field: str) -> None:
-    found = pages(limit, after_field)
+async def test_pages_contain_every_model_once_and_in_order(limit: int, after_field: str) -> None:
+    found = await pages(limit, after_field)
     assert [name for page in found for name in page] == ["auto", BASE, *[record.ref.name for record in MANY]]
     assert len(found) == -(-27 // limit)
 
@@ -71,8 +68,8 @@ def test_pages_contain_every_model_once_and_in_order(limit: int, after_field: st
     ],
     ids=str,
 )
-def test_filters_select_matching_models(query: dict[str, Any], expected: list[str]) -> None:
-    assert [name for page in pages(4, **query) for name in page] == expected
+async def test_filters_select_matching_models(query: dict[str, Any], expected: list[str]) -> None:
+    assert [name for page in await pages(4, **query) for name in page] == expected
 
 
 def test_only_the_base_models_card_names_the_base_models_that_adapters_may_have() -> None:
@@ -149,13 +146,11 @@ def test_the_source_of_another_tenants_adapter_is_private() -> None:
 @pytest.mark.parametrize(
     "name", ["poet", "local/poet", f"{BASE}:poet", f"{BASE}:local/poet", "auto", BASE, f"{BASE}:auto"]
 )
-def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(name: str) -> None:
-    async def show(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+async def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(name: str) -> None:
+    async with asked() as (client, served):
         response = await client.get(f"/v1/models/{name}")
         assert served.retriever.called("records") == served.retriever.called("page") == []
-        return response
-
-    card = ask(show).json()
+    card = response.json()
     assert card["id"] == name
     assert card["parent"] == (None if name == BASE else BASE)
 
@@ -206,15 +201,6 @@ def records(*names: str) -> list[AdapterRecord]:
 def test_a_page_continues_after_the_last_one_although_that_adapter_is_gone() -> None:
     after = get("/v1/models?limit=1&after=b", retriever=FakeRetriever(records("a", "c", "d"))).json()
     assert (ids(after), after["has_more"]) == (["c"], True)
-
-
-def test_models_are_listed_and_shown() -> None:
-    listed = get("/v1/models").json()
-    assert [card["id"] for card in listed["data"]] == ["auto", BASE, "coder", "poet"]
-    assert get("/v1/models/poet").json()["id"] == "poet"
-    assert get("/v1/models/auto").json()["id"] == "auto"
-    missing = get("/v1/models/nobody")
-    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize(("settings", "template"), [({}, "auto"), ({"template": "alpaca"}, "alpaca")])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy, names
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of
+from tests.deployments.asking import asked, error_of
 from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
@@ -27,37 +28,33 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "model": "support"}
 MIXTURE = {"lora": {"adapters": [{"name": "poet", "weight": 0.75}, {"name": "coder", "weight": 0.25}]}}
 
 
-def named(question: Callable[[Say, Served], Awaitable[Any]], **options: Any) -> Any:
-    """Return the result of `question`, whose calls raise unless they expect the status that is answered."""
+@asynccontextmanager
+async def named(**options: Any) -> AsyncIterator[tuple[Say, Served]]:
+    """Yield a call that raises unless it expects the status that is answered."""
+    async with asked(**options) as (client, served):
 
-    async def run(client: httpx.AsyncClient, served: Served) -> Any:
         async def say(method: str, path: str, body: Any = None, status: int = 200, key: str = "") -> httpx.Response:
             sent = {} if body is None else {"json": body}
             response = await client.request(method, path, headers=bearer(key) if key else {}, **sent)
             assert response.status_code == status, response.text
             return response
 
-        return await question(say, served)
-
-    return ask(run, **options)
+        yield say, served
 
 
-def answered(policy: Any, body: dict[str, Any], path: str = "/v1/chat/completions", status: int = 200) -> Any:
+async def answered(policy: Any, body: dict[str, Any], path: str = "/v1/chat/completions", status: int = 200) -> Any:
     """Return the response to a request to the name `support` with this policy, and the worker's job or None."""
-
-    async def question(say: Say, served: Served) -> Any:
+    async with named() as (say, served):
         await say("PUT", "/v1/names/support", policy)
         response = await say("POST", path, body, status)
-        return response, served.job if status == 200 else None, served.retriever.called("route")
-
-    return named(question)
+    return response, served.job if status == 200 else None, served.retriever.called("route")
 
 
-def test_a_client_that_only_sets_model_gets_the_whole_policy() -> None:
+async def test_a_client_that_only_sets_model_gets_the_whole_policy() -> None:
     lora = {"k": 3, "weights": "uniform", "filter": {"tags": ["a"]}, "abstain": "strict", "strategy": "mixture"}
     policy = {"lora": lora, "temperature": 0.25, "stop": ["###"], "max_tokens": 9, "template": "alpaca"}
     policy["response_format"] = {"type": "json_object"}
-    response, job, [([request],)] = answered(policy, CHAT)
+    response, job, [([request],)] = await answered(policy, CHAT)
     assert response.json()["model"] == "support"
     assert (request.top_k, request.weighting, request.tags, request.abstain) == (3, "uniform", ("a",), "strict")
     assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (0.25, ("###",), 9)
@@ -66,7 +63,7 @@ def test_a_client_that_only_sets_model_gets_the_whole_policy() -> None:
     assert job.sampling.grammar is not None and job.template == "alpaca"
 
 
-def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
+async def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
     policy = {
         "lora": {"k": 3, "abstain": "strict"},
         "temperature": 0.25,
@@ -79,7 +76,7 @@ def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
         "temperature": 1.5,
         "response_format": {"type": "text"},
     }
-    _, job, [([request],)] = answered(policy, body | {"max_completion_tokens": 2})
+    _, job, [([request],)] = await answered(policy, body | {"max_completion_tokens": 2})
     assert (request.top_k, request.abstain, request.min_score, request.strategy) == (3, None, 0.5, "mixture")
     assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (1.5, ("a",), 2)
     assert not job.sampling.max_tokens_is_default
@@ -108,10 +105,10 @@ STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
     ],
     ids=str,
 )
-def test_a_policys_minimum_and_stops_give_way_to_a_requests_own_format_and_limit(
+async def test_a_policys_minimum_and_stops_give_way_to_a_requests_own_format_and_limit(
     policy: dict[str, Any], body: dict[str, Any], kept: bool
 ) -> None:
-    _, job, _ = answered(policy, CHAT | body)
+    _, job, _ = await answered(policy, CHAT | body)
     assert (job.sampling.min_tokens == 5 or job.sampling.ignore_eos or job.sampling.stop != ()) == kept
 
 
@@ -133,16 +130,16 @@ JSON_OBJECT = {"response_format": {"type": "json_object"}}
     ],
     ids=str,
 )
-def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum_and_tools(
+async def test_a_policys_limit_and_format_give_way_to_a_requests_own_minimum_and_tools(
     policy: dict[str, Any], body: dict[str, Any], limit: int | None, has_format: bool
 ) -> None:
-    _, job, _ = answered(policy, CHAT | body)
+    _, job, _ = await answered(policy, CHAT | body)
     assert (job.sampling.max_tokens, job.sampling.grammar is not None) == (limit, has_format)
 
 
 @pytest.mark.parametrize("policy", [MIXTURE, {"model": "poet"}, {"model": BASE}], ids=["mixture", "adapter", "base"])
-def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict[str, Any]) -> None:
-    _, job, routed = answered(policy, CHAT)
+async def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict[str, Any]) -> None:
+    _, job, routed = await answered(policy, CHAT)
     expected = {"mixture": [("poet", 0.75), ("coder", 0.25)], "adapter": [("poet", 1.0)], "base": []}
     kind = "mixture" if policy is MIXTURE else "base" if policy["model"] == BASE else "adapter"
     assert [(row.ref.name, row.weight) for row in job.plan.adapters] == expected[kind]
@@ -167,9 +164,9 @@ def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict
     ],
     ids=["adapters", "merged_adapters", "lora_path", "plan"],
 )
-def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dict[str, Any], model: str) -> None:
+async def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dict[str, Any], model: str) -> None:
     lora = {"lora": {"k": 3, "strategy": "mixture"}} if model == "auto" else {}
-    _, job, _ = answered({"model": model, "temperature": 0.5, **lora}, CHAT | body)
+    _, job, _ = await answered({"model": model, "temperature": 0.5, **lora}, CHAT | body)
     assert [row.ref.name for row in job.plan.adapters] == ["coder"] and job.sampling.temperature == 0.5
 
 
@@ -177,38 +174,34 @@ def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dic
     ("path", "body"),
     [("/v1/completions", {"prompt": "Hi"}), ("/v1/responses", {"input": "Hi"}), ("/v1/chat/completions", CHAT)],
 )
-def test_every_route_answers_by_the_policy(path: str, body: dict[str, Any]) -> None:
-    response, job, _ = answered({"temperature": 0.25, **MIXTURE}, {**body, "model": "support"}, path)
+async def test_every_route_answers_by_the_policy(path: str, body: dict[str, Any]) -> None:
+    response, job, _ = await answered({"temperature": 0.25, **MIXTURE}, {**body, "model": "support"}, path)
     assert job.sampling.temperature == 0.25 and len(job.plan.adapters) == 2
     assert response.json()["model"] == "support"
     assert response.json().get("temperature", 0.25) == 0.25  # responses repeat it
 
 
-def test_tokenize_uses_the_template_of_the_policy() -> None:
-    async def question(say: Say, _: Served) -> str:
+async def test_tokenize_uses_the_template_of_the_policy() -> None:
+    async with named() as (say, _):
         await say("PUT", "/v1/names/support", {"template": "alpaca"})
-        return (await say("POST", "/tokenize", {**CHAT, "return_token_strs": True})).json()["token_strs"]
+        response = await say("POST", "/tokenize", {**CHAT, "return_token_strs": True})
+    assert "".join(response.json()["token_strs"]).startswith("alpaca|")
 
-    assert "".join(named(question)).startswith("alpaca|")
 
-
-def test_what_the_encoder_reads_to_count_is_charged_by_a_model_name_too(tmp_path: Path) -> None:
+async def test_what_the_encoder_reads_to_count_is_charged_by_a_model_name_too(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("a", "local", limits={"tokens_per_minute": 120}))
     body = {"messages": [{"role": "user", "content": "word " * 60}]}  # 75 tokens, and the encoder reads as many
-
-    async def question(say: Say, _: Served) -> None:
+    async with named(keys_file=keys, cache_dir=tmp_path) as (say, _):
         await say("PUT", "/v1/names/support", {}, key="a")
         for model in ("auto", "support"):
             error = error_of(await say("POST", "/v1/messages/count_tokens", body | {"model": model}, 400, "a"))
             assert "the key allows 120 per minute" in error["message"]
         await say("POST", "/v1/messages/count_tokens", body | {"model": BASE}, key="a")
-
-    named(question, keys_file=keys, cache_dir=tmp_path)
     assert [event["model"] for event in events_in(tmp_path)] == ["", "auto", "support", BASE]
 
 
-def test_explain_and_a_header_show_the_version_and_it_can_be_asked_for_again() -> None:
-    async def question(say: Say, _: Served) -> None:
+async def test_explain_and_a_header_show_the_version_and_it_can_be_asked_for_again() -> None:
+    async with named() as (say, _):
         first = (await say("PUT", "/v1/names/support", {"temperature": 0})).json()["digest"]
         second = (await say("PUT", "/v1/names/support", {"model": "poet"})).json()["digest"]
         for model, digest in {
@@ -223,13 +216,10 @@ def test_explain_and_a_header_show_the_version_and_it_can_be_asked_for_again() -
         await say("POST", "/v1/chat/completions", CHAT | {"model": "support@ffffffff"}, 404)
         assert "policy" not in (await say("POST", "/v1/chat/completions", CHAT)).json()["lora"]
 
-    named(question)
 
-
-def test_a_share_of_conversations_gets_the_variant_and_keeps_it() -> None:
+async def test_a_share_of_conversations_gets_the_variant_and_keeps_it() -> None:
     policy = {"model": "poet", "variant": {"share": 0.25, "model": "coder", "temperature": 0}}
-
-    async def question(say: Say, served: Served) -> None:
+    async with named() as (say, _):
         await say("PUT", "/v1/names/support", policy)
         shares = []
         for number in range(200):
@@ -244,11 +234,9 @@ def test_a_share_of_conversations_gets_the_variant_and_keeps_it() -> None:
             shares.append(found[0] == "coder")
         assert 30 <= sum(shares) <= 70
 
-    named(question)
 
-
-def test_a_name_has_a_history_and_rolls_back() -> None:
-    async def question(say: Say, _: Served) -> None:
+async def test_a_name_has_a_history_and_rolls_back() -> None:
+    async with named() as (say, _):
         digests = []
         for temperature in (0, 1):
             digests.append((await say("PUT", "/v1/names/support", {"temperature": temperature})).json()["digest"])
@@ -271,11 +259,9 @@ def test_a_name_has_a_history_and_rolls_back() -> None:
         ):
             assert error_of(await say(method, path, body, 404))["code"] == "model_not_found"
 
-    named(question)
 
-
-def test_names_are_listed_among_the_models_page_by_page() -> None:
-    async def question(say: Say, _: Served) -> None:
+async def test_names_are_listed_among_the_models_page_by_page() -> None:
+    async with named() as (say, _):
         for name in ("b", "a"):
             await say("PUT", f"/v1/names/{name}", {"temperature": 0.5, "template": "alpaca"})
         expected = ["auto", BASE, "a", "b", "coder", "poet"]
@@ -294,10 +280,8 @@ def test_names_are_listed_among_the_models_page_by_page() -> None:
             and card == (await say("GET", "/v1/models?name=a&after=" + BASE)).json()["data"][0]
         )
 
-    named(question)
 
-
-def test_a_list_that_is_polled_reads_each_policy_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_that_is_polled_reads_each_policy_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenant may have hundreds of names with long policies, and reading them stops the other requests."""
     read: list[str] = []
 
@@ -305,20 +289,18 @@ def test_a_list_that_is_polled_reads_each_policy_once(monkeypatch: pytest.Monkey
         read.append(text)
         return json.loads(text)
 
-    async def question(say: Say, _: Served) -> None:
+    monkeypatch.setattr(names, "json", SimpleNamespace(loads=loads, dumps=json.dumps))
+    async with named() as (say, _):
         for number in range(3):
             await say("PUT", f"/v1/names/polled-{number}", {"seed": 10_000 + number})
         for _ in range(5):
             page = (await say("GET", "/v1/models?name=polled")).json()
             assert len(page["data"]) == 3
-
-    monkeypatch.setattr(names, "json", SimpleNamespace(loads=loads, dumps=json.dumps))
-    named(question)
     assert len(read) == 3
 
 
-def test_names_are_listed_page_by_page_with_their_policies() -> None:
-    async def question(say: Say, _: Served) -> None:
+async def test_names_are_listed_page_by_page_with_their_policies() -> None:
+    async with named() as (say, _):
         for name in ("c", "a", "b"):
             await say("PUT", f"/v1/names/{name}", {"stop": [name]})
         for limit in range(1, 5):
@@ -330,11 +312,9 @@ def test_names_are_listed_page_by_page_with_their_policies() -> None:
             assert [(item["id"], item["policy"]["stop"]) for item in found] == [(name, [name]) for name in "abc"]
         assert (await say("GET", "/v1/names?after=bb")).json()["last_id"] == "c", "a name that is gone has a place"
 
-    named(question)
 
-
-def test_route_shows_the_plan_that_a_name_gets(tmp_path: Path) -> None:
-    async def question(say: Say, served: Served) -> None:
+async def test_route_shows_the_plan_that_a_name_gets(tmp_path: Path) -> None:
+    async with named(cache_dir=tmp_path) as (say, served):
         await say("PUT", "/v1/names/support", {"lora": {"k": 3, "strategy": "fusion"}, "template": "alpaca"})
         body = {"prompt": ["Hi", "Ho"], "model": "support", "lora": {"k": 2}}
         plans = (await say("POST", "/v1/route", body)).json()["data"]
@@ -348,8 +328,6 @@ def test_route_shows_the_plan_that_a_name_gets(tmp_path: Path) -> None:
             [plan] = (await say("POST", "/v1/route", {"prompt": "Hi", "model": model})).json()["data"]
             assert [row["name"] for row in plan["adapters"]] == expected
         assert error_of(await say("POST", "/v1/route", {"prompt": "Hi", "model": "nobody"}, 404))
-
-    named(question, cache_dir=tmp_path)
     assert [event["model"] for event in events_in(tmp_path)] == ["", "support", "poet", BASE, "nobody"]
 
 
@@ -418,24 +396,20 @@ def nested(depth: int) -> dict[str, Any]:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_cannot_be_a_name_or_a_policy_is_refused(
+async def test_what_cannot_be_a_name_or_a_policy_is_refused(
     name: str, policy: dict[str, Any], status: int, code: str, words: str
 ) -> None:
-    async def question(say: Say, served: Served) -> dict[str, Any]:
+    async with named() as (say, served):
         error = error_of(await say("PUT", f"/v1/names/{name}", policy, status))
         assert served.store.called("set_name") == [] or code == "name_taken"
-        return error
-
-    error = named(question)
     assert error["code"] == code and words in error["message"]
 
 
-def test_a_name_of_another_tenant_is_seen_once_an_admin_approved_it(tmp_path: Path) -> None:
+async def test_a_name_of_another_tenant_is_seen_once_an_admin_approved_it(tmp_path: Path) -> None:
     keys = write(
         tmp_path / "keys.json", entry("a", "local"), entry("b", "them"), entry("admin", "ops", ["admin", "infer"])
     )
-
-    async def question(say: Say, _: Served) -> None:
+    async with named(keys_file=keys) as (say, _):
         digest = (await say("PUT", "/v1/names/support", MIXTURE, key="a")).json()["digest"]
         hidden = [
             await say("GET", "/v1/names/local/support", status=404, key="b"),
@@ -465,8 +439,6 @@ def test_a_name_of_another_tenant_is_seen_once_an_admin_approved_it(tmp_path: Pa
         answer = await say("POST", "/v1/chat/completions", CHAT, key="a")
         assert len(answer.json()["lora"]["adapters"]) == 1
 
-    named(question, keys_file=keys)
-
 
 @dataclass
 class WithOlder(FakeRetriever):
@@ -483,32 +455,25 @@ class WithOlder(FakeRetriever):
         return Plan(strategy, (PlannedAdapter(older.ref, older.weights_digest, 1.0),), 7)
 
 
-def test_a_policy_with_a_private_version_cannot_be_approved(tmp_path: Path) -> None:
+async def test_a_policy_with_a_private_version_cannot_be_approved(tmp_path: Path) -> None:
     keys, names = write(tmp_path / "keys.json", entry("a", "local"), entry("admin", "ops")), FakeNames()
-
-    async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
+    retriever, store = WithOlder(model_names=names), FakeStore(pool_of(*POOL), model_names=names)
+    async with asked(retriever=retriever, store=store, keys_file=keys) as (client, _):
         put = await client.put("/v1/names/support", json={"model": "poet@older"}, headers=bearer("a"))
         body = {"digest": put.json()["digest"]}
-        return await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
-
-    retriever, store = WithOlder(model_names=names), FakeStore(pool_of(*POOL), model_names=names)
-    response = ask(question, retriever=retriever, store=store, keys_file=keys)
+        response = await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
     assert response.status_code == 400 and "which is private" in error_of(response)["message"]
 
 
-def test_a_policy_with_a_private_adapter_cannot_be_approved(tmp_path: Path) -> None:
+async def test_a_policy_with_a_private_adapter_cannot_be_approved(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("a", "local"), entry("admin", "ops"))
     names, held = FakeNames(), (adapter("secret", visibility="private"), *POOL)
-
-    async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
-        put = await client.put("/v1/names/support", json={"model": "secret"}, headers=bearer("a"))
-        body = {"digest": put.json()["digest"]}
-        return await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
-
-    response = ask(
-        question,
+    async with asked(
         retriever=FakeRetriever(held, model_names=names),
         store=FakeStore(pool_of(*held), model_names=names),
         keys_file=keys,
-    )
+    ) as (client, _):
+        put = await client.put("/v1/names/support", json={"model": "secret"}, headers=bearer("a"))
+        body = {"digest": put.json()["digest"]}
+        response = await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
     assert "names 'local/secret', which is private" in error_of(response)["message"]

@@ -8,7 +8,7 @@ from deployments.api.pool_responses import point_object
 from lora_store import AdapterRef
 from retriever_svc import Point
 from tests.deployments.adapter_records import digest_of
-from tests.deployments.asking import ask, error_of, get, post
+from tests.deployments.asking import asked, error_of, get, post
 from tests.deployments.console_fakes import MappedRetriever
 
 
@@ -44,13 +44,11 @@ def test_a_malformed_request_names_its_field(body: dict[str, Any], param: str) -
     assert error_of(response)["param"] == param
 
 
-def test_min_generation_reaches_the_retriever() -> None:
-    async def question(client: Any, served: Any) -> list[tuple[Any, ...]]:
+async def test_min_generation_reaches_the_retriever() -> None:
+    async with asked(retriever=MappedRetriever()) as (client, served):
         await client.get("/v1/pool/map", params={"min_generation": 5})
         await client.post("/v1/pool/map", json={"prompt": "a", "min_generation": 6})
-        return [*served.retriever.called("map"), *served.retriever.called("place")]
-
-    assert ask(question, retriever=MappedRetriever()) == [("local", 5), ("local", "a", [], 6)]
+    assert [*served.retriever.called("map"), *served.retriever.called("place")] == [("local", 5), ("local", "a", [], 6)]
 
 
 def test_another_tenant_s_public_adapter_has_its_full_name() -> None:

@@ -6,9 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from deployments.api.adapters import PublishItem
@@ -17,8 +15,8 @@ from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.worker_client import Usage
 from lora_store import Staged
 from tests.deployments.adapter_records import BASE
-from tests.deployments.app_fakes import Served, http_of, serve_plainly
-from tests.deployments.asking import ask, error_of, get
+from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.asking import asked, error_of, get
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
@@ -75,33 +73,19 @@ class SlowStore(FakeStore):
         return await super().stage(upload, shapes_by_model)
 
 
-def test_health_answers_while_ready_waits_for_the_preload(tmp_path: Path) -> None:
-    async def run() -> None:
-        store = SlowStore()
-        served = serve_plainly(store=store, preload=preload_of(tmp_path, "poet"))
-        async with http_of(served) as client:
-            assert (await client.get("/health")).json() == {"status": "ok"}
-            waiting = await client.get("/ready")
-            assert (waiting.status_code, error_of(waiting)["code"]) == (503, "not_ready")
-            store.gate.set()
-            await served.services.preload.wait()
-            assert (await client.get("/ready")).status_code == 200
-
-    asyncio.run(run())
+async def test_health_answers_while_ready_waits_for_the_preload(tmp_path: Path) -> None:
+    store = SlowStore()
+    served = serve_plainly(store=store, preload=preload_of(tmp_path, "poet"))
+    async with http_of(served) as client:
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        waiting = await client.get("/ready")
+        assert (waiting.status_code, error_of(waiting)["code"]) == (503, "not_ready")
+        store.gate.set()
+        await served.services.preload.wait()
+        assert (await client.get("/ready")).status_code == 200
 
 
-def test_ready_reports_refused_preloaded_adapters(tmp_path: Path) -> None:
-    response = get("/ready", preload=preload_of(tmp_path, "poet", "bad"))
-    assert response.status_code == 200
-    ready = response.json()
-    assert (ready["status"], ready["generation"], ready["num_adapters"]) == ("ready", 7, 2)
-    assert ready["refused"] == {"bad": "adapter 'bad' refused: it is bad"}
-    assert str(tmp_path) not in response.text
-
-
-def test_the_operator_sees_the_paths_of_refused_folders(tmp_path: Path) -> None:
-    async def started(_: httpx.AsyncClient, served: Served) -> Any:
-        return await served.ingress.started()
-
-    found = ask(started, preload=preload_of(tmp_path, "poet", "bad"))
+async def test_the_operator_sees_the_paths_of_refused_folders(tmp_path: Path) -> None:
+    async with asked(preload=preload_of(tmp_path, "poet", "bad")) as (_, served):
+        found = await served.ingress.started()
     assert found["refused"] == {str(tmp_path / "bad"): "adapter 'bad' refused: it is bad"}

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 import pytest
 
 from deployments.api.adapters import PublishItem
 from gpu_worker.config import NativeSettings
 from retriever_svc import StaleIndex
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of, post
+from tests.deployments.asking import asked, error_of, post
 from tests.deployments.fake_retriever import FakeRetriever
 
 LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
@@ -22,19 +20,17 @@ LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
         ("s3://bucket/a", PublishItem(name="singer", source="s3://bucket/a")),
     ],
 )
-def test_loading_publishes_and_answers_with_vllms_text(path: str, expected: PublishItem) -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_loading_publishes_and_answers_with_vllms_text(path: str, expected: PublishItem) -> None:
+    async with asked() as (client, served):
         body = {"lora_name": "singer", "lora_path": path, "load_inplace": False, "is_3d_lora_weight": False}
         response = await client.post("/v1/load_lora_adapter", json=body)
         assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'singer' added successfully")
         assert response.headers["content-type"].startswith("text/plain")
         assert [upload for upload, _ in served.store.called("stage")] == [expected]
 
-    ask(run)
 
-
-def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+async def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
+    async with asked() as (client, served):
         body = {"lora_name": "poet", "lora_path": "/folders/poet"}
         response = await client.post("/v1/load_lora_adapter", json=body)
         assert (response.status_code, error_of(response)["code"]) == (400, "invalid_request")
@@ -42,8 +38,6 @@ def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
         assert served.store.called("stage") == []
         response = await client.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
         assert response.status_code == 200
-
-    ask(run)
 
 
 @pytest.mark.parametrize(
