@@ -187,7 +187,10 @@ class RetrieverDeployment:
         Raises: PlanGone, AdapterIncompatible, PlanInvalid, StaleIndex.
         """
         await self._reach_for(tenant, min_generation)
-        replay = partial(_on, self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
+
+        async def replay() -> Plan:
+            return await _on(self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
+
         with suppress(PlanGone):
             return await replay()
         if not await self._catch_up_until(lambda: self._retriever.generation_for(tenant) >= generation, _READ_EVERY_S):
