@@ -32,6 +32,7 @@ from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.cli.client import free_port
 from deployments.cli.local_server import CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
+from tests.cluster.conftest import filled_cache
 from tests.cluster.machines import own_ray
 from tests.e2e.live import command_of, eventually, eventually_equal, is_ready
 from tests.served_engine import START_S, WORKER, save_served_model
@@ -99,7 +100,7 @@ class Site:
             "base_model": str(save_served_model(tiny_folders, folder / "model")),
             "base_model_name": "tiny",
             "store_uri": str(folder / "pool"),
-            "cache_dir": str(folder / "cache"),
+            "cache_dir": str(filled_cache(folder / "cache")),
             "worker": WORKER,
             "allowed_hosts": [HEAD],
         }

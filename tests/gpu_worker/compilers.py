@@ -15,10 +15,10 @@ def script(path: Path, text: str) -> Path:
 
 
 def path_with_quick_compiler(folder: Path) -> str:
-    """Return a PATH whose c++ compiles without optimizing, in a third of the time; the usual one without a compiler."""
+    """Return a PATH whose g++ compiles without optimizing, in a tenth of the time; the usual one without a compiler."""
     usual = os.environ["PATH"]
-    compiler = shutil.which("c++")
+    compiler = shutil.which("g++") or shutil.which("c++")  # as `Compiler.find` prefers them
     if compiler is None:
         return usual
-    script(folder / "c++", f'exec {compiler} "$@" -O0')
+    script(folder / "g++", f'exec {compiler} "$@" -O0')
     return f"{folder}{os.pathsep}{usual}"

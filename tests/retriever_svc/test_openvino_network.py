@@ -1,4 +1,4 @@
-"""The encoder with OpenVINO or bfloat16 products compared with float32, and models that OpenVINO cannot run."""
+"""The encoder with OpenVINO compared with torch in float32, and models that OpenVINO cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transformers import BertModel
 
 from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from lora_store.sample_files import SAMPLES_FILE
-from retriever_svc.bfloat16_linear import Bfloat16Linear, has_bfloat16_products, use_bfloat16
 from retriever_svc.encoder import Encoder, Vectors, unit_rows
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.openvino_network import OpenvinoNetwork, use_openvino
@@ -24,26 +23,19 @@ from tests.soak import Scale
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 NUM_SAMPLES, NUM_PROMPTS = 2, 3
-NEEDS_PRODUCTS = pytest.mark.skipif(not has_bfloat16_products(), reason="this processor has no bfloat16 products")
 TEXTS = ["", "漢字", *topic_texts(2, seed=0)["boat"], "boat1 cake2 " * 60]
 
 
-def converted(model: str, runtime: str) -> Encoder:
+def converted(model: str) -> Encoder:
     """Return an encoder whose network was converted now, and not at an earlier start."""
     encoder = changeable_encoder(model)
-    convert = use_openvino if runtime == "openvino" else use_bfloat16
-    assert convert(encoder._model, encoder._compute)
+    assert use_openvino(encoder._model, encoder._compute)
     return encoder
 
 
-@pytest.fixture(scope="module", params=["openvino", pytest.param("bfloat16", marks=NEEDS_PRODUCTS)])
-def runtime(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
-def fast(runtime: str) -> Encoder:
-    return converted(ENGLISH_MODEL, runtime)
+def fast() -> Encoder:
+    return converted(ENGLISH_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +47,15 @@ def network_of(encoder: Encoder) -> object:
     return encoder._model[0].model
 
 
-def test_both_runtimes_rank_the_adapters_alike(fast: Encoder, runtime: str, scale: Scale) -> None:
-    """A pool that torch embedded in float32 finds the same adapters for prompts that another runtime encodes."""
+def test_both_runtimes_rank_the_adapters_alike(fast: Encoder, scale: Scale) -> None:
+    """A pool that torch embedded finds the same adapters, in the same order, for prompts that OpenVINO encodes."""
     rank_alike(shared_encoder(ENGLISH_MODEL, dtype="float32"), fast)
     if scale.pick("models", small=1, full=2) == 2:
-        rank_alike(shared_encoder(DEFAULT_MODEL, dtype="float32"), converted(DEFAULT_MODEL, runtime))
+        rank_alike(shared_encoder(DEFAULT_MODEL, dtype="float32"), converted(DEFAULT_MODEL))
 
 
 def rank_alike(exact: Encoder, fast: Encoder) -> None:
-    assert isinstance(network_of(exact), BertModel)
-    assert not any(isinstance(layer, Bfloat16Linear) for layer in exact._model.modules())
+    assert isinstance(network_of(fast), OpenvinoNetwork) and isinstance(network_of(exact), BertModel)
     assert fast.identity == exact.identity and fast.dim == exact.dim
     folders = sorted(path for path in POOL.iterdir() if path.is_dir())
     lines = [line for path in folders for line in (path / SAMPLES_FILE).read_text().splitlines()[:NUM_SAMPLES]]
@@ -165,9 +156,9 @@ def test_a_model_with_vectors_that_are_not_finite_keeps_its_own_network(tiny: Pa
     assert isinstance(network_of(encoder), BertModel)
 
 
-def test_the_import_of_openvino_reports_nothing(tiny: Path) -> None:
+def test_the_import_of_openvino_reports_nothing(fast: Encoder) -> None:
     """Where the package openvino_telemetry can be imported, that sends an event to Google Analytics."""
-    assert isinstance(network_of(Encoder(tiny)), OpenvinoNetwork)
+    assert isinstance(network_of(fast), OpenvinoNetwork)
     assert importlib.metadata.version("openvino-telemetry")
     assert sys.modules["openvino_telemetry"] is None
     assert type(sys.modules["openvino.tools.ovc"].telemetry).__module__ == "openvino.tools.ovc.telemetry_stub"

@@ -175,14 +175,17 @@ def test_a_deadline_is_reported_although_the_device_is_lost(make_engine: MakeEng
     assert isinstance(answer.error, DeadlineExceeded)
 
 
-async def test_the_thread_of_a_lost_device_ends_and_all_its_streams_fail(make_engine: MakeEngine, start: Start) -> None:
+def test_the_thread_of_a_lost_device_ends_and_all_its_streams_fail(make_engine: MakeEngine, start: Start) -> None:
     executor = ThreadPoolExecutor(1)
     engine, lose = losing(make_engine, max_batch_size=2, executor=executor)
     native = start(engine)
-    lose()
-    jobs = [greedy("x", BASE_PLAN, number, num_new=50) for number in range(6)]
-    errors = await asyncio.gather(*[complete(native, job) for job in jobs], return_exceptions=True)
-    assert [type(error) for error in errors] == [EngineStopped] * 6
+
+    async def main() -> list[object]:
+        lose()
+        jobs = [greedy("x", BASE_PLAN, number, num_new=50) for number in range(6)]
+        return await asyncio.gather(*[complete(native, job) for job in jobs], return_exceptions=True)
+
+    assert [type(error) for error in run(main())] == [EngineStopped] * 6
     health = native.health()
     assert not health.is_alive and health.failure == "the engine's thread has ended: the device is lost"
     with pytest.raises(EngineStopped):

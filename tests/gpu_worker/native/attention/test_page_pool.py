@@ -61,6 +61,17 @@ def test_the_least_recently_used_page_is_evicted_first() -> None:
         assert pool.find(gone) is None
 
 
+def test_a_held_page_is_never_evicted() -> None:
+    pool = PagePool(3, 3, wiped := Wiped())
+    [a] = registered(pool, b"a")
+    pool.hold(a)
+    pool.release([a])  # one holder is left
+    assert taken(pool, 2) and pool.take(1) is None
+    assert pool.find(b"a") == a and wiped == [] and not pool.is_kept(a)
+    pool.release([a])
+    assert pool.is_kept(a) and taken(pool, 1) == [a] and wiped == [a]
+
+
 def test_no_more_pages_are_kept_than_allowed() -> None:
     pool = PagePool(4, 1, wiped := Wiped())
     pages = registered(pool, b"a", b"b", b"c")
@@ -83,3 +94,12 @@ def test_forgotten_weights_leave_no_page() -> None:
     assert wiped == [*both, *one] and pool.find(b"base") == base[0]
     pool.forget(None)
     assert pool.num_cached == 0 and pool.num_available == 4
+
+
+def test_a_held_page_that_loses_its_key_is_wiped_when_its_row_leaves() -> None:
+    pool = PagePool(2, 2, wiped := Wiped())
+    pages = registered(pool, b"a")
+    pool.unregister(pages)
+    assert wiped == [] and pool.find(b"a") is None and pool.num_available == 1
+    pool.release(pages)
+    assert wiped == pages and pool.num_available == 2
