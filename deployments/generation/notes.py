@@ -6,7 +6,8 @@ Nothing is noted unless the setting `learning` is on. Noting never delays or fai
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Callable
 
 from deployments.api.completions import Question
 from deployments.api.responses import Planned
@@ -16,12 +17,13 @@ from deployments.calls.catalogue_clients import StoreClient
 from deployments.generation.conversation import choose_texts
 from gpu_worker.front.request.request import TokenIds
 from lora_store import Feedback
+from lora_store.feedback import Kind
 from lora_store.lru_cache import LruCache
 from retriever_svc.views import read_ends
 
 PAUSE_S = 60.0  # between two proposals of one key for one adapter
-MAX_ASKED = 20  # prompts of routed requests of one tenant in one second
-MAX_RUNNING = 32  # writes at once; more are dropped
+MAX_NOTED = 20  # prompts of one tenant in one second
+MAX_RUNNING = 32  # writes at once, of one tenant at most as many as there is room for others; more are dropped
 _MAX_REMEMBERED = 4096
 
 
@@ -38,43 +40,43 @@ class PromptNotes:
     ) -> None:
         self._store, self._background, self._is_on, self._clock = store, background, is_on, clock
         self._proposed_at: LruCache[tuple[str, str, str], float] = LruCache(_MAX_REMEMBERED)
-        self._asked: LruCache[str, tuple[int, int]] = LruCache(_MAX_REMEMBERED)  # by tenant, a second and its prompts
-        self._num_running = 0
+        self._noted: LruCache[str, tuple[int, int]] = LruCache(_MAX_REMEMBERED)  # by tenant, a second and its prompts
+        self._running: Counter[str] = Counter()  # by tenant
 
     def note(self, question: Question, planned: Planned, caller: Caller, request_id: str) -> None:
         """Note the prompt of one request in the background, if it may be kept."""
         text = _find_text(question) if self._is_on and caller.tenant != ANONYMOUS_TENANT else None
-        if text is None or self._num_running >= MAX_RUNNING:
+        if text is None:
             return
         rows = planned.plan.adapters
         if planned.reason is not None:
             if planned.text.strip() and self._has_room(caller.tenant):
-                asked = Feedback.of_request(request_id, planned.text, None, caller.key_id)
-                self._start(self._store.put_feedback(caller.tenant, "asked", asked))
+                self._start(caller.tenant, "asked", Feedback.of_request(request_id, planned.text, None, caller.key_id))
         elif _names_adapter(question) and len(rows) == 1 and rows[0].ref.tenant == caller.tenant:
             name, now = rows[0].ref.name, self._clock()
             last = self._proposed_at.get((caller.tenant, name, caller.key_id))
-            if last is None or now - last >= PAUSE_S:
+            if (last is None or now - last >= PAUSE_S) and self._has_room(caller.tenant):
                 self._proposed_at.put((caller.tenant, name, caller.key_id), now)
-                proposed = Feedback.proposed(text, name, caller.key_id)
-                self._start(self._store.put_feedback(caller.tenant, "proposed", proposed))
+                self._start(caller.tenant, "proposed", Feedback.proposed(text, name, caller.key_id))
 
     def _has_room(self, tenant: str) -> bool:
+        if self._running[tenant] >= MAX_RUNNING - self._running.total():
+            return False
         second = int(self._clock())
-        last, num_asked = self._asked.get(tenant) or (second, 0)
-        num_asked = num_asked + 1 if second == last else 1
-        self._asked.put(tenant, (second, num_asked))
-        return num_asked <= MAX_ASKED
+        last, num_noted = self._noted.get(tenant) or (second, 0)
+        num_noted = num_noted + 1 if second == last else 1
+        self._noted.put(tenant, (second, num_noted))
+        return num_noted <= MAX_NOTED
 
-    def _start(self, write: Awaitable[None]) -> None:
-        self._num_running += 1
-        self._background.start(self._write(write), "noting a prompt")
+    def _start(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
+        self._running[tenant] += 1
+        self._background.start(self._write(tenant, kind, feedback), "noting a prompt")
 
-    async def _write(self, write: Awaitable[None]) -> None:
+    async def _write(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
         try:
-            await write
+            await self._store.put_feedback(tenant, kind, feedback)
         finally:
-            self._num_running -= 1
+            self._running -= Counter([tenant])  # forgets those without any
 
 
 def _names_adapter(question: Question) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from deployments.api.responses import Planned
 from deployments.auth.authenticator import LOCAL_CALLER, Caller
 from deployments.background import Background
 from deployments.calls.catalogue_clients import serve_store
-from deployments.generation.notes import MAX_ASKED, PAUSE_S, PromptNotes
+from deployments.generation.notes import MAX_NOTED, MAX_RUNNING, PAUSE_S, PromptNotes
 from lora_store import Feedback, StoreUnavailable
 from retriever_svc.encoder import MAX_CHARS
 from tests.deployments.adapter_records import POOL, adapter, pool_of
@@ -122,7 +124,7 @@ async def test_noting_is_sampled_for_each_tenant() -> None:
         notes.note(Question(f"text {number}", f"text {number}", model, LoraOptions()), planned, caller, f"{number}")
         await background.idle()
 
-    for number in range(3 * MAX_ASKED):
+    for number in range(3 * MAX_NOTED):
         await note(number, "poet", Planned(plan))
         await note(number, "auto", routed)
     first = len(store.given)
@@ -132,4 +134,25 @@ async def test_noting_is_sampled_for_each_tenant() -> None:
     now[0] += PAUSE_S
     await note(99, "poet", Planned(plan))
     await note(99, "auto", routed)
-    assert (first, of_others, len(store.given)) == (1 + MAX_ASKED, 1, 1 + MAX_ASKED + 1 + 2)
+    assert (first, of_others, len(store.given)) == (MAX_NOTED, 1, MAX_NOTED + 1 + 2)
+
+
+async def test_slow_writes_of_one_tenant_leave_room_for_those_of_another() -> None:
+    started: list[str] = []
+
+    class HangingStore:
+        async def put_feedback(self, tenant: str, *_: object) -> None:
+            started.append(tenant)
+            await asyncio.Event().wait()
+
+    store: Any = HangingStore()
+    background, seconds = Background(), itertools.count()
+    notes = PromptNotes(store, background, is_on=True, clock=lambda: float(next(seconds)))
+    for tenant in ["a"] * MAX_RUNNING + ["b"]:
+        planned = Planned(
+            await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection"), reason="fits", text="T"
+        )
+        notes.note(Question("T", "T", "auto", LoraOptions()), planned, replace(LOCAL_CALLER, tenant=tenant), "r")
+    await asyncio.sleep(0)
+    background.cancel()
+    assert Counter(started) == {"a": MAX_RUNNING // 2, "b": 1}
