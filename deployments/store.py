@@ -95,9 +95,9 @@ class StoreDeployment:
         """Validate an adapter, store its blobs and lease them until `commit` or `discard`.
 
         `shapes_by_model`: the module shapes of each served base model whose workers have told them.
-        Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
-        UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull; ShapesUnknown for an adapter of
-        another base model.
+        Raises: AdapterRefused, with every reason; QuotaExceeded; SourceRefused, SourceMissing, SourceUnavailable,
+        StoreUnavailable; UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull; ShapesUnknown
+        for an adapter of another base model.
         """
         if upload.adapter_name in self._config.served_models.accepted_names:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
@@ -134,6 +134,7 @@ class StoreDeployment:
                 share=upload.share,
                 is_shadow=upload.is_shadow,
                 base_model=upload.base_model,
+                quota=upload.quota,
             )
 
     async def edit(self, live: AdapterRecord, edit: Edit) -> Staged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from lora_store.leases import Leases
 from lora_store.location import Location
 from lora_store.names import NamedPolicy, policy_digest
 from lora_store.pool_files import PART_BYTES, PoolState, blob_file, check_finished, is_projection
-from lora_store.quota import TenantQuota
+from lora_store.quota import TenantQuota, check_quota
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.rules import (
@@ -95,6 +96,8 @@ class LoraStore:
         self._files = Files(location)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
+        self._staged: dict[str, AdapterRecord] = {}  # by lease, what is neither committed nor discarded
+        self._counting = threading.Lock()
         check_finished(location)
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
@@ -135,6 +138,7 @@ class LoraStore:
         templates: Mapping[str, str] | None = None,
         read_contract: ReadContract | None = None,
         is_private: bool = False,
+        quota: TenantQuota | None = None,
     ) -> Staged:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
@@ -148,8 +152,9 @@ class LoraStore:
         none; for a new name None takes the folder's. `contract`: JSON; None takes the folder's, and without one keeps;
         "" for none. `read_contract`: how it is read for this base model. `keeps_visibility`: `visibility` is for new
         names only. A folder without samples keeps the live ones. A description replaces a single live sample only.
-        `has_samples`: False publishes it without any.
-        Raises: AdapterRefused with every reason; nothing is written then.
+        `has_samples`: False publishes it without any. `quota`: of the tenant, with all that this object has staged for
+        it; the commit checks the newest state.
+        Raises: AdapterRefused with every reason, QuotaExceeded; nothing is written then.
         """
         self._ballast.fill()
         name = folder.name if name is None else name
@@ -175,7 +180,7 @@ class LoraStore:
         expires_at = None if ttl_s is None else self._now() + timedelta(seconds=ttl_s)
         kept_samples = live if live is not None and has_samples and _keeps_samples(checked, live) else None
         staged = self._stage_checked(
-            label, checked, folder.name if source is None else source, expires_at, kept_samples
+            label, checked, folder.name if source is None else source, expires_at, kept_samples, quota
         )
         if share is not None:
             trial = Trial(staged.ref.digest, share, is_shadow)
@@ -198,6 +203,7 @@ class LoraStore:
         source: str,
         expires_at: datetime | None,
         kept_samples: AdapterRecord | None,
+        quota: TenantQuota | None,
     ) -> Staged:
         """`kept_samples`: the live version whose samples it takes over."""
         label = replace(label, template=checked.template, contract=checked.contract or None)
@@ -215,7 +221,7 @@ class LoraStore:
         )
         if kept_samples is not None:
             record = take_over(record, kept_samples, ["samples"])
-        return self._stage_leased(record, partial(self._write, record, weights, samples, checked.samples))
+        return self._stage_leased(record, partial(self._write, record, weights, samples, checked.samples), quota)
 
     def restage(self, record: AdapterRecord) -> Staged:
         """Stage a version that the catalogue keeps: lease its blobs, check that they exist, and read its samples.
@@ -374,7 +380,7 @@ class LoraStore:
 
     def discard(self, staged: Sequence[Staged]) -> None:
         """Give up these staged versions: release their leases and delete the blobs that nothing else uses."""
-        self._leases.release([item.lease for item in staged])
+        self._release([item.lease for item in staged])
         self.sweep([digest for item in staged for digest in item.record.blobs])
 
     def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
@@ -576,10 +582,19 @@ class LoraStore:
                 " and `catalogue` elsewhere",
             )
 
-    def _stage_leased(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
-        """Lease the record's blobs, then call `prepare`. Release the lease if that fails."""
+    def _stage_leased(
+        self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]], quota: TenantQuota | None = None
+    ) -> Staged:
+        """Lease the record's blobs, then call `prepare`. Release the lease if that fails. Raises: QuotaExceeded."""
         lease = self._leases.acquire(record.blobs)
         try:
+            snapshot = self.snapshot()
+            with self._counting:
+                self._staged = {other: held for other, held in self._staged.items() if self._leases.is_safe(other)}
+                self._staged[lease] = record
+                if quota is not None:
+                    of_tenant = [held for held in self._staged.values() if held.ref.tenant == record.ref.tenant]
+                    check_quota(snapshot, of_tenant, quota)
             return Staged(record, prepare(), lease)
         except BaseException:
             self._try_to_release([lease])
@@ -612,10 +627,16 @@ class LoraStore:
             raise AdapterNotFound(str(record.ref))
         return self.samples(record.samples_digest) if record.samples_digest is not None else ()
 
+    def _release(self, leases: Collection[str]) -> None:
+        with self._counting:
+            for lease in leases:
+                self._staged.pop(lease, None)
+        self._leases.release(leases)
+
     def _try_to_release(self, leases: Collection[str]) -> None:
         """Release the leases. Those that cannot be deleted now expire by themselves."""
         try:
-            self._leases.release(leases)
+            self._release(leases)
         except StoreUnavailable as exc:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
 

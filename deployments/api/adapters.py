@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from deployments.api.base import MAX_ADAPTERS, MAX_TEXT_CHARS, AdapterName, ApiRequest
 from deployments.api.contract import Contract
-from lora_store import LOCAL_TENANT, Edit, Sample, Visibility
+from lora_store import LOCAL_TENANT, Edit, Sample, TenantQuota, Visibility
 from lora_store.bounded_files import parse_json_object
 from retriever_svc import AskedPrompt
 
@@ -63,6 +63,7 @@ class PublishItem:
     is_shadow: bool = False
     has_samples: bool = True  # False: it is published without any
     base_model: str | None = None  # that it was trained on; None: the one that its folder names
+    quota: TenantQuota | None = None  # of the tenant
 
     def __post_init__(self) -> None:
         given = [what for what in (self.path, self.files, self.source) if what is not None]

@@ -144,7 +144,8 @@ def make_item(services: Services, item: PublishItem, caller: Caller, http: Reque
             "only clients on the server's machine may publish its folders, and only with publish_paths set; upload the"
             " files instead"
         )
-    return replace(item, tenant=caller.tenant, default_visibility=services.config.default_visibility)
+    visibility, quota = services.config.default_visibility, caller.limits.tenant_quota
+    return replace(item, tenant=caller.tenant, default_visibility=visibility, quota=quota)
 
 
 @asynccontextmanager

@@ -153,7 +153,7 @@ class Publisher:
         """Publish every valid upload in one commit; return one result or error per upload, in order.
 
         Versions that are live already do not change. `held` is left at the end, even if the caller has left before.
-        `is_dry`: only validate, at generation 0, and store nothing. The quota is not checked then.
+        `is_dry`: only validate, at generation 0, and store nothing.
         Raises, without any change: the error of the Retriever or the Store for the whole batch; QuotaExceeded;
         WorkerStarting; the error of `charge`.
         """
@@ -358,6 +358,9 @@ class Publisher:
         older: Mapping[Key, tuple[AdapterRecord, ...]] = {}
         committed: set[str] = set()
         try:
+            for item in staged:
+                if isinstance(item, QuotaExceeded):
+                    raise item
             older = await self._store.versions([item.ref.key for item in held])
             staged = [self._check_trial(item, older) for item in staged]
             live = live_already(held, older, active)

@@ -10,7 +10,7 @@ import pytest
 from lora_store import AdapterRecord, QuotaExceeded, Snapshot, TenantQuota
 from lora_store.quota import TenantUsage, count_usage
 from lora_store.rules import publish_events
-from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, MakeRecord, OpenStore, embedding
+from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, MakeRecord, OpenStore, Stored, embedding
 
 MakeRecords = Callable[..., list[AdapterRecord]]
 
@@ -72,6 +72,23 @@ def test_a_tenant_above_a_reduced_quota_may_replace_adapters(records: MakeRecord
     assert publish_events(snapshot, records("a"), quota=TenantQuota(0, 0)) == [], "live versions do not count again"
     with pytest.raises(QuotaExceeded):
         publish_events(snapshot, records("c"), quota=quota)
+
+
+@IN_A_FOLDER
+def test_what_a_tenant_has_staged_counts_before_more_is_stored(
+    open_store: OpenStore, make_folder: MakeFolder, stored: Stored
+) -> None:
+    store, quota = open_store(), TenantQuota(max_adapters=1)
+    first, second = make_folder("a0", 0), make_folder("a1", 1)
+    staged = store.stage(first, tenant="acme", quota=quota)
+    store.stage(second, tenant="other", quota=quota)
+    third = make_folder("a2", 2)
+    before = stored("blobs")
+    with pytest.raises(QuotaExceeded):
+        store.stage(third, tenant="acme", quota=quota)
+    assert stored("blobs") == before
+    store.discard([staged])
+    store.commit([store.stage(third, tenant="acme", quota=quota)], [embedding()], [1.0], "me", "any", quota)
 
 
 @IN_A_FOLDER

@@ -35,14 +35,14 @@ def test_a_live_version_is_published_again_only_for_another_visibility(
     assert publishing.pool.live[POET][0].visibility == (said or "public")
 
 
-def test_a_publish_above_the_quota_leaves_nothing() -> None:
+@pytest.mark.parametrize("step", ["stage", "commit"])
+def test_a_publish_above_the_quota_leaves_nothing(step: str) -> None:
     share = TenantQuota(max_adapters=1)
-    publishing = Publishing(failing={"commit": (QuotaExceeded("adapters", 2, 1), 1)})
-    upload = PublishItem(Path("folders", "poet"))
+    publishing = Publishing(failing={step: (QuotaExceeded("adapters", 2, 1), 1)})
+    uploads = [PublishItem(Path("folders", name)) for name in ("poet", "coder")]
     with pytest.raises(QuotaExceeded):
-        publishing.run(lambda publisher: publisher.publish([upload], "tester", share))
-    [(*_, committed_share, _)] = publishing.store.called("commit")
-    assert committed_share == share
+        publishing.run(lambda publisher: publisher.publish(uploads, "tester", share))
+    assert [quota for *_, quota, _ in publishing.store.called("commit")] == [share] * (step == "commit")
     assert (publishing.pool.held, publishing.live_digests) == ([], {})
 
 
