@@ -88,7 +88,10 @@ class StoreDeployment:
         self._staging = ByteBudget(
             config.max_upload_total_bytes, always_bytes=config.max_upload_bytes, has_tenants=config.has_keys
         )
-        self._report_turn = asyncio.Lock()  # any key may ask; a report holds a day of events in memory, and a thread
+        # Any key may ask for a report, which holds a day of events in memory, and may leave before it ends.
+        self._reports = FairThreads(
+            "report", num_threads=1, max_calls=64, full="too many reports of usage are being made; retry later"
+        )
         self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
 
     async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
@@ -205,9 +208,9 @@ class StoreDeployment:
         await asyncio.to_thread(self._store.usage.put, segment, lines, datetime.now(UTC), kept)
 
     async def usage(self, query: UsageQuery) -> list[JsonObject]:
-        """Return the sums of the stored usage events. Raises: StoreUnavailable."""
-        async with self._report_turn:
-            return await asyncio.to_thread(self._store.usage.sums, query)
+        """Return the sums of the stored usage events. Raises: StoreUnavailable, EngineFull."""
+        work = partial(self._store.usage.sums, query)
+        return await asyncio.wrap_future(self._reports.submit(query.tenant or "", work))
 
     async def ping(self) -> None:
         """Check that the catalogue can be read. Raises: StoreUnavailable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ from lora_store import (
     write_peft_folder,
 )
 from lora_store.rankings import OUTCOME
-from lora_store.usage import UsageQuery
+from lora_store.usage import UsageFiles, UsageQuery
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_worker import SHAPES
@@ -357,21 +358,33 @@ async def test_a_tenants_slow_sources_leave_room_for_the_uploads_of_another(
     assert all(isinstance(error, SourceMissing) for error in await asyncio.gather(*slow, return_exceptions=True))
 
 
-async def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    running, most = 0, 0
+async def test_reports_of_usage_are_made_one_at_a_time_also_after_their_callers_have_left(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, begun = threading.Event(), queue.Queue[str | None]()
 
-    async def to_thread(*_: object) -> list[Any]:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0)  # others may begin
-        running -= 1
+    def hang(_: object, query: UsageQuery) -> list[Any]:
+        begun.put(query.tenant)
+        assert goes_on.wait(60)
         return []
 
-    monkeypatch.setattr(asyncio, "to_thread", to_thread)
-    query = UsageQuery(date(2026, 11, 1), date(2026, 11, 2))
-    assert await asyncio.gather(*[stores.deployment.usage(query) for _ in range(3)]) == [[], [], []]
-    assert most == 1
+    monkeypatch.setattr(UsageFiles, "sums", hang)
+    day = date(2026, 11, 1)
+
+    def ask(tenant: str) -> asyncio.Task[Any]:
+        return asyncio.create_task(stores.deployment.usage(UsageQuery(day, day, tenant=tenant)))
+
+    left = [ask("a") for _ in range(5)]
+    assert await asyncio.to_thread(begun.get, timeout=60) == "a"
+    for call in left:
+        call.cancel()
+    await asyncio.wait(left)
+    waiting = [*[ask("a") for _ in range(5)], ask("b")]
+    await asyncio.sleep(0)  # they are in the queue
+    assert begun.empty()
+    goes_on.set()
+    assert await asyncio.gather(*waiting) == [[]] * 6
+    assert "b" in (begun.get(), begun.get()), "tenants take turns"
 
 
 async def test_the_check_of_an_edited_contract_holds_up_no_other_call(
