@@ -45,6 +45,7 @@ from lora_store.usage import UsageQuery
 P = ParamSpec("P")
 T = TypeVar("T")
 _NUM_STAGERS = 16  # with keys one tenant uses at most a half
+_NUM_COMMITTERS = 4  # while one folds the catalogue, others commit; with keys one tenant uses at most a half
 _OBJECT_CACHE_BYTES = 256 << 20  # weights in Ray's object store
 _NO_VECTOR = np.empty(0, np.float32)
 
@@ -59,6 +60,26 @@ def in_thread(
         return await asyncio.to_thread(getattr(self._store, method.__name__), *args, **kwargs)
 
     return call
+
+
+def in_turn(
+    method: Callable[Concatenate[LoraStore, P], T], find_tenant: Callable[..., str] = lambda *_: ""
+) -> Callable[Concatenate[StoreDeployment, P], Coroutine[Any, Any, T]]:
+    """Return the method of the deployment that runs this one, a commit, in the turn of its tenant. Same errors.
+
+    `find_tenant` returns the tenant for the arguments, by default the operator's turn.
+    """
+
+    @functools.wraps(method)
+    async def call(self: StoreDeployment, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        work = partial(getattr(self._store, method.__name__), *args, **kwargs)
+        return await asyncio.wrap_future(self._committers.submit(find_tenant(*args), work))
+
+    return call
+
+
+def _first(tenant: str, *_: object) -> str:
+    return tenant
 
 
 class StoreDeployment:
@@ -84,6 +105,10 @@ class StoreDeployment:
         # workers' fetches.
         self._stagers = FairThreads(
             "stage", num_threads=_NUM_STAGERS, max_calls=sys.maxsize, full="", leaves_room=config.has_keys
+        )
+        # Commits wait for each other, so waiting ones must not take the threads of other calls.
+        self._committers = FairThreads(
+            "commit", num_threads=_NUM_COMMITTERS, max_calls=sys.maxsize, full="", leaves_room=config.has_keys
         )
         self._staging = ByteBudget(
             config.max_upload_total_bytes, always_bytes=config.max_upload_bytes, has_tenants=config.has_keys
@@ -160,19 +185,19 @@ class StoreDeployment:
     restage = in_thread(LoraStore.restage)
     take_over = in_thread(LoraStore.take_over)
     resample = in_thread(LoraStore.resample)
-    commit = in_thread(LoraStore.commit)
+    commit = in_turn(LoraStore.commit, lambda staged, *_: staged[0].ref.tenant)
     check_commit = in_thread(LoraStore.check_commit)
     discard = in_thread(LoraStore.discard)
-    withdraw = in_thread(LoraStore.withdraw)
-    expire = in_thread(LoraStore.expire)
-    set_visibility = in_thread(LoraStore.set_visibility)
-    set_trial = in_thread(LoraStore.set_trial)
-    approve = in_thread(LoraStore.approve)
-    set_name = in_thread(LoraStore.set_name)
-    approve_name = in_thread(LoraStore.approve_name)
-    add_embeddings = in_thread(LoraStore.add_embeddings)
-    rank = in_thread(LoraStore.rank)
-    activate_encoder = in_thread(LoraStore.activate_encoder)
+    withdraw = in_turn(LoraStore.withdraw, _first)
+    expire = in_turn(LoraStore.expire)
+    set_visibility = in_turn(LoraStore.set_visibility, _first)
+    set_trial = in_turn(LoraStore.set_trial, _first)
+    approve = in_turn(LoraStore.approve)
+    set_name = in_turn(LoraStore.set_name, lambda key, *_: key[0])
+    approve_name = in_turn(LoraStore.approve_name)
+    add_embeddings = in_turn(LoraStore.add_embeddings)
+    rank = in_turn(LoraStore.rank, _first)
+    activate_encoder = in_turn(LoraStore.activate_encoder)
     sweep = in_thread(LoraStore.sweep)
     gc = in_thread(LoraStore.gc)
     pool_part = in_thread(LoraStore.pool_part)

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -40,14 +40,15 @@ Ref = TypeVar("Ref")
 class ObjectCache(Generic[Ref]):
     """References to the parts of loaded blobs within `budget_bytes`; the least recently used are dropped.
 
-    One load per digest. Use it on one event loop; `load` and `put` run on a thread, one part after the other, so that a
-    large blob is never whole in this process. A blob larger than the budget is returned but not kept.
+    One load per digest. Use it on one event loop; `load` and `put` run on threads for them only, one part after the
+    other, so that a large blob is never whole in this process. A blob larger than the budget is returned but not kept.
     """
 
     def __init__(
         self, load: Callable[[str], Iterable[Buffer]], put: Callable[[Buffer], Ref], budget_bytes: int
     ) -> None:
         self._load, self._put = load, put
+        self._threads = ThreadPoolExecutor(thread_name_prefix="fetch")
         self._kept: LruCache[str, tuple[tuple[Ref, ...], int]] = LruCache(budget_bytes, lambda kept: kept[1])
         self._loading: dict[str, asyncio.Task[tuple[Ref, ...]]] = {}
 
@@ -72,7 +73,8 @@ class ObjectCache(Generic[Ref]):
     async def _fill(self, digest: str) -> tuple[Ref, ...]:
         task = asyncio.current_task()
         try:
-            refs, num_bytes = await asyncio.to_thread(self._put_loaded, digest)
+            loop = asyncio.get_running_loop()
+            refs, num_bytes = await loop.run_in_executor(self._threads, self._put_loaded, digest)
             if self._loading.get(digest) is task:
                 self._kept.put(digest, (refs, num_bytes))
             return refs

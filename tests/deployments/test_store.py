@@ -31,6 +31,8 @@ from lora_store import (
     Edit,
     Embedding,
     EncoderIncomplete,
+    Key,
+    LoraStore,
     ModuleWeights,
     RankedAdapter,
     Ranking,
@@ -356,6 +358,29 @@ async def test_a_tenants_slow_sources_leave_room_for_the_uploads_of_another(
     assert not any(call.done() for call in slow)
     released.set()
     assert all(isinstance(error, SourceMissing) for error in await asyncio.gather(*slow, return_exceptions=True))
+
+
+async def test_waiting_commits_of_one_tenant_hold_up_no_other_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys.yaml").write_text("[]")
+    stores = Stores(tmp_path, keys_file=tmp_path / "keys.yaml")
+    [poet] = await stores.publish(PublishItem(stores.adapter()))
+    goes_on, begun = threading.Event(), queue.Queue[str]()
+
+    def hang(_: object, key: Key, *__: object) -> int:
+        begun.put(key[0])
+        assert goes_on.wait(60)
+        return 2
+
+    monkeypatch.setattr(LoraStore, "set_name", hang)
+    naming = [asyncio.create_task(stores.deployment.set_name((tenant, "n"), "{}", "me")) for tenant in "a" * 64 + "b"]
+    assert sorted([await asyncio.to_thread(begun.get, timeout=60) for _ in range(3)]) == ["a", "a", "b"]
+    async with asyncio.timeout(60):
+        assert (await stores.deployment.versions([POET]))[POET]
+        assert await stores.deployment.fetch(poet.record.weights_digest)
+    goes_on.set()
+    assert await asyncio.gather(*naming) == [2] * 65
 
 
 async def test_reports_of_usage_are_made_one_at_a_time_also_after_their_callers_have_left(
