@@ -25,6 +25,7 @@ from deployments.observability.metrics import SERVE, MetricFactory, report_perio
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.tracing import open_span
 from deployments.retriever_factory import live_pool, retriever_over
+from gpu_worker.front.fair_threads import FairThreads
 from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from lora_store.lru_cache import LruCache
 from retriever_svc import (
@@ -74,9 +75,10 @@ _CATCH_UP_S = 4.0  # below the publisher's timeout, so that each replica can rep
 class RetrieverDeployment:
     """One encoder and one index. The replica is ready once it serves the catalogue's newest generation.
 
-    Work runs outside the event loop, each kind on its own threads, so that none blocks another: look-ups by name and
-    lists; searches; maps; the encoder for prompts, with a queue in which tenants take turns; the encoder for
-    publishes; the catalogue. Calls with a `min_generation` wait briefly for it, then raise StaleIndex.
+    Work runs outside the event loop, each kind on its own threads, so that none blocks another: look-ups by name;
+    lists, in which tenants take turns; searches; maps; the encoder for prompts, with a queue in which tenants take
+    turns; the encoder for publishes; the catalogue. Calls with a `min_generation` wait briefly for it, then raise
+    StaleIndex.
     """
 
     def __init__(
@@ -95,6 +97,10 @@ class RetrieverDeployment:
         self._pools = live_pool(config, self._store.snapshot, index)
         self._retriever = retriever_over(self._pools, config, self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
+        # A list with new filters reads the whole pool, and any key may ask.
+        self._lists = FairThreads(
+            "list", num_threads=1, max_calls=64, full="too many lists are being made; retry later"
+        )
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
         self._maps = ThreadPoolExecutor(1, thread_name_prefix="map")  # of 10,000 adapters: 0.3 s
         self._map_bodies: LruCache[str, tuple[PoolMap, bytes]] = LruCache(_MAPS_BYTES, lambda kept: len(kept[1]))
@@ -202,9 +208,9 @@ class RetrieverDeployment:
         return await _on(self._lookups, self._retriever.names, tenant, after, limit, is_short=is_short)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
-        """Return a page of the adapters that the tenant may use, without embeddings. Raises: StaleIndex."""
+        """Return a page of the adapters that the tenant may use, without embeddings. Raises: EngineFull, StaleIndex."""
         await self._reach_for(tenant, min_generation)
-        page = await _on(self._lookups, self._retriever.page, tenant, request)
+        page = await asyncio.wrap_future(self._lists.submit(tenant, partial(self._retriever.page, tenant, request)))
         return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
 
     async def map(self, tenant: str, min_generation: int = 0) -> bytes:

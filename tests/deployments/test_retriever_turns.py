@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from lora_store import AdapterNotFound, Sample
-from retriever_svc import PinnedAdapter, PoolSize, RouteRequest, StaleIndex
+from retriever_svc import Page, PageRequest, PinnedAdapter, PoolSize, RouteRequest, StaleIndex
 from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS, Vectors
+from retriever_svc.listing import Listings
 from retriever_svc.map_layout import Layout
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
 
@@ -75,6 +76,26 @@ async def test_prompts_are_routed_while_maps_are_drawn(here: Served, monkeypatch
     assert route.candidates and not any(call.done() for call in maps)
     goes_on.set()
     assert [json.loads(drawn)["num_adapters"] for drawn in await asyncio.gather(*maps)] == [1] * 8
+
+
+async def test_lists_of_one_tenant_hold_up_no_named_request_and_no_list_of_another(
+    here: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await here.replica.catch_up(here.publish(*await here.embedded("sums")))
+    goes_on, begun, page = threading.Event(), list[str](), Listings.page
+
+    def hang(lists: Listings, tenant: str, request: PageRequest) -> Page:
+        begun.append(tenant)
+        assert goes_on.wait(120)
+        return page(lists, tenant, request)
+
+    monkeypatch.setattr(Listings, "page", hang)
+    listing = [asyncio.ensure_future(here.replica.page(tenant, ALL)) for tenant in "a" * 8 + "b"]
+    async with asyncio.timeout(60):
+        assert await here.replica.plan_named("local", [("sums", 1.0)], "selection")
+    goes_on.set()
+    await asyncio.gather(*listing)
+    assert begun.index("b") <= 2, "tenants take turns"
 
 
 async def test_samples_are_shown_to_the_tenant_that_published_them(here: Served) -> None:
