@@ -28,23 +28,17 @@ SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop"
 DEATH = ActorDiedError()
 
 
-def generate(request: Any, **options: Any) -> tuple[dict[str, Any], Served]:
-    async def run() -> tuple[dict[str, Any], Served]:
-        served = serve_plainly(**options)
-        return await served.ingress.generate(request), served
-
-    return asyncio.run(run())
+async def generate(request: Any, **options: Any) -> tuple[dict[str, Any], Served]:
+    served = serve_plainly(**options)
+    return await served.ingress.generate(request), served
 
 
-def stream(request: Any, **options: Any) -> list[dict[str, Any]]:
-    async def run() -> list[dict[str, Any]]:
-        return [chunk async for chunk in serve_plainly(**options).ingress.stream(request)]
-
-    return asyncio.run(run())
+async def stream(request: Any, **options: Any) -> list[dict[str, Any]]:
+    return [chunk async for chunk in serve_plainly(**options).ingress.stream(request)]
 
 
-def test_an_answer_is_the_workers_joined_text() -> None:
-    answer, _ = generate(CHAT)
+async def test_an_answer_is_the_workers_joined_text() -> None:
+    answer, _ = await generate(CHAT)
     [choice] = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello"}
     assert choice["finish_reason"] == "stop"
@@ -54,8 +48,8 @@ def test_an_answer_is_the_workers_joined_text() -> None:
     assert "candidates" not in answer["lora"]
 
 
-def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
-    answer, served = generate(CHAT | SAMPLING | {"model": "coder"})
+async def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
+    answer, served = await generate(CHAT | SAMPLING | {"model": "coder"})
     job = served.job
     assert job.prompt == (Message("user", "Hi"),)
     assert [row.ref for row in job.plan.adapters] == [POOL[1].ref]
@@ -64,12 +58,12 @@ def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
     assert job.template == "chat"  # the template that its adapter names
     assert answer["id"] == f"chatcmpl-{job.request_id}"
     assert answer["model"] == "coder"
-    assert [generate(CHAT, template=own)[1].job.template for own in ("auto", "alpaca")] == ["auto", "alpaca"]
+    assert [(await generate(CHAT, template=own))[1].job.template for own in ("auto", "alpaca")] == ["auto", "alpaca"]
 
 
-def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() -> None:
+async def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    _, served = generate({"messages": [*turns, {"role": "user", "content": "Rhyme."}, turns[1]]})
+    _, served = await generate({"messages": [*turns, {"role": "user", "content": "Rhyme."}, turns[1]]})
     requests = [request for ([request],) in served.retriever.called("route")]
     assert [request.text for request in requests] == ["Hi", "Rhyme."]
 
@@ -159,34 +153,34 @@ async def test_user_config_with_anything_else_is_refused(user_config: dict[str, 
         serve_plainly().ingress.reconfigure(user_config)
 
 
-def test_a_handle_caller_may_send_the_model_or_a_mapping() -> None:
-    by_model, _ = generate(ChatCompletionRequest.model_validate(CHAT))
-    by_mapping, _ = generate(CHAT)
+async def test_a_handle_caller_may_send_the_model_or_a_mapping() -> None:
+    by_model, _ = await generate(ChatCompletionRequest.model_validate(CHAT))
+    by_mapping, _ = await generate(CHAT)
     changing = {"id": None, "created": None}
     assert by_model | changing == by_mapping | changing
     with pytest.raises(RequestInvalid, match=r"lora\.kk"):
-        generate(CHAT | {"lora": {"kk": 1}})
+        await generate(CHAT | {"lora": {"kk": 1}})
 
 
-def test_a_stream_starts_with_the_plan_and_ends_with_the_reason() -> None:
-    opening, *chunks = stream(CHAT | {"lora": {"explain": True}})
+async def test_a_stream_starts_with_the_plan_and_ends_with_the_reason() -> None:
+    opening, *chunks = await stream(CHAT | {"lora": {"explain": True}})
     assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert [candidate["name"] for candidate in opening["lora"]["candidates"]] == ["poet", "coder"]
     assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["Hel", "lo", ""]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
     assert len({chunk["id"] for chunk in (opening, *chunks)}) == 1
     assert not any("lora" in chunk or "usage" in chunk for chunk in chunks)
-    assert len(stream(CHAT, worker=FakeWorker([Delta("Hi", 5, 1, "length")]))) == 2
+    assert len(await stream(CHAT, worker=FakeWorker([Delta("Hi", 5, 1, "length")]))) == 2
 
 
 @pytest.mark.parametrize("call", [generate, stream])
-def test_an_error_before_the_first_token_is_raised(call: Callable[..., Any]) -> None:
+async def test_an_error_before_the_first_token_is_raised(call: Callable[..., Any]) -> None:
     with pytest.raises(PromptTooLong, match="long"):
-        call(CHAT, worker=FakeWorker([PromptTooLong("too long")]))
+        await call(CHAT, worker=FakeWorker([PromptTooLong("too long")]))
     with pytest.raises(ModelNotFound):
-        call(CHAT | {"model": "nobody"})
+        await call(CHAT | {"model": "nobody"})
     with pytest.raises(SamplingInvalid):
-        call(CHAT | {"max_tokens": 1, "min_tokens": 2})
+        await call(CHAT | {"max_tokens": 1, "min_tokens": 2})
 
 
 class Dying(FakeWorker):
@@ -219,8 +213,8 @@ async def test_a_whole_answer_survives_the_death_of_two_workers() -> None:
     assert len(served.retriever.called("route")) == 1
 
 
-def test_only_the_answer_that_lost_its_worker_starts_again() -> None:
-    answer, served = generate(CHAT | {"n": 2}, worker=Dying(DELTAS, (DELTAS[0], DEATH), DELTAS))
+async def test_only_the_answer_that_lost_its_worker_starts_again() -> None:
+    answer, served = await generate(CHAT | {"n": 2}, worker=Dying(DELTAS, (DELTAS[0], DEATH), DELTAS))
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["Hello", "Hello"]
     first, second, again = jobs_of(served)
     assert first != second == again

@@ -15,7 +15,7 @@ from deployments.calls.worker_client import KEPT_S, RECENT_S, BaseWorkers, serve
 from deployments.errors import WorkerStarting
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, asked, error_of
+from tests.deployments.asking import asked, error_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import SHAPES, FakeWorker
 from tests.fakes import FakeHandle
@@ -146,34 +146,31 @@ def test_workers_are_scaled_to_zero_if_none_runs_and_none_has_failed(
     assert asyncio.run(workers.is_scaled_to_zero()) is sleeps
 
 
-def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Response, Served]:
-    async def question(client: httpx.AsyncClient, served: Served) -> tuple[httpx.Response, Served]:
+async def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Response, Served]:
+    async with asked(worker=worker, **settings) as (client, served):
         return await client.post("/v1/completions", json={"model": model, "prompt": "x"}), served
-
-    answer: tuple[httpx.Response, Served] = ask(question, worker=worker, **settings)
-    return answer
 
 
 ASLEEP = {"worker_scaling": {"autoscaling_config": {"min_replicas": 0}}, "scale_from_zero_timeout_s": 0.01}
 
 
-def test_a_request_without_a_worker_in_time_is_refused_with_retry_after() -> None:
-    response, served = completion(Sleeper(), BASE, **ASLEEP)
+async def test_a_request_without_a_worker_in_time_is_refused_with_retry_after() -> None:
+    response, served = await completion(Sleeper(), BASE, **ASLEEP)
     assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "1"
     assert served.worker.called("stream") == []
 
 
-def test_a_request_that_cannot_be_answered_starts_no_worker() -> None:
-    response, served = completion(Sleeper(), "nobody", **ASLEEP)
+async def test_a_request_that_cannot_be_answered_starts_no_worker() -> None:
+    response, served = await completion(Sleeper(), "nobody", **ASLEEP)
     assert response.status_code == 404
     assert served.worker.calls == []
 
 
-def test_a_request_is_answered_by_the_worker_that_it_started() -> None:
+async def test_a_request_is_answered_by_the_worker_that_it_started() -> None:
     worker = Sleeper()
     worker.awake.set()
-    response, served = completion(worker, BASE, **ASLEEP | {"scale_from_zero_timeout_s": 120})
+    response, served = await completion(worker, BASE, **ASLEEP | {"scale_from_zero_timeout_s": 120})
     assert response.status_code == 200
     assert [call.name for call in served.worker.calls] == ["module_shapes", "stream"]
 

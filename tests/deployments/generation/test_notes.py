@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
 
 from deployments.api.base import LoraOptions
@@ -18,8 +17,7 @@ from deployments.generation.notes import MAX_ASKED, PAUSE_S, PromptNotes
 from lora_store import Feedback, StoreUnavailable
 from retriever_svc.encoder import MAX_CHARS
 from tests.deployments.adapter_records import POOL, adapter, pool_of
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, asked
+from tests.deployments.asking import asked
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.fakes import FakeHandle
@@ -31,31 +29,27 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(texts)]
 
 
-def noted(*bodies: dict[str, Any], learning: str = "observe", path: str = CHAT, **options: Any) -> list[Feedback]:
+async def noted(*bodies: dict[str, Any], learning: str = "observe", path: str = CHAT, **options: Any) -> list[Feedback]:
     """Return what the store was given after these requests."""
     store = options.setdefault("store", FakeStore(pool_of(*POOL)))
-
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(learning=learning, **options) as (client, _):
         for body in bodies:
             answer = await client.post(path, json=body)
             assert answer.status_code == 200, answer.text
-
-    ask(run, learning=learning, **options)
-    given: list[Feedback] = list(store.given.values())
-    return given
+    return list(store.given.values())
 
 
-def test_nothing_is_noted_unless_the_operator_switched_it_on() -> None:
+async def test_nothing_is_noted_unless_the_operator_switched_it_on() -> None:
     bodies = [{"model": "poet", "messages": turns("Rhyme.")}, {"messages": turns("Rhyme.")}]
-    assert noted(*bodies, learning="off") == []
-    assert len(noted(*bodies)) == 2
+    assert await noted(*bodies, learning="off") == []
+    assert len(await noted(*bodies)) == 2
 
 
-def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
+async def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
     system = [{"role": "system", "content": "You are a helpful assistant."}]
-    [proposed] = noted({"model": "poet", "messages": [*system, *turns("Rhyme on rain.")]})
+    [proposed] = await noted({"model": "poet", "messages": [*system, *turns("Rhyme on rain.")]})
     assert (proposed.text, proposed.adapter, proposed.key_id) == ("Rhyme on rain.", "poet", "local")
-    [proposed] = noted({"model": "poet", "prompt": "Rhyme on snow."}, path="/v1/completions")
+    [proposed] = await noted({"model": "poet", "prompt": "Rhyme on snow."}, path="/v1/completions")
     assert proposed.text == "Rhyme on snow."
 
 
@@ -71,13 +65,14 @@ def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
     ],
     ids=["the base model", "a version", "options", "a later turn", "housekeeping", "space as far as it is read"],
 )
-def test_other_prompts_propose_nothing(body: dict[str, Any]) -> None:
-    assert noted(body) == []
+async def test_other_prompts_propose_nothing(body: dict[str, Any]) -> None:
+    assert await noted(body) == []
 
 
-def test_the_owner_of_an_adapter_never_sees_prompts_of_other_tenants() -> None:
+async def test_the_owner_of_an_adapter_never_sees_prompts_of_other_tenants() -> None:
     foreign = adapter("poet", tenant="globex")
-    assert noted({"model": "globex/poet", "messages": turns("Our secret.")}, retriever=FakeRetriever([foreign])) == []
+    body = {"model": "globex/poet", "messages": turns("Our secret.")}
+    assert await noted(body, retriever=FakeRetriever([foreign])) == []
 
 
 async def test_a_routed_request_is_kept_under_its_id_for_an_outcome() -> None:
@@ -90,19 +85,19 @@ async def test_a_routed_request_is_kept_under_its_id_for_an_outcome() -> None:
     assert await store.asked("globex", request_id) is None
 
 
-def test_what_is_kept_for_an_outcome_is_the_text_that_decided() -> None:
-    [by_query] = noted({"messages": turns("Rhyme."), "lora": {"query": "Translate into French"}})
+async def test_what_is_kept_for_an_outcome_is_the_text_that_decided() -> None:
+    [by_query] = await noted({"messages": turns("Rhyme."), "lora": {"query": "Translate into French"}})
     assert by_query.text == "Translate into French"
     system = [{"role": "system", "content": "Translate into German."}]
     abstaining = FakeRetriever(POOL, abstains=True)
-    [with_system] = noted({"messages": [*system, *turns("Good evening.")]}, retriever=abstaining)
+    [with_system] = await noted({"messages": [*system, *turns("Good evening.")]}, retriever=abstaining)
     assert with_system.text == "Translate into German.\nGood evening."
-    assert noted({"messages": turns("Rhyme."), "lora": {"query": " "}}) == []
+    assert await noted({"messages": turns("Rhyme."), "lora": {"query": " "}}) == []
 
 
-def test_a_store_that_is_away_fails_no_request() -> None:
+async def test_a_store_that_is_away_fails_no_request() -> None:
     store = FakeStore(pool_of(*POOL), failing={"put_feedback": (StoreUnavailable("gone"), 9)})
-    assert noted({"model": "poet", "messages": turns("Rhyme.")}, store=store) == []
+    assert await noted({"model": "poet", "messages": turns("Rhyme.")}, store=store) == []
 
 
 async def test_noting_is_sampled_for_each_tenant() -> None:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import httpx
 import pytest
 
 from deployments.api.responses import Planned
@@ -25,7 +24,7 @@ from retriever_svc import PinnedAdapter, Route, RouteRequest
 from retriever_svc.planning import named_plan, replayed_plan, with_trials
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, asked
+from tests.deployments.asking import asked
 from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
@@ -85,11 +84,10 @@ async def shadows_end(served: Served) -> None:
     await served.services.background.idle()
 
 
-def answers_of(numbers: Sequence[int], body: dict[str, Any], **options: Any) -> list[str]:
+async def answers_of(numbers: Sequence[int], body: dict[str, Any], **options: Any) -> list[str]:
     """Return the digest of the version that the answer to each request names. Check that it gave the text."""
     weights = {record.ref.digest: record.weights_digest for record in (LIVE, OTHER)}
-
-    async def send(client: httpx.AsyncClient, served: Served) -> list[str]:
+    async with asked(**options) as (client, served):
         digests = []
         for number in numbers:
             headers = {"x-request-id": f"r{number}"}
@@ -100,18 +98,16 @@ def answers_of(numbers: Sequence[int], body: dict[str, Any], **options: Any) -> 
         await shadows_end(served)
         return digests
 
-    return ask(send, **options)
-
 
 def chosen(trial: Trial, numbers: Sequence[int]) -> list[str]:
     return [OTHER.ref.digest if trial.includes(f"r{number}/0") else LIVE.ref.digest for number in numbers]
 
 
 @pytest.mark.parametrize("model", ["auto", "poet"])
-def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str, scale: Scale) -> None:
+async def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str, scale: Scale) -> None:
     numbers = range(scale.pick("requests", small=20, full=5000))
     retriever = TrialRetriever(trial=Trial(OTHER.ref.digest, scale.pick("percent on trial", small=30, full=10) / 100))
-    digests = answers_of(numbers, {"model": model}, retriever=retriever, worker=NamingWorker())
+    digests = await answers_of(numbers, {"model": model}, retriever=retriever, worker=NamingWorker())
     assert digests == chosen(retriever.trial, numbers)
     assert set(digests) == {LIVE.ref.digest, OTHER.ref.digest}
     share = digests.count(OTHER.ref.digest) / len(digests)
@@ -120,23 +116,23 @@ def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str, sca
 
 
 @pytest.mark.parametrize("pinned", [LIVE, OTHER])
-def test_a_pinned_version_is_never_replaced(pinned: AdapterRecord, scale: Scale) -> None:
+async def test_a_pinned_version_is_never_replaced(pinned: AdapterRecord, scale: Scale) -> None:
     options = {"retriever": TrialRetriever(trial=Trial(OTHER.ref.digest, 1.0))}
     by_name = {"model": f"poet@{pinned.ref.digest}"}
     row = {"name": "poet", "digest": pinned.ref.digest, "weight": 1.0}
     replayed = {"lora": {"plan": {"strategy": "selection", "adapters": [row], "generation": 7}}}
     numbers = range(scale.pick("pinned requests", small=3, full=1250))
     for body in (by_name, replayed):
-        digests = answers_of(numbers, body, worker=NamingWorker(), **options)
+        digests = await answers_of(numbers, body, worker=NamingWorker(), **options)
         scale.record("pinned requests moved", sum(digest != pinned.ref.digest for digest in digests))
         assert digests == [pinned.ref.digest] * len(numbers)
 
 
 @pytest.mark.parametrize("failure", [None, EngineFull("full"), RuntimeError("broken")])
-def test_the_answer_of_a_shadow_never_reaches_a_client(failure: Exception | None) -> None:
+async def test_the_answer_of_a_shadow_never_reaches_a_client(failure: Exception | None) -> None:
     trial = Trial(OTHER.ref.digest, 0.5, is_shadow=True)
     worker, kinds = NamingWorker(failure=failure), FakeMetrics()
-    digests = answers_of(range(20), {}, retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds)
+    digests = await answers_of(range(20), {}, retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds)
     assert digests == [LIVE.ref.digest] * 20
     shadowed = {f"r{number}-shadow" for number in range(20) if trial.includes(f"r{number}/0")}
     shadows = [job for job in worker.jobs if job.request_id.endswith("-shadow")]
@@ -178,9 +174,9 @@ async def test_shadows_beyond_the_bound_are_dropped_and_counted() -> None:
     assert counts[other, "shadow", "200"] == MAX_SHADOWS
 
 
-def test_the_metrics_of_a_share_are_by_version() -> None:
+async def test_the_metrics_of_a_share_are_by_version() -> None:
     trial, kinds = Trial(OTHER.ref.digest, 0.3), FakeMetrics()
-    digests = answers_of(range(10), {}, retriever=TrialRetriever(trial=trial), worker=NamingWorker(), kinds=kinds)
+    digests = await answers_of(range(10), {}, retriever=TrialRetriever(trial=trial), worker=NamingWorker(), kinds=kinds)
     roles = {LIVE.ref.digest: "live", OTHER.ref.digest: "trial"}
     expected = Counter((digest[:12], roles[digest], "200") for digest in digests)
     assert kinds["trial_requests_total"].counts == expected

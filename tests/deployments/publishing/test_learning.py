@@ -17,8 +17,7 @@ from deployments.publishing.learning import QUIET_S, REST_FACTOR, RETRY_S, Learn
 from lora_store import Feedback, StoreUnavailable, VersionConflict
 from retriever_svc.learning import Effect, Learnt
 from tests.deployments.adapter_records import POOL, pool_of
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, asked, error_of
+from tests.deployments.asking import asked, error_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 
@@ -35,32 +34,29 @@ def store_with(*texts: str, **fields: Any) -> FakeStore:
     return store
 
 
-def change(store: FakeStore, body: dict[str, Any], **options: Any) -> httpx.Response:
-    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+async def change(store: FakeStore, body: dict[str, Any], **options: Any) -> httpx.Response:
+    async with asked(store=store, **options) as (client, _):
         return await client.post(PATH, json=body)
 
-    response: httpx.Response = ask(run, store=store, **options)
-    return response
+
+async def waiting(store: FakeStore) -> list[str]:
+    return [item.text for item in await store.feedback("local", "proposed", "poet")]
 
 
-def waiting(store: FakeStore) -> list[str]:
-    return [item.text for item in asyncio.run(store.feedback("local", "proposed", "poet"))]
-
-
-def test_accepting_publishes_the_same_weights_and_the_proposal_is_gone() -> None:
+async def test_accepting_publishes_the_same_weights_and_the_proposal_is_gone() -> None:
     store = store_with("Rhyme.", "Sing.")
-    response = change(store, {"action": "accept", "ids": [proposals("Sing.")[0].id]})
+    response = await change(store, {"action": "accept", "ids": [proposals("Sing.")[0].id]})
     [live, before] = store.live["local", "poet"]
     assert (response.status_code, response.json()["digest"]) == (201, live.ref.digest)
     assert live.ref.digest != before.ref.digest == POOL[0].ref.digest
     assert (live.weights_digest, live.num_samples, live.actor) == (before.weights_digest, 5, "local")
-    assert (waiting(store), store.held) == (["Rhyme."], [])
+    assert (await waiting(store), store.held) == (["Rhyme."], [])
 
 
-def test_accepting_names_no_proposal_for_all_of_them() -> None:
+async def test_accepting_names_no_proposal_for_all_of_them() -> None:
     store = store_with("Rhyme.", "Sing.")
-    assert change(store, {"action": "accept"}).status_code == 201
-    assert (store.live["local", "poet"][0].num_samples, waiting(store)) == (6, [])
+    assert (await change(store, {"action": "accept"})).status_code == 201
+    assert (store.live["local", "poet"][0].num_samples, await waiting(store)) == (6, [])
 
 
 @pytest.mark.parametrize(
@@ -75,28 +71,28 @@ def test_accepting_names_no_proposal_for_all_of_them() -> None:
         (("Rhyme.",), {"action": "accept"}, {"effect": Effect(50, 40, 39, 400, 1, 1)}, "1 of 50 samples"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_changes_nothing(
+async def test_what_cannot_be_done_is_refused_and_changes_nothing(
     texts: tuple[str, ...], body: dict[str, Any], retriever: dict[str, Any], says: str
 ) -> None:
     store = store_with(*texts)
-    response = change(store, body, retriever=FakeRetriever(**retriever))
+    response = await change(store, body, retriever=FakeRetriever(**retriever))
     assert response.status_code == 400
     assert says in error_of(response)["message"]
-    assert (waiting(store), len(store.live["local", "poet"]), store.held) == (list(texts), 1, [])
+    assert (await waiting(store), len(store.live["local", "poet"]), store.held) == (list(texts), 1, [])
 
 
-def test_a_version_that_was_published_meanwhile_is_kept() -> None:
+async def test_a_version_that_was_published_meanwhile_is_kept() -> None:
     store = store_with("Rhyme.", failing={"commit": (VersionConflict(1), 9)})
-    response = change(store, {"action": "accept"})
+    response = await change(store, {"action": "accept"})
     assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
-    assert (waiting(store), store.held) == (["Rhyme."], [])
+    assert (await waiting(store), store.held) == (["Rhyme."], [])
 
 
-def test_a_rejected_proposal_is_gone_and_makes_no_version() -> None:
+async def test_a_rejected_proposal_is_gone_and_makes_no_version() -> None:
     store = store_with("Rhyme.", "Sing.")
-    response = change(store, {"action": "reject", "ids": [proposals("Rhyme.")[0].id]})
+    response = await change(store, {"action": "reject", "ids": [proposals("Rhyme.")[0].id]})
     assert (response.status_code, response.json()["num_rejected"]) == (200, 1)
-    assert (waiting(store), len(store.live["local", "poet"])) == (["Sing."], 1)
+    assert (await waiting(store), len(store.live["local", "poet"])) == (["Sing."], 1)
 
 
 class BrokenForOne(FakeRetriever):
@@ -115,21 +111,21 @@ class BrokenForOne(FakeRetriever):
         return await super().learn(tenant, outcomes)
 
 
-def applied_for(*tenants: str, took_s: float = 0.0, num_applied: int = 0) -> tuple[list[str], list[float]]:
+async def applied_for(*tenants: str, took_s: float = 0.0, num_applied: int = 0) -> tuple[list[str], list[float]]:
     """Let each tenant judge a request. Return those whose outcomes are applied, in order, and the pauses.
 
     With `num_applied` applications take no more than a few seconds, and a tenant that rests does so for ever.
     """
     times, pauses = itertools.count(), list[float]()
-    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
-    store.given = {(tenant, "asked", asked.id): asked for tenant in tenants}
+    store, noted = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {(tenant, "asked", noted.id): noted for tenant in tenants}
 
     async def pause(seconds: float) -> None:
         pauses.append(seconds)
         if num_applied and seconds > QUIET_S:
             await asyncio.Event().wait()
 
-    async def run(client: httpx.AsyncClient, served: Served) -> None:
+    async with asked(store=store) as (_, served):
         services = served.services
         learning = Learning(
             store,
@@ -147,32 +143,30 @@ def applied_for(*tenants: str, took_s: float = 0.0, num_applied: int = 0) -> tup
                 while len(store.ranked) < num_applied:
                     await asyncio.sleep(0.01)
             services.background.cancel()
-
-    ask(run, store=store)
     return [tenant for tenant, _ in store.ranked], pauses
 
 
-def test_outcomes_apply_in_the_order_of_arrival() -> None:
-    assert applied_for("quiet", "loud")[0] == ["quiet", "loud"]
+async def test_outcomes_apply_in_the_order_of_arrival() -> None:
+    assert (await applied_for("quiet", "loud"))[0] == ["quiet", "loud"]
 
 
-def test_a_tenant_whose_outcomes_cannot_be_applied_keeps_no_other_from_it() -> None:
-    assert applied_for("well", "broken", "also well", num_applied=2)[0] == ["well", "also well"]
+async def test_a_tenant_whose_outcomes_cannot_be_applied_keeps_no_other_from_it() -> None:
+    assert (await applied_for("well", "broken", "also well", num_applied=2))[0] == ["well", "also well"]
 
 
-def test_outcomes_that_could_not_be_applied_are_applied_after_growing_pauses() -> None:
+async def test_outcomes_that_could_not_be_applied_are_applied_after_growing_pauses() -> None:
     rest_s = 5.0 * REST_FACTOR
     failures = [QUIET_S, rest_s + RETRY_S, QUIET_S, rest_s + 2 * RETRY_S]
-    assert applied_for("late", took_s=5.0) == (["late"], [*failures, QUIET_S, rest_s])
+    assert await applied_for("late", took_s=5.0) == (["late"], [*failures, QUIET_S, rest_s])
 
 
-def test_applying_rests_in_proportion_to_its_time() -> None:
-    assert applied_for("one", took_s=5.0)[1] == [QUIET_S, 5.0 * REST_FACTOR]
+async def test_applying_rests_in_proportion_to_its_time() -> None:
+    assert (await applied_for("one", took_s=5.0))[1] == [QUIET_S, 5.0 * REST_FACTOR]
 
 
-def test_a_tenant_that_rests_or_takes_long_keeps_no_other_waiting() -> None:
-    assert applied_for("one", "two", "three", took_s=5.0, num_applied=3)[0] == ["one", "two", "three"]
-    assert applied_for("stuck", "two", "three", num_applied=2)[0] == ["two", "three"]
+async def test_a_tenant_that_rests_or_takes_long_keeps_no_other_waiting() -> None:
+    assert (await applied_for("one", "two", "three", took_s=5.0, num_applied=3))[0] == ["one", "two", "three"]
+    assert (await applied_for("stuck", "two", "three", num_applied=2))[0] == ["two", "three"]
 
 
 async def test_outcomes_that_wait_when_the_replica_ends_are_applied_at_once() -> None:

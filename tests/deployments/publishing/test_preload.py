@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,19 +73,19 @@ async def test_the_preload_waits_for_a_worker_that_loads_its_model_for_minutes(t
     assert [Path(path).name for path in preload.refused()] == ["poet"]
 
 
-def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
-    served = started(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
+async def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
+    served = await started(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
     commits = served.store.called("commit")
     assert [len(staged) for staged, *_ in commits] == [32, 1]
     assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
 
 
 @pytest.mark.parametrize(("base_model", "is_published"), [(BASE, False), ("org/old", True)])
-def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
+async def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
     tmp_path: Path, base_model: str, is_published: bool
 ) -> None:
     store = FakeStore(pool_of(replace(adapter("poet", version="old"), base_model=base_model, tags=())))
-    served = started(store=store, preload=preload_of(tmp_path, "poet"))
+    served = await started(store=store, preload=preload_of(tmp_path, "poet"))
     assert bool(served.store.called("commit")) == is_published
 
 
@@ -100,7 +99,7 @@ def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
     ],
     ids=["no keys", "asked for", "keys", "keys, not asked for"],
 )
-def test_new_and_earlier_preloaded_adapters_are_approved_if_there_are_other_tenants(
+async def test_new_and_earlier_preloaded_adapters_are_approved_if_there_are_other_tenants(
     tmp_path: Path, settings: dict[str, Any], is_approved: bool
 ) -> None:
     if "keys_file" in settings:
@@ -109,17 +108,13 @@ def test_new_and_earlier_preloaded_adapters_are_approved_if_there_are_other_tena
     for name, actor in (("a", "preload"), ("b", "id-acme"), ("c", "preload")):
         record = replace(adapter(name, tenant="local"), actor=actor, approved=name == "c")
         store.live[key_of(record)] = (record,)
-    served = started(store=store, preload=folders, **settings)
+    served = await started(store=store, preload=folders, **settings)
     approved = [(ref.name, actor) for refs, actor in served.store.called("approve") for ref in refs]
     assert sorted(approved) == ([("a", "preload"), ("d", "preload")] if is_approved else [])
 
 
-def started(**settings: Any) -> Served:
+async def started(**settings: Any) -> Served:
     """Return an application after its preload."""
-
-    async def run() -> Served:
-        served = serve_plainly(**settings)
-        await served.services.preload.wait()
-        return served
-
-    return asyncio.run(run())
+    served = serve_plainly(**settings)
+    await served.services.preload.wait()
+    return served
