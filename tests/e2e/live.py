@@ -184,6 +184,17 @@ def eventually_equal(look: Callable[[], object], expected: object, *, within_s: 
     assert found == expected, f"{found} is not {expected}"
 
 
+async def abandon(url: str, body: dict[str, Any], count: int, num_running: Callable[[], int]) -> None:
+    """Let this many clients send the request and disconnect once the workers have all of them."""
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+        asking = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for _ in range(count)]
+        await asyncio.to_thread(eventually_equal, num_running, count)
+        assert not any(task.done() for task in asking), "some were answered before they could leave"
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
+
+
 async def stream_texts(
     live: Live, models: Sequence[str], max_tokens: int, *, started: asyncio.Event | None = None
 ) -> list[tuple[str, float]]:

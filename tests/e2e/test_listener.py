@@ -14,7 +14,7 @@ from ray import serve
 
 from deployments.cli.local_server import APP_NAME, Server
 from gpu_worker.config import PACKAGED_MODEL
-from tests.e2e.live import completion, eventually, eventually_equal, processes_with
+from tests.e2e.live import abandon, completion, eventually, eventually_equal, processes_with
 from tests.served_engine import START_S
 from tests.soak import Scale
 
@@ -30,21 +30,9 @@ def running_and_waiting() -> int:
     return sum(held.num_running + held.num_waiting for held in asyncio.run(ask()))
 
 
-async def leave(url: str, *, stream: bool) -> None:
-    """Send four requests, and close their connections once they run."""
-    async with httpx.AsyncClient(timeout=120) as client:
-        body = _LONG | {"stream": stream}
-        asking = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for _ in range(4)]
-        await asyncio.to_thread(eventually_equal, running_and_waiting, 4)
-        assert not any(task.done() for task in asking), "some were answered before they could leave"
-        for task in asking:
-            task.cancel()
-        await asyncio.wait(asking)
-
-
 def test_requests_of_clients_that_leave_end(url: str) -> None:
     for stream in (False, True):
-        asyncio.run(leave(url, stream=stream))
+        asyncio.run(abandon(url, _LONG | {"stream": stream}, 4, running_and_waiting))
         eventually_equal(running_and_waiting, 0)
 
 

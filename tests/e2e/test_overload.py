@@ -7,12 +7,12 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import httpx
 import pytest
 
-from tests.e2e.live import BASE, CONTEXT, Live, completion, eventually_equal
+from tests.e2e.live import BASE, CONTEXT, Live, abandon, completion, eventually_equal
 from tests.soak import Scale
 
 _LONG = completion(BASE, "The sea is", CONTEXT - 100)
@@ -20,17 +20,6 @@ _LONG = completion(BASE, "The sea is", CONTEXT - 100)
 
 def running_and_waiting(live: Live) -> int:
     return sum(held.num_running + held.num_waiting for held in live.on_all("Worker", "load"))
-
-
-async def abandon(live: Live, count: int, body: dict[str, Any]) -> None:
-    """Let this many clients send requests and disconnect once the workers have all of them."""
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
-        asking = [asyncio.create_task(client.post(f"{live.url}/v1/completions", json=body)) for _ in range(count)]
-        await asyncio.to_thread(eventually_equal, lambda: running_and_waiting(live), count)
-        assert not any(task.done() for task in asking), "some were answered before they could leave"
-        for task in asking:
-            task.cancel()
-        await asyncio.wait(asking)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -41,7 +30,7 @@ def test_disconnected_clients_free_everything_at_once(live: Live, stream: bool) 
     if stream:
         asyncio.run(abandon_streams(live, count))
     else:
-        asyncio.run(abandon(live, count, _LONG))
+        asyncio.run(abandon(live.url, _LONG, count, lambda: running_and_waiting(live)))
     eventually_equal(lambda: running_and_waiting(live), 0)
     assert [held.free_kv_rows for held in live.on_all("Worker", "load")] == before
 
