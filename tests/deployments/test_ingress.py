@@ -12,10 +12,9 @@ from ray.exceptions import ActorDiedError
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 
 from deployments.api.completions import ChatCompletionRequest
-from deployments.auth.authenticator import LOCAL_CALLER, Limiter
+from deployments.auth.authenticator import Limiter
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.ingress import follow_replicas
-from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import PromptTooLong, SamplingInvalid
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
@@ -199,18 +198,6 @@ class Dying(FakeWorker):
 def jobs_of(served: Served) -> list[Job]:
     """Return the jobs sent to the Worker, without their remaining times."""
     return [replace(job, time_left_s=None) for (job,) in served.worker.called("stream")]
-
-
-async def test_a_whole_answer_survives_the_death_of_two_workers() -> None:
-    served = serve_plainly(worker=Dying((DEATH,), (*DELTAS[:2], DEATH), DELTAS))
-    context, completions = RequestContext("r1", "/v1/chat/completions"), served.services.completions
-    started = await completions.start(ChatCompletionRequest.model_validate(CHAT), LOCAL_CALLER, context)
-    answer = await completions.collect(started)
-    assert answer["choices"][0]["message"]["content"] == "Hello"
-    assert answer["usage"]["total_tokens"] == started.rows[0].usage.num_tokens == 8, "metered once"
-    jobs = jobs_of(served)
-    assert jobs == jobs[:1] * 3 and answer["id"] == f"chatcmpl-{jobs[0].request_id}"
-    assert len(served.retriever.called("route")) == 1
 
 
 async def test_only_the_answer_that_lost_its_worker_starts_again() -> None:
