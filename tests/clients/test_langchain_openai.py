@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 
@@ -31,7 +31,7 @@ class Order(BaseModel):
 
 
 class TestStandardTests(ChatModelIntegrationTests):
-    """the standard tests of `langchain-tests` for chat models, tools and structured output included, media apart"""
+    """the standard tests of `langchain-tests` for chat models, cached tokens included, but none of media and files"""
 
     url = ""
 
@@ -74,44 +74,6 @@ class TestResponses(TestStandardTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         return super().chat_model_params | {"use_responses_api": True}
-
-
-# Why each standard test that `langchain-tests` switches by a property is left out.
-NOT_TESTED = {
-    "enable_vcr_tests": "they replay recorded answers, and these tests have a server",
-    "supports_audio_inputs": "audio is refused",
-    "supports_image_inputs": "images are refused",
-    "supports_image_tool_message": "images are refused",
-    "supports_image_urls": "images are refused",
-    "supports_pdf_inputs": "files are refused",
-    "supports_pdf_tool_message": "files are refused",
-    "supports_video_inputs": "video is refused",
-}
-USAGE_NOT_TESTED = {
-    "audio_input": "audio is refused",
-    "audio_output": "audio is refused",
-    "reasoning_output": "reasoning is part of the answer's text",
-    "cache_creation_input": "the usage counts no tokens that a request adds to the cache",
-}
-
-
-@pytest.mark.parametrize("kind", [TestStandardTests, TestResponses])
-def test_every_standard_test_that_is_left_out_has_a_reason(kind: type) -> None:
-    """the standard tests of images, audio, video and files are left out, as these are refused"""
-    names = [name for name in dir(kind) if name.startswith(("has_", "supports_", "enable_", "returns_"))]
-    assert len(names) > 12
-    found = kind()
-    switched_off = {name for name in names if not getattr(found, name)}
-    assert switched_off <= NOT_TESTED.keys()
-    assert found.has_tool_calling and found.has_structured_output
-
-
-def test_every_part_of_the_usage_that_is_left_out_has_a_reason() -> None:
-    """cached tokens of the prompt in the usage"""
-    annotation = get_type_hints(ChatModelIntegrationTests.supported_usage_metadata_details.fget)["return"]
-    [of_list] = get_args(get_args(annotation)[1])
-    for tested in TestStandardTests().supported_usage_metadata_details.values():
-        assert {*tested, *USAGE_NOT_TESTED} == set(get_args(of_list))
 
 
 @pytest.mark.parametrize(
