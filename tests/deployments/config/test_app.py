@@ -16,50 +16,6 @@ from gpu_worker.config import NativeSettings, NativeWorkerConfig, VllmSettings, 
 from gpu_worker.errors import WorkerConfigInvalid
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"retrieval": {"top_k": 1}}, "retrieval.top_k"),
-        ({"store_scaling": {"replicas": 1}}, "store_scaling.replicas"),
-        ({"worker": {"bank_rank_rows": 0}}, "worker.native.bank_rank_rows"),
-        ({"worker": {"dtype": "int4"}}, "worker.native.dtype"),
-        ({"retrieval": {"weights": "heavy"}}, "retrieval.weights"),
-        (
-            {"worker_scaling": {"autoscaling_config": {"min_replicas": -1}}},
-            "worker_scaling.autoscaling_config.min_replicas",
-        ),
-        ({"worker_scaling": {"autoscaling_config": {"initial_replicas": 2}}}, "worker_scaling.autoscaling_config"),
-        ({"scale_from_zero_timeout_s": 0}, "scale_from_zero_timeout_s"),
-        ({"base_model_name": "a/b"}, "base_model_name"),
-        ({"base_model_name": "a:b"}, "base_model_name"),
-        ({"sampling_defaults": {"temperature": 2.1}}, "sampling_defaults.temperature"),
-        ({"sampling_defaults": {"top_p": 0}}, "sampling_defaults.top_p"),
-        ({"sampling_defaults": {"presence_penalty": 1}}, "sampling_defaults.presence_penalty"),
-    ],
-)
-def test_a_bad_setting_is_refused_by_its_key(settings: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        AppConfig.model_validate(settings)
-    [problem] = caught.value.errors()
-    assert ".".join(map(str, problem["loc"])) == key
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"max_new_tokens": 255},
-        {"max_concurrent_requests": 0},
-        {"max_request_s": 0},
-        {"max_request_s": 601},
-        {"max_upload_total_bytes": 10, "admission": {"max_weights_bytes": 10}},
-    ],
-    ids=str,
-)
-def test_contradictory_limits_stop_the_start(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"max_"):
-        AppConfig(**settings)
-
-
 @pytest.mark.parametrize("settings", [{"base_model_name": "auto"}, {"base_model": "org/my:model"}, {"base_model": "/"}])
 def test_the_served_base_name_is_a_valid_name_other_than_auto(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
