@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from tests.deployments.all_routes import (
     guarded,
     mounted,
 )
-from tests.deployments.app_fakes import Served, http_of, serve_plainly, with_context
-from tests.deployments.asking import ask, asked, error_of, get, post
+from tests.deployments.app_fakes import http_of, serve_plainly, with_context
+from tests.deployments.asking import asked, error_of, get, post
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS, FakeWorker
@@ -231,38 +230,27 @@ async def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_o
         assert (await client.get("/health")).status_code == 200
 
 
-def by_openai(
-    keys: Path, key: str, question: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]], **o: Any
-) -> Any:
-    async def run(client: httpx.AsyncClient, _: Served) -> Any:
-        own = openai.AsyncOpenAI(base_url="http://test/v1", api_key=key, http_client=client, max_retries=0)
-        return await question(own)
-
-    return ask(run, keys_file=keys, **o)
-
-
-def test_the_openai_client_raises_its_usual_errors(tmp_path: Path) -> None:
+async def test_the_openai_client_raises_its_usual_errors(tmp_path: Path) -> None:
     keys = write(
         tmp_path / "keys.json",
         entry("once", limits={"requests_per_minute": 1}),
         entry("reader", roles=["publish"]),
     )
+    async with asked(keys_file=keys) as (client, _):
 
-    async def chat(client: openai.AsyncOpenAI) -> Any:
-        return await client.chat.completions.create(model="auto", messages=CHAT["messages"])  # type: ignore[arg-type]
+        async def chat(key: str) -> Any:
+            own = openai.AsyncOpenAI(base_url="http://test/v1", api_key=key, http_client=client, max_retries=0)
+            return await own.chat.completions.create(model="auto", messages=CHAT["messages"])  # type: ignore[arg-type]
 
-    async def twice(client: openai.AsyncOpenAI) -> None:
-        assert (await chat(client)).choices[0].message.content == "Hello"
-        await chat(client)
-
-    with pytest.raises(openai.AuthenticationError) as unknown:
-        by_openai(keys, "wrong", chat)
-    assert unknown.value.code == "invalid_api_key"
-    with pytest.raises(openai.PermissionDeniedError):
-        by_openai(keys, "reader", chat)
-    with pytest.raises(openai.RateLimitError) as limited:
-        by_openai(keys, "once", twice)
-    assert 55 <= int(limited.value.response.headers["retry-after"]) <= 60
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            await chat("wrong")
+        assert unknown.value.code == "invalid_api_key"
+        with pytest.raises(openai.PermissionDeniedError):
+            await chat("reader")
+        assert (await chat("once")).choices[0].message.content == "Hello"
+        with pytest.raises(openai.RateLimitError) as limited:
+            await chat("once")
+        assert 55 <= int(limited.value.response.headers["retry-after"]) <= 60
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,8 @@ async def applied_for(*tenants: str, took_s: float = 0.0, num_applied: int = 0) 
     With `num_applied` applications take no more than a few seconds, and a tenant that rests does so for ever.
     """
     times, pauses = itertools.count(), list[float]()
-    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
-    store.given = {(tenant, "asked", asked.id): asked for tenant in tenants}
+    store, noted = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {(tenant, "asked", noted.id): noted for tenant in tenants}
 
     async def pause(seconds: float) -> None:
         pauses.append(seconds)

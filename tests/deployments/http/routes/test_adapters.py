@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from lora_store import StoreUnavailable
 from retriever_svc import DoctorStep, StaleIndex
 from tests.deployments.adapter_records import adapter, pool_of
-from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, asked, error_of, post, request
+from tests.deployments.asking import asked, error_of, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 
@@ -23,15 +21,11 @@ FILES = [("files", ("adapter_config.json", b"{}")), ("files", ("adapter_model.sa
 LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
 
 
-def staged_by(question: Callable[[httpx.AsyncClient], Any], **options: Any) -> tuple[httpx.Response, list[PublishItem]]:
-    """Return the response, and the item that the Store had to stage."""
-
-    async def run(client: httpx.AsyncClient, served: Served) -> tuple[httpx.Response, list[PublishItem]]:
-        response = await question(client)
-        return response, [upload for upload, _ in served.store.called("stage")]
-
-    outcome: tuple[httpx.Response, list[PublishItem]] = ask(run, **options)
-    return outcome
+async def staged_by(sent: dict[str, Any], **options: Any) -> tuple[httpx.Response, list[PublishItem]]:
+    """Publish. Return the response, and what the Store had to stage."""
+    async with asked(**options) as (client, served):
+        response = await client.post("/v1/loras", **sent)
+    return response, [upload for upload, _ in served.store.called("stage")]
 
 
 def upload(files: Any = FILES, **data: Any) -> dict[str, Any]:
@@ -46,23 +40,23 @@ def test_an_unknown_adapter_is_not_found(method: str, suffix: str, name: str) ->
     assert name.rpartition("/")[2] in error_of(response)["message"]
 
 
-def test_a_publish_is_201_and_passes_on_the_clients_fields() -> None:
+async def test_a_publish_is_201_and_passes_on_the_clients_fields() -> None:
     body = {"path": "/folders/x", "name": "singer", "tags": ["fun"], "template": "chat"}
-    response, [upload] = staged_by(lambda client: client.post("/v1/loras", json=body))
+    response, [upload] = await staged_by({"json": body})
     assert response.status_code == 201
     assert (response.json()["name"], response.json()["generation"]) == ("singer", 8)
     assert upload == PublishItem(Path("/folders/x"), "singer", tags=("fun",), template="chat")
 
 
-def test_a_source_is_published_by_its_uri() -> None:
-    response, [upload] = staged_by(lambda client: client.post("/v1/loras", json={"source": "s3://bucket/pool/bard"}))
+async def test_a_source_is_published_by_its_uri() -> None:
+    response, [upload] = await staged_by({"json": {"source": "s3://bucket/pool/bard"}})
     assert (response.status_code, response.json()["name"]) == (201, "bard")
     assert upload == PublishItem(source="s3://bucket/pool/bard")
 
 
-def test_uploaded_files_are_published_unchanged() -> None:
+async def test_uploaded_files_are_published_unchanged() -> None:
     fields = upload(tags=["fun", "short"], template="chat")
-    response, [staged] = staged_by(lambda client: client.post("/v1/loras", **fields))
+    response, [staged] = await staged_by(fields)
     assert (response.status_code, response.json()["name"]) == (201, "singer")
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
     assert staged == PublishItem(name="singer", tags=("fun", "short"), template="chat", files=files)
@@ -81,11 +75,13 @@ CLEARED = PublishItem(Path("/a"), "singer", tags=(), template="server", has_samp
     ],
     ids=str,
 )
-def test_a_label_that_is_absent_is_kept_and_an_empty_one_clears(label: dict[str, Any], expected: PublishItem) -> None:
-    _, [staged] = staged_by(lambda client: client.post("/v1/loras", json={"path": "/a", "name": "singer", **label}))
+async def test_a_label_that_is_absent_is_kept_and_an_empty_one_clears(
+    label: dict[str, Any], expected: PublishItem
+) -> None:
+    _, [staged] = await staged_by({"json": {"path": "/a", "name": "singer", **label}})
     assert staged == expected
     in_form = {field: "" if value == [] else value for field, value in label.items() if value is not None}
-    _, [staged] = staged_by(lambda client: client.post("/v1/loras", **upload(**in_form)))
+    _, [staged] = await staged_by(upload(**in_form))
     assert replace(staged, path=Path("/a"), files=None) == expected
 
 
@@ -142,8 +138,8 @@ def test_a_batch_without_errors_has_the_status_of_one_publish(retriever: FakeRet
         ("text", None),
     ],
 )
-def test_a_malformed_publish_is_refused_by_its_field_and_nothing_is_staged(body: Any, param: str | None) -> None:
-    response, staged = staged_by(lambda client: client.post("/v1/loras", json=body))
+async def test_a_malformed_publish_is_refused_by_its_field_and_nothing_is_staged(body: Any, param: str | None) -> None:
+    response, staged = await staged_by({"json": body})
     assert (response.status_code, error_of(response)["code"], staged) == (400, "invalid_request", [])
     assert error_of(response)["param"] == param
 
@@ -288,11 +284,12 @@ def test_remote_clients_may_change_it_if_allowed_but_not_name_server_folders(
     assert names_a_folder or response.status_code in (200, 201)
 
 
-def test_server_folders_are_published_if_allowed() -> None:
+async def test_server_folders_are_published_if_allowed() -> None:
     for body in ({"path": "/folders/x"}, {"adapters": [{"source": "s3://b/x"}, {"path": "/folders/x"}]}):
-        response, staged = staged_by(lambda client, body=body: client.post("/v1/loras", json=body), publish_paths=False)
+        response, staged = await staged_by({"json": body}, publish_paths=False)
         assert (response.status_code, error_of(response)["code"], staged) == (403, "permission_denied", [])
-    assert request("POST", "/v1/loras", sent=upload(), publish_paths=False).status_code == 201
+    response, _ = await staged_by(upload(), publish_paths=False)
+    assert response.status_code == 201
 
 
 def test_a_page_of_this_machine_may_change_the_pool() -> None:
