@@ -14,8 +14,10 @@ from deployments.api.pool_responses import map_body
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import Snapshot
-from retriever_svc import Cluster, NearSample, Page, PageRequest, Place, Point, PoolMap, Retriever
+from retriever_svc import Page, PageRequest, Place, Point, PoolMap, Retriever
 from retriever_svc.listing import Listings
+from retriever_svc.projection import Cluster
+from retriever_svc.route import NearSample
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, record_of

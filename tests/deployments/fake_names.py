@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lora_store import AdapterRecord, Event, Snapshot
+from lora_store import AdapterRecord, Snapshot
+from lora_store.events import Event
 from tests.deployments.adapter_records import POOL
 
 

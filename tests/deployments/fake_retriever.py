@@ -32,7 +32,6 @@ from retriever_svc import (
     Drawn,
     Draws,
     Learnt,
-    NearSample,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -48,7 +47,7 @@ from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.learning import Effect
 from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, named_policies, replayed_plan, resolve_version, visible_names
-from retriever_svc.route import Embedded
+from retriever_svc.route import Embedded, NearSample
 from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
 from tests.deployments.fake_names import FakeNames
 

@@ -15,12 +15,10 @@ from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import ShapesUnknown, SourceMissing
 from deployments.json_types import JsonObject
 from lora_store import (
-    KEPT_VERSIONS,
     AdapterNotFound,
     AdapterRecord,
     AdapterRef,
     AdapterRefused,
-    BlobCheck,
     Collected,
     Edit,
     Embedding,
@@ -30,7 +28,6 @@ from lora_store import (
     Key,
     NamedPolicy,
     Precondition,
-    PublicNameTaken,
     Ranking,
     Sample,
     Staged,
@@ -42,10 +39,12 @@ from lora_store import (
     policy_digest,
 )
 from lora_store.adapter import Shapes
+from lora_store.errors import PublicNameTaken
 from lora_store.feedback import Kind
-from lora_store.garbage_collection import Verified
+from lora_store.garbage_collection import BlobCheck, Verified
 from lora_store.location import Location
 from lora_store.rules import approve_name_events, name_events
+from lora_store.snapshot import KEPT_VERSIONS
 from lora_store.staging import changed_version, take_over
 from lora_store.usage import UsageFiles, UsageQuery
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of

@@ -11,8 +11,10 @@ from typing import Any
 
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever import RetrieverDeployment
-from lora_store import AdapterRecord, Catalogue, Embedding, Event, Publish, Sample
+from lora_store import AdapterRecord, Embedding, Sample
 from lora_store.blobs import BlobStore
+from lora_store.catalogue import Catalogue
+from lora_store.events import Event, Publish
 from lora_store.location import Location
 from lora_store.sample_files import write_samples
 from retriever_svc import PageRequest

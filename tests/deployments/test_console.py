@@ -13,7 +13,7 @@ from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta
 from lora_store import ROUTED_STRATEGIES
-from retriever_svc import NearSample
+from retriever_svc.route import NearSample
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever

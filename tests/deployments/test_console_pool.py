@@ -14,8 +14,10 @@ import pytest
 from playwright.async_api import Page, Route, expect
 
 from deployments.publishing.adapter_folders import ADAPTER_FILES, nearest_name
-from lora_store import AdapterRecord, Edit, RankedAdapter, Ranking, Sample, Trial
-from retriever_svc import Drawn, DrawnAdapter, Draws
+from lora_store import AdapterRecord, Edit, Ranking, Sample, Trial
+from lora_store.rankings import RankedAdapter
+from retriever_svc import Drawn, Draws
+from retriever_svc.draws import DrawnAdapter
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever

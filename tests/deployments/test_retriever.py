@@ -16,21 +16,11 @@ import numpy as np
 import pytest
 
 from deployments.api.pool_responses import map_body
-from lora_store import (
-    ActivateEncoder,
-    AdapterNotFound,
-    AdapterRef,
-    AdapterRefused,
-    Embed,
-    Event,
-    Feedback,
-    StoreUnavailable,
-    Trial,
-)
+from lora_store import AdapterNotFound, AdapterRef, AdapterRefused, Feedback, StoreUnavailable, Trial
+from lora_store.events import ActivateEncoder, Embed, Event
 from retriever_svc import (
     AskedPrompt,
     Drawn,
-    DrawnAdapter,
     EncoderUnusable,
     PinnedAdapter,
     PlanGone,
@@ -39,6 +29,7 @@ from retriever_svc import (
     RouteRequest,
     StaleIndex,
 )
+from retriever_svc.draws import DrawnAdapter
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
 from tests.retriever_svc.pool_fakes import record_of
 from tests.tiny_encoder import save_tiny_encoder

@@ -32,14 +32,13 @@ from lora_store import (
     EncoderIncomplete,
     Key,
     LoraStore,
-    RankedAdapter,
     Ranking,
     Sample,
     Staged,
     StoreUnavailable,
     decode_weights,
 )
-from lora_store.rankings import OUTCOME
+from lora_store.rankings import OUTCOME, RankedAdapter
 from lora_store.usage import UsageFiles, UsageQuery
 from tests.deployments.adapter_records import BASE, write_random_folder
 from tests.deployments.app_fakes import config_of

@@ -21,8 +21,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from deployments.calls.catalogue_clients import Buffer, serve_store
 from deployments.weights import ObjectCache, RetryPolicy, WeightsFetcher
 from gpu_worker.errors import AdapterLoadFailed, AdapterLost
-from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWeights, StoreUnavailable, encode_weights
+from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWeights, StoreUnavailable
 from lora_store.disk_cache import DiskCache
+from lora_store.weights_blob import encode_weights
 from tests.fakes import FakeHandle
 
 DIGEST, DATA = encode_weights({"m": ModuleWeights(torch.ones(2, 3), torch.ones(4, 2), 0.5)})

@@ -33,7 +33,8 @@ from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
 from gpu_worker.front.request.request import Delta, Job
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.native.openmp import run_on_short_lived_thread
-from lora_store import AdapterNotFound, AdapterWeights, encode_weights
+from lora_store import AdapterNotFound, AdapterWeights
+from lora_store.weights_blob import encode_weights
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
 from tests.gpu_worker.engine_driver import greedy

@@ -12,27 +12,21 @@ import numpy as np
 import pytest
 
 from lora_store import (
-    ActivateEncoder,
     AdapterRecord,
     AdapterRef,
-    Approve,
-    CheckedFolder,
-    Embed,
     Embedding,
-    Event,
     Label,
     LoraStore,
     ModuleWeights,
-    Publish,
-    RankedAdapter,
     Ranking,
-    SetVisibility,
     Snapshot,
     Staged,
     Visibility,
-    Withdraw,
     check_folder,
 )
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.rankings import RankedAdapter
+from lora_store.validation import CheckedFolder
 
 MakeFolder = Callable[..., Path]
 MakeRecord = Callable[..., AdapterRecord]

@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from uuid import uuid4
 
-from lora_store import AdapterNotFound, AdapterRef, Catalogue, Location, LoraStore, Publish
+from lora_store import AdapterNotFound, AdapterRef, Location, LoraStore
+from lora_store.catalogue import Catalogue
+from lora_store.events import Publish
 from tests.lora_store.builders import BASE, embedding
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_store import Location, LoraStore, StoreFull
+from lora_store import Location, LoraStore
 from lora_store.ballast import FOLDER, NUM_FILES, Ballast
 from lora_store.catalogue import CATALOGUE
+from lora_store.errors import StoreFull
 from lora_store.files import Files
 from tests.lora_store.builders import BASE, MakeFolder, embedding
 from tests.lora_store.publishing import publish

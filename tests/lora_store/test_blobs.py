@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, BlobStore, Location, StoreUnavailable, hash_blob
+from lora_store import AdapterNotFound, BlobCorrupted, Location, StoreUnavailable
+from lora_store.blobs import BlobStore
+from lora_store.weights_blob import hash_blob
 
 
 def _files(folder: Path) -> list[Path]:

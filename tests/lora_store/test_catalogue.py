@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from lora_store import AdapterRecord, AdapterRefused, Catalogue, Event, Location, Publish, VersionConflict
-from lora_store.catalogue import History
+from lora_store import AdapterRecord, AdapterRefused, Location, VersionConflict
+from lora_store.catalogue import Catalogue, History
 from lora_store.event_table import EventTable
-from lora_store.events import Fold, make_fold_table, make_table
+from lora_store.events import Event, Fold, Publish, make_fold_table, make_table
 from lora_store.files import Files
 from lora_store.snapshot import Snapshot
 from tests.lora_store.builders import MakeRecord, embedding

@@ -12,9 +12,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from lora_store import Catalogue, Event, GenerationGone, Location, Publish, Snapshot, Withdraw
+from lora_store import GenerationGone, Location, Snapshot
+from lora_store.catalogue import Catalogue
 from lora_store.event_table import EventTable
-from lora_store.events import Fold, Keep, is_whole_fold, make_fold_table, make_table, read_dated_events
+from lora_store.events import (
+    Event,
+    Fold,
+    Keep,
+    Publish,
+    Withdraw,
+    is_whole_fold,
+    make_fold_table,
+    make_table,
+    read_dated_events,
+)
 from lora_store.files import Files
 from tests.lora_store.builders import IN_A_FOLDER, LATER, NOON, MakeRecord, draw_events, embedding
 

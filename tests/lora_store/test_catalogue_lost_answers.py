@@ -10,18 +10,10 @@ from wsgiref.types import WSGIEnvironment
 import pyarrow as pa
 import pytest
 
-from lora_store import (
-    AdapterNotFound,
-    AdapterRecord,
-    Catalogue,
-    Event,
-    Location,
-    LoraStore,
-    Publish,
-    Snapshot,
-    StoreUnavailable,
-)
+from lora_store import AdapterNotFound, AdapterRecord, Location, LoraStore, Snapshot, StoreUnavailable
+from lora_store.catalogue import Catalogue
 from lora_store.event_table import EventTable
+from lora_store.events import Event, Publish
 from lora_store.rules import publish_events, withdraw_events
 from lora_store.table_log import commit_name
 from tests.lora_store.builders import BASE, IN_A_FOLDER, NOON, ON_S3, MakeFolder, MakeRecord, OpenStore, embedding

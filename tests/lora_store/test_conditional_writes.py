@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import pytest
 
-from lora_store import ConditionalWritesMissing, Location
+from lora_store import Location
 from lora_store.conditional_writes import check_conditional_writes
+from lora_store.errors import ConditionalWritesMissing
 from lora_store.files import Files
 from tests.s3 import S3Endpoint
 

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 from deltalake.transaction import AddAction
 
-from lora_store import Location, Publish, StoreDamaged, StoreFull
+from lora_store import Location
 from lora_store.data_files import write_rows
+from lora_store.errors import StoreDamaged, StoreFull
 from lora_store.event_table import EventTable, create_table
-from lora_store.events import make_table
+from lora_store.events import Publish, make_table
 from lora_store.files import Files
 from lora_store.table_log import LOG, commit_name
 from tests.lora_store.builders import IN_A_FOLDER, LATER, MakeRecord

@@ -9,7 +9,9 @@ from uuid import uuid4
 
 import pytest
 
-from lora_store import Catalogue, Location, LoraStore, Publish
+from lora_store import Location, LoraStore
+from lora_store.catalogue import Catalogue
+from lora_store.events import Publish
 from lora_store.files import flush_to_disk
 from tests.lora_store.builders import BASE, LATER, MakeFolder, MakeRecord
 from tests.lora_store.power_failure import Disk

@@ -6,31 +6,28 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lora_store import (
+from lora_store import AdapterRef, NamedPolicy
+from lora_store.events import (
+    SCHEMA,
     ActivateEncoder,
-    AdapterRef,
     Approve,
     Embed,
     Event,
-    NamedPolicy,
-    OutputProfile,
-    Publish,
-    Rank,
-    SetTrial,
-    SetVisibility,
-    Withdraw,
-)
-from lora_store.events import (
-    SCHEMA,
     Fold,
     Keep,
+    Publish,
+    Rank,
     SetName,
+    SetTrial,
+    SetVisibility,
     VisibleChange,
+    Withdraw,
     knows_all_events,
     make_fold_table,
     make_table,
     read_dated_events,
 )
+from lora_store.records import OutputProfile
 from tests.lora_store.builders import NOON, MakeRecord, embedding, ranking
 
 REF = AdapterRef("local", "poet", "d" * 64)

@@ -17,8 +17,9 @@ import pytest
 from deltalake.exceptions import DeltaError
 from moto.s3.models import s3_backends
 
-from lora_store import AdapterNotFound, Location, LoraStore, StoreFull, StoreUnavailable
+from lora_store import AdapterNotFound, Location, LoraStore, StoreUnavailable
 from lora_store.disk_cache import DiskCache
+from lora_store.errors import StoreFull
 from lora_store.files import Files, create_file, open_for_arrow, store_errors
 from tests.lora_store.builders import BASE, MakeFolder, embedding
 from tests.s3 import S3Endpoint

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lora_store import AdapterNotFound, AdapterRef, BlobStore, Collected, Location, LoraStore, StoreUnavailable
+from lora_store import AdapterNotFound, AdapterRef, Collected, Location, LoraStore, StoreUnavailable
+from lora_store.blobs import BlobStore
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
 from tests.lora_store.builders import (

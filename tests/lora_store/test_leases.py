@@ -9,9 +9,11 @@ from typing import NoReturn
 
 import pytest
 
-from lora_store import BlobStore, Location, StoreUnavailable, hash_blob
+from lora_store import Location, StoreUnavailable
+from lora_store.blobs import BlobStore
 from lora_store.files import Files
 from lora_store.leases import INTENT_S, LEASE_S, SWEEP_S, Leases
+from lora_store.weights_blob import hash_blob
 from tests.lora_store.builders import FakeClock, Stored
 
 DATA = b"weights"

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lora_store import (
-    KEPT_POLICIES,
-    AdapterNotFound,
-    AdapterRef,
-    LoraStore,
-    NameTaken,
-    PublicNameTaken,
-    QuotaExceeded,
-    policy_digest,
-)
+from lora_store import KEPT_POLICIES, AdapterNotFound, AdapterRef, LoraStore, NameTaken, QuotaExceeded, policy_digest
 from lora_store import rules as store_rules
+from lora_store.errors import PublicNameTaken
 from tests.lora_store.builders import IN_A_FOLDER, OpenStore, PublishOne
 
 pytestmark = IN_A_FOLDER

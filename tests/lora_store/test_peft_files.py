@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lora_store import AdapterRefused, Limits, ModuleWeights, Sample, encode_weights, write_peft_folder
+from lora_store import AdapterRefused, Limits, ModuleWeights, Sample, write_peft_folder
 from lora_store.sample_files import read_description
+from lora_store.weights_blob import encode_weights
 from tests.lora_store.builders import MakeFolder, MakeWeights, read_folder
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]

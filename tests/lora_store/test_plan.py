@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lora_store import AdapterRef, Plan, PlanInvalid, PlannedAdapter, Strategy
+from lora_store import AdapterRef, Plan, PlannedAdapter, Strategy
+from lora_store.errors import PlanInvalid
 
 
 def planned(*weights: float, digest: str = "") -> tuple[PlannedAdapter, ...]:

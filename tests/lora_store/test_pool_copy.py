@@ -15,17 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import (
-    AdapterNotFound,
-    BlobCorrupted,
-    LoraStore,
-    Snapshot,
-    StoreDamaged,
-    StoreFull,
-    StoreIsNewer,
-    StoreUnavailable,
-)
+from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreUnavailable
 from lora_store.catalogue import CATALOGUE, Catalogue
+from lora_store.errors import StoreDamaged, StoreFull, StoreIsNewer
 from lora_store.events import SCHEMA
 from lora_store.files import Files
 from lora_store.leases import Leases

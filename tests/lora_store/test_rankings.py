@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-from lora_store import AdapterRef, LoraStore, Publish, Rank, Ranking, Snapshot, Withdraw
-from lora_store.events import make_fold_table, read_dated_events
+from lora_store import AdapterRef, LoraStore, Ranking, Snapshot
+from lora_store.events import Publish, Rank, Withdraw, make_fold_table, read_dated_events
 from lora_store.rankings import OUTCOME
 from lora_store.rules import rank_events
 from tests.lora_store.builders import IN_A_FOLDER, NOON, MakeRecord, OpenStore, ranking

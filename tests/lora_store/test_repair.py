@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from lora_store import Catalogue, Location, Publish, Snapshot, StoreDamaged, Withdraw
+from lora_store import Location, Snapshot
+from lora_store.catalogue import Catalogue
+from lora_store.errors import StoreDamaged
 from lora_store.event_table import EventTable
-from lora_store.events import SCHEMA, make_fold_table, make_table
+from lora_store.events import SCHEMA, Publish, Withdraw, make_fold_table, make_table
 from lora_store.files import Files
 from lora_store.repair import Repaired, repair
 from lora_store.table_log import LAST_CHECKPOINT, LOG, checkpoint_name, commit_name

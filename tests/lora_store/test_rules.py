@@ -14,9 +14,9 @@ from lora_store import (
     Location,
     LoraStore,
     Trial,
-    Withdraw,
     Withdrawn,
 )
+from lora_store.events import Withdraw
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
 from lora_store.rules import withdraw_events

@@ -8,17 +8,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from lora_store import (
-    ActivateEncoder,
-    AdapterNotFound,
-    AdapterRecord,
-    Embed,
-    Event,
-    Publish,
-    Snapshot,
-    TenantQuota,
-    Withdraw,
-)
+from lora_store import AdapterNotFound, AdapterRecord, Snapshot, TenantQuota
+from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
 from lora_store.rules import publish_events
 from tests.lora_store.builders import NOON, MakeRecord, draw_events, embedding
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from lora_store import ActivateEncoder, Approve, Catalogue, Embed, Publish, SetVisibility, Snapshot, Withdraw
+from lora_store import Snapshot
+from lora_store.catalogue import Catalogue
+from lora_store.events import ActivateEncoder, Approve, Embed, Publish, SetVisibility, Withdraw
 from lora_store.location import Location
 from tests.lora_store.builders import NOON, MakeRecord, embedding
 

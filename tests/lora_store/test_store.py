@@ -15,7 +15,6 @@ import torch
 from lora_store import (
     AdapterNotFound,
     AdapterRefused,
-    BlobStore,
     Feedback,
     Location,
     LoraStore,
@@ -25,6 +24,7 @@ from lora_store import (
     Withdrawn,
     decode_weights,
 )
+from lora_store.blobs import BlobStore
 from lora_store.leases import LEASE_S, Leases
 from lora_store.peft_files import TEMPLATE_FILE, template_digest
 from tests.lora_store.builders import (

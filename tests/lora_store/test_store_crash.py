@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_store import AdapterRecord, Catalogue, Location, LoraStore, Publish, decode_weights
+from lora_store import AdapterRecord, Location, LoraStore, decode_weights
+from lora_store.catalogue import Catalogue
 from lora_store.event_table import EventTable
+from lora_store.events import Publish
 from lora_store.files import Files
 from tests.lora_store.builders import BASE
 from tests.lora_store.publishing import PROCESSES, fold_watched, publish, publish_watched

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_store import BlobStore, Location, LoraStore, StoreDamaged, StoreUnavailable
+from lora_store import Location, LoraStore, StoreUnavailable
+from lora_store.blobs import BlobStore
+from lora_store.errors import StoreDamaged
 from lora_store.event_table import create_table
 from lora_store.files import Files, StoredFile
 from tests.lora_store.builders import BASE, MakeFolder, OpenStore, Stored, embedding

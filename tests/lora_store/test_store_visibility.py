@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lora_store import AdapterNotFound, Edit, LoraStore, PublicNameTaken, Snapshot
+from lora_store import AdapterNotFound, Edit, LoraStore, Snapshot
+from lora_store.errors import PublicNameTaken
 from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, OpenStore, PublishOne, embedding
 
 pytestmark = IN_A_FOLDER

@@ -12,9 +12,11 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from deltalake import Field as DeltaField
 
-from lora_store import Catalogue, Location, LoraStore, Publish, StoreIsNewer
+from lora_store import Location, LoraStore
+from lora_store.catalogue import Catalogue
+from lora_store.errors import StoreIsNewer
 from lora_store.event_table import EventTable
-from lora_store.events import SCHEMA
+from lora_store.events import SCHEMA, Publish
 from lora_store.files import Files
 from lora_store.repair import repair
 from lora_store.table_format import COLUMN, KEY, OURS, TableFormat

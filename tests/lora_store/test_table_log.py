@@ -7,7 +7,8 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from lora_store import Location, StoreDamaged, StoreUnavailable
+from lora_store import Location, StoreUnavailable
+from lora_store.errors import StoreDamaged
 from lora_store.event_table import EventTable, create_table
 from lora_store.events import SCHEMA
 from lora_store.files import Files

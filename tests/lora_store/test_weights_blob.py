@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_store import BlobCorrupted, check_digest, decode_weights, encode_weights, weights_in
-from lora_store.weights_blob import StoredModules
+from lora_store import BlobCorrupted, check_digest, decode_weights, weights_in
+from lora_store.weights_blob import StoredModules, encode_weights
 from tests.lora_store.builders import MakeWeights
 
 

@@ -11,10 +11,11 @@ import pytest
 from lora_store.adapter import Sample
 from lora_store.errors import BlobCorrupted
 from lora_store.records import AdapterRecord, OutputProfile
-from retriever_svc import Collision, DoctorReport, IndexSettings, ProjectionFiles, SampleSource
+from retriever_svc import Collision, DoctorReport, IndexSettings, ProjectionFiles
 from retriever_svc.doctor import POINTS, examine
 from retriever_svc.encoder import unit_rows
 from retriever_svc.pool import Pool
+from retriever_svc.sample_source import SampleSource
 from tests.retriever_svc.pool_fakes import FakeEncoder, embedding_of, record_of, snapshot_of
 from tests.retriever_svc.projectable import Projectable
 from tests.retriever_svc.test_whitening import DIM, texts_of, world

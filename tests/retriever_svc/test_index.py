@@ -8,8 +8,9 @@ import pytest
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
-from retriever_svc import AdapterIndex, Allowed, IndexSettings, Match
+from retriever_svc import AdapterIndex, IndexSettings
 from retriever_svc.encoder import unit_rows
+from retriever_svc.index import Allowed, Match
 from tests.retriever_svc.pool_fakes import record_of
 
 ALL_LISTS = 10_000  # probes: all lists are read

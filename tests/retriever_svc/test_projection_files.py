@@ -8,8 +8,9 @@ import pytest
 from lora_store.errors import StoreUnavailable
 from lora_store.files import Files
 from lora_store.location import Location
-from retriever_svc import EncoderUnusable, ProjectionUnusable
+from retriever_svc import EncoderUnusable
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
+from retriever_svc.errors import ProjectionUnusable
 from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts, prompts_digest
 from retriever_svc.packaged_encoder import NAME
 from retriever_svc.projection_files import ProjectionFiles, shipped_file

@@ -15,7 +15,8 @@ from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import Snapshot
-from retriever_svc import LivePool, ProjectionFiles, ProjectionUnusable, Retriever, Route, RouteRequest, fit_whitening
+from retriever_svc import LivePool, ProjectionFiles, Retriever, Route, RouteRequest, fit_whitening
+from retriever_svc.errors import ProjectionUnusable
 from retriever_svc.ordinary_prompts import ordinary_prompts
 from retriever_svc.reindex import MAX_FITTED, ReindexStep, refit, reindex
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, names, record_of, snapshot_of

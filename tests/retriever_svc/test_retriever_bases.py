@@ -9,22 +9,15 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from lora_store import AdapterRecord, PlanInvalid, RankedAdapter, Ranking, Sample
+from lora_store import AdapterRecord, Ranking, Sample
+from lora_store.errors import PlanInvalid
 from lora_store.events import Rank
-from lora_store.rankings import OUTCOME
+from lora_store.rankings import OUTCOME, RankedAdapter
 from lora_store.trials import Trial
-from retriever_svc import (
-    AdapterIncompatible,
-    IndexSettings,
-    Match,
-    PageRequest,
-    PinnedAdapter,
-    PoolSize,
-    Retriever,
-    RouteRequest,
-    ServedBases,
-)
+from retriever_svc import IndexSettings, PageRequest, PinnedAdapter, PoolSize, Retriever, RouteRequest, ServedBases
 from retriever_svc.encoder import unit_rows
+from retriever_svc.errors import AdapterIncompatible
+from retriever_svc.index import Match
 from retriever_svc.planning import led_by
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import (

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from retriever_svc import RouteInvalid, RouteRequest
+from retriever_svc import RouteRequest
+from retriever_svc.errors import RouteInvalid
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from lora_store.adapter import AdapterRef
 from lora_store.errors import StoreUnavailable
 from lora_store.files import Files
 from lora_store.location import Location
-from retriever_svc import SavedIndexes, SavedLists
+from retriever_svc import SavedIndexes
 from retriever_svc.encoder import unit_rows
 from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.saved_index import SavedLists
 from tests.retriever_svc.pool_fakes import digest_of
 
 VECTORS = unit_rows(np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from retriever_svc import AdapterIncompatible, ServedBases
+from retriever_svc import ServedBases
+from retriever_svc.errors import AdapterIncompatible
 from tests.retriever_svc.pool_fakes import record_of
 
 BASES = ServedBases({"chat-b": {"org/b", "chat-b"}})

@@ -10,8 +10,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from retriever_svc import Encoder, EncoderExists, TooFewSamples, TrainingUnavailable, training
+from retriever_svc import Encoder, TooFewSamples, training
 from retriever_svc.encoder import INSTRUCTION, load_model
+from retriever_svc.errors import EncoderExists, TrainingUnavailable
 from retriever_svc.training import InfoNce, TrainingSettings, train_encoder
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 

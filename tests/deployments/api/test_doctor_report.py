@@ -6,7 +6,8 @@ import pytest
 
 from deployments.api.doctor_report import MAX_NAMED, MAX_PAIRS, doctor_object, give_advice
 from lora_store import AdapterRef
-from retriever_svc import AdapterFinding, Collision, DoctorReport
+from retriever_svc import Collision, DoctorReport
+from retriever_svc.doctor import AdapterFinding
 from retriever_svc.refit_gain import RefitGain
 from tests.deployments.adapter_records import adapter
 from tests.deployments.shown_plans import CODER, POET

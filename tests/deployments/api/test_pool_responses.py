@@ -9,7 +9,8 @@ from deployments.api.completion_responses import plan_object
 from deployments.api.pool_responses import lora_object, versions_object
 from deployments.api.responses import Planned, Published, published_object
 from lora_store import BASE_PLAN
-from retriever_svc import Candidate, NearSample
+from retriever_svc import Candidate
+from retriever_svc.route import NearSample
 from tests.deployments.adapter_records import adapter
 from tests.deployments.shown_plans import CANDIDATES, EXPLAINED, LORA, PLAN, POET
 

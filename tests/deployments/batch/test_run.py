@@ -17,7 +17,9 @@ from deployments.batch.run import BatchSettings, begin, check_devices
 from deployments.config.app import AppConfig
 from deployments.config.model_settings import ModelSettings
 from deployments.errors import BatchRefused
-from lora_store import Catalogue, Location, Publish
+from lora_store import Location
+from lora_store.catalogue import Catalogue
+from lora_store.events import Publish
 from tests.deployments.adapter_records import BASE, adapter
 from tests.deployments.batching import DEFAULTS, Place, prompts
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_store import Catalogue, Location, Publish
+from lora_store import Location
+from lora_store.catalogue import Catalogue
+from lora_store.events import Publish
 from lora_store.pool_files import StoredPool
 from retriever_svc import Encoder
 from tests.deployments.sample_stores import store_of

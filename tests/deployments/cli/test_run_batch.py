@@ -14,7 +14,9 @@ from deployments.batch.output import BatchOutput
 from deployments.batch.run import BatchSettings, begin
 from deployments.cli.run_batch import run_batch
 from deployments.config.app import AppConfig
-from lora_store import Catalogue, Location, Publish
+from lora_store import Location
+from lora_store.catalogue import Catalogue
+from lora_store.events import Publish
 from tests.deployments.adapter_records import BASE, adapter
 from tests.deployments.batching import write_rows
 from tests.deployments.scripted import words

@@ -16,7 +16,8 @@ from deployments.calls.catalogue_clients import serve_retriever
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
-from lora_store import BASE_PLAN, PlanInvalid
+from lora_store import BASE_PLAN
+from lora_store.errors import PlanInvalid
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS
 from retriever_svc.views import split_views

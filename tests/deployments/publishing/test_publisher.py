@@ -19,7 +19,8 @@ from deployments.errors import NoAnswerInTime, PoisonRequest, SourceMissing, Wor
 from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER
 from gpu_worker.errors import AdapterUnfit
-from lora_store import AdapterRecord, AdapterRefused, Key, PublicNameTaken, Sample, StoreUnavailable, VersionConflict
+from lora_store import AdapterRecord, AdapterRefused, Key, Sample, StoreUnavailable, VersionConflict
+from lora_store.errors import PublicNameTaken
 from retriever_svc import StaleIndex
 from tests.deployments.adapter_records import BASE, ENCODER, adapter, pool_of
 from tests.deployments.fake_publishing import POET, Publishing, live

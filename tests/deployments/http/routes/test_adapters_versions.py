@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from retriever_svc import Drawn, DrawnAdapter, Draws, ReindexStep
+from retriever_svc import Drawn, Draws, ReindexStep
+from retriever_svc.draws import DrawnAdapter
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.asking import asked, error_of, post, request
 from tests.deployments.fake_retriever import FakeRetriever
