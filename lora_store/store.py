@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -104,8 +103,6 @@ class LoraStore:
         self._files = Files(location)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
-        self._staged: dict[str, AdapterRecord] = {}  # by lease, what is neither committed nor discarded
-        self._counting = threading.Lock()
         check_finished(location)
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
@@ -161,8 +158,8 @@ class LoraStore:
         "" for none. `read_contract`: how it is read for this base model. `keeps_visibility`: `visibility` is for new
         names only. A folder without samples keeps the live ones, and so does one with those that are not accepted
         prompts. A description replaces a single live sample only.
-        `has_samples`: False publishes it without any. `quota`: of the tenant, with all that this object has staged for
-        it; the commit checks the newest state.
+        `has_samples`: False publishes it without any. `quota`: of the tenant, which this adapter alone must fit; the
+        commit checks all adapters of a publish together.
         Raises: AdapterRefused with every reason, QuotaExceeded; nothing is written then.
         """
         self._ballast.fill()
@@ -247,7 +244,9 @@ class LoraStore:
         )
         if kept_samples is not None:
             record = take_over(record, kept_samples, ["samples"])
-        return self._stage_leased(record, partial(self._write, record, weights, samples, checked.samples), quota)
+        if quota is not None:
+            check_quota(self.snapshot(), [record], quota)
+        return self._stage_leased(record, partial(self._write, record, weights, samples, checked.samples))
 
     def restage(self, record: AdapterRecord) -> Staged:
         """Stage a version that the catalogue keeps: lease its blobs, check that they exist, and read its samples.
@@ -405,7 +404,7 @@ class LoraStore:
 
     def discard(self, staged: Sequence[Staged]) -> None:
         """Give up these staged versions: release their leases and delete the blobs that nothing else uses."""
-        self._release([item.lease for item in staged])
+        self._leases.release([item.lease for item in staged])
         self.sweep([digest for item in staged for digest in item.record.blobs])
 
     def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
@@ -604,19 +603,10 @@ class LoraStore:
                 " and `catalogue` elsewhere",
             )
 
-    def _stage_leased(
-        self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]], quota: TenantQuota | None = None
-    ) -> Staged:
-        """Lease the record's blobs, then call `prepare`. Release the lease if that fails. Raises: QuotaExceeded."""
+    def _stage_leased(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
+        """Lease the record's blobs, then call `prepare`. Release the lease if that fails."""
         lease = self._leases.acquire(record.blobs)
         try:
-            snapshot = self.snapshot()
-            with self._counting:
-                self._staged = {other: held for other, held in self._staged.items() if self._leases.is_safe(other)}
-                self._staged[lease] = record
-                if quota is not None:
-                    of_tenant = [held for held in self._staged.values() if held.ref.tenant == record.ref.tenant]
-                    check_quota(snapshot, of_tenant, quota)
             return Staged(record, prepare(), lease)
         except BaseException:
             self._try_to_release([lease])
@@ -649,16 +639,10 @@ class LoraStore:
             raise AdapterNotFound(str(record.ref))
         return self.samples(record.samples_digest) if record.samples_digest is not None else ()
 
-    def _release(self, leases: Collection[str]) -> None:
-        with self._counting:
-            for lease in leases:
-                self._staged.pop(lease, None)
-        self._leases.release(leases)
-
     def _try_to_release(self, leases: Collection[str]) -> None:
         """Release the leases. Those that cannot be deleted now expire by themselves."""
         try:
-            self._release(leases)
+            self._leases.release(leases)
         except StoreUnavailable as exc:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
 

@@ -64,20 +64,15 @@ def test_a_tenant_above_a_reduced_quota_may_replace_adapters(records: MakeRecord
 
 
 @IN_A_FOLDER
-def test_what_a_tenant_has_staged_counts_before_more_is_stored(
-    open_store: OpenStore, make_folder: MakeFolder, stored: Stored
-) -> None:
+def test_weights_above_the_quota_are_not_stored(open_store: OpenStore, make_folder: MakeFolder, stored: Stored) -> None:
     store, quota = open_store(), TenantQuota(max_adapters=1)
-    first, second = make_folder("a0", 0), make_folder("a1", 1)
-    staged = store.stage(first, tenant="acme", quota=quota)
-    store.stage(second, tenant="other", quota=quota)
-    third = make_folder("a2", 2)
-    before = stored("blobs")
+    store.commit([store.stage(make_folder("a0", 0), tenant="acme")], [embedding()], [1.0], "me", "any", quota)
+    before, second = stored("blobs"), make_folder("a1", 1)
     with pytest.raises(QuotaExceeded):
-        store.stage(third, tenant="acme", quota=quota)
+        store.stage(second, tenant="acme", quota=quota)
     assert stored("blobs") == before
-    store.discard([staged])
-    store.commit([store.stage(third, tenant="acme", quota=quota)], [embedding()], [1.0], "me", "any", quota)
+    store.stage(second, tenant="other", quota=quota)
+    store.stage(make_folder("a0", 2), tenant="acme", quota=quota)  # in place of the first
 
 
 @IN_A_FOLDER
