@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired, cast
+from typing import Literal, NotRequired
 from urllib.parse import quote
 
 from typing_extensions import TypedDict
@@ -139,18 +139,13 @@ class Answer:
 
     def whole(self, completions: Sequence[Completion]) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""
-        choices = [self._choice(index, completion) for index, completion in enumerate(completions)]
-        answer = self._frame("chat.completion", choices) | {"usage": self._usage(completions)}
-        if len(self.plans) == 1:
-            answer["lora"] = self._plan_of(0)
-        if self.kind == "chat" and self.num_prompt_logprobs is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(completions[0].prompt, self.num_prompt_logprobs)
+        answer = self._chat_answer(completions) if self.kind == "chat" else self._text_answer(completions)
         for index, completion in enumerate(completions):
             is_empty = not completion.text and not completion.tool_calls and completion.num_new_tokens > 0
             if is_empty and (warning := self.empty_warning(index)):
                 answer["warning"] = warning
                 break
-        return cast(ChatAnswer | TextAnswer, answer)
+        return answer
 
     def empty_warning(self, index: int) -> str:
         """Return what to say of an empty choice; "" where the base model alone answered."""
@@ -158,19 +153,61 @@ class Answer:
             return ""
         return f"choice {index} is empty: its adapters ended the answer at once. {_EMPTY_HINT[self.kind]}"
 
-    def _choice(self, index: int, completion: Completion) -> JsonObject:
-        choice: JsonObject = {"index": index, "finish_reason": completion.finish_reason}
-        has_logprobs = self.num_logprobs is not None
-        if self.kind == "chat":
-            choice["message"] = _message(completion)
-            choice["logprobs"] = chat_logprobs(completion.logprobs) if has_logprobs else None
-            return choice if completion.stop is None else choice | {"stop_reason": completion.stop}
-        choice["text"] = self._echoed(index) + completion.text
-        logprobs = self._text_logprobs(index, completion.prompt, completion.logprobs) if has_logprobs else None
-        choice["logprobs"] = logprobs
+    def _chat_answer(self, completions: Sequence[Completion]) -> ChatAnswer:
+        choices: list[ChatChoice] = [
+            {
+                "index": index,
+                "finish_reason": completion.finish_reason,
+                "message": _message(completion),
+                "logprobs": None if self.num_logprobs is None else chat_logprobs(completion.logprobs),
+            }
+            for index, completion in enumerate(completions)
+        ]
+        for chosen, completion in zip(choices, completions, strict=True):
+            if completion.stop is not None:
+                chosen["stop_reason"] = completion.stop
+        answer: ChatAnswer = {
+            "id": f"chatcmpl-{self.request_id}",
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": self._usage(completions),
+            "lora": self._plan_of(0),
+        }
         if self.num_prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(completion.prompt, self.num_prompt_logprobs)
-        return choice if len(self.plans) == 1 else choice | {"lora": self._plan_of(index)}
+            answer["prompt_logprobs"] = prompt_logprobs(completions[0].prompt, self.num_prompt_logprobs)
+        return answer
+
+    def _text_answer(self, completions: Sequence[Completion]) -> TextAnswer:
+        choices: list[TextChoice] = [
+            {
+                "index": index,
+                "finish_reason": completion.finish_reason,
+                "text": self._echoed(index) + completion.text,
+                "logprobs": None
+                if self.num_logprobs is None
+                else self._text_logprobs(index, completion.prompt, completion.logprobs),
+            }
+            for index, completion in enumerate(completions)
+        ]
+        if self.num_prompt_logprobs is not None:
+            for choice, completion in zip(choices, completions, strict=True):
+                choice["prompt_logprobs"] = prompt_logprobs(completion.prompt, self.num_prompt_logprobs)
+        answer: TextAnswer = {
+            "id": f"cmpl-{self.request_id}",
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": self._usage(completions),
+        }
+        if len(self.plans) == 1:
+            answer["lora"] = self._plan_of(0)
+        else:
+            for choice in choices:
+                choice["lora"] = self._plan_of(choice["index"])
+        return answer
 
     def opening(self) -> JsonObject:
         """Return the first chunk of a stream: the role of every choice, and the plans before any text."""
@@ -247,10 +284,7 @@ class Answer:
         return text_logprobs(answer, prompt, self.num_logprobs or 0, len(self._echoed(index)))
 
     def _chunk(self, choices: list[JsonObject]) -> JsonObject:
-        return self._frame("chat.completion.chunk", choices)
-
-    def _frame(self, kind_of_chat: str, choices: list[JsonObject]) -> JsonObject:
-        prefix, kind = ("chatcmpl", kind_of_chat) if self.kind == "chat" else ("cmpl", "text_completion")
+        prefix, kind = ("chatcmpl", "chat.completion.chunk") if self.kind == "chat" else ("cmpl", "text_completion")
         identity = {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
         return identity | {"choices": choices}
 
