@@ -246,5 +246,5 @@ class EncoderIncomplete(LoraStoreError):
         self.missing = tuple(missing)
 
     def __str__(self) -> str:
-        some = ", ".join(ref.digest[:12] for ref in self.missing[:3])  # names are visible to their tenants only
+        some = ", ".join(ref.short_digest for ref in self.missing[:3])  # names are visible to their tenants only
         return f"{len(self.missing)} live adapters have no embedding by this encoder, such as {some}; embed them first"

@@ -293,7 +293,7 @@ def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
     ref = record.ref
     live, owner = store.records.get(ref.key), find_owner(store, ref.name, ref.tenant)
     if live is not None:
-        return None if live.ref == ref else f"is live as another version, {live.ref.digest[:12]}"
+        return None if live.ref == ref else f"is live as another version, {live.ref.short_digest}"
     if ref.key in store.names:
         return "is called like a model name of the store"
     if record.visibility == "public" and owner != ref.tenant:

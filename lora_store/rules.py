@@ -69,7 +69,7 @@ def publish_events(
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
     for record in records if precondition == "kept" else ():
         if record.ref not in _kept(snapshot, record):
-            raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
+            raise AdapterNotFound(f"{record.ref.name}@{record.ref.short_digest}")
     for ref, digest in (replaces or {}).items():
         now = snapshot.records.get(ref.key)
         if now is None or now.ref.digest not in (digest, ref.digest):
@@ -230,7 +230,7 @@ def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, a
     for ref in dict.fromkeys(refs):
         record = snapshot.live(ref)
         if record is None or record.visibility != "public":
-            raise AdapterNotFound(f"{ref.name}@{ref.digest[:12]}")
+            raise AdapterNotFound(f"{ref.name}@{ref.short_digest}")
         if not record.approved:
             events.append(Approve(ref, actor, at))
     return events
@@ -275,7 +275,7 @@ def approve_name_events(snapshot: Snapshot, ref: AdapterRef) -> list[Event]:
     key = ref.key
     found = [named for named in snapshot.names.get(key, ()) if named.ref == ref]
     if not found:
-        raise AdapterNotFound(f"{ref.tenant}/{ref.name}@{ref.digest[:12]}")
+        raise AdapterNotFound(f"{ref.tenant}/{ref.name}@{ref.short_digest}")
     _check_no_adapter(snapshot, key)
     return [] if found[0].approved else [SetName(replace(found[0], approved=True))]
 

@@ -97,6 +97,7 @@ def _record(name: str, weights: Path) -> str:
 
 
 def _convert_into(folder: Path, name: str, source: Path) -> None:
+    """Write the model's files. The folder is never incomplete."""
     packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
     tensors = packed.tensors()
     if name == TRAINED_NAME:

@@ -186,7 +186,7 @@ def _file_errors(file: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        fail(describe_problem(exc))
+        fail(describe_problem(exc) if exc.filename == str(file) else f"{file}: {exc.strerror or exc}")
     except ValueError as exc:
         message = name_options(str(exc))
         fail(message if file is None or message.startswith("--") else f"{file}: {message}")

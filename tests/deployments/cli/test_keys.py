@@ -54,6 +54,11 @@ def test_a_bad_key_is_refused_before_anything_is_written(file: Path, options: tu
     assert f"{options[0]}: must be" in result.stderr
 
 
+def test_an_error_of_the_system_names_the_file_as_it_was_typed(file: Path) -> None:
+    missing = file.parent / "secrets" / "keys.yaml"
+    assert f"{missing}: No such file or directory" in words(new("--file", missing).stderr)
+
+
 def test_keys_are_listed_without_their_hashes_until_they_are_revoked(file: Path) -> None:
     new("--id", "ci", "--requests-per-minute", 60, "--file", file)
     new("--id", "web", "--file", file)
