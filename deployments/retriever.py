@@ -21,6 +21,7 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.calls.shared import Shared
 from deployments.config.app import AppConfig
 from deployments.encoder_queue import EncoderQueue
+from deployments.errors import ModelNotFound
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
 from deployments.observability.retriever_metrics import RetrieverMetrics
@@ -54,6 +55,7 @@ from retriever_svc import (
     make_embeddings,
 )
 from retriever_svc.nearest_samples import NearestSamples
+from retriever_svc.pool import Pool
 from retriever_svc.retriever import Encoded
 from retriever_svc.route import Embedded
 from retriever_svc.views import choose_views, with_views
@@ -253,15 +255,17 @@ class RetrieverDeployment:
         [encoded] = await self._prompts.encoded(tenant, [text])
         return await _on(self._maps, self._retriever.place_encoded, tenant, encoded, names)
 
-    async def vectors(self, tenant: str, texts: Sequence[str]) -> tuple[str, list[NDArray[np.float32]]]:
-        """Return the name of the active encoder, and its vector (D,) float32, of length 1, of each text of one request.
+    async def vectors(self, tenant: str, texts: Sequence[str], model: str) -> list[NDArray[np.float32]]:
+        """Return the vector (D,) float32, of length 1, of each text of one request, by the active encoder `model`.
 
-        Raises: EncoderBusy.
+        Raises: ModelNotFound, EncoderBusy.
         """
+        _require_encoder(self._pools.current, model)
         read = await self._prompts.encoded(tenant, texts)
         while len({encoded.pool.encoder.identity for encoded in read}) > 1:  # another one was activated meanwhile
             read = await self._prompts.encoded(tenant, texts)
-        return read[0].pool.encoder.name, [encoded.vector for encoded in read]
+        _require_encoder(read[0].pool, model)
+        return [encoded.vector for encoded in read]
 
     async def load(self, tenant: str) -> PoolSize:
         """Return the size of the pool that this replica serves."""
@@ -463,6 +467,15 @@ class RetrieverDeployment:
 async def _on(threads: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `work` on one of these threads."""
     return await asyncio.get_running_loop().run_in_executor(threads, partial(work, *args, **kwargs))
+
+
+def _require_encoder(pool: Pool, model: str) -> None:
+    """Raises: ModelNotFound unless `model` is the pool's encoder, by its whole name or the last part of it."""
+    active = pool.snapshot.encoder
+    encoder = pool.encoder.name if active is None else active.model
+    name = encoder.rstrip("/").rpartition("/")[2]
+    if model not in (encoder, name):
+        raise ModelNotFound(model, name)
 
 
 def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:

@@ -157,7 +157,7 @@ class WaitedTooLong(GpuWorkerError):
 
 
 class EngineFull(GpuWorkerError):
-    """The worker's queue is full (`worker.max_waiting`)."""
+    """A queue is full: the worker's (`worker.max_waiting`), or that of lists, reports of usage or checked policies."""
 
     kind = Kind.BUSY
     code = "overloaded"

@@ -74,7 +74,7 @@ class Pool:
     bases: ServedBases = EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
-    _allowed_by_tags: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)  # apart: clients choose the tags
+    _allowed_by_tags: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)  # new tags evict no entry without
     _maps: PerCallerCache[tuple[Layout, PoolMap]] = field(
         default_factory=lambda: PerCallerCache(_count_points, _MAX_POINTS_KEPT)
     )

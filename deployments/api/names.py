@@ -174,7 +174,7 @@ class AppliedPolicy:
         return [replace(question, model=self._model(question)) for question in filled.questions()]
 
     def _model(self, question: Question) -> str:
-        """Return the policy's model. Of it, a request that names adapters or sends a plan takes the base model only."""
+        """Return the policy's model; for a request that names adapters or sends a plan only its base model, if any."""
         model = self.policy.model
         if question.lora.names_adapters is None or model.rpartition(":")[2] == "auto":
             return model

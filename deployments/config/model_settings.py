@@ -38,7 +38,7 @@ class ModelSettings(Settings):
     base_model: str = PACKAGED_MODEL
     """The base model: the packaged default, a Hugging Face id, a folder, or a GGUF file. Set it first; adapters of
     other base models stay in the pool and are not served."""
-    base_model_name: str = Field(default="", pattern=r"^$|" + _NAME)
+    base_model_name: str = Field(default="", json_schema_extra={"pattern": r"^$|" + _NAME})
     """The name by which clients ask for the base model. Unset: the last part of `base_model`. Set it to keep the name
     when the folder changes."""
     accepts_base: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.worker_client import Workers
 from deployments.config.served_model import ServedModels
+from deployments.errors import ModelNotFound
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import AUTO, Planner, check_tokenized, prompt_tokens
 from deployments.generation.row_stream import NO_ROOM, RowStream, compute_deadline, merge, within
@@ -36,11 +37,11 @@ _SEEDS = 2**63
 
 @contextmanager
 def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
-    """Charge this many tokens for the block, whatever its outcome, unless the server has no room for it."""
+    """Charge this many tokens for the block, whatever its outcome, unless the server refuses it before any work."""
     usage.sent(_ONLY, 0, num_tokens)
     try:
         yield
-    except NO_ROOM:
+    except (*NO_ROOM, ModelNotFound):
         usage.not_started(_ONLY)
         raise
 

@@ -278,8 +278,8 @@ class Planner:
         if base_model and plan.base_model not in ("", base_model):
             of = f"{plan.adapters[0].ref.name!r} is an adapter" if plan.adapters else "lora.plan is"
             raise RequestInvalid(
-                f"model: {of} of the base model {plan.base_model!r}, and model {model!r} names {base_model!r}; leave"
-                " the base model out, or name its own",
+                f"model: {of} of the base model {plan.base_model!r}, and `model` or its policy names"
+                f" {base_model!r}; leave the base model out, or name its own",
                 "model",
             )
 

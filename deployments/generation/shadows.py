@@ -25,7 +25,7 @@ class Shadows:
     """Runs shadows in the background. Nothing that happens to one reaches a client.
 
     No key is charged for it. It runs as the pseudo-tenant of the version's owner, and counts for the owner's usage.
-    With keys an owner has at most as many as there is room for others.
+    With API keys, one owner may run at most as many as remain free.
     """
 
     def __init__(

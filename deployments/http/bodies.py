@@ -109,8 +109,7 @@ class _Body:
 
     async def read(self) -> Message:
         """Return the next message. Raises: BodyMemoryFull, BodyTooLarge, BodyTooSlow."""
-        too_slow = BodyTooSlow(f"the body did not arrive within {self._seconds:.0f} s")
-        async with limit_time(asyncio.timeout_at(self._until), lambda: self._refuse(too_slow)):
+        async with limit_time(asyncio.timeout_at(self._until), self._refuse_slow):
             message = await self._receive()
         num_bytes = len(message.get("body", b""))
         self._seen += num_bytes
@@ -128,6 +127,9 @@ class _Body:
         num_bytes = min(num_bytes, self._held)
         self._budget.give(self._tenant, self._held - num_bytes)
         self._held = num_bytes
+
+    def _refuse_slow(self) -> Refusal:
+        return self._refuse(BodyTooSlow(f"the body did not arrive within {self._seconds:.0f} s"))
 
     def _refuse(self, refusal: Refusal) -> Refusal:
         self.refusal = refusal

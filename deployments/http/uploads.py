@@ -81,14 +81,16 @@ class _Pace:
         clock = asyncio.get_running_loop().time
         if self._until is None:
             self._until = clock() + self._window_s
-        least = f"{_BYTES_PER_WINDOW >> 10} KiB in {self._window_s:g} s"
-        too_slow = BodyTooSlow(f"the upload sent less than {least}; send it faster")
-        async with limit_time(asyncio.timeout_at(self._until), lambda: too_slow):
+        async with limit_time(asyncio.timeout_at(self._until), self._too_slow):
             message = await http.receive()
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes >= _BYTES_PER_WINDOW:
             self._num_bytes, self._until = 0, clock() + self._window_s
         return message
+
+    def _too_slow(self) -> BodyTooSlow:
+        least = f"{_BYTES_PER_WINDOW >> 10} KiB in {self._window_s:g} s"
+        return BodyTooSlow(f"the upload sent less than {least}; send it faster")
 
 
 def _announced(http: Request) -> int:

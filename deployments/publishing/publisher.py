@@ -144,13 +144,12 @@ class Publisher:
         self,
         uploads: Sequence[PublishItem],
         actor: str,
-        quota: TenantQuota | None = None,
         charge: Charge = free_of_charge,
         held: AbstractContextManager[object] | None = None,
         *,
         is_dry: bool = False,
     ) -> list[Published | Exception]:
-        """Publish every valid upload in one commit; return one result or error per upload, in order.
+        """Publish every valid upload, all of one tenant, in one commit; return one result or error each, in order.
 
         Versions that are live already do not change. `held` is left at the end, even if the caller has left before.
         `is_dry`: only validate, at generation 0, and store nothing.
@@ -164,6 +163,7 @@ class Publisher:
             finally:
                 if sent := [id for upload in uploads for id in upload.sent]:
                     await _clean_up(f"the parts of {len(sent)} uploaded files", self._store.delete_parts(sent))
+            quota = uploads[0].quota if uploads else None
             return await self._make_live(staged, active, Change(actor, quota, charge=charge, is_dry=is_dry))
 
     @run_to_end

@@ -239,5 +239,7 @@ class Row:
         pending, end = self.pending_logprobs, self.detokenizer.num_released
         if is_last and not self.detokenizer.stopped:
             end = self.detokenizer.num_chars + 1
+        elif self.tool_calls is not None and not is_last:
+            end = self.tool_calls.num_settled
         self.pending_logprobs = [] if is_last else [entry for entry in pending if entry.text_offset >= end]
         return tuple(entry for entry in pending if entry.text_offset < end)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from deployments.errors import ModelNotFound
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
@@ -64,7 +65,6 @@ class FakeRetriever:
     abstains: bool = False
     unfit: Exception | None = None  # error of embedding
     encoder: str = ENCODER
-    encoder_name: str = DEFAULT_MODEL
     steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job in turn
     to_evaluate: Sequence[Region] = ()
     prepared: Exception | str = "other-encoder"
@@ -150,8 +150,10 @@ class FakeRetriever:
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
         raise NotImplementedError
 
-    async def vectors(self, tenant: str, texts: Sequence[str]) -> tuple[str, list[NDArray[np.float32]]]:
-        return self.encoder_name, [np.array([len(text), 0.5], np.float32) for text in texts]
+    async def vectors(self, tenant: str, texts: Sequence[str], model: str) -> list[NDArray[np.float32]]:
+        if model != DEFAULT_MODEL:
+            raise ModelNotFound(model, DEFAULT_MODEL)
+        return [np.array([len(text), 0.5], np.float32) for text in texts]
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         assert len(groups) == len(tenants)

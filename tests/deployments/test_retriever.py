@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from deployments.api.pool_responses import map_body
+from deployments.errors import ModelNotFound
 from lora_store import AdapterNotFound, AdapterRef, AdapterRefused, Feedback, StoreUnavailable, Trial
 from lora_store.events import ActivateEncoder, Embed, Event
 from retriever_svc import (
@@ -30,6 +31,7 @@ from retriever_svc import (
     StaleIndex,
 )
 from retriever_svc.draws import DrawnAdapter
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, served
 from tests.retriever_svc.pool_fakes import record_of
 from tests.tiny_encoder import save_tiny_encoder
@@ -108,7 +110,7 @@ async def test_a_route_shows_its_tenants_nearest_samples_where_it_is_asked_to(he
 
 async def test_a_text_has_the_vector_of_length_one_that_routing_uses(here: Served) -> None:
     texts = ["Say bread in German", "Say bread in German", "1 + 2"]
-    _, [german, again, sums] = await here.replica.vectors("local", texts)
+    [german, again, sums] = await here.replica.vectors("local", texts, DEFAULT_MODEL)
     assert (german.dtype, float(german @ german)) == (np.float32, pytest.approx(1, abs=1e-5))
     assert float(german @ again) == pytest.approx(1, abs=1e-5)
     assert float(german @ sums) < 0.9
@@ -116,26 +118,37 @@ async def test_a_text_has_the_vector_of_length_one_that_routing_uses(here: Serve
     assert load["busy"] > 0 and load["waiting_s"] == 0
 
 
-async def test_the_vectors_of_one_request_are_of_one_encoder(
+async def test_the_vectors_of_one_request_are_of_one_encoder_the_one_it_names(
     here: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """More texts than one batch has; another encoder becomes active after the first batch."""
     model = str(save_tiny_encoder(tmp_path / "model"))
+    identity = here.pools.prepare_encoder(model, "none").identity
     encode, makers = here.replica._retriever.encode, []
 
     def encode_and_activate(texts: Any) -> Any:
         encoded = encode(texts)
         makers.append(encoded[0].pool.encoder.identity)
         if len(makers) == 1:
-            identity = here.pools.prepare_encoder(model, "none").identity
             event = ActivateEncoder(model, identity, "me", datetime.now(UTC))
             here.catalogue.commit(lambda _: [event])
             here.pools.catch_up()
         return encoded
 
     monkeypatch.setattr(here.replica._retriever, "encode", encode_and_activate)
-    name, [first, *others] = await here.replica.vectors("local", ["the same text"] * 64)
-    assert len(set(makers)) == 2 and name == model
+    with pytest.raises(ModelNotFound, match=r"did you mean 'model'\?"):
+        await here.replica.vectors("local", ["the same text"] * 64, DEFAULT_MODEL)
+    assert len(set(makers)) == 2
+    num_encoded = len(makers)
+    with pytest.raises(ModelNotFound):
+        await here.replica.vectors("local", ["the same text"], DEFAULT_MODEL)
+    assert len(makers) == num_encoded
+    event = ActivateEncoder(str(tmp_path / "same"), identity, "me", datetime.now(UTC))  # by another name
+    here.catalogue.commit(lambda _: [event])
+    here.pools.catch_up()
+    with pytest.raises(ModelNotFound):
+        await here.replica.vectors("local", ["the same text"], model)
+    [first, *others] = await here.replica.vectors("local", ["the same text"] * 64, "same")
     assert all(float(first @ other) == pytest.approx(1, abs=1e-3) for other in others)
 
 

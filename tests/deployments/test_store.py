@@ -32,10 +32,12 @@ from lora_store import (
     EncoderIncomplete,
     Key,
     LoraStore,
+    QuotaExceeded,
     Ranking,
     Sample,
     Staged,
     StoreUnavailable,
+    TenantQuota,
     decode_weights,
 )
 from lora_store.rankings import OUTCOME, RankedAdapter
@@ -197,6 +199,12 @@ async def test_the_settings_of_admission_bound_an_adapter_and_its_upload(tmp_pat
     files = files_of(stores.adapter()) | {"adapter_model.safetensors": b"x" * (1001 + OTHER_FILES_BYTES)}
     with pytest.raises(AdapterRefused, match=f"at most {1000 + OTHER_FILES_BYTES}"):
         await stores.stage(PublishItem(files=files, name="poet"))
+
+
+async def test_an_adapter_above_its_tenants_quota_is_refused_before_its_weights_are_stored(stores: Stores) -> None:
+    with pytest.raises(QuotaExceeded):
+        await stores.stage(PublishItem(stores.adapter(), quota=TenantQuota(max_adapters=0)))
+    assert stores.stored == set()
 
 
 async def test_a_bad_or_discarded_upload_leaves_nothing(stores: Stores) -> None:

@@ -307,9 +307,7 @@ async def publish_items(
 
     `held` is left when they are published or refused, even if the client has left before.
     """
-    charge = charge_to(services, caller)
-    quota = caller.limits.tenant_quota
-    return await services.publisher.publish(items, caller.key_id, quota, charge, held, is_dry=is_dry)
+    return await services.publisher.publish(items, caller.key_id, charge_to(services, caller), held, is_dry=is_dry)
 
 
 async def _publish_files(services: Services, caller: Caller, http: Request, *, is_dry: bool) -> JSONResponse:

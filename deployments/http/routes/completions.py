@@ -116,14 +116,17 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
         with services.authenticator.running(caller, work):
             planned = await planner.plan_all(asked, tenant)
     planned = [name.explain([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
-    own = [(name.policy.sampling(), name.policy.model_fields_set) for name in bound] or [(UNSET, set())] * len(asked)
+    needed = {
+        name.shown: name.policy for name, item in zip(bound, planned, strict=False) if item.plan.contract is not None
+    }
+    own = {shown: (policy.sampling(), policy.model_fields_set) for shown, policy in needed.items()}
     chats = [
         replace(question, prompt=(Message("user", prompt),))
         for prompt, question in zip(body.prompt, asked, strict=True)
     ]
     shown = [
-        replace(item, contract=applied_contract(item.plan, chat, sampling, given))
-        for chat, item, (sampling, given) in zip(chats, planned, own, strict=True)
+        replace(item, contract=applied_contract(item.plan, chat, *own.get(item.policy or "", (UNSET, set()))))
+        for chat, item in zip(chats, planned, strict=True)
     ]
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
 

@@ -87,6 +87,11 @@ class ToolCallParser:
         self._pieces: list[ToolCallPiece] = []
 
     @property
+    def num_settled(self) -> int:
+        """The number of characters that are known to be content, or a call, or the space around one."""
+        return self._num_read - len(self._raw)
+
+    @property
     def is_done(self) -> bool:
         return self._max_calls is not None and self.num_calls >= self._max_calls
 
@@ -247,7 +252,7 @@ class ToolCallParser:
         if released:
             self._is_start = False
             if not self._content:
-                self.content_at = self._num_read - len(self._raw) - len(released)
+                self.content_at = self.num_settled - len(released)
             self._content.append(released)
 
 

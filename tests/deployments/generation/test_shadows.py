@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from tests.deployments.asking import asked
 from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.key_files import bearer, entry, write
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
 from tests.soak import Scale
@@ -167,10 +169,12 @@ async def test_a_stream_has_no_chunk_of_a_shadow_and_does_not_wait_for_it() -> N
     assert OTHER.weights_digest not in text and OTHER.ref.digest not in text
 
 
-async def test_shadows_beyond_the_bound_are_dropped_and_counted() -> None:
+@pytest.mark.parametrize(("key", "most"), [("", MAX_SHADOWS), ("a", MAX_SHADOWS // 2)])
+async def test_shadows_beyond_the_bound_are_dropped_and_counted(key: str, most: int, tmp_path: Path) -> None:
     worker, kinds = NamingWorker(), FakeMetrics()
     trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
-    async with asked(retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds) as (client, served):
+    keys = {"keys_file": write(tmp_path / "keys.json", entry(key)), "headers": bearer(key)} if key else {}
+    async with asked(retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds, **keys) as (client, served):
         worker.goes_on = asyncio.Event()
         for _ in range(MAX_SHADOWS + 3):
             assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
@@ -178,8 +182,8 @@ async def test_shadows_beyond_the_bound_are_dropped_and_counted() -> None:
         await shadows_end(served)
     other = OTHER.ref.digest[:12]
     counts = kinds["trial_requests_total"].counts
-    assert counts[other, "shadow", "dropped"] == 3
-    assert counts[other, "shadow", "200"] == MAX_SHADOWS
+    assert counts[other, "shadow", "dropped"] == MAX_SHADOWS + 3 - most
+    assert counts[other, "shadow", "200"] == most
 
 
 async def test_the_metrics_of_a_share_are_by_version() -> None:

@@ -39,9 +39,9 @@ def test_a_live_version_is_published_again_only_for_another_visibility(
 def test_a_publish_above_the_quota_leaves_nothing(step: str) -> None:
     share = TenantQuota(max_adapters=1)
     publishing = Publishing(failing={step: (QuotaExceeded("adapters", 2, 1), 1)})
-    uploads = [PublishItem(Path("folders", name)) for name in ("poet", "coder")]
+    uploads = [PublishItem(Path("folders", name), quota=share) for name in ("poet", "coder")]
     with pytest.raises(QuotaExceeded):
-        publishing.run(lambda publisher: publisher.publish(uploads, "tester", share))
+        publishing.run(lambda publisher: publisher.publish(uploads, "tester"))
     assert [quota for *_, quota, _ in publishing.store.called("commit")] == [share] * (step == "commit")
     assert (publishing.pool.held, publishing.live_digests) == ([], {})
 
@@ -53,7 +53,7 @@ def test_samples_are_charged_before_the_encoder_reads_them() -> None:
     def charge(num_tokens: int) -> None:
         charged.append((num_tokens, len(publishing.retriever.called("embed"))))
 
-    publishing.run(lambda publisher: publisher.publish(uploads, "tester", None, charge))
+    publishing.run(lambda publisher: publisher.publish(uploads, "tester", charge))
     [(groups, _)] = publishing.retriever.called("embed")
     num_tokens = sum(-(-len(sample.input) // 4) for group in groups for sample in group)
     assert (charged, num_tokens > 0) == ([(num_tokens, 0)], True)
@@ -70,7 +70,7 @@ def test_samples_above_the_keys_limit_are_not_read_and_nothing_is_stored(change:
     with pytest.raises(RateLimited):
         if change == "publish":
             uploads = [PublishItem(Path("folders", "coder"))]
-            publishing.run(lambda publisher: publisher.publish(uploads, "tester", None, charge))
+            publishing.run(lambda publisher: publisher.publish(uploads, "tester", charge))
         else:
             publishing.run(lambda publisher: publisher.rollback(POET, None, "tester", charge))
     assert not publishing.retriever.called("embed")

@@ -56,7 +56,7 @@ def test_tokens_held_back_for_a_stop_string_are_reported_unless_it_removes_them(
 
 
 def test_tokens_of_a_call_are_told_from_those_of_the_text() -> None:
-    row = answering(max_new=100)
+    row = answering(stops=("b<##",), max_new=100)  # the text and the beginning of a call are released together
     row.tool_calls = ToolCallParser(HERMES, {"f"})
     call = '<tool_call>{"name": "f"}</tool_call>'
     deltas = taken(row, f"a<b{call}\n{call}\n c<d{call}", end=END)

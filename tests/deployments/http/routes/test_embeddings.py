@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from deployments.auth.authenticator import Work
 from tests.deployments.app_fakes import Served
@@ -28,17 +27,13 @@ def test_each_text_has_a_vector_in_order() -> None:
     assert (answer["model"], answer["usage"]) == (MODEL, {"prompt_tokens": 2, "total_tokens": 2})
 
 
-@pytest.mark.parametrize(("model", "status"), [("/models/own-encoder", 200), ("own-encoder", 200), (MODEL, 404)])
-def test_the_model_is_the_active_encoder_by_its_path_or_name(model: str, status: int) -> None:
-    """The settings name the encoder of a new pool, which a reindex replaces."""
-    response = embed(model=model, retriever=FakeRetriever(encoder_name="/models/own-encoder"))
-    assert (response.status_code, response.json().get("model", MODEL)) == (status, model)
-
-
-def test_another_model_is_not_found_and_the_encoder_is_named() -> None:
-    response = embed(model="text-embedding-3-small")
+def test_another_model_is_not_found_the_encoder_is_named_and_nothing_is_charged(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", limits={"tokens_per_minute": 10}))
+    response = post(
+        "/v1/embeddings", {"model": "text-embedding-3-small", "input": "Hello"}, keys_file=keys, headers=bearer("a")
+    )
     assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
-    assert MODEL in error_of(response)["message"]
+    assert MODEL in error_of(response)["message"] and response.headers["x-ratelimit-remaining-tokens"] == "10"
 
 
 def test_unknown_fields_are_ignored_and_listed_or_refused_in_strict_mode() -> None:
