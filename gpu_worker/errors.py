@@ -103,7 +103,7 @@ class AdapterLoadFailed(GpuWorkerError):
 
 
 class AdapterLost(AdapterLoadFailed):
-    """The adapter was withdrawn, or its stored weights are damaged."""
+    """The adapter was withdrawn, or its stored weights are damaged or cannot be converted."""
 
     remedy = "Name another adapter, or publish this one again."
 

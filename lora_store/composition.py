@@ -22,7 +22,7 @@ def compose(parts: Sequence[tuple[Modules, float]], rank: int | None = None) -> 
 
     Without `rank` the parts' ranks are concatenated, which is exact. With `rank`, each module is the nearest one of at
     most that rank. The error is the Frobenius norm of what is left out over that of the sum, of all modules together.
-    Raises: ValueError for parts of base models of other shapes.
+    Raises: ValueError if a layer has other shapes in one part than in another.
     """
     composed: dict[str, ModuleWeights] = {}
     whole = left_out = 0.0

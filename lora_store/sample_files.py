@@ -15,6 +15,7 @@ from lora_store.errors import FileRefused
 SAMPLES_FILE = "lora_samples.jsonl"
 DESCRIPTION_FILE = "description.txt"
 _MAX_FILE_BYTES = 16 << 20
+_MAX_LINES = 1 << 20  # blank ones too, each of which takes time
 _MAX_LINE_BYTES = 1 << 20  # parsed, a line may take twenty times its bytes
 _ACCEPTED = "accepted"  # in stored samples only: a publisher's own file cannot mark a line
 INPUT_KEYS = ("input", "prompt", "instruction", "text", "question")  # the first one that a line has
@@ -28,6 +29,8 @@ def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
     if not lexists(folder / SAMPLES_FILE):
         return ()
     data = read_bytes(folder / SAMPLES_FILE, _MAX_FILE_BYTES)
+    if data.count(b"\n") > _MAX_LINES:
+        raise FileRefused(SAMPLES_FILE, [f"has more than {_MAX_LINES:,} lines: remove blank ones, or shorten it"])
     num_lines = count_samples(data)
     if not num_lines:
         raise FileRefused(SAMPLES_FILE, ["is empty: write one sample a line, or remove the file"])

@@ -13,10 +13,11 @@ from lora_store.records import AdapterRecord, Visibility
 from lora_store.validation import CheckedFolder, Label
 from lora_store.weights_blob import hash_blob
 
-Kept = Literal["visibility", "tags", "template", "contract", "samples", "several_samples"]
+Kept = Literal["visibility", "tags", "template", "contract", "samples", "several_samples", "same_samples"]
 """A field that a publish takes over from the live version of the name if it is not given.
 
 "several_samples": the samples, if the live version has several. A description, which is given, replaces only one.
+"same_samples": the samples, if those that are given are the live version's without the accepted ones.
 """
 
 
@@ -105,7 +106,7 @@ def take_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept
         changes["template"] = live.template
     if "contract" in keeps:
         changes["contract"] = live.contract
-    if "samples" in keeps or ("several_samples" in keeps and live.num_samples > 1):
+    if "samples" in keeps or "same_samples" in keeps or ("several_samples" in keeps and live.num_samples > 1):
         changes |= {"samples_digest": live.samples_digest, "num_samples": live.num_samples}
     new = replace(record, **changes)
     if new == record:

@@ -184,7 +184,10 @@ class LoraStore:
         if not has_samples:
             checked = replace(checked, samples=())
         expires_at = None if ttl_s is None else self._now() + timedelta(seconds=ttl_s)
-        kept_samples = live if live is not None and has_samples and self._keeps_samples(checked, live) else None
+        has_few = has_samples and (checked.is_described or not checked.samples)
+        are_same = live is not None and not has_few and self._are_own_samples(checked.samples, live)
+        has_live_more = live is not None and live.num_samples > len(checked.samples)
+        kept_samples = live if has_live_more and (has_few or are_same) else None
         staged = self._stage_checked(
             label, checked, folder.name if source is None else source, expires_at, kept_samples, quota
         )
@@ -196,28 +199,19 @@ class LoraStore:
             "tags": tags is None,
             "template": template is None,
             "contract": keeps_contract,
-            "samples": kept_samples is not None or (has_samples and not checked.samples),
+            "samples": has_few and (has_live_more or not checked.samples),
+            "same_samples": are_same,
             "several_samples": has_samples and checked.is_described,
         }
         keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
         return replace(staged, keeps=keeps, warnings=checked.warnings)
 
-    def _keeps_samples(self, checked: CheckedFolder, live: AdapterRecord) -> bool:
-        """Return whether the live version's samples stay.
-
-        The folder has none, a description in place of several, or the same ones without those that were accepted.
-        """
-        if not checked.samples or checked.is_described:
-            return live.num_samples > len(checked.samples)
-        if live.samples_digest is None or live.num_samples <= len(checked.samples):
-            return False  # none was accepted
-        with suppress(AdapterNotFound, BlobCorrupted):  # a publish replaces them
-            return checked.samples == self._own_samples(live.samples_digest)
+    def _are_own_samples(self, samples: tuple[Sample, ...], live: AdapterRecord) -> bool:
+        """Return whether these are the live version's samples without those that were accepted."""
+        if samples and live.samples_digest is not None:
+            with suppress(AdapterNotFound, BlobCorrupted):  # a publish replaces them
+                return samples == _without_accepted(self.samples(live.samples_digest))
         return False
-
-    def _own_samples(self, samples_digest: str) -> tuple[Sample, ...]:
-        """Return the samples that the publisher gave."""
-        return tuple(sample for sample in self.samples(samples_digest) if not sample.is_accepted)
 
     def _stage_checked(
         self,
@@ -266,7 +260,7 @@ class LoraStore:
         if live.samples_digest is None:
             raise AdapterRefused(live.ref.name, ["it has no samples: publish it with samples first"])
         if samples is None:
-            samples = self._own_samples(live.samples_digest)
+            samples = _without_accepted(self.samples(live.samples_digest))
         return self._stage_changed(live, changed_version(live, **_describe_samples(samples)), tuple(samples))
 
     def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
@@ -345,11 +339,20 @@ class LoraStore:
         return taken
 
     def _take_over(self, staged: Staged, live: AdapterRecord | None) -> Staged:
+        keeps = staged.keeps
+        given: tuple[Sample, ...] = ()
+        if live is not None and "same_samples" in keeps and live.samples_digest != staged.record.samples_digest:
+            own = _without_accepted(staged.samples)
+            if not self._are_own_samples(own, live):
+                given = own
+                keeps -= {"same_samples"}
+                live = replace(live, **_describe_samples(given))
         record = staged.record if live is None else take_over(staged.record, live, staged.keeps)
         if record.samples_digest == staged.record.samples_digest:
-            return replace(staged, record=record)
-        again = self._stage_leased(record, lambda: self._find(record))
-        keeps: frozenset[Kept] = staged.keeps | {"samples"}
+            return replace(staged, record=record, keeps=keeps)
+        if "several_samples" in keeps:
+            keeps |= {"samples"}
+        again = self._stage_leased(record, lambda: self._find(record, given))
         return replace(staged, record=record, samples=again.samples, lease=again.lease, keeps=keeps)
 
     def commit(
@@ -634,7 +637,10 @@ class LoraStore:
             return samples
         return () if record.samples_digest is None else self.samples(record.samples_digest)
 
-    def _find(self, record: AdapterRecord) -> tuple[Sample, ...]:
+    def _find(self, record: AdapterRecord, samples: Sequence[Sample] = ()) -> tuple[Sample, ...]:
+        """Return the record's samples, written first if given. Raises: AdapterNotFound if a blob was deleted."""
+        if samples:
+            self._blobs.put(write_samples(samples))
         if not all(digest in self._blobs for digest in record.blobs):
             raise AdapterNotFound(str(record.ref))
         return self.samples(record.samples_digest) if record.samples_digest is not None else ()
@@ -668,6 +674,10 @@ def _make_label(
         tags = live.tags if tags is None else tags
         template = (live.template or SERVER_TEMPLATE) if template is None else template
     return Label(name, tenant, tuple(sorted(set(tags or ()))), template, visibility)
+
+
+def _without_accepted(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    return tuple(sample for sample in samples if not sample.is_accepted)
 
 
 def _describe_samples(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -50,16 +50,17 @@ def compose(
         state = source.state()
         records = {part: state.find(part) for part in weights}
         templates = {record.template for record in records.values()}
-        bases = sorted({record.base_model for record in records.values()})
+        base = records[max(weights, key=lambda part: abs(weights[part]))].base_model
+        others = sorted({record.base_model for record in records.values()} - {base})
         half = sum(map(abs, weights.values())) / 2
         leader = next((records[part] for part, weight in weights.items() if weight > half), None)
         parts = [(read_modules(source, record), weights[part]) for part, record in records.items()]
         modules, error = compose(parts, rank)
-        write_peft_folder(folder, modules, base_model=bases[0])
+        if others:
+            show_warning(f"{folder}: names the base model {base}; is that the same model as {', '.join(others)}?")
+        write_peft_folder(folder, modules, base_model=base)
         if leader is not None and leader.contract is not None:
             write_contract(folder, leader.contract)
-    if len(bases) > 1:
-        show_warning(f"{folder}: names the base model {bases[0]}; is that the same model as {', '.join(bases[1:])}?")
     said = f"{folder}: rank {max(module.rank for module in modules.values())}"
     said += ", exact" if rank is None else f", relative error {error:.2%}"
     said += ". It has no samples: add lora_samples.jsonl for auto"

@@ -91,6 +91,8 @@ class AnswerScorer(Scorer):
 
 def score_answer(answer: str, output: str, *, is_cut: bool = False) -> float:
     """Return 1 if the answer equals the sample's output, or its beginning if the answer was cut, else 0."""
+    if is_cut:
+        answer = answer.rstrip("\ufffd")  # an unfinished last character
     given, expected = normalized(answer), normalized(output)
     return float(given == expected or (is_cut and given != "" and expected.startswith(given)))
 

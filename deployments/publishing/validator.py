@@ -70,11 +70,11 @@ class AdapterValidator:
     async def restaged(
         self, items: Sequence[ValidatedAdapter], staged: Sequence[Staged]
     ) -> dict[int, ValidatedAdapter]:
-        """Return, by the id of the earlier one, the adapters whose `staged` is another version of the same weights.
+        """Return, by the id of the earlier one, the adapters whose `staged` has changed, for the same weights.
 
         Embed those again whose samples are others.
         """
-        changed = [(old, new) for old, new in zip(items, staged, strict=True) if new.ref != old.staged.ref]
+        changed = [(old, new) for old, new in zip(items, staged, strict=True) if new != old.staged]
         anew = [new for old, new in changed if new.record.samples_digest != old.staged.record.samples_digest]
         embedded = dict(zip([item.ref for item in anew], await self._embed(anew) if anew else [], strict=True))
         return {id(old): replace(old, staged=new, embedded=embedded.get(new.ref, old.embedded)) for old, new in changed}

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
 from gpu_worker.bank.device_layout import DeviceAdapter
-from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost, AdapterUnfit
 from lora_store.adapter import AdapterWeights
 
 logger = logging.getLogger(__name__)
 
 Fetch = Callable[[str], "Future[AdapterWeights]"]
 """Weights digest -> future of the weights. Must not block, because other fetches would wait."""
+_DEFECTS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)  # a retry fails again
 
 
 class AdapterLoader:
@@ -123,7 +124,9 @@ class AdapterLoader:
 def _load_error(digest: str, exc: Exception) -> Exception:
     if isinstance(exc, AdapterUnfit | AdapterLoadFailed):
         return exc
-    logger.warning("cannot fetch the weights %s", digest, exc_info=exc)
-    error = AdapterLoadFailed(f"cannot fetch the weights {digest[:12]}; retry later")
+    logger.warning("cannot load the weights %s", digest, exc_info=exc)
+    error = AdapterLoadFailed(f"cannot load the weights {digest[:12]}; retry later")
+    if isinstance(exc, _DEFECTS):
+        error = AdapterLost(f"cannot load the weights {digest[:12]}; the worker's log has the cause")
     error.__cause__ = exc
     return error

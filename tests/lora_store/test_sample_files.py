@@ -43,6 +43,12 @@ def test_blank_lines_are_ignored_but_counted_and_every_bad_line_is_listed(tmp_pa
     assert [problem[:6] for problem in caught.value.problems] == ["line 3", "line 4", "line 5"]
 
 
+def test_a_file_of_millions_of_blank_lines_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SAMPLES_FILE).write_text('{"input": "a"}' + "\n" * ((1 << 20) + 1))
+    with pytest.raises(FileRefused, match="lines"):
+        read_samples(tmp_path, Limits())
+
+
 def test_a_share_of_too_many_samples_is_read_from_the_whole_file(tmp_path: Path) -> None:
     lines = [f'{{"input": "{number}"}}{" " * 9000}\n' for number in range(7)]
     (tmp_path / SAMPLES_FILE).write_text("".join(lines))

@@ -64,6 +64,30 @@ def test_publishing_keeps_accepted_prompts_with_the_same_samples_only(
     assert store.samples(other.samples_digest or "") == (Sample("Rhyme this."),)
 
 
+@pytest.mark.parametrize("was_accepted", [False, True])
+@pytest.mark.parametrize("rival", [None, (), ("Sing.",), ("Sing.", "Hum.", "Dance.")])
+def test_samples_given_again_replace_those_of_a_rival_that_are_not_the_same_and_accepted_ones(
+    store: LoraStore, make_folder: MakeFolder, rival: tuple[str, ...] | None, was_accepted: bool
+) -> None:
+    record = commit(store, store.stage(make_folder()))
+    own = store.samples(record.samples_digest or "")
+    if was_accepted:
+        record = commit(store, store.resample(record, [*own, ACCEPTED]))
+    ours = store.stage(make_folder(seed=5), share=0.5)
+    kept = store.stage(make_folder(seed=6), tags=[])
+    theirs = (*own, ACCEPTED, Sample("More", is_accepted=True)) if rival is None else tuple(map(Sample, rival))
+    commit(store, store.edit(record, Edit(samples=theirs)) if rival is not None else store.resample(record, theirs))
+    for staged in (kept, ours):
+        with pytest.raises(VersionConflict):
+            commit(store, staged)
+    taken = store.take_over([kept, ours])
+    for item in taken:
+        assert item.samples == store.samples(item.record.samples_digest or "") == (own if rival is not None else theirs)
+    assert store.take_over(taken) == taken
+    assert taken[1].record.trial is not None and taken[1].record.trial.digest == taken[1].ref.digest
+    assert commit(store, taken[0]).ref == taken[0].ref
+
+
 def test_an_edit_of_a_version_that_is_not_live_any_more_is_refused(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder()))
     own = store.samples(first.samples_digest or "")

@@ -82,6 +82,8 @@ LONG = "select name from people " * 9
         ("सकारात्मक", 29, "सकारात्मक", "stop", 1.0),  # 27 bytes, each of which may be a token
         (LONG, 64, " SELECT name FROM peo", "length", 1.0),
         (LONG, 64, "select names", "length", 0.0),
+        ("सकारात्मक " * 9, 64, "सकारात्म\ufffd", "length", 1.0),
+        ("सकारात्मक " * 9, 64, "\ufffd", "length", 0.0),
         (LONG, 64, "select name", "stop", 0.0),
         (LONG, 64, "", "length", 0.0),
     ],

@@ -129,6 +129,13 @@ class Resampling(Rival):
         return [replace(item, keeps=old.keeps) for item, old in zip(held, staged, strict=True)]
 
 
+class Yielding(Rival):
+    """A version that takes nothing over any more is otherwise the same."""
+
+    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
+        return [replace(item, keeps=frozenset()) for item in staged]
+
+
 def rivalled(num_rivals: int, store: type[Rival] = Rival) -> Publishing:
     publishing = Publishing()
     ours = replace(adapter("poet", version="ours"), ref=AdapterRef("local", "poet", "d" * 64))
@@ -144,6 +151,12 @@ def test_a_publish_keeps_the_tags_that_another_one_gives_meanwhile() -> None:
     live_now, theirs, _ = publishing.pool.live["local", "poet"]
     assert (live_now.tags, theirs.tags, live_now.ref) == (("theirs-0",), ("theirs-0",), new.ref)
     assert new.kept["tags"] == ["theirs-0"]
+    assert publishing.pool.held == []
+
+
+def test_a_publish_that_keeps_less_after_another_one_is_committed_again() -> None:
+    publishing = rivalled(1, Yielding)
+    assert published(publishing, item(template="chat")).ref == publishing.pool.live["local", "poet"][0].ref
     assert publishing.pool.held == []
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
+import pytest
 import torch
 
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.bank.loader import AdapterLoader
-from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost, AdapterUnfit
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import HeldExecutor
 from tests.tiny import InlineExecutor
@@ -82,12 +83,21 @@ def test_a_failed_fetch_fails_its_future_and_the_next_request_retries() -> None:
     assert events == ["done", "done"], "a failure notifies the engine too"
 
 
-def test_an_unfit_adapter_keeps_its_own_error_and_is_not_cached() -> None:
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (AdapterUnfit("the base model has no module 'm'"), AdapterUnfit),
+        (KeyError("m"), AdapterLost),
+        (MemoryError(), AdapterLoadFailed),
+        (RuntimeError("CUDA error: out of memory"), AdapterLoadFailed),
+    ],
+)
+def test_an_adapter_that_never_loads_is_unfit_or_lost_and_not_cached(error: Exception, kind: type[Exception]) -> None:
     def refuse(weights: AdapterWeights) -> DeviceAdapter:
-        raise AdapterUnfit("the base model has no module 'm'")
+        raise error
 
     loader = loader_of(Store(), to_device_layout=refuse)
-    assert isinstance(loader.load("a").exception(0), AdapterUnfit)
+    assert type(loader.load("a").exception(0)) is kind
     assert loader.cached_bytes == 0
 
 
