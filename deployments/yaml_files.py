@@ -38,7 +38,7 @@ class _LoaderWithoutAliases(_Loader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("has a YAML alias (*name), which is not allowed: write the value out")
+            raise yaml.YAMLError("a YAML alias (*name) is not allowed: write the value out")
         return super().compose_node(parent, index)
 
 
@@ -54,6 +54,8 @@ def require_json(value: T) -> T:
     """Return `value` if JSON can represent it. Raises: ValueError for dates, .nan and other values that it cannot."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError("has text that is not Unicode, such as \\ud800: remove it") from exc
     except (TypeError, ValueError) as exc:
         raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
     return value

@@ -93,7 +93,11 @@ class UsageLog:
     async def keep_sending(self, every_s: float = SEND_EVERY_S) -> None:
         """Send what was recorded, again and again. Warn first of segments for another `store_uri`."""
         own = self._folder
-        others = [] if own is None else [path for path in own.parent.glob(f"*/*{_SUFFIX}") if path.parent != own]
+        try:
+            others = [] if own is None else [path for path in own.parent.glob(f"*/*{_SUFFIX}") if path.parent != own]
+        except OSError as exc:  # another server may remove a folder meanwhile
+            others = []
+            logger.warning("usage files for another store_uri cannot be listed: %s", exc)
         if others:
             remedy = "if this is the same pool, and their server has ended, move them to"
             logger.warning("%d usage files are for another store_uri: %s; %s %s", len(others), others[0], remedy, own)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from deployments.api import error_table
 from deployments.api.contract import INPUT, Contract
 from deployments.errors import RequestInvalid
-from deployments.yaml_files import load_yaml
+from deployments.yaml_files import load_yaml, require_json
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.grammar.compiler import CheckProcess
 from lora_store import FileRefused
@@ -77,15 +77,11 @@ def _parse(data: bytes) -> dict[str, Any]:
         value = load_yaml(data.decode(), with_aliases=False)
         if isinstance(value, list) and len(value) == 1:
             [value] = value  # llama.cpp's list of one adapter
-        json.dumps(value, allow_nan=False)
-    except RecursionError as exc:
-        raise ValueError("is nested too deeply") from exc
+        require_json(value)
     except yaml.YAMLError as exc:
         raise ValueError(f"is not valid YAML: {' '.join(str(exc).split())}") from exc
     except UnicodeDecodeError as exc:
         raise ValueError("is not UTF-8") from exc
-    except TypeError as exc:  # a date
-        raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("must be a mapping of fields, such as `instruction: ...`")
     return value

@@ -24,6 +24,7 @@ from tests.k8s.general import secrets_made_by_hand
 from tests.k8s.image import BAKED_MODEL
 from tests.k8s.manifests import Document, Manifests, Pod, quantity
 
+LONG = ("/v1/pool", "/v1/loras", "/v1/load_lora_adapter")  # routes of jobs and of publishing
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 
 
@@ -191,7 +192,8 @@ def _outside_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
             yield "Ingress: keys are sent without TLS"
     for route in manifests.of_kind("HTTPRoute"):
         endless = [rule for rule in route["spec"]["rules"] if set(rule.get("timeouts", {}).values()) == {"0s"}]
-        if [match["path"]["value"] for rule in endless for match in rule["matches"]] != ["/v1/pool", "/v1/loras"]:
+        matches = [{"path": {"type": "PathPrefix", "value": path}} for path in LONG]
+        if [match for rule in endless for match in rule["matches"]] != matches:
             yield "HTTPRoute: it cuts a long job or upload"
         for rule in route["spec"]["rules"]:
             waits = rule.get("timeouts", {})

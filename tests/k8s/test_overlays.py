@@ -203,6 +203,12 @@ def test_the_job_of_the_pool_mounts_the_claim_as_cpu_pods_do(
     assert job.name == "loraretriever-pool" and job.volume_at("/pool") == cpu.volume_at("/pool")
 
 
+def test_deleting_one_job_leaves_the_objects_of_the_other(kubectl: str) -> None:
+    fetch, pool = (build(kubectl, K8S / name).documents for name in ("fetch-model", "pool-job"))
+    assert len(fetch) == len(pool) == 2
+    assert {document["metadata"]["name"] for document in fetch}.isdisjoint(d["metadata"]["name"] for d in pool)
+
+
 NEEDED = (
     "config.json",
     "model-00001-of-00002.safetensors",

@@ -30,7 +30,7 @@ def test_set_sends_the_file_as_the_policy(tmp_path: Path, text: str) -> None:
         (None, "policy: "),
         ("stop: [2026-01-01]", "policy: has a value that JSON does not have"),
         ("temperature: .nan", "policy: has a value that JSON does not have"),
-        ('stop: "\\ud800"', "policy: has a value that JSON does not have"),
+        ('stop: "\\ud800"', "policy: has text that is not Unicode"),
         ("seed: 2026-02-30", "policy: a value cannot be read (day is out of range for month)"),
         ("[" * 3000, "policy: it nests too deep"),
     ],

@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +162,26 @@ async def test_events_that_wait_for_another_store_are_named(tmp_path: Path, capl
     sending.cancel()
     [message] = caplog.messages
     assert message.startswith("1 usage files") and message.endswith(f"move them to {tmp_path / 'now'}")
+
+
+async def test_events_are_sent_while_the_folders_of_other_stores_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = Pool()
+    log = UsageLog(tmp_path / "own", BASE, pool.put)
+    log.record(context("one"))
+    glob = Path.glob
+
+    def fail_for_others(self: Path, pattern: str) -> Iterator[Path]:
+        if self == tmp_path:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", fail_for_others)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await log.keep_sending()
+    assert pool.ids == ["one"] and "Stale file handle" in caplog.text
 
 
 async def test_events_of_a_killed_process_are_sent_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
