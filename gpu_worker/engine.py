@@ -55,8 +55,6 @@ class InferenceEngine(ABC):
     missing and replaced by slower code.
     """
 
-    num_missing_kernels: int
-
     def __init__(
         self,
         prepare: RequestPreprocessor,
@@ -65,10 +63,12 @@ class InferenceEngine(ABC):
         max_waiting: int,
         stream_interval_ms: float,
         niceness: int,
+        num_missing_kernels: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`dtype`: of the products. `niceness`: of the engine's thread. `clock`: that of deadlines."""
         self._preprocess, self._clock = prepare, clock
+        self.num_missing_kernels = num_missing_kernels
         self._pace = StreamPace(stream_interval_ms)
         self._prober = Prober(self._first_logits, self._load, dtype)
         self.tokenizer = Tokenizing(prepare, max_waiting=max_waiting, niceness=niceness)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from benchmarks.results_file import RESULTS
 from docs.generate.markdown import code, table
-from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED, WITH_EXPERTS
+from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED, REFUSED_UNLOADED, WITH_EXPERTS
 
 _EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
@@ -52,7 +52,7 @@ def _native_rows() -> Iterator[tuple[str, str, str]]:
     for name in MULTIMODAL:
         family, _, text = name.partition(" ")
         yield f"{code(family)} {text}".rstrip(), "native", f"text part {_EQUAL} to the whole model"
-    for name, (_, reason) in REFUSED.items():
+    for name, (_, reason) in (REFUSED | REFUSED_UNLOADED).items():
         yield code(name), "native", f"refused: {reason}"
 
 

@@ -48,10 +48,10 @@ class NativeEngine(InferenceEngine):
             max_waiting=loop.config.max_waiting,
             stream_interval_ms=stream_interval_ms,
             niceness=niceness,
+            num_missing_kernels=num_missing_kernels(loop.config),
             clock=loop.clock,
         )
         self.loop = loop
-        self.num_missing_kernels = num_missing_kernels(loop.config)
         self._niceness = niceness
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # orders the last command before the end of the thread

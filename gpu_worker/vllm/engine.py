@@ -72,12 +72,14 @@ class VllmEngine(InferenceEngine):
     ) -> None:
         # It checks each grammar, so that vLLM gets none that it cannot compile.
         self._grammars = grammar_compiler(model, config.tool_parser)
+        uses_kernel = config.device == "cpu" and config.lora_products == "auto"
         super().__init__(
             RequestPreprocessor.of(config, model, find_max_len(config, model), self._grammars),
             dtype=model.dtype,
             max_waiting=config.max_waiting,
             stream_interval_ms=stream_interval_ms,
             niceness=niceness,
+            num_missing_kernels=int(uses_kernel and LoraKernel.load(Path(config.cache_dir)) is None),
         )
         self._llm, self._model, self._config, self._sockets = llm, model, config, sockets
         self._loop = asyncio.get_running_loop()
@@ -104,8 +106,6 @@ class VllmEngine(InferenceEngine):
         self._watching = self._loop.create_task(watching)
         self._plan_ids = PlanIds()
         self._request_numbers = itertools.count()
-        uses_kernel = config.device == "cpu" and config.lora_products == "auto"
-        self.num_missing_kernels = int(uses_kernel and LoraKernel.load(Path(config.cache_dir)) is None)
 
     @classmethod
     async def start(

@@ -26,10 +26,10 @@ from tests.deployments.app_fakes import Served
 from tests.deployments.key_files import bearer, entry, write
 from tests.deployments.real_app import real_app
 
+Request = tuple[str, str, dict[str, Any]]  # method, path, JSON body
 WORDS = {"acme": "zebra", "globex": "quokka"}  # part of every private name of the tenant
 TENANTS = tuple(WORDS)
 _TOPICS = {"acme": ("tax", "patent", "lease", "merger", "audit"), "globex": ("heart", "lung", "liver", "brain", "skin")}
-Request = tuple[str, str, dict[str, Any]]  # method, path, JSON body
 _TASKS = ("Summarise the %s case", "List risks of the %s file", "Translate the %s note", "Rate the %s report")
 
 

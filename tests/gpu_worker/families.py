@@ -119,7 +119,7 @@ MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
     "smolvlm": ("smolvlm", {"model_type": "llama"}, _SMOL),
 }
 
-# Each with the part of the message that gives the reason. What the config alone tells is in model/test_base_model.py.
+# Each with the part of the message that gives the reason.
 REFUSED: dict[str, tuple[Settings, str]] = {
     "diffllama": ({}, "the model attends more than once in layer 0"),
     "jetmoe": ({}, "the model attends to keys"),
@@ -136,6 +136,17 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "vaultgemma": ({}, "has soft-capping (attn_logit_softcapping)"),
     "nanochat": ({}, "has soft-capping (final_logit_softcapping), which this engine does not support"),
     "deepseek_v3": ({}, "has multi-head latent attention, which this engine does not support"),
+}
+_NO_INTERFACE = "does not support transformers' attention interface, which this engine needs"
+# The config alone tells these.
+REFUSED_UNLOADED: dict[str, tuple[Settings, str]] = {
+    # transformers refuses to give one of two.
+    "gemma4_text": ({}, "has no single head_dim for all its layers, which this engine needs"),
+    # Falcon looks the attention up in a table of its own, so that building it raises a KeyError.
+    "falcon": ({"num_key_value_heads": 2}, _NO_INTERFACE),
+    "stablelm": ({}, _NO_INTERFACE),
+    "gpt_oss": ({}, "has attention sinks, which this engine does not support"),
+    "llama4_text": ({}, "has layers of other kinds (chunked_attention), which this engine does not support"),
 }
 
 

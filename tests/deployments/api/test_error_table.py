@@ -192,6 +192,8 @@ def test_every_other_error_is_known_to_stay_inside() -> None:
     bases = {"DeploymentsError", "GpuWorkerError", "LoraStoreError", "RetrieverError"}
     assert len(found) > len(EXPECTED)
     assert found - {kind.__name__ for kind in reported_errors()} - bases == NEVER_REACH_A_CLIENT.keys()
+    of_this_package = NEVER_REACH_A_CLIENT.keys() & vars(api_errors).keys()
+    assert {type(error).__name__ for error in STAY_INSIDE} == of_this_package
 
 
 def test_no_error_is_defined_where_the_errors_page_does_not_look() -> None:

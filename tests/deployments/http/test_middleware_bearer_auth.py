@@ -100,9 +100,11 @@ def test_with_keys_ready_returns_only_the_status(keys: Path, tmp_path: Path) -> 
     assert get("/ready", keys_file=keys, headers=bearer("all")).json() == {"status": "ready"}
 
 
-def test_the_api_description_mentions_the_key() -> None:
+def test_the_api_description_mentions_the_key_and_the_upload_of_files() -> None:
     described = get("/openapi.json").json()
-    assert described["paths"]["/v1/loras"]["post"]["security"] == [{"HTTPBearer": []}]
+    publish = described["paths"]["/v1/loras"]["post"]
+    assert publish["security"] == [{"HTTPBearer": []}]
+    assert publish["requestBody"]["content"].keys() == {"multipart/form-data", "application/json"}
     assert "security" not in described["paths"]["/health"]["get"]
 
 

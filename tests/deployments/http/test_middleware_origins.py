@@ -76,8 +76,7 @@ async def sent(method: str, path: str, *headers: tuple[str, str], **options: Any
         made = client.build_request(method, path)
         del made.headers["host"]
         made.headers = httpx.Headers([*made.headers.multi_items(), *headers])
-        response: httpx.Response = await client.send(made)
-    return response
+        return await client.send(made)
 
 
 async def test_no_host_and_two_hosts_are_refused() -> None:

@@ -80,8 +80,9 @@ async def shown(**options: Any) -> Ready:
         return await asked.readiness.public()
 
 
-async def test_it_answers_with_the_generation_and_the_number_of_adapters() -> None:
-    assert await shown() == {
+async def test_without_keys_the_local_tenants_private_adapters_count_too() -> None:
+    of_acme = adapter("secret", tenant="acme", visibility="private")
+    assert await shown(held=(adapter("poet"), adapter("mine", visibility="private"), of_acme)) == {
         "status": "ready",
         "generation": 7,
         "num_adapters": 2,

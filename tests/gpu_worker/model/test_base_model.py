@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from gpu_worker.model.base_model import (
 )
 from gpu_worker.model.packed_attention import ATTENTION_NAME
 from gpu_worker.vllm.front_model import load_front_model
+from tests.gpu_worker.families import REFUSED_UNLOADED, Settings
 from tests.tiny import FAMILIES, TinyBase, TinyFolders, byte_tokenizer, change_json, tiny_config
 
 
@@ -100,19 +102,14 @@ def test_a_quantised_model_is_refused_with_what_to_do(tmp_path: Path, tiny_folde
     ("model_type", "settings", "reason"),
     [
         ("bloom", {}, r"bloom has .*num_key_value_heads.*max_position"),  # older families use other names
-        ("gemma4_text", {}, "gemma4_text has no single head_dim"),  # transformers refuses to give one of two
-        # Falcon looks the attention up in a table of its own, so that building it raises a KeyError.
-        ("falcon", {"num_key_value_heads": 2}, "falcon does not support transformers' attention interface"),
-        ("stablelm", {}, "stablelm does not support transformers' attention interface"),
-        # Recurrent and convolutional layers would carry state from one packed row to the next; sinks would be lost.
+        *[(name, settings, f"{name} {re.escape(reason)}") for name, (settings, reason) in REFUSED_UNLOADED.items()],
+        # Recurrent and convolutional layers would carry state from one packed row to the next.
         *[(name, {}, name) for name in ("minimax", "granitemoehybrid", "qwen3_next")],
-        ("gpt_oss", {}, "gpt_oss has attention sinks, which this engine does not support"),
-        ("llama4_text", {}, r"llama4_text has layers of other kinds \(chunked_attention\), which this engine does not"),
         ("lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "lfm2"),
     ],
 )
 def test_a_family_of_other_layers_is_refused_before_anything_is_loaded(
-    model_type: str, settings: dict[str, object], reason: str, tmp_path: Path
+    model_type: str, settings: Settings, reason: str, tmp_path: Path
 ) -> None:
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
     with pytest.raises(BaseModelUnsupported, match=reason):

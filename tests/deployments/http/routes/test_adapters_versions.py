@@ -82,7 +82,7 @@ async def test_a_private_adapter_is_not_approved(keys: Path) -> None:
 )
 async def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, settings: Any, status: int) -> None:
     record = adapter("poet", tenant=owner)
-    settings |= {"keys_file": keys, "store": FakeStore(pool_of(record))}
+    settings = settings | {"keys_file": keys, "store": FakeStore(pool_of(record))}
     async with asked(headers=bearer("all"), **settings) as (client, served):
         served.retriever.replicas[0].held = (record,)
         response = await client.post(f"/v1/loras/{owner}/poet/approve", json={"digest": record.ref.digest})

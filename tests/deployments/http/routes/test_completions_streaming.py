@@ -175,6 +175,7 @@ def test_a_stream_sends_comments_while_another_of_its_prompts_waits_for_a_worker
 def test_an_error_before_the_first_token_has_its_status_until_a_comment_is_sent(path: str) -> None:
     early, late = (stream_of(path, SlowWorker(seconds, [EngineFull("full")])) for seconds in (9.0, 11.0))
     assert early.status_code == 503 and early.json()["error"]["code"] == "overloaded"
+    assert early.headers["retry-after"] == "1"
     assert late.status_code == 200 and late.text.startswith(": ping\n\n")
     names = [line.removeprefix("event: ") for line in late.text.splitlines() if line.startswith("event: ")]
     assert names == {

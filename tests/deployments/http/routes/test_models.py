@@ -44,8 +44,7 @@ async def pages(limit: int, after_field: str = "after", **query: Any) -> list[li
             )
             assert len(answer["data"]) == limit or not answer["has_more"]
             has_more, after = answer["has_more"], answer["last_id"]
-        walked: list[list[str]] = found
-    return walked
+    return found
 
 
 @pytest.mark.parametrize("after_field", ["after", "after_id"])

@@ -80,6 +80,17 @@ def test_no_more_pages_are_kept_than_allowed() -> None:
     assert (pool.num_available, pool.num_cached, pool.num_evicted) == (4, 1, 2)
 
 
+def test_one_page_of_two_equal_blocks_stays() -> None:
+    pool = PagePool(3, 3, wiped := Wiped())
+    first, second = taken(pool, 2)
+    assert pool.register(first, b"a", ()) == pool.register(second, b"a", ()) == first
+    assert wiped == [second] and pool.num_available == 2
+    pool.release([first])
+    assert not pool.is_kept(first), "the other row holds it too"
+    pool.release([first])
+    assert pool.is_kept(first) and pool.num_available == 3
+
+
 def test_forgotten_weights_leave_no_page() -> None:
     pool = PagePool(4, 4, wiped := Wiped())
     base, one, both = (
