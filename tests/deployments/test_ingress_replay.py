@@ -137,12 +137,12 @@ def test_a_plan_requires_model_auto(model: str) -> None:
     assert (response.status_code, error_of(response)["param"]) == (400, "lora.plan")
 
 
-async def test_a_plan_of_a_later_generation_waits_for_it() -> None:
+async def test_a_plan_is_replayed_at_its_generation_and_a_later_one_is_waited_for() -> None:
     async with asked() as (client, served):
         lora = {"plan": plan_of(ROW, generation=5), "min_generation": 6}
         await client.post("/v1/chat/completions", json=CHAT | {"lora": lora})
-        [(tenant, strategy, pinned, generation)] = served.retriever.called("replay")
-    assert (tenant, strategy, generation) == ("local", "mixture", 6)
+        [(tenant, strategy, pinned, *generations)] = served.retriever.called("replay")
+    assert (tenant, strategy, generations) == ("local", "mixture", [5, 6])
     assert [(row.name, row.digest, row.weight) for row in pinned] == [("poet", POET.ref.digest, 0.5)]
 
 

@@ -57,7 +57,7 @@ def test_every_error_has_a_row_with_its_cause_and_remedy() -> None:
     cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
     assert all(len(row) == 5 and all(row) for row in cells)
     assert len(cells) == len(list(reported_errors())) + 1  # and the framework's own
-    assert ["`overloaded`", "503", "`overloaded_error`", "The worker's queue is full (`worker.max_waiting`)."] in [
+    assert ["`replica_died`", "503", "`overloaded_error`", "A replica died while it worked on the request."] in [
         row[:4] for row in cells
     ]
 

@@ -205,7 +205,7 @@ def test_an_unknown_chat_template_is_refused_unless_the_publisher_names_one(make
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(b"\xff\xfe", "is not UTF-8"), (b"x" * ((1 << 18) + 1), "takes 262144 bytes")]
+    ("content", "problem"), [(b"\xff\xfe", "is not UTF-8"), (b"x" * ((1 << 18) + 1), "takes 262,144 bytes")]
 )
 def test_a_chat_template_that_cannot_be_read_is_refused(content: bytes, problem: str, make_folder: MakeFolder) -> None:
     folder = make_folder()
