@@ -235,7 +235,7 @@ def test_the_stages_command_builds_every_kernel_from_the_package_alone(tmp_path:
     python, *words = run.replace("/kernels", str(tmp_path / "kernels")).split()
     shutil.copytree(ROOT / "gpu_worker", tmp_path / "gpu_worker", ignore=shutil.ignore_patterns("prebuilt", "*.pyc"))
     assert python == "python"
-    script(tmp_path / "c++", f'case "$*" in *-shared*) cp "$2" "$4";; *) exec {compiler} "$@" -E;; esac')
+    script(tmp_path / "g++", f'case "$*" in *-shared*) cp "$2" "$4";; *) exec {compiler} "$@" -E;; esac')
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run([sys.executable, "-S", *words], cwd=tmp_path, env=environment, check=True, timeout=300)
     machines = [variant for variant in VARIANTS if variant.machine == platform.machine()]
