@@ -13,7 +13,7 @@ export RAY_AUTH_MODE := token
 # Some images set it. Then each of a hundred processes of the tests compiles the modules that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup serve demo bench quick test test-units test-servers coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm image-test kernels sanitize
+.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm image-test kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -50,18 +50,10 @@ $(FILLED): $(READY) $(wildcard gpu_worker/native/kernels/*.cpp gpu_worker/native
 
 # Named, since collecting all tests takes half a minute.
 E2E_TESTS := tests/cluster tests/servers tests/e2e
-# Tests with servers mostly wait, so they run beside the others, which step back for them.
-test: $(FILLED) ## run every test: those without a server two at a time, those with servers beside them
-	$(MAKE) -j2 test-units test-servers
-
-test-units:
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
-
 # In one process: two servers that start at once may exceed the thirty seconds that Ray gives itself on a slow machine.
-# Its report is printed as a whole, not between the dots of the others.
-SERVERS_REPORT := $(VENV)/test-servers.log
-test-servers:
-	@$(BIN)/python -m pytest $(E2E_TESTS) > $(SERVERS_REPORT) 2>&1; code=$$?; echo; cat $(SERVERS_REPORT); exit $$code
+test: $(FILLED) ## run every test: those without a server two at a time, then those with servers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
+	$(BIN)/python -m pytest $(E2E_TESTS)
 
 coverage: $(READY) ## run the tests without a running application and print which lines they reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e" --cov
