@@ -63,7 +63,7 @@ test-e2e: $(READY) ## run the tests that start a server, with ENGINE=native or E
 
 test-vllm: ## install vLLM into .venv-vllm and run the tests of both engines there
 	$(MAKE) ENGINE=vllm .venv-vllm/.ready
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist worksteal tests/gpu_worker/conformance tests/gpu_worker/vllm \
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/gpu_worker/conformance tests/gpu_worker/vllm \
 		tests/benchmarks/gpu/test_kernels.py $(ARGS)
 
 # Tests of the pure packages: they load no model and start no Ray.
