@@ -63,7 +63,7 @@ class PublishItem:
     is_shadow: bool = False
     has_samples: bool = True  # False: it is published without any
     base_model: str | None = None  # that it was trained on; None: the one that its folder names
-    quota: TenantQuota | None = None  # of the tenant
+    quota: TenantQuota | None = None
 
     def __post_init__(self) -> None:
         given = [what for what in (self.path, self.files, self.source) if what is not None]
