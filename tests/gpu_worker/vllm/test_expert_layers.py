@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from types import SimpleNamespace
 from typing import Any
 
@@ -214,34 +215,25 @@ def test_layers_are_found_by_their_number(caplog: pytest.LogCaptureFixture) -> N
     assert layers["2"].forward_modular(torch.zeros(1)) == 7
 
 
-def _set(path: str, value: object) -> Any:
-    def spoil(layer: Any) -> None:
-        *parents, name = path.split(".")
-        for parent in parents:
-            layer = getattr(layer, parent)
-        setattr(layer, name, value)
-
-    return spoil
-
-
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("path", "value", "reason"),
     [
-        (_set("quant_method", nn.Module()), "quantised"),
-        (_set("moe_config.has_bias", True), "biases"),
-        (_set("apply_router_weight_on_input", True), "weights on their inputs"),
-        (_set("activation", MoEActivation.SWIGLUOAI), "their activation is swigluoai"),
-        (_set("moe_config.swiglu_limit", 7.0), "activation"),
-        (_set("moe_config.moe_parallel_config.use_ep", True), "different experts"),
-        (_set("quant_method.unquantized_backend", UnquantizedMoeBackend.FLASHINFER_TRTLLM), "for FlashInfer TRTLLM"),
+        ("quant_method", nn.Module(), "quantised"),
+        ("moe_config.has_bias", True, "biases"),
+        ("apply_router_weight_on_input", True, "weights on their inputs"),
+        ("activation", MoEActivation.SWIGLUOAI, "their activation is swigluoai"),
+        ("moe_config.swiglu_limit", 7.0, "activation"),
+        ("moe_config.moe_parallel_config.use_ep", True, "different experts"),
+        ("quant_method.unquantized_backend", UnquantizedMoeBackend.FLASHINFER_TRTLLM, "for FlashInfer TRTLLM"),
     ],
     ids=str,
 )
 def test_experts_that_are_computed_otherwise_are_named_in_the_log(
-    spoil: Any, reason: str, caplog: pytest.LogCaptureFixture
+    path: str, value: object, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     layer = layer_of(*weights())
-    spoil(layer)
+    *parents, name = path.split(".")
+    setattr(reduce(getattr, parents, layer), name, value)
     assert not list(adapt_layers(model_with(**{"1": layer}), SHAPES))
     assert "adapters on the experts of layer 1 are refused" in caplog.text and reason in caplog.text
 
