@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -37,7 +37,7 @@ from lora_store.built_folder import build_folder
 
 logger = logging.getLogger(__name__)
 
-CONVERTER = 5  # raise it when a conversion writes other files, so that those in the cache are not read any more
+CONVERTER = 6  # raise it when a conversion writes other files, so that those in the cache are not read any more
 _FLOATS = ("F32", "F16", "BF16")
 _ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
 # How Llama 3.1 and its successors scale positions. The file has only the factors that follow from it.
@@ -50,6 +50,11 @@ _LLAMA3 = {
 # How a tokenizer of bytes splits texts, by the name in the file. transformers knows the ways of other names.
 _SPLIT_AS_GPT_2 = ("gpt-2", "mpt", "olmo", "phi-2")
 _DIGITS_ALONE = ("refact", "smollm", "starcoder")  # each digit is a piece; else as GPT-2
+# Ways of which llama.cpp takes a word that is a token whole, and puts the start token first unless the file forbids it.
+_AS_LLAMA_3 = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "tekken",
+)
 # Ends of a turn. Files of chat models that do not name theirs have one of these.
 _TURN_ENDS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"),
@@ -177,6 +182,12 @@ def _read_field(reader: Any, name: str) -> Any:
     return None if field is None else field.contents()
 
 
+def _read_tokenizer(reader: Any, name: str) -> Any:
+    """Return this field of the file's tokenizer, or None."""
+    field = reader.fields.get(f"tokenizer.ggml.{name}")
+    return None if field is None else field.contents()
+
+
 def _check_window(gguf: Path, reader: Any, config: Any) -> None:
     """transformers reads the window of few families. Raises: BaseModelUnsupported for another one than the file's."""
     in_file, in_config = _read_field(reader, "attention.sliding_window"), getattr(config, "sliding_window", None)
@@ -262,6 +273,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     if rope := _read_rope(gguf, reader, read.config):
         read.config.rope_parameters = rope
     _set_split(gguf, reader, tokenizer)
+    _set_start(reader, tokenizer)
     found = _find_integers(reader, read)
     kept = {read.get_submodule(name).weight.data_ptr() for name in found}  # a tied head has the embedding's
     whole = read.state_dict()
@@ -281,15 +293,11 @@ def _read_ends(reader: Any, tokenizer: Any) -> list[int] | None:
 
     The file of a chat model may leave out the end of a turn. llama.cpp finds it by its text too.
     """
-    named = {
-        name: field.contents()
-        for name in ("eos", "eot", "eom")
-        if (field := reader.fields.get(f"tokenizer.ggml.{name}_token_id")) is not None
-    }
-    found = set(named.values())
-    kinds = reader.fields.get("tokenizer.ggml.token_type")
-    if "eot" not in named and kinds is not None and "tokenizer.chat_template" in reader.fields:
-        control = {id_ for id_, kind in enumerate(kinds.contents()) if kind == _CONTROL}
+    named = {name: _read_tokenizer(reader, f"{name}_token_id") for name in ("eos", "eot", "eom")}
+    found = set(named.values()) - {None}
+    if named["eot"] is None and "tokenizer.chat_template" in reader.fields:
+        kinds = _read_tokenizer(reader, "token_type") or []
+        control = {id_ for id_, kind in enumerate(kinds) if kind == _CONTROL}
         vocabulary = tokenizer.get_vocab()
         found |= {vocabulary[text] for text in _TURN_ENDS if text in vocabulary} & control
     return sorted(found) or None
@@ -300,10 +308,9 @@ def _set_split(gguf: Path, reader: Any, tokenizer: Any) -> None:
 
     Raises: BaseModelUnsupported for such a way, unless it is GPT-2's or one with single digits.
     """
-    model, name = (reader.fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    way = None if name is None else name.contents()
+    model, way = (_read_tokenizer(reader, name) for name in ("model", "pre"))
     backend = tokenizer.backend_tokenizer
-    if model.contents() != "gpt2" or way in _SPLIT_AS_GPT_2 or type(backend.pre_tokenizer) is pre_tokenizers.Sequence:
+    if model != "gpt2" or way in _SPLIT_AS_GPT_2 or type(backend.pre_tokenizer) is pre_tokenizers.Sequence:
         return
     if way not in _DIGITS_ALONE:
         raise BaseModelUnsupported(
@@ -311,6 +318,19 @@ def _set_split(gguf: Path, reader: Any, tokenizer: Any) -> None:
         )
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _set_start(reader: Any, tokenizer: Any) -> None:
+    """Begin texts, and take words, as llama.cpp does where transformers reads neither from the file."""
+    backend = tokenizer.backend_tokenizer
+    if _read_tokenizer(reader, "model") == "gpt2" and _read_tokenizer(reader, "pre") in _AS_LLAMA_3:
+        backend.model.ignore_merges = True
+        if _read_tokenizer(reader, "add_bos_token") is None:
+            tokenizer.add_bos_token = True
+    has_space = _read_tokenizer(reader, "add_space_prefix") is not False
+    if not has_space and type(backend.pre_tokenizer) is pre_tokenizers.Metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
 def _find_integers(reader: Any, model: nn.Module) -> dict[str, QuantizedWeight]:

@@ -55,7 +55,7 @@ def tiny_llama(
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(base)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:-1], "abc"]  # which no merge makes
     writer.add_vocab_size(len(alphabet) + 3)
     writer.add_tokenizer_model("gpt2")
     if split:
@@ -202,6 +202,48 @@ def test_an_unknown_way_to_split_texts_is_refused(split: str, tmp_path: Path) ->
     file = tiny_llama(tmp_path / "model.gguf", "Q8_0", split=split)
     with pytest.raises(BaseModelUnsupported, match=rf"tokenizer.ggml.pre is {split or 'missing'}\): use the folder"):
         gguf_folder(file, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("split", "begins", "pieces"),
+    [
+        ("llama-bpe", None, ["<bos>", "abc"]),
+        ("tekken", None, ["<bos>", "abc"]),
+        ("llama-bpe", False, ["abc"]),
+        ("gpt-2", None, ["ab", "c"]),
+        ("gpt-2", True, ["<bos>", "ab", "c"]),
+    ],
+)
+def test_texts_begin_and_words_stay_whole_as_in_llama_cpp(
+    split: str, begins: bool | None, pieces: list[str], tmp_path: Path
+) -> None:
+    """Files of Llama 3 rarely say that a text begins with a token. Its adapters were trained with it."""
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        if begins is not None:
+            writer.add_add_bos_token(begins)
+
+    folder = gguf_folder(tiny_llama(tmp_path / "model.gguf", "Q8_0", split=split, more=more), tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("abc").input_ids) == pieces
+
+
+@pytest.mark.parametrize(("has_space", "piece", "text"), [(None, "▁a", "a"), (True, "▁a", "a"), (False, "a", " a")])
+def test_a_space_comes_before_a_text_unless_the_file_forbids_it(
+    has_space: bool | None, piece: str, text: str, tmp_path: Path
+) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<bos>", "a", "▁", "▁a", *map(str, range(254))])
+        writer.add_token_merges(["▁ a"])
+        writer.add_bos_token_id(1)
+        if has_space is not None:
+            writer.add_add_space_prefix(has_space)
+
+    folder = gguf_folder(tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more), tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids) == ["<bos>", piece]
+    assert tokenizer.decode([4]) == text
 
 
 def test_the_base_of_rotations_is_read_where_transformers_does_not(tmp_path: Path) -> None:
