@@ -189,7 +189,10 @@ class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
         for name in self.attribute_map:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
-        kwargs["rope_theta"] = 10_000.0 * kwargs.get("rope_ratio", 1.0)
+        ratio = kwargs.get("rope_ratio", 1)
+        if 1 < ratio < 50:  # 16 in ChatGLM2-6B-32K; from ChatGLM3-6B-32K on, with 50 and more, it multiplies the base
+            raise ValueError(f"rope_ratio must be 1 or at least 50, got {ratio}, by which ChatGLM 2 divides positions")
+        kwargs["rope_theta"] = 10_000.0 * ratio
         super().__post_init__(**kwargs)
         needed: dict[str, Any] = {"original_rope": True, "multi_query_attention": True, "tie_word_embeddings": False}
         require(self, needed, **dict.fromkeys(needed))

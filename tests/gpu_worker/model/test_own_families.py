@@ -94,6 +94,7 @@ def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp
         ("param2moe", "", {"moe_shared_expert_intermediate_size": 32}, "intermediate_size must be 64, got 32"),
         ("internlm2", "", {"bias": True}, "bias must be False, got True"),
         ("chatglm", "", {"original_rope": False}, "original_rope must be True, got False"),
+        ("chatglm", "", {"rope_ratio": 16}, "rope_ratio must be 1 or at least 50, got 16"),
         ("chatglm", "", {"kv_channels": 64}, "kv_channels must be 32, got 64"),
         ("chatglm (with images)", "", {"architectures": ["ChatGLMModel"]}, "architectures must be"),
         ("telechat", "", {"embed_layernorm": True}, "embed_layernorm must be False, got True"),
