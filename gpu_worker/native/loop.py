@@ -261,7 +261,8 @@ class Engine:
                 self.kv_cache.computed(row.kv_row, row.num_computed)
         for row, scores in chosen.prompts:
             row.add_prompt_scores(scores)
-        begun = [row for row in chosen.rows if row.num_new_tokens == 0 and not row.capture_first_logits]
+        rows = dict.fromkeys(chosen.rows)  # one with guesses is there several times
+        begun = [row for row in rows if row.num_new_tokens == 0 and not row.capture_first_logits]
         self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in begun)
         made = []
         for row, choices in chosen.by_row():

@@ -66,6 +66,18 @@ def test_answers_are_those_without_guesses(family: str, make_engine: MakeEngine,
     assert guessing.counters.num_new_tokens == plain.counters.num_new_tokens
 
 
+def test_the_tokens_of_a_prompt_are_counted_once_whatever_is_guessed(make_engine: MakeEngine) -> None:
+    """With the last token of its prompt alone in a step, a row guesses before it has a new token."""
+    length = len(REPEATED) + 1  # a token for each letter, behind <bos>
+    engine = make_engine({}, prompt_lookup_tokens=4, max_step_tokens=length - 1)
+    answer = ask(engine, greedy(REPEATED))
+    engine.step()
+    engine.step()
+    assert len(answer.row.guess) == 4
+    engine.run_until_idle()
+    assert engine.counters.num_prompt_tokens == answer.row.num_prompt_tokens == length
+
+
 def test_an_answer_that_repeats_itself_takes_fewer_steps(make_engine: MakeEngine) -> None:
     engine = make_engine({}, prompt_lookup_tokens=4)
     [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids
