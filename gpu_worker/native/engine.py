@@ -58,7 +58,7 @@ class NativeEngine(InferenceEngine):
         self._is_closed = False
         self._stopping = False
         self._busy_since: float | None = None
-        self._failure: Exception | None = None  # the error that ended the thread, if any
+        self._failure: BaseException | None = None  # the error that ended the thread, if any
         self._mail: EventMail | None = None
         self._end_team = thread_team_releaser()
         loop.on_loaded = lambda: self._commands.put(_no_op)
@@ -171,7 +171,7 @@ class NativeEngine(InferenceEngine):
         os.nice(self._niceness)  # Linux: applies to this thread and those it starts
         try:
             self._step_until_stopped()
-        except Exception as exc:
+        except BaseException as exc:  # a panic of a library in Rust is no Exception
             logger.exception("the engine's thread ends because of an error")
             self._failure = exc
         with self._lock:

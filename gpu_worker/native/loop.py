@@ -304,7 +304,7 @@ class Engine:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:
             return row.append_token(token, scored)
-        except Exception:
+        except BaseException:  # a panic of the library is no Exception
             logger.exception("cannot decode token %d of request %s", token, row.request_id)
             return RequestFailed(row.request_id)
 

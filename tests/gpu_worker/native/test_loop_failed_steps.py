@@ -22,6 +22,7 @@ from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
+    PATIENCE_S,
     Alone,
     BrokenSink,
     MakeEngine,
@@ -233,6 +234,37 @@ def test_the_rows_of_a_hostile_adapter_are_clean_for_their_next_owner(
     assert bad.row.kv_row == after.row.kv_row
     assert engine.residency.resident == {good.weights_digest}
     assert_same(after, alone(next_job, adapters))
+
+
+class Panic(BaseException):
+    """What a panic of a library in Rust is in Python: no Exception."""
+
+
+def panic(*_: object, **__: object) -> str:
+    raise Panic("index out of bounds")
+
+
+def test_a_panic_about_a_token_ends_only_its_own_request(
+    make_engine: MakeEngine, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine({})
+    bad, base = ask(engine, greedy("x", request_id="bad")), ask(engine, BASE_JOB)
+    monkeypatch.setattr(bad.row.detokenizer, "push", panic)
+    engine.run_until_idle()
+    assert isinstance(bad.error, RequestFailed)
+    assert_same(base, alone(BASE_JOB, {}))
+    assert_nothing_held(engine)
+
+
+async def test_a_panic_in_a_step_ends_the_thread_and_all_its_streams(make_engine: MakeEngine, start: Start) -> None:
+    engine = make_engine({}, max_batch_size=1)
+    engine.base.model.register_forward_pre_hook(panic)
+    native = start(engine)
+    async with asyncio.timeout(PATIENCE_S):
+        jobs = [complete(native, greedy("x", request_id=number)) for number in range(2)]
+        errors = await asyncio.gather(*jobs, return_exceptions=True)
+    assert [type(error) for error in errors] == [EngineStopped] * 2
+    assert native.health().failure == "the engine's thread has ended: index out of bounds"
 
 
 def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine, alone: Alone) -> None:
