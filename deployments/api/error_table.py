@@ -151,8 +151,6 @@ def _find_path(problem: JsonMapping, *, skip: bool) -> str:
 
     `skip` the first part, in which FastAPI says whether the field was in the body, the query or the path.
     """
-    if problem["type"] == "json_invalid":
-        return ""  # its path is a position in the text
     path = list(problem["loc"][1:] if skip else problem["loc"])
     if path and problem["type"] != "extra_forbidden":
         path = [part for part in path if part not in _UNION_MEMBERS and "[" not in str(part)]

@@ -68,13 +68,6 @@ def test_half_of_a_surrogate_pair_is_a_bad_request(body: bytes) -> None:
     assert error_of(response)["message"]
 
 
-def test_a_body_that_is_not_json_is_a_bad_request_without_a_field() -> None:
-    headers = {"content-type": "application/json"}
-    response = request("POST", "/v1/completions", sent={"content": b"{", "headers": headers})
-    error = error_of(response)
-    assert (response.status_code, error["param"], error["type"]) == (400, None, "invalid_request_error")
-
-
 async def test_an_expected_error_is_an_answer_and_does_not_crash_the_replica() -> None:
     served = serve_plainly(retriever=FakeRetriever(failure=NoAdapterMatched(0.1, 0.5)))
     async with http_of(served, raise_app_exceptions=True) as client:
