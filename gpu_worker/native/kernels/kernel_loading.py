@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -63,13 +64,14 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
         return None
 
 
-class Kernel:
+class Kernel(ABC):
     """A compiled kernel: the functions of the library `library_name`."""
 
     library_name: ClassVar[str]
 
+    @abstractmethod
     def __init__(self, library: ctypes.CDLL) -> None:
-        raise NotImplementedError
+        """Find the functions."""
 
     @classmethod
     def load(cls, cache_dir: Path) -> Self | None:
