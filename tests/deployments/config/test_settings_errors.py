@@ -31,11 +31,6 @@ def message_for(folder: Path, text: str) -> str:
             "worker_scaling: {autoscaling_config: {min_replicas: -1}}",
             "worker_scaling.autoscaling_config.min_replicas: must be at least 0, got -1",
         ),
-        (
-            "worker_scaling: {autoscaling_config: {initial_replicas: 2}}",
-            "worker_scaling.autoscaling_config: max_replicas (1) must be greater than or equal to"
-            " initial_replicas (2)!",
-        ),
         ("scale_from_zero_timeout_s: 0", "scale_from_zero_timeout_s: must be above 0, got 0"),
         (
             "base_model_name: a/b",
