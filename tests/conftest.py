@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # of failed tests
     folder = tempfile.mkdtemp(prefix="lr-")  # short, for paths of sockets
     os.environ["TMPDIR"] = tempfile.tempdir = folder
-    session.config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # Later than multiprocessing removes its own folder there, as the process ends: it prints an error without it.
+    Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-200)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
