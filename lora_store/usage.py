@@ -82,8 +82,8 @@ class UsageFiles:
         self._tidied_at: datetime | None = None
         self._num_new = 0  # files since then
 
-    def put(self, segment: str, lines: bytes, now: datetime, kept: timedelta) -> None:
-        """Store a segment's events. Now and then merge small files, and delete days older than `kept`."""
+    def put(self, segment: str, lines: bytes, now: datetime, kept: timedelta | None) -> None:
+        """Store a segment's events. Now and then merge small files, and delete days older than `kept`, unless None."""
         by_day: dict[str, list[dict[str, Any]]] = {}
         for event in parse_events(segment, lines):
             day = datetime.fromtimestamp(event["time"] / 1000, UTC).date()
@@ -95,9 +95,9 @@ class UsageFiles:
             self._tidied_at, self._num_new = now, 0
             self.tidy(now, kept)
 
-    def tidy(self, now: datetime, kept: timedelta) -> None:
-        """Merge the small files of each day, and delete days older than `kept`."""
-        today, oldest = _folder(now.date()), _folder((now - kept).date())
+    def tidy(self, now: datetime, kept: timedelta | None) -> None:
+        """Merge the small files of each day, and delete days older than `kept`, unless None."""
+        today, oldest = _folder(now.date()), "" if kept is None else _folder((now - kept).date())
         for folder, files in self._by_day().items():
             if folder < oldest:
                 self._files.delete([file.name for file in files])

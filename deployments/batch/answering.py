@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeGuard
 
@@ -199,7 +199,10 @@ class PartAnswerer(OfflineEngines):
         return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
 
     def _record(self, planned: PlannedPart, outcomes: Sequence[Completion | Exception | None]) -> None:
-        """Store the usage of the part. A part that is answered again, on a later day too, counts once."""
+        """Store the usage of the part. A part that is answered again, on a later day too, counts once.
+
+        Older usage stays: the settings of a run may keep it for less time than those of the pool's server.
+        """
         settings = self._batch.settings
         if settings.config.usage_days:
             segment = f"{self._batch.id}-{planned.part.number}"
@@ -209,8 +212,7 @@ class PartAnswerer(OfflineEngines):
                 usage_line(f"{segment}-{row}", settings.tenant, model, first, asked, outcome, self._batch.began_at)
                 for row, (model, asked, outcome) in enumerate(zip(models, planned.asked, outcomes, strict=True))
             ]
-            kept = timedelta(settings.config.usage_days)
-            self._usage.put(segment, b"".join(lines), datetime.now(UTC), kept)
+            self._usage.put(segment, b"".join(lines), datetime.now(UTC), kept=None)
 
 
 def _may_be_fetched(outcome: Completion | Exception) -> TypeGuard[AdapterLoadFailed]:

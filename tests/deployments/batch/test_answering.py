@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import time
 from contextlib import closing
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,17 @@ async def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
         "old-trains",
     }
     assert own.begin(rows, part_rows=2).parts == ()
+
+
+async def test_a_run_deletes_no_usage_whatever_its_settings_keep(place: Place) -> None:
+    usage = LoraStore(place.config.store_uri, accepts_base=[BASE]).usage
+    query = UsageQuery(date(2000, 1, 1), date(2100, 1, 1), (), "long-gone")
+    event = {"time": 1_000_000_000_000, "tenant": "long-gone", "adapters": [], "status": 200, "code": ""}
+    usage.put("a" * 32, json.dumps(event).encode(), datetime.now(UTC), None)
+    run = place.begin([{"prompt": "The sea"}])
+    with closing(PartAnswerer(run)) as answerer:
+        await answer(run, answerer)
+    assert [row["requests"] for row in usage.sums(query)] == [1]
 
 
 async def test_rows_of_several_base_models_are_written_and_counted_by_base(
