@@ -238,6 +238,7 @@ def _write_local(path: Path, pieces: Iterable[bytes | memoryview], *, durable: b
 
 def _write_private(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
     with open(path, "xb", opener=_private) as file:
+        _give_to_owner(path)
         file.writelines(pieces)
         if durable:
             file.flush()
@@ -245,13 +246,22 @@ def _write_private(path: Path, pieces: Iterable[bytes | memoryview], *, durable:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create the folder and its missing parents, accessible only to this process's user, and flush the new ones."""
+    """Create the folder and its missing parents, accessible only to their owner, and flush the new ones."""
     if folder.is_dir():
         return
     for part in reversed([folder, *folder.parents]):
         if not part.is_dir():
             part.mkdir(mode=0o700, exist_ok=True)
+            _give_to_owner(part)
             flush_to_disk(part.parent)
+
+
+def _give_to_owner(path: Path) -> None:
+    """Give what root created to the owner of its folder, whose server could not read it otherwise."""
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        with suppress(OSError):  # NFS may refuse it
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _private(path: str, flags: int) -> int:

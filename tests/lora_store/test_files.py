@@ -187,6 +187,15 @@ def test_on_a_local_disk_only_the_owner_reads_the_store(tmp_path: Path, make_fol
     assert {stat.S_IMODE(path.stat().st_mode) for path in own} == {0o600}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_what_root_creates_belongs_to_the_owner_of_its_folder(tmp_path: Path) -> None:
+    os.chown(tmp_path, 1000, 1001)
+    Files(Location(str(tmp_path))).write("new/folder/file", b"")
+    create_file(tmp_path / "new" / "commit", b"")
+    found = [path.stat() for path in tmp_path.rglob("*")]
+    assert [(status.st_uid, status.st_gid) for status in found] == [(1000, 1001)] * 4
+
+
 def test_a_new_file_is_written_once_and_never_replaced(tmp_path: Path) -> None:
     file = tmp_path / "commit"
     assert create_file(file, b"ours") and not create_file(file, b"theirs")
