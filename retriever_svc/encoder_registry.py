@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal, get_args
 
 from lora_store.snapshot import ActiveEncoder
@@ -94,11 +95,22 @@ class EncoderRegistry:
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared.identity == active.identity:
             return prepared
-        loaded = self._with_identity(self._load(active.model), active.identity)
+        loaded = self._with_identity(self._find_activated(active), active.identity)
         if loaded.identity != active.identity:
             reason = f"it has identity {loaded.identity}, but the pool's embeddings have {active.identity}: reindex"
             raise EncoderUnusable(active.model, reason)
         return loaded
+
+    def _find_activated(self, active: ActiveEncoder) -> Encoder:
+        """Return the plain encoder; the default one if that is the same and only its folder is another here."""
+        try:
+            return self._load(active.model)
+        except EncoderUnusable:
+            with suppress(EncoderUnusable):
+                default = self._load(self._default_model)
+                if default.identity == split_identity(active.identity)[0]:
+                    return default
+            raise
 
     def _with_identity(self, encoder: Encoder, identity: str) -> Encoder:
         """Return the encoder with the projection of `identity`, if this is an identity of the encoder."""

@@ -92,6 +92,15 @@ def test_an_encoder_that_is_not_the_pools_is_refused_and_the_active_one_stays(fo
     assert encoders.load_encoder(ActiveEncoder("default-model", "default")) is before
 
 
+def test_an_encoder_whose_folder_is_missing_is_replaced_by_an_equal_default() -> None:
+    """The pool of another machine was reindexed with the same encoder in a folder that is not here."""
+    encoders = EncoderRegistry(Models(), "default-model")
+    assert encoders.load_encoder(ActiveEncoder("/not/here", "default")).identity == "default"
+    with pytest.raises(EncoderUnusable, match="there is none") as caught:
+        encoders.load_encoder(ActiveEncoder("/not/here", "another"))
+    assert caught.value.model == "/not/here"
+
+
 class Shipped(ProjectionFiles):
     """Files with a packaged projection for the encoder `default`."""
 
