@@ -50,7 +50,7 @@ def cluster(
 
 def answer_parts(run: BatchRun, concurrency: int) -> Iterator[dict[str, int]]:
     """Yield the summary of each remaining part when it is written. `concurrency` engines work on them."""
-    _be_quiet()
+    _configure_ray_data()
     config = run.settings.config
     parts = ray.data.from_items([asdict(part) for part in run.parts], override_num_blocks=len(run.parts))
     planned = parts.map(
@@ -74,10 +74,10 @@ def answer_parts(run: BatchRun, concurrency: int) -> Iterator[dict[str, int]]:
         yield from table.to_pylist()
 
 
-def _be_quiet() -> None:
-    """Turn off Ray Data's progress bars, because the command shows its own progress."""
+def _configure_ray_data() -> None:
+    """Let a part take as long as it needs, and leave progress and errors to the command."""
     context = DataContext.get_current()
+    context.execution_no_progress_timeout_s = -1  # Ray Data sees progress only when a whole part is done
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # Ray Data warns that there are no bars
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
