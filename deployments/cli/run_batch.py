@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
+import ray
 from ray.exceptions import RayError
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from deployments.api.pool_responses import unserved_text
 from deployments.batch.run import BatchRun, BatchSettings, begin
-from deployments.cli.output import counted, fail, print_json, progress, say, show_error
+from deployments.cli.output import counted, fail, print_json, progress, say, show_error, show_warning
 from deployments.errors import BatchRefused, RayUnauthenticated
 from lora_store import LoraStoreError
 
@@ -59,7 +61,21 @@ def _answer(run: BatchRun, address: str | None, concurrency: int) -> int:
         cluster(num_cpus_each, address, concurrency, allow_unauthenticated=is_open),
         progress("rows", MofNCompleteColumn(), TimeRemainingColumn(), total=run.num_rows_left) as update,
     ):
+        _check_resources({"CPU": num_cpus_each, "GPU": settings.engine_gpus}, address)
         for part in answer_parts(run, concurrency):
             num_errors += part["num_errors"]
             update(advance=part["num_rows"], description=f"rows, {num_errors} with errors")
     return num_errors
+
+
+def _check_resources(needed: Mapping[str, float], address: str | None) -> None:
+    """Say what the run waits for, as Ray does not. Raises: BatchRefused if this machine will never have it."""
+    found = ray.cluster_resources() if address is None else ray.available_resources()
+    for name, number in needed.items():
+        if number > (num_found := found.get(name, 0)):
+            if address is None:
+                raise BatchRefused(
+                    f"an engine needs {number:g} {name}, and Ray finds {num_found:g} on this machine: change"
+                    " worker.device in the settings, or name a cluster with --address"
+                )
+            show_warning(f"waiting until the cluster has {number:g} free {name}; now it has {num_found:g}")

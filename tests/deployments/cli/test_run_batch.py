@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 import typer
 
 from deployments.auth import ray_token
+from deployments.batch import dataset
 from deployments.batch.output import BatchOutput
 from deployments.batch.run import BatchSettings, begin
 from deployments.cli.run_batch import run_batch
@@ -17,7 +22,7 @@ from deployments.config.app import AppConfig
 from lora_store import Location
 from lora_store.catalogue import Catalogue
 from lora_store.events import Publish
-from tests.deployments.adapter_records import BASE, adapter
+from tests.deployments.adapter_records import BASE, adapter, given
 from tests.deployments.batching import write_rows
 from tests.deployments.scripted import words
 
@@ -56,6 +61,34 @@ def test_a_run_on_a_cluster_without_token_mode_is_refused(
     with pytest.raises(typer.Exit):
         run_batch(settings, address="127.0.0.1:1", concurrency=1)
     assert "Ray runs without token authentication (RAY_AUTH_MODE is 'disabled')" in words(capsys.readouterr().err)
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace Ray and its actors. Return the outcomes of the parts: numbers, or the error that ends the run."""
+    outcomes: list[Any] = []
+    monkeypatch.setattr(dataset, "cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(dataset, "answer_parts", lambda *_: map(given, outcomes))
+    for resources in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(ray, resources, lambda: {"CPU": 64.0})
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        (None, "an engine needs 2 GPU, and Ray finds 0 on this machine: change worker.device"),
+        ("a-cluster:1", "waiting until the cluster has 2 free GPU; now it has 0"),
+    ],
+)
+def test_a_run_that_needs_more_gpus_than_there_are_says_so(
+    address: str | None, says: str, settings: BatchSettings, fake_ray: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = {"worker": {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}}
+    config = AppConfig.model_validate({"store_uri": settings.config.store_uri, **worker})
+    with suppress(typer.Exit):
+        run_batch(replace(settings, config=config), address=address, concurrency=1)
+    assert says in words(capsys.readouterr().err)
 
 
 def test_a_run_that_cannot_begin_is_refused_with_the_reason(
