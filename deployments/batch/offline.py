@@ -15,13 +15,13 @@ from uuid import uuid4
 from deployments.batch.answering import OfflineEngines
 from deployments.batch.planning import BatchRouting, ask_planner
 from deployments.batch.rows import Asked, make_columns
-from deployments.batch.run import check_devices
+from deployments.batch.run import check_devices, open_pool
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonMapping, JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import LOCAL_TENANT, LoraStore
+from lora_store import LOCAL_TENANT
 
 _MAX_PROMPTS = 1_000_000  # of one call; they wait in the engine's queue
 _NOT_RETURNED = (
@@ -71,7 +71,7 @@ class LoraRetriever:
         self._config = settings if isinstance(settings, AppConfig) else load_config(path, **changes)
         check_devices(self._config)
         self._tenant = tenant
-        store = LoraStore(self._config.store_uri, accepts_base=self._config.served_models.accepted_names)
+        store = open_pool(self._config)
         self._pools = live_pool(self._config, store.snapshot)
         self._planner = Planner(
             self._config.served_models,

@@ -17,6 +17,7 @@ from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.front.request.model_files import read_chat_template
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
+from lora_store.pool_files import StoredPool
 from retriever_svc import BaseCounts
 
 # Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
@@ -86,7 +87,7 @@ def begin(settings: BatchSettings) -> BatchRun:
     check_devices(settings.config)
     source = scan(settings.input_uri)
     check_columns(source.schema, settings.answer)
-    store = LoraStore(settings.config.store_uri, accepts_base=settings.config.served_models.accepted_names)
+    store = open_pool(settings.config)
     newest = store.snapshot().generation
     wanted = Manifest(generation=newest, input=_described(source), settings=_deciding(settings))
     output = BatchOutput(settings.output_uri)
@@ -115,6 +116,15 @@ def begin(settings: BatchSettings) -> BatchRun:
         id=manifest.run,
         began_at=manifest.began_at,
     )
+
+
+def open_pool(config: AppConfig) -> LoraStore:
+    """Return the store. Raises: BatchRefused if it has no pool, where a server would begin one; StoreUnavailable."""
+    try:
+        StoredPool(config.store_uri)
+    except ValueError as exc:
+        raise BatchRefused(f"{exc}; name the store of a server, or publish to this one first") from exc
+    return LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
 
 
 def check_devices(config: AppConfig) -> None:

@@ -17,6 +17,7 @@ from deployments.batch.offline import Generated, LoraRetriever
 from deployments.batch.planning import PartPlanner
 from deployments.batch.rows import Asked
 from deployments.config.app import AppConfig, RetrievalSettings
+from deployments.errors import BatchRefused
 from deployments.retriever_factory import live_pool
 from gpu_worker.config import PACKAGED_MODEL, NativeSettings
 from gpu_worker.errors import BaseModelUnsupported
@@ -193,6 +194,12 @@ def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(offline: LoraRe
     assert bad.text == ""
     [unknown] = offline.generate(["Hi"], model="nobody")
     assert unknown.error is not None and unknown.error["code"] == "model_not_found"
+
+
+def test_a_place_without_a_pool_is_refused_and_none_begins_there(pool: AppConfig, tmp_path: Path) -> None:
+    with pytest.raises(BatchRefused, match="misspelt: there is no pool"):
+        LoraRetriever(pool.model_copy(update={"store_uri": str(tmp_path / "misspelt")}))
+    assert not (tmp_path / "misspelt").exists()
 
 
 def test_adapters_of_another_base_do_not_answer(pool: AppConfig) -> None:

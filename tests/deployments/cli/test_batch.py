@@ -8,12 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lora_store import LoraStore
 from tests.deployments.scripted import run, run_alone, words
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Write an input without rows, so that the run ends at once."""
+    """Write an input without rows, so that the run ends at once, and begin an empty pool."""
+    LoraStore(str(tmp_path / "store"), accepts_base=[])
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
     return tmp_path / "in.parquet"
 
@@ -61,6 +63,12 @@ def test_a_missing_base_model_is_refused_unless_a_cluster_has_it(given: str, row
     assert result.exit_code == 1
     assert "base_model: /nosuch/model: no such folder" in words(result.stderr)
     assert run("batch", rows, tmp_path / "out", "--config", file, "--address", "a-cluster:1").exit_code == 0
+
+
+def test_a_place_without_a_pool_is_refused_and_none_begins_there(rows: Path, tmp_path: Path) -> None:
+    result = run("batch", rows, tmp_path / "out", "--store", tmp_path / "misspelt")
+    assert (result.exit_code, f"{tmp_path / 'misspelt'}: there is no pool" in words(result.stderr)) == (1, True)
+    assert not (tmp_path / "misspelt").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_missing_input_is_refused_without_the_engines_packages(tmp_path: Path) -> None:

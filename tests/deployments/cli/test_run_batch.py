@@ -31,6 +31,7 @@ from tests.deployments.scripted import words
 def settings(tmp_path: Path) -> BatchSettings:
     rows = write_rows(tmp_path / "in.parquet", [{"prompt": f"number {n}"} for n in range(5)])
     config = AppConfig(store_uri=str(tmp_path / "store"))
+    Catalogue(Location(config.store_uri).child("catalogue"))
     return BatchSettings(config, str(rows), str(tmp_path / "out"), part_rows=2)
 
 
