@@ -514,4 +514,4 @@ class ProxyUnsafe(DeploymentsError):
 
 
 class BatchRefused(DeploymentsError):
-    """An offline run cannot start or resume. Nothing was written."""
+    """An offline run cannot start or resume, or its parts are not where they belong."""

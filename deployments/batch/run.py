@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -84,6 +85,8 @@ class BatchRun:
 
 def begin(settings: BatchSettings) -> BatchRun:
     """Start or resume a run, and find the missing parts. Raises: BatchRefused, StoreUnavailable."""
+    if "://" not in settings.output_uri:  # processes of a cluster run in other folders
+        settings = replace(settings, output_uri=str(Path(settings.output_uri).absolute()))
     check_devices(settings.config)
     source = scan(settings.input_uri)
     check_columns(source.schema, settings.answer)

@@ -10,6 +10,7 @@ from ray.exceptions import RayError
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from deployments.api.pool_responses import unserved_text
+from deployments.batch.output import BatchOutput
 from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.cli.output import counted, fail, print_json, progress, say, show_error, show_warning
 from deployments.errors import BatchRefused, RayUnauthenticated
@@ -30,6 +31,7 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
                 show_error(unserved_text(base_model, num_adapters))
         if run.parts:
             num_errors = _answer(run, address, concurrency)
+            _check_parts(run)
     except (BatchRefused, RayUnauthenticated, LoraStoreError, OSError, RayError) as exc:
         fail(str(exc))
     except KeyboardInterrupt:
@@ -66,6 +68,16 @@ def _answer(run: BatchRun, address: str | None, concurrency: int) -> int:
             num_errors += part["num_errors"]
             update(advance=part["num_rows"], description=f"rows, {num_errors} with errors")
     return num_errors
+
+
+def _check_parts(run: BatchRun) -> None:
+    """Check that all parts are where this process reads the output. Raises: BatchRefused."""
+    missing = {part.number for part in run.parts} - BatchOutput(run.settings.output_uri).done()
+    if missing:
+        raise BatchRefused(
+            f"{len(missing)} of {len(run.parts)} parts are not in {run.settings.output_uri}: machines of the"
+            " cluster wrote them to their own disks; name a bucket, or a folder that all of them share"
+        )
 
 
 def _check_resources(needed: Mapping[str, float], address: str | None) -> None:

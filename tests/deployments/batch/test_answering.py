@@ -115,6 +115,17 @@ async def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
     assert own.begin(rows, part_rows=2).parts == ()
 
 
+async def test_a_relative_output_is_that_of_the_process_that_began_the_run(
+    place: Place, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    run = place.begin([{"prompt": "The sea"}], output_uri="out")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with closing(PartAnswerer(run)) as answerer:
+        await answer(run, answerer)
+    assert len(place.written()) == 1
+
+
 async def test_a_run_deletes_no_usage_whatever_its_settings_keep(place: Place) -> None:
     usage = LoraStore(place.config.store_uri, accepts_base=[BASE]).usage
     query = UsageQuery(date(2000, 1, 1), date(2100, 1, 1), (), "long-gone")

@@ -92,6 +92,17 @@ def test_a_run_that_needs_more_gpus_than_there_are_says_so(
     assert says in words(capsys.readouterr().err)
 
 
+def test_a_run_whose_parts_are_elsewhere_fails(
+    settings: BatchSettings, fake_ray: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_ray += [{"num_rows": 2, "num_errors": 0}] * 3
+    with pytest.raises(typer.Exit):
+        run_batch(settings, address="a-cluster:1", concurrency=1)
+    printed = capsys.readouterr()
+    assert f"3 of 3 parts are not in {settings.output_uri}: machines of the cluster" in words(printed.err)
+    assert "wrote all" not in printed.out
+
+
 def test_a_run_that_cannot_begin_is_refused_with_the_reason(
     settings: BatchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
