@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray._raylet
@@ -35,6 +36,16 @@ def prepare_own_ray(*, allow_unauthenticated: bool) -> Path:
     if not allow_unauthenticated:
         use_token_mode()
     return sessions
+
+
+def start_own_ray(**options: Any) -> Any:
+    """Start Ray on this machine. Raises: TimeoutError if it does not start within Ray's own thirty seconds."""
+    try:
+        return ray.init("local", **options)  # ignores RAY_ADDRESS
+    except Exception as exc:
+        if type(exc) is not Exception:  # Ray has no class for it
+            raise
+        raise TimeoutError(f"Ray did not start: {exc} Try again when the machine is less busy.") from exc
 
 
 def use_token_mode() -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from deployments.auth.ray_token import prepare_own_ray, require_token_mode
+from deployments.auth.ray_token import prepare_own_ray, require_token_mode, start_own_ray
 from deployments.batch.answering import PARTS_AT_ONCE, PartAnswerer
 from deployments.batch.planning import PartPlanner
 from deployments.batch.run import BatchRun
@@ -30,8 +30,7 @@ def cluster(
     if address is None:
         sessions = prepare_own_ray(allow_unauthenticated=allow_unauthenticated)
         num_cpus = max(math.ceil(concurrency * num_cpus_each) + 1, os.cpu_count() or 1)
-        ray.init(
-            address="local",  # never another cluster on this machine
+        start_own_ray(
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,

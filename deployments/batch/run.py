@@ -87,13 +87,16 @@ def begin(settings: BatchSettings) -> BatchRun:
     """Start or resume a run, and find the missing parts. Raises: BatchRefused, StoreUnavailable."""
     if "://" not in settings.output_uri:  # processes of a cluster run in other folders
         settings = replace(settings, output_uri=str(Path(settings.output_uri).absolute()))
+    try:
+        output = BatchOutput(settings.output_uri)
+    except ValueError as exc:
+        raise BatchRefused(f"{settings.output_uri} cannot be written: {exc}") from exc
     check_devices(settings.config)
     source = scan(settings.input_uri)
     check_columns(source.schema, settings.answer)
     store = open_pool(settings.config)
     newest = store.snapshot().generation
     wanted = Manifest(generation=newest, input=_described(source), settings=_deciding(settings))
-    output = BatchOutput(settings.output_uri)
     manifest = output.begin(wanted)
     if manifest.generation > newest:
         raise BatchRefused(f"the run began at generation {manifest.generation}, but the store is at {newest}")

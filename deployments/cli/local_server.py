@@ -29,7 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from deployments.auth.private_files import keep_files_private
-from deployments.auth.ray_token import prepare_own_ray
+from deployments.auth.ray_token import prepare_own_ray, start_own_ray
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.calls.proxy_limits import TRACING_VARIABLE
 from deployments.calls.serve_calls import bypass_http_proxy
@@ -170,7 +170,7 @@ class Server:
         # At least those of Serve's controller, the Store and the first Worker, at most those of all deployments.
         num_early = max(3, min(os.cpu_count() or 1, 4 + len(self.settings.by_model)))
         with _inherited(inherited), _fewer_processes(), _early_processes(num_early):
-            context = _start_ray(
+            context = start_own_ray(
                 num_cpus=self._num_cpus,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -385,16 +385,6 @@ def _early_processes(number: int) -> Iterator[None]:
         yield
     finally:
         services.start_ray_process = before
-
-
-def _start_ray(**options: Any) -> Any:
-    """Start Ray on this machine. Raises: ServerFailed if it does not start within Ray's own thirty seconds."""
-    try:
-        return ray.init("local", **options)  # ignores RAY_ADDRESS
-    except Exception as exc:
-        if type(exc) is not Exception:  # Ray has no class for it
-            raise
-        raise ServerFailed(f"Ray did not start: {exc} Try again when the machine is less busy.") from exc
 
 
 @contextmanager

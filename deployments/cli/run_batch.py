@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 
@@ -15,6 +16,11 @@ from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.cli.output import counted, fail, print_json, progress, say, show_error, show_warning
 from deployments.errors import BatchRefused, RayUnauthenticated
 from lora_store import LoraStoreError
+
+_REPORTED = re.compile(  # our errors and those of files in a stack trace, where the cause of an error precedes it
+    r"^(?:(?:lora_store|retriever_svc|gpu_worker|deployments)(?:\.\w+)+|OSError|FileNotFoundError): (.+?)(?=\n\n|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int, as_json: bool = False) -> None:
@@ -32,7 +38,9 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
         if run.parts:
             num_errors = _answer(run, address, concurrency)
             _check_parts(run)
-    except (BatchRefused, RayUnauthenticated, LoraStoreError, OSError, RayError) as exc:
+    except RayError as exc:
+        fail(f"{_cause(exc)}; the same command continues the run")
+    except (BatchRefused, RayUnauthenticated, LoraStoreError, OSError) as exc:
         fail(str(exc))
     except KeyboardInterrupt:
         fail("interrupted: run the same command again to resume")
@@ -44,6 +52,12 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
     if run.parts:
         say(f"{run.num_rows_left} rows in {took_s:.0f} s, {num_errors} of them with errors")
     say(f"wrote all {run.source.num_rows} rows to {settings.output_uri}")
+
+
+def _cause(error: RayError) -> str:
+    """Return the message of the error that ended a process of the run; all that Ray says where it is not expected."""
+    reported = _REPORTED.findall(str(error))
+    return reported[-1] if reported else str(error)
 
 
 def _summary(run: BatchRun) -> str:

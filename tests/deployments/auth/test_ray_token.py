@@ -10,7 +10,9 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import ray
 
+from deployments.auth.ray_token import start_own_ray
 from deployments.errors import RayUnauthenticated
 from deployments.ingress import Ingress
 from deployments.retriever import RetrieverDeployment
@@ -85,3 +87,10 @@ def test_the_refusal_states_the_given_value_and_the_remedy(mode: str | None, giv
     message = str(RayUnauthenticated(mode))
     assert given in message
     assert "ray get-auth-token --generate" in message
+
+
+def test_a_ray_that_does_not_start_in_time_is_named_and_other_errors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, shown in ((Exception("The node timed out."), TimeoutError), (ValueError("num_cpus"), ValueError)):
+        monkeypatch.setattr(ray, "init", Mock(side_effect=error))
+        with pytest.raises(shown, match=r"^Ray did not start: The node timed out\. Try again|^num_cpus$"):
+            start_own_ray(num_cpus=1)

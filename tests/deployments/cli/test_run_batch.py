@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 import typer
+from ray.exceptions import ActorDiedError, RayError, RayTaskError, UserCodeException
 
 from deployments.auth import ray_token
 from deployments.batch import dataset
@@ -19,6 +21,7 @@ from deployments.batch.output import BatchOutput
 from deployments.batch.run import BatchSettings, begin
 from deployments.cli.run_batch import run_batch
 from deployments.config.app import AppConfig
+from gpu_worker.errors import AdapterLoadFailed
 from lora_store import Location
 from lora_store.catalogue import Catalogue
 from lora_store.events import Publish
@@ -101,6 +104,53 @@ def test_a_run_whose_parts_are_elsewhere_fails(
     printed = capsys.readouterr()
     assert f"3 of 3 parts are not in {settings.output_uri}: machines of the cluster" in words(printed.err)
     assert "wrote all" not in printed.out
+
+
+def remote_error(error: Exception, *, is_at_start: bool) -> RayError:
+    """Return what Ray raises for an error of an actor, at its start or in a call."""
+    try:
+        try:
+            raise error
+        except Exception as exc:
+            if is_at_start:
+                raise
+            raise UserCodeException("UDF failed to process a data block.") from exc
+    except Exception as exc:
+        failed = RayTaskError("call", traceback.format_exc(), exc)
+    return ActorDiedError(failed) if is_at_start else failed
+
+
+@pytest.mark.parametrize("is_at_start", [False, True])
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (AdapterLoadFailed("the store cannot\nbe reached"), "the store cannot be reached; the same command continues"),
+        (FileNotFoundError(2, "No such file", "in"), "[Errno 2] No such file: 'in'; the same command continues"),
+        (KeyError("a mistake"), "KeyError: 'a mistake'"),
+    ],
+)
+def test_what_ends_an_actor_is_said_without_a_stack_trace_unless_it_is_a_mistake(
+    error: Exception,
+    says: str,
+    is_at_start: bool,
+    settings: BatchSettings,
+    fake_ray: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_ray.append(remote_error(error, is_at_start=is_at_start))
+    with pytest.raises(typer.Exit):
+        run_batch(settings, address="a-cluster:1", concurrency=1)
+    said = words(capsys.readouterr().err)
+    assert says in said and ('File "' in said) == isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize("output", ["https://bucket/out", "s3:///out"])
+def test_an_output_that_is_no_place_is_refused_in_one_line(
+    output: str, settings: BatchSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit):
+        run_batch(replace(settings, output_uri=output), address=None, concurrency=1)
+    assert capsys.readouterr().err.startswith(f"{output} cannot be written: ")
 
 
 def test_a_run_that_cannot_begin_is_refused_with_the_reason(
