@@ -82,6 +82,14 @@ class PoolState:
         """Return the tenant's part of the state."""
         return self._only([key for key in self.snapshot.records if key[0] == tenant], tenant)
 
+    def usable_by(self, tenant: str) -> PoolState:
+        """Return the part that requests of the tenant may use."""
+        whole = self.snapshot
+        part = self._only([record.ref.key for record in whole.visible_to(tenant)], tenant).snapshot
+        older = {key: tuple(r for r in kept if r.is_visible_to(tenant)) for key, kept in part.previous.items()}
+        names = {key: kept for key in whole.names if (kept := whole.policies(tenant, "/".join(key)))}
+        return replace(self, snapshot=replace(part, previous=older, names=names))
+
     def _only(self, keys: Collection[Key], tenant: str | None = None) -> PoolState:
         """Return the part that belongs to these adapters, and the rankings and model names of the tenant."""
         whole = self.snapshot

@@ -13,7 +13,7 @@ from deployments.api import error_table
 from deployments.api.contract import applied_contract
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, make_bodies, make_request
-from deployments.batch.run import BatchRun, Part
+from deployments.batch.run import BatchRun, Part, pool_of_run
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModels
 from deployments.generation.completions import make_jobs
@@ -40,7 +40,7 @@ class PartPlanner:
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
         store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
-        snapshot = store.snapshot_at(run.generation)
+        snapshot = pool_of_run(store, run.settings, run.generation)
         retriever = retriever_over(live_pool(config, lambda: snapshot), config)
         self._planner = Planner(config.served_models, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)

@@ -17,8 +17,9 @@ from deployments.config.model_settings import ModelSettings
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.front.request.model_files import read_chat_template
-from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
-from lora_store.pool_files import StoredPool
+from lora_store import LOCAL_TENANT, GenerationGone, Location, LoraStore, Snapshot
+from lora_store.files import Files
+from lora_store.pool_files import PoolState, StoredPool
 from retriever_svc import BaseCounts
 
 # Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
@@ -26,6 +27,7 @@ _OF_MODEL = ("base_model", "base_model_name", "accepts_base", "template", "gener
 _OF_APP = (*_OF_MODEL, "store_uri", "max_new_tokens", "public_requires_approval")
 _OTHERS_OF_RETRIEVAL = ("encoder_threads", "encoder_dtype", "max_waiting")
 _OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows", "quantization")  # the last of the native engine
+_POOL = "_pool"  # a file of the output, which readers of parquet folders skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def begin(settings: BatchSettings) -> BatchRun:
     parts = [Part(n, start, min(start + settings.part_rows, source.num_rows)) for n, start in enumerate(starts)]
     left = tuple(part for part in parts if part.number not in done)
     try:
-        records = store.snapshot_at(manifest.generation).records
+        records = pool_of_run(store, settings, manifest.generation).records
     except GenerationGone as exc:
         raise BatchRefused(f"the run cannot be resumed: {exc}; start a new one in another output folder") from exc
     unserved = settings.config.served_models.bases.unserved(records.values())
@@ -122,6 +124,23 @@ def begin(settings: BatchSettings) -> BatchRun:
         id=manifest.run,
         began_at=manifest.began_at,
     )
+
+
+def pool_of_run(store: LoraStore, settings: BatchSettings, generation: int) -> Snapshot:
+    """Return the pool as it was when the run began. What the tenant may use is kept with the run, as stores forget.
+
+    Raises: GenerationGone if it was not kept, as by an earlier version; StoreUnavailable.
+    """
+    files = Files(Location(settings.output_uri))
+    try:
+        snapshot = store.snapshot_at(generation)
+    except GenerationGone:
+        if (kept := files.read(_POOL)) is None:
+            raise
+        return PoolState.from_parquet(kept).snapshot
+    if not files.contains(_POOL):
+        files.write(_POOL, PoolState(snapshot).usable_by(settings.tenant).to_parquet())
+    return snapshot
 
 
 def open_pool(config: AppConfig) -> LoraStore:

@@ -15,18 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreUnavailable
+from lora_store import AdapterNotFound, AdapterRef, BlobCorrupted, LoraStore, Snapshot, StoreUnavailable
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.errors import StoreDamaged, StoreFull, StoreIsNewer
-from lora_store.events import SCHEMA
+from lora_store.events import SCHEMA, Publish, SetName
 from lora_store.files import Files
 from lora_store.leases import Leases
 from lora_store.location import Location
+from lora_store.names import NamedPolicy, policy_digest
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
 from lora_store.pool_files import CATALOGUE_FILE, ArchivedPool, PoolState, StoredPool, blob_file
 from lora_store.staging import version_digest
 from lora_store.validation import Label
-from tests.lora_store.builders import BASE, MakeFolder, embedding, ranking
+from tests.lora_store.builders import BASE, NOON, MakeFolder, MakeRecord, embedding, ranking
 from tests.lora_store.pools.make import facts_of
 from tests.lora_store.test_table_format import POOLS
 
@@ -544,3 +545,21 @@ def test_a_part_of_a_pool_is_copied_with_its_own_files_only(pool: LoraStore, sto
     assert copy.referenced() == set(pool.snapshot().records["acme", "secret"].blobs)
     assert list(copied.snapshot.records) == [("acme", "secret")]
     assert (copy.rankings, copy.names) == ({}, {})
+
+
+def test_what_a_tenant_may_use_of_a_pool_has_nothing_private_of_others(make_record: MakeRecord) -> None:
+    records = [
+        make_record("mine", "acme", visibility="private"),
+        make_record("shared", "globex", "a" * 64, visibility="private"),
+        make_record("shared", "globex", "b" * 64),
+        make_record("hidden", "globex", visibility="private"),
+    ]
+    names = [
+        NamedPolicy(AdapterRef(tenant, name, policy_digest("{}")), "{}", "me", NOON, approved=approved)
+        for tenant, name, approved in (("acme", "own", False), ("globex", "open", True), ("globex", "closed", False))
+    ]
+    whole = Snapshot(0, {}).after([*map(Publish, records), *map(SetName, names)], 7)
+    part = PoolState(whole).usable_by("acme").snapshot
+    assert (part.generation, list(part.records)) == (7, [("acme", "mine"), ("globex", "shared")])
+    assert part.versions(("globex", "shared")) == (whole.records["globex", "shared"],)
+    assert set(part.names) == {("acme", "own"), ("globex", "open")}

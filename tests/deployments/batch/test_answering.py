@@ -11,7 +11,7 @@ import json
 import time
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from gpu_worker.config import VllmSettings
 from gpu_worker.errors import AdapterLoadFailed, WorkerConfigInvalid
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
-from lora_store import STRATEGIES, AdapterNotFound, LoraStore, StoreUnavailable
+from lora_store import STRATEGIES, AdapterNotFound, GenerationGone, Location, LoraStore, StoreUnavailable
+from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.usage import SUMS, UsageQuery
 from tests.deployments.batching import BASE, TOPICS, TOPICS_OF, Place, prompts, publish, tiny_app
 from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, linear_shapes, tiny_config
@@ -88,8 +89,9 @@ async def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(
     assert (found[17]["num_new_tokens"], found[0]["num_new_tokens"], found[17]["finish_reason"]) == (5, 6, "length")
 
 
+@pytest.mark.parametrize("is_collected", [False, True])
 async def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
-    place: Place, model: Path, tmp_path: Path
+    is_collected: bool, place: Place, model: Path, tmp_path: Path
 ) -> None:
     own = replace(place, config=tiny_app(model, str(tmp_path / "pool")))
     shapes = linear_shapes(load_base_model(tiny_config(model)))
@@ -102,6 +104,11 @@ async def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
         before = first.stat()
         publish(own.config, shapes, tmp_path / "later", ["wild bees"])
         LoraStore(own.config.store_uri, accepts_base=[BASE]).withdraw("local", ["the-sea"], "tester")
+        if is_collected:
+            catalogue = Catalogue(Location(own.config.store_uri).child(CATALOGUE))
+            catalogue.vacuum(datetime.now(UTC) + timedelta(days=1))
+            with pytest.raises(GenerationGone):
+                catalogue.snapshot_at(1)
         again = own.begin(rows, part_rows=2)
         assert (again.generation, again.num_done, [part.number for part in again.parts]) == (1, 1, [1])
         await answer(again, answerer)
@@ -130,7 +137,7 @@ async def test_a_run_deletes_no_usage_whatever_its_settings_keep(place: Place) -
     usage = LoraStore(place.config.store_uri, accepts_base=[BASE]).usage
     query = UsageQuery(date(2000, 1, 1), date(2100, 1, 1), (), "long-gone")
     event = {"time": 1_000_000_000_000, "tenant": "long-gone", "adapters": [], "status": 200, "code": ""}
-    usage.put("a" * 32, json.dumps(event).encode(), datetime.now(UTC), None)
+    usage.put("a" * 32, json.dumps(event).encode(), datetime.now(UTC), timedelta(36_500))
     run = place.begin([{"prompt": "The sea"}])
     with closing(PartAnswerer(run)) as answerer:
         await answer(run, answerer)
