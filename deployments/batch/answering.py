@@ -25,7 +25,7 @@ from deployments.weights import StoredWeights, WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import InferenceEngine
-from gpu_worker.errors import AdapterLoadFailed, AdapterLost, EngineStopped
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost, EngineStopped, GpuWorkerError
 from gpu_worker.front.request.request import Completion, Job
 from gpu_worker.start import start_engine
 from lora_store import AdapterWeights, LoraStore
@@ -174,7 +174,8 @@ class PartAnswerer(OfflineEngines):
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
         store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
-        super().__init__(config, store, (PARTS_AT_ONCE + 1) * run.settings.part_rows)
+        with suppress(GpuWorkerError):  # raised again by the first part: Ray prints the stack trace of a constructor
+            super().__init__(config, store, (PARTS_AT_ONCE + 1) * run.settings.part_rows)
         self._batch, self._usage = run, store.usage
         self._output = BatchOutput(run.settings.output_uri)
 

@@ -26,7 +26,7 @@ from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
 from deployments.weights import RetryPolicy
 from gpu_worker.config import VllmSettings
-from gpu_worker.errors import AdapterLoadFailed, WorkerConfigInvalid
+from gpu_worker.errors import AdapterLoadFailed, BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
 from lora_store import STRATEGIES, AdapterNotFound, GenerationGone, Location, LoraStore, StoreUnavailable
@@ -120,6 +120,14 @@ async def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
         "old-trains",
     }
     assert own.begin(rows, part_rows=2).parts == ()
+
+
+async def test_an_engine_that_does_not_start_is_the_error_of_the_first_part(place: Place, tmp_path: Path) -> None:
+    run = place.begin([{"prompt": "The sea"}])
+    config = place.config.model_copy(update={"base_model": str(tmp_path)})
+    answerer = PartAnswerer(replace(run, settings=replace(run.settings, config=config)))
+    with closing(answerer), pytest.raises(BaseModelUnsupported, match="Unrecognized model"):
+        await answer(run, answerer)
 
 
 async def test_a_relative_output_is_that_of_the_process_that_began_the_run(
