@@ -147,6 +147,11 @@ class Answer:
                 break
         return answer
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Return whether the answer reports log probabilities, of its own tokens or of its prompt's."""
+        return self.num_logprobs is not None or self.num_prompt_logprobs is not None
+
     def empty_warning(self, index: int) -> str:
         """Return what to say of an empty choice; "" where the base model alone answered."""
         if not self.plans[index // self.num_choices].plan.adapters:

@@ -68,6 +68,7 @@ from lora_store import Plan
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
 MAX_ROWS = 128  # answers to one request: prompts × n
+MAX_ANSWER_LOGPROBS = 2**18  # 64 rows of 2048 tokens with one alternative each; about 200 MB while it is built
 MAX_MESSAGES = 1024
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16

@@ -21,7 +21,14 @@ from deployments.calls.worker_client import Workers
 from deployments.config.served_model import ServedModels
 from deployments.errors import ModelNotFound
 from deployments.generation.notes import PromptNotes
-from deployments.generation.planner import AUTO, Planner, check_tokenized, prompt_tokens
+from deployments.generation.planner import (
+    AUTO,
+    Planner,
+    asked_logprobs,
+    check_logprobs,
+    check_tokenized,
+    prompt_tokens,
+)
 from deployments.generation.row_stream import NO_ROOM, RowStream, compute_deadline, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
@@ -118,6 +125,8 @@ class CompletionService:
         deadline = compute_deadline(context.arrived_at, request.timeout_s, self._models.first.max_request_s)
         async with within(deadline):
             request, sampling, questions, bound = await self._planner.apply_policy(request, caller.tenant)
+            if not request.stream:
+                check_logprobs(request, asked_logprobs(request, sampling, questions))
             with ExitStack() as stack:
                 work = self._planner.measure_work(request, sampling, questions)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
@@ -259,16 +268,25 @@ class CompletionService:
         return bound.apply_to_question(question), bound.policy.template
 
     async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
-        """Return the whole answer."""
+        """Return the whole answer. Raises: RequestInvalid, if it has too many log probabilities."""
+        counts: dict[int, int] = {}
+
+        def check(index: int, num_logprobs: int) -> None:
+            counts[index] = num_logprobs
+            check_logprobs(started.request, sum(counts.values()))
+
         with started.held:
-            tasks = [asyncio.create_task(row.collect()) for row in started.rows]
+            tasks = [asyncio.create_task(row.collect(check)) for row in started.rows]
             try:
                 parts = await asyncio.gather(*tasks)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        return started.answer.whole([Completion.joined(deltas) for deltas in parts])
+        completions = [Completion.joined(deltas) for deltas in parts]
+        if not started.answer.has_logprobs:
+            return started.answer.whole(completions)
+        return await asyncio.to_thread(started.answer.whole, completions)  # which may take more than a second
 
     async def stream(self, started: StartedCompletion) -> AsyncGenerator[JsonObject]:
         """Yield the chunks: the plans with the first text, text as it arrives, then the usage.

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import TypeVar
 
 from deployments.api.base import LoraOptions, PlanGiven
-from deployments.api.completions import GenerationRequest, PolicyFields, Question
+from deployments.api.completions import MAX_ANSWER_LOGPROBS, GenerationRequest, PolicyFields, Question
 from deployments.api.names import AppliedPolicy, NamePolicy
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
@@ -64,6 +64,27 @@ def _check_new_tokens(
     for field, wanted in ((limit_field, max_tokens), ("min_tokens", min_tokens)):
         if wanted is not None and wanted > model.max_new_tokens:
             raise RequestInvalid(f"{field}: at most {model.max_new_tokens}, got {wanted}", field)
+
+
+def asked_logprobs(request: GenerationRequest, sampling: SamplingParams, questions: Sequence[Question]) -> int:
+    """Return how many log probabilities a request asks for, as far as it shows that itself."""
+    num_new = (sampling.max_tokens or 0) if sampling.ignore_eos else sampling.min_tokens
+    num_prompt = sum(len(item.prompt.ids) - 1 for item in questions if isinstance(item.prompt, TokenIds))
+    of_answers = 0 if sampling.logprobs is None else len(questions) * num_new * (1 + sampling.logprobs)
+    of_prompts = 0 if sampling.prompt_logprobs is None else num_prompt * (1 + sampling.prompt_logprobs)
+    return request.n * (of_answers + of_prompts)
+
+
+def check_logprobs(request: GenerationRequest, num_logprobs: int) -> None:
+    """Refuse a whole answer with this many log probabilities. Raises: RequestInvalid."""
+    if num_logprobs > MAX_ANSWER_LOGPROBS:
+        fields = ("prompt_logprobs", "top_logprobs")
+        field = next((name for name in fields if getattr(request, name, None)), "logprobs")
+        raise RequestInvalid(
+            f"{field}: a whole answer has at most {MAX_ANSWER_LOGPROBS} log probabilities: one for each token of all"
+            " rows, and one for each alternative; ask for fewer alternatives, tokens, prompts or choices",
+            field,
+        )
 
 
 def refuse_stream_options(request: GenerationRequest) -> None:

@@ -101,12 +101,20 @@ class RowStream:
                 if last is not None:
                     usage.saw(name, self.question, last.num_prompt_tokens, last.num_new_tokens)
 
-    async def collect(self) -> list[Delta]:
-        """Return all deltas. A job whose Worker died is sent again, wherever that happened. Raises: as `deltas`."""
+    async def collect(self, check: Callable[[int, int], None]) -> list[Delta]:
+        """Return all deltas. A job whose Worker died is sent again, wherever that happened.
+
+        `check`: called with the row's index and the number of log probabilities kept so far; it may refuse more.
+        Raises: as `deltas` and `check`.
+        """
         kept: list[Delta] = []
+        num_logprobs = 0
         async with aclosing(self.deltas(restart=kept.clear)) as deltas:
             async for _, delta in deltas:
+                num_logprobs = (num_logprobs if kept else 0) + delta.num_logprobs  # a restart cleared `kept`
                 kept.append(delta)
+                if num_logprobs:
+                    check(self.index, num_logprobs)
         return kept
 
 

@@ -41,6 +41,11 @@ def request_limits() -> str:
         ("entries of `metadata`", completions.MAX_METADATA),
         ("entries of `logit_bias`", request.MAX_BIASED_IDS),
         ("alternatives in `logprobs` and `top_logprobs`", request.MAX_LOGPROBS),
+        (
+            "log probabilities of an answer that is not a stream: one for each token of all rows, and one for each"
+            " alternative",
+            completions.MAX_ANSWER_LOGPROBS,
+        ),
         ("`stop` strings", request.MAX_STOPS),
         ("characters of one `stop` string", request.MAX_STOP_CHARS),
         ("alternatives in `prompt_logprobs`", request.MAX_LOGPROBS),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -67,6 +69,30 @@ def test_prompts_are_streamed_with_their_plans_and_a_list_of_one_is_that_prompt(
     assert ["".join(c["text"] for c in choices if c["index"] == index) for index in (0, 1)] == ["a/None", "b/None"]
     one, listed = (post("/v1/completions", {"prompt": p}, worker=Echo()).json() for p in ("a", ["a"]))
     assert [one["choices"], one["lora"]] == [listed["choices"], listed["lora"]]
+
+
+def test_log_probabilities_of_all_choices_are_counted_while_they_arrive() -> None:
+    half = Delta("a", 5, 2**16, logprobs=(TokenLogprob(b"a", -1.0, ((b"a", -1.0),), 0),) * 2**16)
+    worker = FakeWorker([half, replace(half, logprobs=half.logprobs[:1], finish_reason="length")])
+    answer = post("/v1/chat/completions", CHAT | {"n": 2, "logprobs": True, "top_logprobs": 1}, worker=worker)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "top_logprobs")
+
+
+def test_answers_with_log_probabilities_are_built_outside_the_event_loop() -> None:
+    threads: set[int] = set()
+
+    class Watched(tuple[tuple[bytes, float], ...]):
+        def __iter__(self) -> Iterator[tuple[bytes, float]]:
+            threads.add(get_ident())
+            return super().__iter__()
+
+    entries = [TokenLogprob(f"{number}".encode(), -1.0, Watched([(b"b", -2.0)]), 0) for number in range(300)]
+    scored = Delta("a", 5, 300, "stop", logprobs=tuple(entries))
+    answer = post("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 1}, worker=FakeWorker([scored]))
+    content = answer.json()["choices"][0]["logprobs"]["content"]
+    assert [token["token"] for token in content] == [f"{number}" for number in range(300)]
+    assert [alternative["token"] for token in content for alternative in token["top_logprobs"]] == ["b"] * 300
+    assert threads and get_ident() not in threads
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from deployments.api.anthropic_answer import CountedTokens, MessageForm
 from deployments.api.anthropic_request import CountTokensRequest, MessagesRequest
 from deployments.api.completion_responses import plan_object
 from deployments.api.completions import (
+    MAX_ROWS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
@@ -54,6 +55,7 @@ from gpu_worker.front.request.prompts import Message
 router = APIRouter(route_class=AnsweringRoute)
 _STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would buffer events
 _DONE = format_sse_event(data_str="[DONE]")
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode  # as `JSONResponse`
 T = TypeVar("T")
 
 
@@ -158,8 +160,13 @@ async def _respond(
 
     if not request.stream:
         refuse_stream_options(request)
-        answer = await services.completions.collect(await start())
-        return JSONResponse(answer if form is None else form.whole(answer), headers=headers)
+        started = await start()
+        answer = await services.completions.collect(started)
+        whole = answer if form is None else form.whole(answer)
+        if not started.answer.has_logprobs:
+            return JSONResponse(whole, headers=headers)
+        body = await asyncio.to_thread(_encode_in_parts, whole)
+        return Response(body, media_type="application/json", headers=headers)
 
     async def chunks() -> AsyncGenerator[JsonObject]:
         found = services.completions.stream(await start())
@@ -210,6 +217,18 @@ async def events(
         return
     if form is None:  # the others end with the event that says so
         yield _DONE
+
+
+def _encode_in_parts(value: object) -> str:
+    """Return the JSON of a large answer. The encoder is called for small parts, as all threads wait during a call."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_encode(name)}:{_encode_in_parts(item)}' for name, item in value.items())}}}"
+    if not isinstance(value, list):
+        return _encode(value)
+    if len(value) <= MAX_ROWS:
+        return f"[{','.join(map(_encode_in_parts, value))}]"
+    parts = (value[place : place + MAX_ROWS] for place in range(0, len(value), MAX_ROWS))
+    return f"[{','.join(_encode(part)[1:-1] for part in parts)}]"
 
 
 async def _next(chunks: AsyncGenerator[JsonObject]) -> JsonObject | None:

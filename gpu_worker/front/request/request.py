@@ -196,6 +196,12 @@ class Delta:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     stop: str | None = None  # the client's stop string that ended the answer
 
+    @property
+    def num_logprobs(self) -> int:
+        """Return how many log probabilities it reports: one for each token, and one for each of its alternatives."""
+        of_prompt = sum(1 + len(token.top) for token in self.prompt)
+        return of_prompt + sum(1 + len(entry.top) for entry in self.logprobs)
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

@@ -61,6 +61,26 @@ def test_more_new_tokens_than_the_servers_limit_are_refused_by_the_field_that_as
     assert post(path, body | {field: 300}, max_new_tokens=300).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (
+            "/v1/chat/completions",
+            {"n": 16, "max_tokens": 781, "ignore_eos": True, "logprobs": True, "top_logprobs": 20},
+            "top_logprobs",
+        ),
+        ("/v1/completions", {"prompt": [[1] * 100] * 128, "max_tokens": 1, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ("/v1/completions", {"prompt": [[1] * 100] * 128, "max_tokens": 0, "echo": True, "logprobs": 20}, "logprobs"),
+    ],
+)
+def test_more_log_probabilities_than_an_answer_may_have_are_refused(
+    path: str, body: dict[str, Any], field: str
+) -> None:
+    status, error = refused(path, body if "prompt" in body else chat("Hi", **body))
+    assert (status, error["code"], error["param"]) == (400, "invalid_request", field)
+    assert "at most 262144 log probabilities" in error["message"]
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_more_tokens_than_the_key_allows_are_refused_by_the_field_that_asks(tmp_path: Path, field: str) -> None:
     keys = write(tmp_path / "keys.json", entry("a", "local", limits={"tokens_per_minute": 100}))

@@ -19,7 +19,7 @@ from deployments.errors import PoisonRequest, WorkerStarting
 from deployments.generation.row_stream import NO_ROOM, RowStream
 from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
-from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job, TokenLogprob
 from gpu_worker.front.request.tools import Function, Tools
 from tests.fakes import ANSWERS, DEATHS, FAILURES, FakeHandle
 from tests.virtual_time import run_in_virtual_time
@@ -58,6 +58,7 @@ class Case:
     handle: FakeHandle
     row: RowStream
     usage: TokenUsage
+    counts: list[tuple[int, int]] = field(default_factory=list)
 
     async def taken(self) -> list[Any]:
         """Return what the stream yields, and the exception that ends it."""
@@ -74,7 +75,7 @@ class Case:
     async def collected(self) -> list[Any]:
         """Return all deltas, or the exception."""
         try:
-            return list(await self.row.collect())
+            return list(await self.row.collect(lambda *counted: self.counts.append(counted)))
         except Exception as exc:
             return [exc]
 
@@ -137,6 +138,13 @@ def test_a_whole_answer_contains_nothing_of_failed_attempts() -> None:
     assert run(Case.collected, case) == [A, B, C]
     assert case.usage.num_tokens == 4 + 3
     assert case.row.context.num_tokens[2] == 3
+
+
+def test_log_probabilities_of_failed_attempts_are_not_counted() -> None:
+    scored = replace(A, logprobs=(TokenLogprob(b"a", -1.0, ((b"b", -2.0),), 0),) * 3)
+    case = case_of((scored, DEATHS[0]), (scored, C))
+    assert run(Case.collected, case) == [scored, C]
+    assert case.counts == [(3, 6), (3, 6), (3, 6)]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=name)
