@@ -13,6 +13,8 @@ const policies = new Set(); // model names that the list showed
 let chat = newChat();
 let running = null; // the AbortController of the streaming answer
 let explained = null; // the turn whose plan is shown
+let points = null; // the adapters on the map
+let offered = null; // those that the examples were chosen from
 let onPlan = () => {};
 
 function newChat() {
@@ -49,16 +51,18 @@ function placeExamples(isNarrow) {
   else byId("conversation").prepend(byId("welcome"));
 }
 
-/** Loads the suggestions and examples of the pool, and forgets those of another key. */
+/** Loads the suggestions, and forgets those of another key and its examples. */
 export function refresh() {
   policies.clear();
+  points = offered = null;
   for (const id of ["models", "examples"]) byId(id).replaceChildren();
+  sayOrHide("examples-note", "");
   suggest();
-  showExamples();
 }
 
-/** Loads the examples again if they are shown. */
-export function followPool() {
+/** Chooses examples from these adapters on the map, now or when a conversation begins. */
+export function offer(adapters) {
+  points = adapters;
   if (!byId("welcome").hidden) showExamples();
 }
 
@@ -97,8 +101,10 @@ async function suggest() {
 
 /** Offers samples of some adapters as prompts. */
 async function showExamples() {
+  if (points === offered) return;
+  offered = points;
   try {
-    const examples = await chosenExamples();
+    const examples = await chosenExamples(offered);
     byId("examples").replaceChildren(...examples.map(({ name, input }) => example(name, input)));
     sayOrHide("examples-note", examples.length ? "" : "The pool has no short samples of yours yet. Publish an adapter, or ask the base model.");
   } catch (error) {
@@ -280,6 +286,7 @@ function open(other) {
   byId("turns").replaceChildren();
   byId("system").value = chat.system;
   byId("welcome").hidden = chat.turns.length > 0;
+  if (!chat.turns.length) showExamples();
   for (const turn of chat.turns) {
     const view = show(turn);
     if (turn.plan) view.showTags();

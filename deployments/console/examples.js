@@ -7,9 +7,8 @@ const NUM_TRIED = 18; // adapters
 const NUM_READ = 8; // samples of each
 const MAX_LINES = 3, MAX_CHARS = 100; // what a button shows whole
 
-/** Returns examples {name, input}, long ones last. Only the caller's own adapters show samples. */
-export async function chosenExamples() {
-  const { points } = await read("v1/pool/map", { quietly: true });
+/** Returns examples {name, input} of adapters on the map, long ones last. Only the caller's own adapters show samples. */
+export async function chosenExamples(points) {
   const tried = farApart(points.filter(({ name }) => !name.includes("/")), NUM_TRIED);
   const short = [], long = [];
   while (tried.length && short.length < NUM_EXAMPLES) {

@@ -14,15 +14,13 @@ import * as stats from "./stats.js";
 import * as usage from "./usage.js";
 
 const VIEWS = ["ask", "compare", "adapters", "adapter", "publish", "status"];
-let generation = 0; // the newest generation heard of
+let newest = 0; // the newest generation heard of
 
-/** Reloads what shows an earlier generation than `wanted`. */
+/** Reloads what is in view and shows an earlier generation than `wanted`: each load counts against the key's rate. */
 function follow(wanted) {
-  if (wanted === null) return;
-  map.follow(wanted);
-  pool.follow(wanted);
-  if (wanted > generation) ask.followPool();
-  generation = Math.max(generation, wanted);
+  newest = Math.max(newest, wanted ?? 0);
+  if (!byId("view-ask").hidden) map.follow(newest);
+  if (!byId("view-adapters").hidden) pool.follow(newest);
 }
 
 /** Reloads the pool at any generation. */
@@ -42,8 +40,8 @@ async function offerStrategies() {
 }
 
 /** Follows the server's metrics. Asks for the strategies again if it has listed none yet. */
-function followServer(newest) {
-  follow(newest);
+function followServer(generation) {
+  follow(generation);
   if (byId("strategy").options.length === 1) offerStrategies();
 }
 
@@ -60,6 +58,7 @@ function show() {
   }
   const title = current === "adapter" ? decoded(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
   document.title = `${title} · LoraRetriever`;
+  follow(newest);
   if (current === "adapters") pool.enter(query);
   if (current === "adapter") adapter.open(title);
   if (current === "status") usage.refresh();
@@ -83,7 +82,7 @@ function use(model, prompt) {
 }
 
 plan.start({ onAsk: ask.askAgain });
-map.start({ onChoose: (name) => { location.hash = `adapter/${encodeURIComponent(name)}`; } });
+map.start({ onChoose: (name) => { location.hash = `adapter/${encodeURIComponent(name)}`; }, onPoints: ask.offer });
 ask.start({ onPlan: (prompt, chosen) => map.place(prompt, chosen?.adapters.map((one) => one.name) ?? [], follow) });
 compare.start();
 offerStrategies();
@@ -94,7 +93,7 @@ usage.start();
 stats.start({ onGeneration: followServer });
 key.start(() => {
   for (const part of [adapter, map, pool, stats, usage]) part.forget(); // what another key may not see
-  generation = 0; // each tenant has its own
+  newest = 0; // each tenant has its own
   offerStrategies();
   showAll();
   stats.refresh();

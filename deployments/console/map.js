@@ -34,8 +34,11 @@ let numPlacings = 0; // of the prompt
 let last = null; // the last search: its text, and a promise that it is done
 let hasFailed = false; // it, or a part of it, so that the note says why
 let onChoose = () => {};
+let onPoints = () => {};
 
+/** Connects the map. `onChoose(name)` opens an adapter; `onPoints(points)` gets the adapters whenever they are read. */
 export function start(callbacks) {
+  onPoints = callbacks.onPoints;
   onChoose = (name) => { if (document.fullscreenElement) document.exitFullscreen(); callbacks.onChoose(name); };
   const map = byId("map");
   viewport.start(map, look);
@@ -67,6 +70,7 @@ export async function load(generation) {
     drawn = answer;
     shown = Math.max(generation, answer.generation);
     note("");
+    onPoints(drawn.points);
     last = null; // of another generation, or of another key
     search();
     await placePrompt();

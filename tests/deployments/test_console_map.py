@@ -12,7 +12,7 @@ from retriever_svc import NoAdapterMatched
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.console_fakes import LaidOutRetriever, MappedRetriever
-from tests.deployments.looking import ask, look, report_generation
+from tests.deployments.looking import ask, go, look, report_generation
 
 pytestmark = pytest.mark.browser
 WIDE: dict[str, Any] = {"viewport": {"width": 1400, "height": 1000}}
@@ -162,8 +162,9 @@ async def test_a_change_is_shown_once_the_server_answers_whatever_failed_before(
         )
         retriever.held = [*retriever.held, adapter("novelist")]
         generations.append(8)
-        for rows in ("#map-list li", "#pool-rows tr"):
-            await expect(page.locator(rows)).to_have_count(3)
+        await expect(page.locator("#map-list li")).to_have_count(3)
+        await go(page, "Adapters")
+        await expect(page.locator("#pool-rows tr")).to_have_count(3)
         assert len(failed) == 2
         await expect(page.locator("#map-note")).to_have_text("no place")  # that of the prompt, and only that
         await expect(page.locator("#map .prompt")).to_have_count(0)

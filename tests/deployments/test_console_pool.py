@@ -386,6 +386,26 @@ async def test_folders_are_previewed_and_the_ticked_ones_published(
         await expect(page.get_by_label("Prompt", exact=True)).to_have_value("Write a verse.")
 
 
+async def test_a_publish_loads_only_what_is_in_view_and_the_rest_once_it_is(browsing: Browsing, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder_of(tmp_path / "all", name)
+    loads: list[str] = []
+    async with look(browsing) as (page, _):
+        await expect(page.locator("#examples button")).to_have_count(2)
+        await drop_folder(page, tmp_path / "all")
+        await expect(page.locator("#publish-button")).to_have_text("Publish 2 adapters")
+        page.on("request", lambda request: loads.append(request.url) if request.method == "GET" else None)
+        await page.locator("#publish-button").click()
+        await expect(page.locator("#previews .good")).to_have_count(2)
+        await wait_frames(page, 20)
+        assert not [url for url in loads if "/pool/map" in url or "/loras?" in url or "?samples=" in url]
+        async with page.expect_request("**/v1/loras?*min_generation=9"):
+            await go(page, "Adapters")
+        async with page.expect_request("**/v1/loras/*?samples=8"):
+            await go(page, "Ask")
+        assert len([url for url in loads if "/v1/pool/map" in url]) == 1
+
+
 async def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_upload(
     browsing: Browsing, tmp_path: Path
 ) -> None:
