@@ -28,7 +28,7 @@ let found = new Set(); // those of them that are on the map, best first
 let near = []; // the adapters in view
 let current = null; // the name under the pointer or the arrow keys
 let shown = 0; // the generation that is drawn
-let loading = 0; // the one that is being read
+let loading = null; // the one that is being read
 let numLoads = 0;
 let numPlacings = 0; // of the prompt
 let last = null; // the last search: its text, and a promise that it is done
@@ -55,9 +55,9 @@ export function start(callbacks) {
   byId("map-form").addEventListener("submit", (event) => { event.preventDefault(); goToFound(); });
 }
 
-/** Draws the pool again if an earlier generation than `wanted` is drawn. */
+/** Draws the pool again if an earlier generation than `wanted` is drawn. A load that goes on ends first. */
 export function follow(wanted) {
-  if (wanted > Math.max(shown, loading)) load(wanted);
+  if (loading === null && wanted > shown) load(wanted);
 }
 
 /** Draws the pool at `generation` or later. */
@@ -77,14 +77,15 @@ export async function load(generation) {
   } catch (error) {
     if (number === numLoads) say("map-note", reasonOf(error));
   } finally {
-    if (number === numLoads) loading = 0;
+    if (number === numLoads) loading = null;
   }
 }
 
 /** Forgets the adapters, but not the last prompt. */
 export function forget() {
   drawn = NOTHING;
-  shown = loading = 0;
+  shown = 0;
+  loading = null;
   numLoads += 1;
   numPlacings += 1;
   hits = NO_HITS;

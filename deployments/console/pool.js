@@ -11,7 +11,7 @@ const seen = { "pool-tags": new Set(), "pool-owners": new Set(), "pool-bases": n
 let before = []; // the last id of each previous page
 let lastId = null; // of the current page
 let shown = 0; // the generation of the rows
-let loading = 0; // the one that is being read
+let loading = null; // the one that is being read
 let numLoads = 0;
 
 export function start() {
@@ -51,15 +51,16 @@ export function enter(address) {
 export function forget() {
   for (const values of Object.values(seen)) values.clear();
   before = [];
-  shown = loading = 0;
+  shown = 0;
+  loading = null;
   numLoads += 1;
   show({ data: [], total: 0, last_id: null, has_more: false });
   say("pool-count", "");
 }
 
-/** Shows the page again if its rows are of an earlier generation than `wanted`. */
+/** Shows the page again if its rows are of an earlier generation than `wanted`. A load that goes on ends first. */
 export function follow(wanted) {
-  if (wanted > Math.max(shown, loading)) load(wanted);
+  if (loading === null && wanted > shown) load(wanted);
 }
 
 /** Shows the page at generation `wanted` or later. */
@@ -79,7 +80,7 @@ export async function load(wanted = 0) {
   } catch (error) {
     if (number === numLoads) sayOrHide("pool-error", reasonOf(error));
   } finally {
-    if (number === numLoads) loading = 0;
+    if (number === numLoads) loading = null;
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -169,6 +170,35 @@ async def test_a_change_is_shown_once_the_server_answers_whatever_failed_before(
         await expect(page.locator("#map-note")).to_have_text("no place")  # that of the prompt, and only that
         await expect(page.locator("#map .prompt")).to_have_count(0)
         await expect(page.locator("#pool-error")).to_be_hidden()
+        await page.unroute_all(behavior="wait")
+
+
+@pytest.mark.parametrize(
+    ("view", "path", "rows"), [("Ask", "pool/map", "#map-list li"), ("Adapters", "loras", "#pool-rows tr")]
+)
+async def test_a_pool_that_changes_faster_than_it_loads_is_shown(
+    browsing: Browsing, view: str, path: str, rows: str
+) -> None:
+    retriever, generations, goes_on = MappedRetriever(), itertools.count(8), asyncio.Event()
+    waiting: list[Route] = []
+
+    async def hold(route: Route) -> None:
+        waiting.append(route)
+        await goes_on.wait()
+        await route.continue_()
+
+    async with look(browsing, retriever=retriever) as (page, _):
+        await go(page, view)
+        await expect(page.locator(rows)).to_have_count(2)
+        retriever.held = [*retriever.held, adapter("novelist")]
+        await page.route(f"**/v1/{path}?*", hold)
+        await page.route("**/v1/stats", lambda route: report_generation(route, next(generations)))
+        for _ in range(3):
+            async with page.expect_response("**/v1/stats"):
+                pass
+        assert len(waiting) == 1
+        goes_on.set()
+        await expect(page.locator(rows)).to_have_count(3)
         await page.unroute_all(behavior="wait")
 
 
