@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from lora_store.error_kinds import RETRY_LATER, FieldError, Kind, ReportedError
 
@@ -36,6 +37,19 @@ class PromptTooLong(GpuWorkerError, FieldError):
     kind = Kind.INVALID
     code = "context_length_exceeded"
     remedy = "Shorten the prompt or lower `max_tokens`."
+
+    @classmethod
+    def of(cls, length: str, max_len: int, max_tokens: int | None = None) -> Self:
+        """Return the error for a prompt of this length, such as "9 tokens".
+
+        LiteLLM and agents recognise it by these words, which are OpenAI's and Anthropic's, and not by the code.
+        `max_tokens`: the new tokens that it has no room for, if it has room for fewer.
+        """
+        wanted, lower = ("", "") if max_tokens is None else (f" for max_tokens {max_tokens}", " or lower max_tokens")
+        return cls(
+            f"the prompt is too long{wanted}: this model's maximum context length is {max_len} tokens, and the prompt"
+            f" has {length}; shorten it{lower}"
+        )
 
 
 class SamplingInvalid(GpuWorkerError, FieldError):

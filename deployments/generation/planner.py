@@ -51,9 +51,7 @@ def _check_limits(
         if not isinstance(question.prompt, TokenIds):
             check_chars(_num_tool_chars(question) + _num_chars(question.prompt), model)
         elif (num_tokens := len(question.prompt.ids)) >= model.max_model_len:
-            raise PromptTooLong(
-                f"a prompt of {num_tokens} tokens does not fit a context of {model.max_model_len} tokens"
-            )
+            raise PromptTooLong.of(f"{num_tokens} tokens", model.max_model_len)
     asked = None if sampling.max_tokens_is_default else sampling.max_tokens
     _check_new_tokens(asked, sampling.min_tokens, model, limit_field)
 
@@ -107,9 +105,8 @@ def prompt_tokens(prompt: Prompt, tools: Tools | None) -> int:
 
 def check_chars(num_chars: int, model: ServedModel) -> None:
     """Refuse a text of this length as a prompt. Raises: PromptTooLong."""
-    context = model.max_model_len
-    if num_chars > context * MAX_CHARS_PER_TOKEN:
-        raise PromptTooLong(f"a prompt of {num_chars} characters does not fit a context of {context} tokens")
+    if num_chars > model.max_model_len * MAX_CHARS_PER_TOKEN:
+        raise PromptTooLong.of(f"{num_chars} characters", model.max_model_len)
 
 
 def check_tokenized(question: Question, field: str, model: ServedModel) -> None:

@@ -216,7 +216,7 @@ class RequestPreprocessor:
         if not tokens:
             raise PromptInvalid("the prompt has no tokens; send a prompt that is not empty")
         if len(tokens) >= self._max_len:  # no room for an answer; the ids are not cached
-            raise PromptTooLong(_too_long(len(tokens), None, self._max_len))
+            raise _too_long(len(tokens), None, self._max_len)
         self._require_embedded(tokens)
         return tokens
 
@@ -229,9 +229,7 @@ class RequestPreprocessor:
             return prompt.ids
         text = prompt if isinstance(prompt, str) else self._rendered(prompt, template, tools)
         if len(text) > self._max_len * MAX_CHARS_PER_TOKEN:
-            raise PromptTooLong(
-                f"a prompt of {len(text)} characters exceeds the context of {self._max_len} tokens; shorten it"
-            )
+            raise PromptTooLong.of(f"{len(text)} characters", self._max_len)
         try:
             text.encode()
         except UnicodeEncodeError as exc:
@@ -270,7 +268,7 @@ class RequestPreprocessor:
         room = self._max_len - num_prompt_tokens
         asked = None if sampling.max_tokens_is_default else sampling.max_tokens
         if room < 1 or (asked is not None and asked > room):
-            raise PromptTooLong(_too_long(num_prompt_tokens, asked, self._max_len))
+            raise _too_long(num_prompt_tokens, asked, self._max_len)
         if asked is not None:
             return asked
         most = min(room, self._max_unasked)
@@ -321,11 +319,8 @@ def _make_vocabulary(base: PromptModel, tool_parser: ToolParser) -> LLTokenizer:
     return make_vocabulary(TokenBytes(tokenizer), base.vocab_size, base.eos_token_ids, special, tokenize)
 
 
-def _too_long(num_prompt_tokens: int, num_new_tokens: int | None, max_len: int) -> str:
-    if num_prompt_tokens == max_len and not num_new_tokens:
-        return f"{max_len} prompt tokens leave no room for an answer in the context of {max_len}; shorten the prompt"
-    new = "" if num_new_tokens is None else f" plus max_tokens {num_new_tokens}"
-    return (
-        f"{num_prompt_tokens} prompt tokens{new} exceed the context of {max_len} tokens; shorten the prompt or lower"
-        " max_tokens"
-    )
+def _too_long(num_prompt_tokens: int, num_new_tokens: int | None, max_len: int) -> PromptTooLong:
+    if num_prompt_tokens < max_len:
+        return PromptTooLong.of(f"{num_prompt_tokens} tokens", max_len, num_new_tokens)
+    left = ", which leave no room for an answer" if num_prompt_tokens == max_len else ""
+    return PromptTooLong.of(f"{num_prompt_tokens} tokens{left}", max_len)

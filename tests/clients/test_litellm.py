@@ -90,6 +90,15 @@ def test_a_refused_key(model: str) -> None:
         asyncio.run(ask())
 
 
+@pytest.mark.parametrize("model", ["openai/auto", "anthropic/auto"])
+def test_a_prompt_that_is_too_long(server_url: str, model: str) -> None:
+    """a prompt that is too long is a `ContextWindowExceededError`"""
+    url = server_url if model.startswith("openai") else server_url.removesuffix("/v1")
+    asked = {"model": model, "api_base": url, "api_key": "none", "max_retries": 0}
+    with pytest.raises(litellm.ContextWindowExceededError):
+        litellm.completion(**asked, messages=[{"role": "user", "content": "x" * 200_000}])
+
+
 def test_other_routes(server_url: str) -> None:
     """`responses`, `text_completion` and `embedding`"""
     asked = options(server_url, "openai")

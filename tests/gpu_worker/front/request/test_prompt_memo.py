@@ -194,6 +194,6 @@ def test_the_rows_of_a_request_have_separate_equal_prompts(tiny_base: Callable[.
     rows[0].tokens.append(1)
     assert rows[1].tokens == rows[2].tokens != rows[0].tokens
     for _ in range(3):
-        with pytest.raises(PromptTooLong, match="exceed the context of 64"):
+        with pytest.raises(PromptTooLong, match="maximum context length is 64"):
             prepare(replace(JOB, prompt="too long " * 30), lambda event: None)
     assert len(counted) == 2
