@@ -2,7 +2,7 @@
 
 import { ApiError, post, read, reasonOf } from "./api.js";
 import { adapterTags, isRouted, messagesOf, newTiming, optionsOf, stream, summary } from "./answers.js";
-import { ago, byId, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
+import { ago, byId, confirmed, element, refill, say, sayOrHide, soon, whole } from "./dom.js";
 import { chosenExamples } from "./examples.js";
 import * as history from "./history.js";
 import { showPlan } from "./plan.js";
@@ -105,7 +105,7 @@ async function showExamples() {
   offered = points;
   try {
     const examples = await chosenExamples(offered);
-    byId("examples").replaceChildren(...examples.map(({ name, input }) => example(name, input)));
+    refill(byId("examples"), examples.map(({ name, input }) => example(name, input)));
     sayOrHide("examples-note", examples.length ? "" : "The pool has no short samples of yours yet. Publish an adapter, or ask the base model.");
   } catch (error) {
     const reason = reasonOf(error);

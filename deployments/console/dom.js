@@ -20,6 +20,16 @@ function filled(node, attributes, children) {
   return node;
 }
 
+/** Replaces the links and buttons of a list. The keyboard stays on the one with the same text, else on the one in its place. */
+export function refill(list, children) {
+  const all = () => [...list.querySelectorAll("a, button")];
+  const held = document.activeElement, at = all().indexOf(held);
+  list.replaceChildren(...children);
+  if (at < 0) return;
+  const now = all();
+  (now.find(({ textContent }) => textContent === held.textContent) ?? now[Math.min(at, now.length - 1)])?.focus({ preventScroll: true });
+}
+
 export function say(id, text) {
   const node = byId(id);
   if (node.textContent !== text) node.textContent = text; // screen readers read changes only

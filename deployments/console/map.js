@@ -1,7 +1,7 @@
 // Draws the adapters as points in named clusters, with the last prompt among them. Near ones have similar samples.
 
 import { post, read, reasonOf } from "./api.js";
-import { byId, element, say, shape, soon, whole } from "./dom.js";
+import { byId, element, refill, say, shape, soon, whole } from "./dom.js";
 import { Labels } from "./labels.js";
 import { adapterLink } from "./plan.js";
 import * as viewport from "./viewport.js";
@@ -226,7 +226,7 @@ function list() {
   const adapters = () => rows.slice(0, MAX_LISTED).map(({ name, samples }) => element("li", {}, adapterLink(name), samples?.length ? element("small", {}, ` ${samples[0].input}`) : null));
   const numMore = (searched ? hits.total + hits.alike.length : rows.length) - MAX_LISTED;
   const rest = hasClusters || numMore <= 0 ? [] : [element("li", { class: "muted" }, `and ${whole(numMore)} more: ${searched ? "search for more words" : "zoom in, or search"}`)];
-  byId("map-list").replaceChildren(...(hasClusters ? clusters() : adapters()), ...rest);
+  refill(byId("map-list"), [...(hasClusters ? clusters() : adapters()), ...rest]);
 }
 
 /** Shows the disc of a cluster as large as it fits. */

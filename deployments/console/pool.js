@@ -2,7 +2,7 @@
 
 import { listed } from "./answers.js";
 import { read, reasonOf } from "./api.js";
-import { ago, byId, bytes, element, say, sayOrHide, soon, whole } from "./dom.js";
+import { ago, byId, bytes, element, refill, say, sayOrHide, soon, whole } from "./dom.js";
 import { adapterLink, trialLabel, trialText } from "./plan.js";
 
 const PAGE = 15;
@@ -96,7 +96,7 @@ function suggest(adapters) {
 
 function show({ data, total, last_id, has_more }) {
   suggest(data);
-  byId("pool-rows").replaceChildren(...data.map(row));
+  refill(byId("pool-rows"), data.map(row));
   lastId = last_id;
   const first = before.length * PAGE;
   say("pool-count", total ? `${whole(first + 1)}–${whole(first + data.length)} of ${whole(total)}` : `no adapters found${byId("search").value ? "; under Ask, Find on the map also searches samples" : ""}`);

@@ -12,7 +12,7 @@ from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.looking import folder_of, last_turn, look
+from tests.deployments.looking import folder_of, go, last_turn, look, report_generation
 
 pytestmark = pytest.mark.browser
 MAX_TABS = 120
@@ -116,6 +116,33 @@ async def test_every_task_is_done_with_the_keyboard_alone(browsing: Browsing, tm
         await expect(page.locator("#view-adapters")).to_be_visible()
         assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
         assert [names for _, names, *_ in served.store.called("withdraw")] == [["poet"]]
+
+
+@pytest.mark.parametrize(
+    ("view", "controls", "loaded"),
+    [
+        ("Adapters", "#pool-rows a", "**/v1/loras?*min_generation=9"),
+        ("Ask", "#map-list a", "**/v1/pool/map?min_generation=9"),
+        ("Ask", "#examples button", "**/v1/loras/*?samples=8"),
+    ],
+)
+async def test_the_focus_stays_where_it_is_when_the_pool_changes(
+    browsing: Browsing, view: str, controls: str, loaded: str
+) -> None:
+    retriever = MappedRetriever([adapter("coder"), adapter("poet")])
+    async with look(browsing, retriever=retriever) as (page, _):
+        await go(page, view)
+        control = page.locator(controls)
+        await expect(control).to_have_count(2)
+        await page.locator("#map-count").evaluate("count => { count.parentElement.open = true; }")
+        await control.last.focus()
+        held = await control.last.inner_text()
+        retriever.held = [adapter("bard"), *retriever.held]
+        async with page.expect_response(loaded):
+            await page.route("**/v1/stats", lambda route: report_generation(route, 9))
+        await expect(control).to_have_count(3)
+        await expect(page.locator(f"{controls}:focus")).to_have_text(held, use_inner_text=True)
+        await page.unroute_all(behavior="wait")
 
 
 async def test_the_focus_stays_near_a_button_that_disappears(browsing: Browsing) -> None:
