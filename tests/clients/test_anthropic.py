@@ -94,5 +94,6 @@ def test_models(client: Any, model_name: str) -> None:
     """the list of models, page by page; a model name and its policy"""
     listed = [model.id for model in client.models.list()]
     assert model_name in listed and [model.id for model in client.models.list(limit=2)] == listed
+    assert [model.id for model in client.beta.models.list()] == listed
     answer = client.messages.create(**OPTIONS | {"model": model_name}, messages=ASKED)
     assert [row["name"] for row in answer.lora["adapters"]] == ["coder"]

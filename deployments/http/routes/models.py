@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
 from deployments.api.adapters import Tag
-from deployments.api.base import ApiRequest, problem
+from deployments.api.base import Passing, TolerantRequest, ignored_fields, problem, refuse_ignored
 from deployments.api.pool_responses import ModelCard, model_list
 from deployments.auth.authenticator import Caller
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
 from deployments.http.bodies import AnsweringRoute
-from deployments.http.dependencies import AnyCaller, AnyServices
+from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices
 from deployments.http.openapi import MODEL_ANSWERS, MODELS_ANSWERS
 from deployments.http.routes.adapters import MAX_PAGE
 from gpu_worker.front.request.request import SAMPLING_DEFAULTS
@@ -29,8 +29,10 @@ router = APIRouter(route_class=AnsweringRoute)
 _OWNER = "loraretriever"
 
 
-class ModelQuery(ApiRequest):
+class ModelQuery(TolerantRequest):
     """The query of one page of the list: names in order, `auto` and the base models first."""
+
+    not_served: ClassVar[Passing] = {"before_id": ()}
 
     limit: int = Field(default=MAX_PAGE, ge=1, le=MAX_PAGE)
     after: str = Field(default="", max_length=256, description="the last id of the page before")
@@ -53,11 +55,16 @@ class ModelQuery(ApiRequest):
 
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
-async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> JSONResponse:
+async def models(
+    query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller, context: AnyContext
+) -> JSONResponse:
     """List `auto`, the base models, model names, then every adapter the caller may name.
 
     If `has_more`, go on `after` `last_id`.
     """
+    if services.config.strict_fields:
+        refuse_ignored(query)
+    context.ignored = ignored_fields(query)
     if query.is_counted:
         services.authenticator.count_request(caller)
     cards = _Cards(services.config.served_models, services.completions.sampling_defaults, caller)

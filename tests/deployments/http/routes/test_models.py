@@ -105,7 +105,6 @@ def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Pat
         ("limit=0", "limit"),
         ("limit=1001", "limit"),
         ("limit=x", "limit"),
-        ("page=2", "page"),
         ("before_id=poet", "before_id"),
         ("after=a&after_id=b", "after_id"),
     ],
@@ -113,6 +112,14 @@ def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Pat
 def test_a_malformed_query_is_refused_by_its_field(query: str, param: str) -> None:
     response = get(f"/v1/models?{query}")
     assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+def test_unknown_parameters_are_ignored_and_listed_or_refused_in_strict_mode() -> None:
+    answer = get("/v1/models?client_version=1&beta=true&limit=2")
+    assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, "client_version, beta")
+    assert len(answer.json()["data"]) == 2
+    strict = get("/v1/models?beta=true", strict_fields=True)
+    assert (strict.status_code, error_of(strict)["param"]) == (400, "beta")
 
 
 def test_the_card_of_auto_lists_the_registered_strategies_and_weightings() -> None:
