@@ -15,6 +15,7 @@ from deployments.observability.request_context import RequestContext, RowTimes
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_TRIED_VERSIONS = 64  # with labels of their own, whose series stay until the replica ends
 
 
 class RequestMetrics:
@@ -24,6 +25,7 @@ class RequestMetrics:
         """`max_tenants`: how many tenants have labels of their own; the first ones that send a request."""
         self._max_tenants = max_tenants
         self._named_tenants: set[str] = set()
+        self._tried_versions: set[str] = set()
         self._tenants = factory.Counter(
             "loraretriever_tenant_usage_total",
             "Requests and tokens (prompt, cached, new) by tenant, with the setting `tenant_metrics`",
@@ -100,6 +102,9 @@ class RequestMetrics:
 
     def record_version(self, digest: str, role: str, status: str, seconds: float | None) -> None:
         """Record that a version answered a request to a name under trial; without `seconds` it did not run."""
+        if len(self._tried_versions) < MAX_TRIED_VERSIONS:
+            self._tried_versions.add(digest)
+        digest = digest if digest in self._tried_versions else OTHER
         self._versions.inc(1, {"digest": digest, "role": role, "status": status})
         if seconds is not None:
             self._versions_s.observe(seconds, {"digest": digest, "role": role})

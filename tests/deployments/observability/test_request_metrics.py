@@ -13,6 +13,8 @@ import pytest
 
 from deployments.api.error_table import HTTP_ERROR, reported_errors
 from deployments.errors import RequestInvalid
+from deployments.observability.metrics import OTHER
+from deployments.observability.request_metrics import RequestMetrics
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
 from tests.deployments.app_fakes import POOL, FakeRetriever, FakeWorker, Served, serve_plainly
@@ -124,6 +126,16 @@ async def test_labels_are_bounded_for_any_request(caplog: pytest.LogCaptureFixtu
     assert {code for (code,) in kinds["errors_total"].counts} <= {error.code for error in reported_errors()} | {
         HTTP_ERROR
     }
+
+
+def test_only_the_first_versions_under_trial_have_labels_of_their_own() -> None:
+    kinds = FakeMetrics()
+    metrics = RequestMetrics(kinds)
+    for number in [*range(1000), 0]:
+        metrics.record_version(f"{number:012x}", "trial", "200", 1.0)
+    counts = kinds["trial_requests_total"].counts
+    assert (len(counts), counts["0" * 12, "trial", "200"], counts[OTHER, "trial", "200"]) == (65, 2, 936)
+    assert len(kinds["trial_request_seconds"].seen) == 65
 
 
 async def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
