@@ -15,6 +15,7 @@ let running = null; // the AbortController of the streaming answer
 let explained = null; // the turn whose plan is shown
 let points = null; // the adapters on the map
 let offered = null; // those that the examples were chosen from
+let numSuggested = 0;
 let onPlan = () => {};
 
 function newChat() {
@@ -87,9 +88,10 @@ function updateOptions() {
 }
 
 async function suggest() {
-  const typed = byId("model").value.trim();
+  const number = ++numSuggested, typed = byId("model").value.trim();
   try {
     const { data } = await read(`v1/models?limit=20&name=${encodeURIComponent(typed === "auto" ? "" : typed)}`, { quietly: true });
+    if (number !== numSuggested) return; // others are asked for, or another key is used
     for (const { id, root } of data) if (root.startsWith(`${id}@`)) policies.add(id);
     const names = new Set(["auto", ...byId("base-model").textContent.split(", "), ...data.map(({ id }) => id)].filter(Boolean));
     byId("models").replaceChildren(...[...names].map((name) => element("option", { value: name })));
@@ -102,14 +104,15 @@ async function suggest() {
 /** Offers samples of some adapters as prompts. */
 async function showExamples() {
   if (points === offered) return;
-  offered = points;
+  const mine = (offered = points), isLatest = () => offered === mine;
   try {
-    const examples = await chosenExamples(offered);
+    const examples = await chosenExamples(mine, isLatest);
+    if (!isLatest()) return;
     refill(byId("examples"), examples.map(({ name, input }) => example(name, input)));
     sayOrHide("examples-note", examples.length ? "" : "The pool has no short samples of yours yet. Publish an adapter, or ask the base model.");
   } catch (error) {
     const reason = reasonOf(error);
-    sayOrHide("examples-note", reason && `No examples: ${reason}`);
+    if (isLatest()) sayOrHide("examples-note", reason && `No examples: ${reason}`);
   }
 }
 

@@ -7,11 +7,14 @@ const NUM_TRIED = 18; // adapters
 const NUM_READ = 8; // samples of each
 const MAX_LINES = 3, MAX_CHARS = 100; // what a button shows whole
 
-/** Returns examples {name, input} of adapters on the map, long ones last. Only the caller's own adapters show samples. */
-export async function chosenExamples(points) {
+/**
+ * Returns examples {name, input} of adapters on the map, long ones last. Only the caller's own adapters show samples.
+ * Asks for no more once `isWanted()` is false.
+ */
+export async function chosenExamples(points, isWanted) {
   const tried = farApart(points.filter(({ name }) => !name.includes("/")), NUM_TRIED);
   const short = [], long = [];
-  while (tried.length && short.length < NUM_EXAMPLES) {
+  while (isWanted() && tried.length && short.length < NUM_EXAMPLES) {
     const some = tried.splice(0, NUM_EXAMPLES);
     const shown = await Promise.all(some.map(({ name }) => read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_READ}`, { quietly: true })));
     for (const { id, samples } of shown.filter((adapter) => adapter.samples.length)) {

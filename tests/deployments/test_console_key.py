@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, Request, Response, expect
+from playwright.async_api import Page, Request, Response, Route, expect
 
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import entry, write
-from tests.deployments.looking import ask, folder_of, go, last_turn, look, report_generation
+from tests.deployments.looking import ask, folder_of, go, last_turn, look, report_generation, wait_frames
 
 pytestmark = pytest.mark.browser
 
@@ -145,6 +146,34 @@ async def test_another_key_sees_nothing_of_the_one_before(browsing: Browsing, tm
         await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
         for part in ("#pool-rows a", "#map-list a", "#map .spot", "#examples button", "#models option"):
             await expect(page.locator(part)).to_have_count(0)
+
+
+async def test_late_examples_of_the_key_before_are_not_shown(browsing: Browsing, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("first"), entry("second", "globex"))
+    own = [adapter(name, tenant=who, visibility="private") for who, name in (("acme", "ours"), ("globex", "theirs"))]
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        if await route.request.header_value("authorization") == "Bearer first":
+            waits.set()
+            await goes_on.wait()
+        await route.continue_()
+
+    async with look(browsing, keys_file=keys, retriever=MappedRetriever(own)) as (page, _):
+        for path in ("**/v1/loras/*?samples=8", "**/v1/models?*"):
+            await page.route(path, hold)
+        await use(page, "first")
+        await waits.wait()
+        await page.locator("#key-button").click()
+        await use(page, "second")
+        names, models = page.locator("#examples small"), page.locator("#models option[value=ours]")
+        await expect(names).to_have_text(["theirs"])
+        goes_on.set()
+        await page.unroute_all(behavior="wait")
+        await wait_frames(page, 20)
+        await expect(names).to_have_text(["theirs"])
+        await expect(models).to_have_count(0)
+        await expect(page.locator("#examples-note")).to_be_hidden()
 
 
 async def test_an_empty_field_is_no_key(browsing: Browsing) -> None:
