@@ -38,7 +38,7 @@ _LAST_SEND_S = 5.0  # what is not sent stays on the machine, for the next replic
 _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _EXPOSED = [
-    *("x-request-id", "request-id", "retry-after", "x-ignored-fields", "x-ignored-headers"),
+    *("x-request-id", "request-id", "retry-after", "x-should-retry", "x-ignored-fields", "x-ignored-headers"),
     *(f"x-ratelimit-{name}-{kind}" for name in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
     *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason", "x-lora-why"),
     "x-lora-policy",

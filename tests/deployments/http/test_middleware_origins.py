@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.deployments.all_routes import example_path, mounted
 from tests.deployments.app_fakes import config_of, http_of, serve_plainly
 from tests.deployments.asking import asked, error_of, request
 from tests.deployments.key_files import bearer, entry, write
+from tests.docs.pages import ROOT
 
 OWN = [
     "localhost",
@@ -161,7 +163,10 @@ def test_a_listed_page_may_ask_and_read_the_answer() -> None:
     response = status("localhost", PAGE, cors_origins=(PAGE,))
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == PAGE
-    assert "x-ignored-fields" in response.headers["access-control-expose-headers"]
+    readable = set(response.headers["access-control-expose-headers"].split(", "))
+    page = (ROOT / "docs" / "reference" / "http-api.md").read_text(encoding="utf-8")
+    named = set(re.findall("`(x-[a-z-]+[a-z])(?:: false)?`", page.partition("## What an answer adds")[2]))
+    assert len(named) >= 8 and named | {"retry-after", "x-ignored-fields"} <= readable
 
 
 @pytest.mark.parametrize("origins", [(), ("https://other.example",)])
