@@ -178,7 +178,9 @@ class Admission:
         check_origin(headers, self._config)  # before a key is read
         context, path = find_context(scope), find_path(scope)
         if path.startswith(_GUARDED):
-            header = "authorization" if "authorization" in headers else "x-api-key"  # the latter of Anthropic's clients
+            # Anthropic's clients send `x-api-key`. A proxy's own `Authorization: Basic` may stand beside it.
+            is_bearer = headers.get("authorization", "").lower().startswith("bearer ")
+            header = "x-api-key" if "x-api-key" in headers and not is_bearer else "authorization"
             sent = headers.get(header)
             if sent is not None and not self._config.has_keys:
                 context.ignored_header = header

@@ -87,6 +87,22 @@ def test_a_valid_key_is_accepted_from_any_address(keys: Path, scheme: str) -> No
     assert response.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("authorization", "key", "status"),
+    [
+        ("Basic dXNlcjpwdw==", "infer", 200),
+        ("Basic dXNlcjpwdw==", "wrong", 401),
+        ("Bearer infer", "wrong", 200),
+        ("bearer wrong", "infer", 401),
+    ],
+)
+def test_a_key_beside_another_kind_of_authorization_is_read(
+    keys: Path, authorization: str, key: str, status: int
+) -> None:
+    headers = {"Authorization": authorization, "x-api-key": key}
+    assert get("/v1/models", keys_file=keys, headers=headers).status_code == status
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
 def test_routes_without_pool_data_need_no_key(keys: Path, path: str) -> None:
     assert get(path, keys_file=keys).status_code == 200
