@@ -1,12 +1,22 @@
 // Calls the server with the user's API key. URLs are relative, because the page may be served below any prefix.
 
 const KEY = "loraretriever-key";
+let typed = ""; // for a browser that keeps no data of this site
 
-export const currentKey = () => sessionStorage.getItem(KEY) ?? "";
+export const currentKey = () => inTab((tab) => tab.getItem(KEY)) ?? typed;
 
 export function setKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  typed = key;
+  inTab((tab) => (key ? tab.setItem(KEY, key) : tab.removeItem(KEY)));
+}
+
+/** Returns what `use` does with the storage of the tab, or null in a browser that keeps no data of this site. */
+export function inTab(use) {
+  try {
+    return use(sessionStorage);
+  } catch {
+    return null;
+  }
 }
 
 /** An unsuccessful response, with the message of the server. */

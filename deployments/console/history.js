@@ -1,5 +1,7 @@
 // Conversations of this browser. API keys are kept elsewhere, for the tab only: see api.js.
 
+import { inTab } from "./api.js";
+
 const HISTORY = "loraretriever-history";
 const CURRENT = "loraretriever-conversation"; // of this tab
 const MAX_KEPT = 30;
@@ -31,11 +33,11 @@ export const newId = () => `${Date.now().toString(36)}-${Math.random().toString(
 export const has = (id) => conversations().some((chat) => chat.id === id);
 
 /** Returns the conversation that this tab showed last, if it is kept. */
-export const last = () => conversations().find((chat) => chat.id === sessionStorage.getItem(CURRENT));
-export const enter = (id) => sessionStorage.setItem(CURRENT, id);
-export const leave = () => sessionStorage.removeItem(CURRENT);
+export const last = () => conversations().find((chat) => chat.id === inTab((tab) => tab.getItem(CURRENT)));
+export const enter = (id) => inTab((tab) => tab.setItem(CURRENT, id));
+export const leave = () => inTab((tab) => tab.removeItem(CURRENT));
 export const remove = (id) => stored(conversations().filter((chat) => chat.id !== id));
-export const clear = () => localStorage.removeItem(HISTORY);
+export const clear = () => stored([]);
 
 function stored(chats) {
   try {

@@ -176,6 +176,22 @@ async def test_late_examples_of_the_key_before_are_not_shown(browsing: Browsing,
         await expect(page.locator("#examples-note")).to_be_hidden()
 
 
+async def test_a_browser_that_keeps_no_data_of_sites_has_the_whole_console(browsing: Browsing) -> None:
+    throws = "get() { throw new DOMException('blocked', 'SecurityError'); }"
+    async with look(browsing, api_key=KEY) as (page, _):
+        for storage in ("sessionStorage", "localStorage"):
+            await page.add_init_script(f"Object.defineProperty(window, '{storage}', {{ {throws} }})")
+        await page.reload()
+        await use(page, KEY)
+        await expect(page.locator("#key-button")).to_have_text("API key ✓")
+        await go(page, "Adapters")
+        await expect(page.locator("#pool-rows tr")).to_have_count(2)
+        await go(page, "Ask")
+        await ask(page)
+        await expect(last_turn(page, ".text")).to_have_text("Hello")
+        await expect(page.locator("#ask-status")).to_have_text("this browser has no room to keep the conversation")
+
+
 async def test_an_empty_field_is_no_key(browsing: Browsing) -> None:
     async with look(browsing, api_key=KEY) as (page, _):
         await use(page, KEY)
