@@ -28,7 +28,18 @@ from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.tracing import open_span
 from deployments.retriever_factory import live_pool, retriever_over
 from gpu_worker.front.fair_threads import FairThreads
-from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
+from lora_store import (
+    AdapterRecord,
+    Embedding,
+    Feedback,
+    LoraStore,
+    LoraStoreError,
+    NamedPolicy,
+    Plan,
+    Ranking,
+    Sample,
+    Strategy,
+)
 from lora_store.lru_cache import LruCache
 from retriever_svc import (
     AskedPrompt,
@@ -66,6 +77,7 @@ Step = TypeVar("Step")
 T = TypeVar("T")
 P = ParamSpec("P")
 _NEIGHBOURS = 3
+_NO_VECTOR = np.empty(0, np.float32)
 _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
 _READ_EVERY_S = 0.5
@@ -227,10 +239,10 @@ class RetrieverDeployment:
         return await _on(self._lookups, self._retriever.names, tenant, after, limit, is_short=is_short)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
-        """Return a page of the adapters that the tenant may use, without embeddings. Raises: EngineFull, StaleIndex."""
+        """Return a page of the adapters that the tenant may use, without vectors. Raises: EngineFull, StaleIndex."""
         await self._reach_for(tenant, min_generation)
         page = await asyncio.wrap_future(self._lists.submit(tenant, partial(self._retriever.page, tenant, request)))
-        return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
+        return replace(page, rows=tuple((name, self._as_seen_by(tenant, record)) for name, record in page.rows))
 
     async def map(self, tenant: str, min_generation: int = 0) -> bytes:
         """Return the adapters that `auto` may choose for the tenant, on a plane, as the body of the HTTP answer.
@@ -281,7 +293,20 @@ class RetrieverDeployment:
     async def _record(self, tenant: str, name: str, min_generation: int) -> tuple[int, list[AdapterRecord]]:
         await self._reach_for(tenant, min_generation)
         generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
-        return generation, [_as_seen_by(tenant, record) for record in versions]
+        return generation, [self._as_seen_by(tenant, record) for record in versions]
+
+    def _as_seen_by(self, tenant: str, record: AdapterRecord) -> AdapterRecord:
+        """Return the record without vectors; another tenant's also without its source, author and trial.
+
+        It has an embedding only if the encoder in service made it, so that `auto` finds the adapter.
+        """
+        embedding = record.embedding
+        if embedding is not None:
+            is_found = embedding.encoder == self._pools.current.encoder.identity
+            embedding = Embedding(embedding.encoder, _NO_VECTOR, _NO_VECTOR) if is_found else None
+        if record.ref.tenant == tenant:
+            return replace(record, embedding=embedding)
+        return replace(record, embedding=embedding, source=record.ref.name, actor="", trial=None)
 
     async def evaluation(self, tenant: str, name: str) -> Ranking | None:
         """Return what the tenant's last evaluation measured on this adapter's examples. Raises: AdapterNotFound."""
@@ -476,13 +501,6 @@ def _require_encoder(pool: Pool, model: str) -> None:
     name = encoder.rstrip("/").rpartition("/")[2]
     if model not in (encoder, name):
         raise ModelNotFound(model, name)
-
-
-def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:
-    """Return the record without its embedding; another tenant's also without its source, author and trial."""
-    if record.ref.tenant == tenant:
-        return replace(record, embedding=None)
-    return replace(record, embedding=None, source=record.ref.name, actor="", trial=None)
 
 
 async def _beside_the_loop(steps: Iterator[Step]) -> AsyncGenerator[Step]:

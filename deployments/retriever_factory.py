@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: IndexSettings | None = None) -> LivePool:
     """Return the pool of the snapshots, embedded by the active encoder, without adapters of other base models.
 
-    Raises: EncoderUnusable, ProjectionUnusable.
+    Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
     """
     settings = config.retrieval
     pools = LivePool(

@@ -256,7 +256,7 @@ def _find_encoder(snapshot: Snapshot) -> str | None:
     """Return the identity of the encoder that a server of this pool uses, None if the pool does not decide."""
     if snapshot.encoder is not None:
         return snapshot.encoder.identity
-    return next((record.encoder for record in snapshot.records.values() if record.encoder is not None), None)
+    return snapshot.embedded_by()
 
 
 def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[list[Move], dict[str, list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -153,6 +154,11 @@ class Snapshot:
         """Return whether the encoder has embedded the record, active or not."""
         pending = self.pending.get(record.ref)
         return record.encoder == identity or (pending is not None and pending.encoder == identity)
+
+    def embedded_by(self) -> str | None:
+        """Return the identity of the encoder that embedded most live adapters, None if none is embedded."""
+        counts = Counter(record.encoder for record in self.records.values() if record.encoder is not None)
+        return max(counts, key=lambda encoder: (counts[encoder], encoder), default=None)
 
     def encoders(self) -> frozenset[str]:
         """Return the identities of the active encoder and of every encoder with an embedding in this state."""

@@ -78,8 +78,9 @@ class DoctorReport:
     `never_chosen`: adapters in the top_k of no sample of the pool. `unreadable`: adapters whose samples could not be
     read. `rankings`: the results of the tenant's last evaluation. `refit`: what a projection fitted to these samples
     would change. `unserved`: adapters that were made for another base model, by its name. `by_name_only`: the tenant's
-    adapters without samples. `asked`: who answers the prompts that the caller gave. Samples contribute to their
-    adapter's embedding, so the shares are higher than for unseen prompts.
+    adapters without samples. `unembedded`: the listed adapters whose samples the encoder in service has not embedded.
+    `asked`: who answers the prompts that the caller gave. Samples contribute to their adapter's embedding, so the
+    shares are higher than for unseen prompts.
     """
 
     generation: int
@@ -92,6 +93,7 @@ class DoctorReport:
     refit: RefitGain | None = None
     unserved: Mapping[str, tuple[AdapterRef, ...]] = field(default_factory=dict)
     by_name_only: tuple[AdapterRef, ...] = ()
+    unembedded: tuple[AdapterRef, ...] = ()
     asked: AskedReport | None = None
 
     @property
@@ -263,7 +265,13 @@ class _Examination:
             refit=refit,
             unserved=self._unserved(),
             by_name_only=self._by_name_only(),
+            unembedded=self._unembedded(),
         )
+
+    def _unembedded(self) -> tuple[AdapterRef, ...]:
+        """Return the adapters that `auto` could choose for the tenant, if its encoder had embedded their samples."""
+        usable = [r for r in self.pool.snapshot.visible_to(self.tenant) if self.pool.may_find(r, self.tenant)]
+        return tuple(r.ref for r in usable if r.num_samples and r.encoder != self.pool.encoder.identity)
 
     def _by_name_only(self) -> tuple[AdapterRef, ...]:
         """Return the tenant's served adapters that have no samples, without those that no list shows."""

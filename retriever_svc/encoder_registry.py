@@ -43,9 +43,10 @@ class EncoderRegistry:
     def load_encoder(self, active: ActiveEncoder | None, embedded_by: str | None = None) -> Encoder:
         """Return the encoder of a generation; load it if necessary. Use it from one thread.
 
-        `embedded_by`: the identity of the encoder of some embedding in the pool. A pool that was embedded without a
-        projection, or with the packaged one of an earlier version, stays so until a reindex.
-        Raises: EncoderUnusable if it cannot be loaded, or if its model has changed since; ProjectionUnusable.
+        `embedded_by`: the identity of the encoder that embedded the pool. Its projection, or none, stays in service
+        until a reindex, and so does an earlier default encoder.
+        Raises: EncoderUnusable if it cannot be loaded, or if its model has changed since; ProjectionUnusable;
+        StoreUnavailable.
         """
         if active is None:
             self._current = self._current or self._default(embedded_by)
@@ -59,7 +60,7 @@ class EncoderRegistry:
             encoder = self._earlier_default(embedded_by) or encoder
         if embedded_by == encoder.identity:
             return encoder
-        if embedded_by is not None and self._files is not None and self._projection == "auto":
+        if embedded_by is not None and self._files is not None:
             earlier = self._files.embedded_with(embedded_by, encoder.identity)
             if earlier is not None:
                 return encoder.projected(earlier)

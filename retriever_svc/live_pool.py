@@ -68,7 +68,7 @@ class LivePool:
         """Build the first pool. `model` and `projection` are used until the catalogue names others.
 
         `bases`: only the adapters of these base models are served; by default all are.
-        Raises: EncoderUnusable, ProjectionUnusable.
+        Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
         """
         self._encoders = EncoderRegistry(load_encoder, model, projections, projection)
         self._projections = projections
@@ -77,8 +77,17 @@ class LivePool:
         self._lock = threading.Lock()
         self._is_rebuilding = False
         snapshot = snapshots()
-        embedded_by = next((r.encoder for r in snapshot.records.values() if r.encoder is not None), None)
-        self._pool = self._built(snapshot, self._encoders.load_encoder(snapshot.encoder, embedded_by))
+        encoder = self._encoders.load_encoder(snapshot.encoder, snapshot.embedded_by())
+        self._pool = self._built(snapshot, encoder)
+        if num := sum(record.encoder not in (None, encoder.identity) for record in snapshot.records.values()):
+            active = model if snapshot.encoder is None else snapshot.encoder.model
+            logger.warning(
+                "auto does not find %d of %d adapters, embedded by another encoder or projection:"
+                " run `loraretriever pool reindex --encoder %s`",
+                num,
+                len(snapshot.records),
+                active,
+            )
         self._rebuild_where_wanted()
 
     @property

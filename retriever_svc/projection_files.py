@@ -52,10 +52,13 @@ class ProjectionFiles:
         return found
 
     def embedded_with(self, identity: str, encoder: str) -> Whitening | None:
-        """Return the projection with which an earlier version embedded the pool, if it is stored and of `encoder`."""
+        """Return the projection that embedded the pool, if there is one and it is of `encoder`.
+
+        Raises: StoreUnavailable.
+        """
         try:
             return self.find(identity) if split_identity(identity)[0] == encoder else None
-        except (ProjectionUnusable, StoreUnavailable):
+        except ProjectionUnusable:
             return None
 
     def keep(self, projection: Whitening) -> None:

@@ -16,7 +16,9 @@ from retriever_svc.shared_wording import wording_cost
 MAX_NAMED = 10  # adapters in the text of one piece of advice; `adapters` has all of them
 MAX_PAIRS = 20  # of adapters that are not separable; `collisions` has all of them
 Name = Callable[[AdapterRef], str]
-Problem = Literal["no_samples", "few_samples", "unlike_samples", "one_wording", "inseparable", "refit", "unserved"]
+Problem = Literal[
+    "no_samples", "few_samples", "unlike_samples", "one_wording", "inseparable", "refit", "unembedded", "unserved"
+]
 
 
 class Advice(TypedDict):
@@ -93,6 +95,12 @@ def give_advice(report: DoctorReport, name: Name) -> Iterator[Advice]:
     for base_model, refs in report.unserved.items():
         text = f"{unserved_text(base_model, len(refs))}."
         yield {"problem": "unserved", "adapters": list(map(name, refs)), "text": text}
+    yield from _advise(
+        "unembedded",
+        map(name, report.unembedded),
+        "samples that the encoder in service has not embedded, so auto does not find them. Run `loraretriever pool "
+        "reindex`.",
+    )
     if report.refit is not None and report.refit.pays:
         now, then, total = report.refit.num_first, report.refit.num_refitted, report.refit.num_samples
         text = (

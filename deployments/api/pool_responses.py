@@ -335,7 +335,7 @@ def unserved_text(base_model: str, num_adapters: int) -> str:
 
 
 def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
-    """Return one adapter of the pool. `id` is the name that `tenant` uses for it."""
+    """Return one adapter of the pool, as the Retriever answers it. `id` is the name that `tenant` uses for it."""
     return {
         "id": record.ref.name_for(tenant),
         "name": record.ref.name,
@@ -351,7 +351,7 @@ def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
         "num_bytes": record.num_bytes,
         "num_samples": record.num_samples,
         "template": record.template,
-        "found_by_auto": record.num_samples > 0,
+        "found_by_auto": record.embedding is not None,
         "probe_shift": record.probe_shift,
         "source": record.source,
         "created_at": record.created_at.isoformat(),

@@ -150,7 +150,7 @@ class Published:
     generation: int
     ready: int
     behind: int
-    found_by_auto: bool  # False: it has no samples and is reachable by name only
+    found_by_auto: bool  # False: it has no samples, or none that the encoder in service embedded
     probe_shift: float | None
     neighbours: tuple[Candidate, ...]
     expires_at: datetime | None = None  # of an unlisted adapter

@@ -41,6 +41,7 @@ from retriever_svc import (
     AskedPrompt,
     DoctorStep,
     Draws,
+    IndexStats,
     Learnt,
     Page,
     PageRequest,
@@ -279,6 +280,8 @@ class RetrieverCalls(RoutingClient, Protocol):
     async def vectors(self, tenant: str, texts: Sequence[str], model: str) -> list[NDArray[np.float32]]: ...
     @retry(within_s=WAIT_S)
     async def load(self, tenant: str) -> PoolSize: ...
+    @retry(within_s=WAIT_S)
+    async def index_stats(self) -> IndexStats: ...
     @retry(within_s=WAIT_S)
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
     @retry(within_s=WAIT_S)

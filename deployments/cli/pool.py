@@ -52,6 +52,8 @@ def list_adapters(
     table = Table(names, digests, "ranks", "size", "samples", autos, tags, title=f"generation {answer['generation']}")
     for row in rows:
         ranks, auto = ", ".join(map(str, row["ranks"])), "yes" if row["found_by_auto"] else "by name only"
+        if row["num_samples"] and not row["found_by_auto"]:
+            auto = "after a reindex"
         is_foreign = "tenant" in answer and row["tenant"] != answer["tenant"]
         if is_foreign and row["found_by_auto"] and not row["approved"]:
             auto = "not approved"

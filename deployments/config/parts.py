@@ -82,7 +82,8 @@ class RetrievalSettings(Settings):
 
     encoder: str = DEFAULT_ENCODER
     """The model that embeds prompts and samples: the packaged one, a folder, or a model hub id of
-    sentence-transformers. Used for a new pool; afterwards `loraretriever pool reindex` changes the encoder."""
+    sentence-transformers. Used for a new pool; afterwards change it by `loraretriever pool reindex`, since `auto`
+    does not find adapters that another encoder embedded."""
     encoder_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the encoder. Unset: the CPUs that the process may use. Set it where containers share a machine."""
     encoder_dtype: EncoderDtype = "auto"
@@ -99,8 +100,8 @@ class RetrievalSettings(Settings):
     """How scores become weights. With `evidence`, companions of another function get at most a third of the best
     adapter's weight. Change it together with `strategy`."""
     projection: Literal["auto", "none"] = "auto"
-    """The projection after the encoder, until a reindex activates another. `auto` is the packaged one, if there is one
-    for the encoder; `none` compares plain embeddings."""
+    """The projection after the encoder of a new pool; afterwards `loraretriever pool reindex` changes it. `auto` is the
+    packaged one, if there is one for the encoder; `none` compares plain embeddings."""
     abstain: Abstain = "balanced"
     """How readily a prompt goes to the base model. With `lenient`, `balanced` and `strict`, adapters answer up to 6,
     3 and 1 % of everyday prompts; with `never`, every prompt gets adapters. Choose by what your users ask besides

@@ -85,7 +85,7 @@ function factsOf(adapter) {
   const rows = {
     Tags: tags.join(", ") || "none",
     Visibility: visibility,
-    "Found by auto": found_by_auto ? `yes, by ${whole(num_samples)} samples` : "no, by name only",
+    "Found by auto": found_by_auto ? `yes, by ${whole(num_samples)} samples` : num_samples ? "after a reindex: another encoder embedded it" : "no, by name only",
     Rank: ranks.join(", "),
     Size: bytes(num_bytes),
     Modules: target_modules.join(", "),

@@ -108,7 +108,8 @@ function row(adapter, place) {
   const number = (text) => element("td", { class: "number wide" }, text);
   const link = adapterLink(adapter.id, `version ${adapter.digest.slice(0, 12)}`);
   link.tabIndex = place ? -1 : 0;
-  const note = adapter.found_by_auto ? null : element("span", { class: "tag plain", title: "Without samples, auto cannot find it" }, "by name only");
+  const why = adapter.num_samples ? "Another encoder embedded it: auto finds it after a reindex" : "Without samples, auto cannot find it";
+  const note = adapter.found_by_auto ? null : element("span", { class: "tag plain", title: why }, "by name only");
   const trial = adapter.trial && element("span", { class: "tag plain", title: trialText(adapter.trial) }, trialLabel(adapter.trial));
   return element(
     "tr",

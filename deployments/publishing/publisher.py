@@ -74,14 +74,14 @@ class Change:
 
 
 def live_already(
-    staged: Sequence[Staged], older: Mapping[Key, tuple[AdapterRecord, ...]], active: str | None
+    staged: Sequence[Staged], older: Mapping[Key, tuple[AdapterRecord, ...]], active: str
 ) -> dict[AdapterRef, AdapterRecord]:
-    """Return the live versions that need no publish: visibility as requested, and embedded by the active encoder.
+    """Return the live versions that need no publish: visibility as requested, and embedded by the encoder in service.
 
     A version without samples needs no embedding.
     """
     now = [kept[0] for kept in older.values()]
-    live = {record.ref: record for record in now if not record.samples_digest or active in (None, record.encoder)}
+    live = {record.ref: record for record in now if not record.samples_digest or record.encoder == active}
     for item in staged:
         record = live.get(item.ref)
         if record is None:
@@ -158,7 +158,7 @@ class Publisher:
         """
         with held or nullcontext():
             try:
-                active = await self._store.active_encoder()
+                active = await self._find_encoder()
                 staged = await self._stage_all(uploads)
             finally:
                 if sent := [id for upload in uploads for id in upload.sent]:
@@ -173,12 +173,12 @@ class Publisher:
         A trial ends. Then the live version stays without `digest`, and with its own.
         Raises: AdapterNotFound, VersionNotKept; the errors of `publish`.
         """
-        active = await self._store.active_encoder()
+        active = await self._find_encoder()
         kept = await self.kept(key)
         is_tried = kept[0].trial is not None
         wanted = kept[0] if is_tried and digest is None else kept_version(kept, digest)
         if is_tried and wanted.ref == kept[0].ref:
-            return await self._end_trial(kept[0], actor)
+            return await self._end_trial(kept[0], active, actor)
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
         return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
 
@@ -190,7 +190,7 @@ class Publisher:
 
         Raises: AdapterNotFound; VersionConflict if another version is live by now; the errors of `publish`.
         """
-        active = await self._store.active_encoder()
+        active = await self._find_encoder()
         stage = partial(self._store.resample, live, samples)
         return await self._publish_staged(live.base_model, stage, active, Change(actor, charge=charge))
 
@@ -209,7 +209,7 @@ class Publisher:
         Raises: AdapterNotFound; VersionChanged; VersionConflict if another version becomes live meanwhile; the errors
         of `publish`.
         """
-        active = await self._store.active_encoder()
+        active = await self._find_encoder()
         live = (await self.kept(key))[0]
         if digest is not None and digest != live.ref.digest:
             raise VersionChanged(key[1], digest, live.ref.digest)
@@ -331,26 +331,31 @@ class Publisher:
         return staged
 
     async def _publish_staged(
-        self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
+        self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str, change: Change
     ) -> Published:
-        """Publish the version that `stage` makes of stored weights; `active` is the active encoder."""
+        """Publish the version that `stage` makes of stored weights; `active` is the encoder in service."""
         await self._workers.made_for(base_model).module_shapes()  # before anything is staged: a worker must probe it
         [outcome] = await self._make_live([await stage()], active, change)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    async def _end_trial(self, live: AdapterRecord, actor: str) -> Published:
+    async def _find_encoder(self) -> str:
+        """Return the identity of the encoder in service: before the first reindex the Retriever chooses it."""
+        return await self._store.active_encoder() or (await self._retriever.index_stats()).encoder
+
+    async def _end_trial(self, live: AdapterRecord, active: str, actor: str) -> Published:
         settled = await self._settle(partial(self._store.set_trial, live.ref.tenant, live.ref.name, None, actor))
-        ended = replace(live, generation=settled.generation, trial=None)
+        embedding = live.embedding if live.encoder == active else None  # `auto` does not find another one
+        ended = replace(live, generation=settled.generation, trial=None, embedding=embedding)
         result = make_result(ended, settled)
         assert isinstance(result, Published)
         return result
 
     async def _make_live(
-        self, staged: Sequence[Staged | BaseException], active: str | None, change: Change
+        self, staged: Sequence[Staged | BaseException], active: str, change: Change
     ) -> list[Published | Exception]:
-        """Validate and commit; `active` is the active encoder.
+        """Validate and commit; `active` is the encoder in service.
 
         Discard what is not committed. If it is unknown whether the commit took place, leave the leases to expire.
         """

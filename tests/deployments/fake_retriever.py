@@ -32,6 +32,7 @@ from retriever_svc import (
     DoctorStep,
     Drawn,
     Draws,
+    IndexStats,
     Learnt,
     Page,
     PageRequest,
@@ -130,6 +131,10 @@ class FakeRetriever:
 
     async def load(self, tenant: str) -> PoolSize:
         return PoolSize(7, len(self._snapshot.visible_to(tenant)), self.unserved)
+
+    async def index_stats(self) -> IndexStats:
+        num = len(self.held)
+        return IndexStats(7, self.encoder, num, num, num, has_lists=False, num_bytes=0)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         record = resolve_version(self._snapshot, tenant, name)

@@ -50,7 +50,7 @@ async def test_a_replica_is_at_the_newest_generation_before_it_is_ready(here: Se
     async with served(Path(here.uri)) as second:
         page = await second.replica.page("local", ALL)
         assert (page.generation, [name for name, _ in page.rows]) == (1, ["german", "sums"])
-        assert [record.embedding for _, record in page.rows] == [None, None]  # embeddings stay here
+        assert [record.embedding and record.embedding.vector.size for _, record in page.rows] == [0, 0]
         stats = await second.replica.index_stats()
         assert (stats.generation, stats.num_live, stats.num_unlisted, stats.has_lists) == (1, 2, 2, False)
 
@@ -221,7 +221,6 @@ async def test_a_name_has_its_kept_versions(here: Served) -> None:
     generation, versions = await here.replica.record("local", "sums", here.publish(new))
     assert generation == 2
     assert [version.ref for version in versions] == [new.ref, old.ref]
-    assert versions[0].embedding is None
     plan = await here.replica.plan_named("local", [(f"sums@{old.ref.digest[:8]}", 1.0)], "selection")
     assert plan.adapters[0].ref == old.ref
 
@@ -382,6 +381,16 @@ async def test_the_draws_of_a_version_are_measured_on_the_pool(here: Served) -> 
         await here.replica.draws("acme", f"mallory/copy@{'0' * 64}")
     with pytest.raises(StaleIndex):
         await here.replica.draws("acme", "mallory/copy", generation + 1)
+
+
+async def test_a_version_that_another_encoder_embedded_is_not_listed_as_found(here: Served) -> None:
+    german, sums = await here.embedded("german", "sums")
+    assert german.embedding is not None
+    imported = replace(german, embedding=replace(german.embedding, encoder="of-another-pool"))
+    page = await here.replica.page("local", ALL, here.publish(imported, sums))
+    assert [record.embedding is not None for _, record in page.rows] == [False, True]
+    _, [shown, *_] = await here.replica.record("local", "german")
+    assert shown.embedding is None
 
 
 @pytest.mark.parametrize("has_embedding", [True, False])

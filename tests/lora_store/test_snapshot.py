@@ -68,6 +68,13 @@ def test_an_embedding_waits_until_its_encoder_is_active(version: MakeRecord) -> 
     assert after.pending == {}
 
 
+def test_a_pool_is_embedded_by_the_encoder_of_most_adapters(make_record: MakeRecord) -> None:
+    embeddings = [embedding(1.0, encoder=encoder) for encoder in ("old", "enc", "enc")]
+    records = [make_record(f"a{number}", embedding=made) for number, made in enumerate(embeddings)]
+    assert _fold(*map(Publish, records)).embedded_by() == "enc"
+    assert _fold(Publish(make_record("bare", embedding=None))).embedded_by() is None
+
+
 def test_only_live_versions_get_an_embedding(version: MakeRecord) -> None:
     live = _fold(Publish(version(0)), Publish(version(1)), Embed(version(0).ref, embedding(1.0, encoder="new")))
     assert live.pending == {}

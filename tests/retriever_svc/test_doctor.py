@@ -103,7 +103,7 @@ def test_adapters_without_embedding_are_skipped_and_unreadable_ones_are_named() 
     bare, hidden = record_of("bare", None), replace(record_of("hidden", None), expires_at=datetime.now(UTC))
     others = (record_of("theirs", None, tenant="b"), record_of("foreign", EAST, encoder="another", num_samples=2))
     report = report_on(E, N, bare, hidden, *others, source=broken)
-    assert report.by_name_only == (bare.ref,)
+    assert (report.by_name_only, report.unembedded) == ((bare.ref,), (others[1].ref,))
     assert [adapter.ref.name for adapter in report.adapters] == ["e"]
     assert report.unreadable == (N.ref,)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_store.errors import StoreUnavailable
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.snapshot import ActiveEncoder
@@ -128,6 +129,21 @@ def test_a_pool_embedded_without_a_projection_stays_so_until_a_reindex() -> None
     active = ActiveEncoder("model", encoders.prepare("model").identity)
     assert encoders.load_encoder(active).projection is Shipped.packaged
     assert projectable("default").load_encoder(None, embedded_by="older").projection is Shipped.packaged
+
+
+def test_a_pool_stays_with_the_projection_that_embedded_it_until_a_reindex() -> None:
+    class Away(Shipped):
+        def find(self, identity: str) -> Whitening | None:
+            raise StoreUnavailable("endpoint down")
+
+    def load(files: ProjectionFiles, model: str = "default") -> FakeEncoder:
+        encoders = EncoderRegistry(lambda _: Projectable({}, identity=model), "model", files, "none")
+        return encoders.load_encoder(None, embedded_by=Shipped.packaged.identity)
+
+    assert load(Shipped()).identity == Shipped.packaged.identity
+    assert load(Shipped(), "another").identity == "another"
+    with pytest.raises(StoreUnavailable):
+        load(Away())
 
 
 class Later(Shipped):

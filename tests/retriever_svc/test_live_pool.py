@@ -282,6 +282,12 @@ class Models:
         return self.new
 
 
+def test_adapters_that_another_encoder_embedded_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    live_pool(ENCODER, Source(*records_of(1), *records_of(2, "b", encoder="another")), model="mine")
+    assert "auto does not find 2 of 3 adapters" in caplog.text
+    assert "`loraretriever pool reindex --encoder mine`" in caplog.text
+
+
 def test_encoder_and_index_change_at_one_generation() -> None:
     models, source = Models(), Source(*records_of(5))
     models.new = FakeEncoder({}, dim=3, identity="new")

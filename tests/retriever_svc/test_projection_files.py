@@ -103,12 +103,13 @@ def test_a_damaged_file_or_a_store_that_is_down_costs_one_encoding(tmp_path: Pat
         assert len(encoder.batches) == 1
 
 
-def test_a_store_that_is_down_does_not_stop_the_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_is_down_stops_only_a_start_that_needs_its_projection(caplog: pytest.LogCaptureFixture) -> None:
     fitted = fit_whitening(PACKAGED, world())
     files = ProjectionFiles(Down(Location("unused")))
     files.keep(fitted)
     assert "cannot store the packaged projection" in caplog.text
-    assert files.embedded_with(fitted.identity, PACKAGED) is None
+    with pytest.raises(StoreUnavailable):  # a replica without it would find nothing for its lifetime
+        files.embedded_with(fitted.identity, PACKAGED)
 
 
 def test_a_packaged_projection_is_stored_once(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_adapters_without_samples_are_named_with_the_remedy() -> None:
     assert "lora_samples.jsonl" in advised["text"]
 
 
+def test_adapters_that_another_encoder_embedded_are_named_with_the_remedy() -> None:
+    report = DoctorReport(7, 3, (), (), (), (), unembedded=(POET.ref,))
+    [advised] = doctor_object(report, "local")["advice"]
+    assert (advised["problem"], advised["adapters"]) == ("unembedded", ["poet"])
+    assert advised["text"].endswith("so auto does not find them. Run `loraretriever pool reindex`.")
+
+
 def test_a_healthy_pool_gets_no_advice() -> None:
     apart = Collision(POET.ref, CODER.ref, 0.3, 1, 1)
     assert advice(finding("a"), finding("b", num_below=4), collisions=(apart,), refit=RefitGain(100, 90, 1, 1)) == []

@@ -33,9 +33,10 @@ def test_a_base_answer_names_the_base_strategy(abstained: bool) -> None:
     assert shown == {"strategy": "base", "adapters": [], "abstained": abstained}
 
 
-def test_an_adapter_is_shown_without_its_embedding() -> None:
-    shown = lora_object(replace(POET, embedding=None), "local")  # the embedding stays with the Retriever
-    assert (shown["name"], shown["digest"], shown["found_by_auto"]) == ("poet", POET.ref.digest, True)
+@pytest.mark.parametrize("is_found", [True, False])
+def test_an_adapter_is_shown_without_its_embedding(is_found: bool) -> None:
+    shown = lora_object(POET if is_found else replace(POET, embedding=None), "local")
+    assert (shown["name"], shown["digest"], shown["found_by_auto"]) == ("poet", POET.ref.digest, is_found)
     assert "embedding" not in shown
     json.dumps(shown)
 

@@ -267,9 +267,10 @@ def test_live_versions_are_neither_probed_nor_committed_again() -> None:
     assert (publishing.pool.held, publishing.pool.swept) == ([], [])
 
 
-def test_live_versions_embedded_by_an_older_encoder_are_published_again() -> None:
+@pytest.mark.parametrize("active", ["new-encoder", None])  # None: before the first reindex
+def test_live_versions_embedded_by_an_older_encoder_are_published_again(active: str | None) -> None:
     publishing = Publishing(adapter("poet"), adapter("bare", samples=False))
-    publishing.pool.encoder = "new-encoder"
+    publishing.pool.encoder = active
     publishing.retriever = FakeHandle(FakeRetriever(encoder="new-encoder"))
     assert [published.generation for published in live(publishing("poet", "bare"))] == [8, 1]
     [(_, [embedding], *_)] = publishing.store.called("commit")
