@@ -182,8 +182,10 @@ def learn(
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
     check = _Check(pool, tenant, abstain, min_score, samples)
     refused = set() if refused is None else refused
-    applied = [rank.ranking for rank in pool.snapshot.rankings.get(tenant, ()) if rank.ranking.is_outcome]
-    kept = [ranking for ranking in rankings if ranking in applied]
+    ranks = pool.snapshot.rankings.get(tenant, ())
+    applied = {rank.ranking: rank.ranking for rank in ranks if rank.ranking.is_outcome}
+    # A client may send the id of a request again. The checked vector stays, so that many small steps lead nowhere.
+    kept = [applied[new] for new in rankings if new in applied and new.vector @ applied[new].vector > NEAR_COPY]
     gone = [ranking for ranking in applied if ranking not in kept and ranking.encoder == pool.encoder.identity]
     if gone and check.outcomes_effect(kept, gone).refusal is not None:
         kept = []  # a withdrawn one outweighed others
@@ -193,7 +195,8 @@ def learn(
     kept, harmful = _split_harmful(check, kept, new)
     refused |= {known[ranking] for ranking in harmful}
     num_left = len(rankings) - len(kept) - len(refused)
-    return Learnt(tuple(ranking for ranking in rankings if ranking in kept), len(refused), num_left)
+    found = {ranking: ranking for ranking in kept}
+    return Learnt(tuple(found[ranking] for ranking in rankings if ranking in found), len(refused), num_left)
 
 
 def _split_harmful(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -320,6 +321,14 @@ def test_an_outcome_that_another_outweighed_is_checked_when_that_one_is_withdraw
     pool = Pool.of(with_applied(both, POET, CODER), ENCODER, IndexSettings())
     assert learnt(blame, pool=pool) == Learnt((), num_refused=1)
     assert learnt(praise, pool=pool).rankings == both.rankings[1:]
+
+
+def test_an_outcome_of_another_prompt_under_the_same_request_id_is_checked() -> None:
+    first = learnt(replace(outcome("odd", "poet", -1), id="R"))
+    pool = Pool.of(with_applied(first, POET, CODER), ENCODER, IndexSettings())
+    assert learnt(replace(outcome("poem 0", "poet", -1), id="R"), pool=pool) == Learnt((), num_refused=1)
+    again = learnt(replace(outcome("odd", "poet", -1), id="R"), pool=pool)
+    assert again.rankings[0] is first.rankings[0], "the checked vector stays"
 
 
 def test_the_choice_says_what_outcomes_spoke_for() -> None:
