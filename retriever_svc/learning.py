@@ -167,7 +167,8 @@ def learn(
     harm without those that are withdrawn. Check the others beside them. Leave out those that are refused, and for the
     next call those that `_MAX_CHECKS` did not reach.
 
-    `refused`: the outcomes that this tenant's earlier call refused, which are not checked again. It is updated.
+    `refused`: the outcomes that this tenant's earlier call refused, which are not checked again until an applied one is
+    withdrawn. It is updated.
     """
     chosen = list(_bounded(outcomes))
     vectors = _encoded(pool, [outcome.text for outcome in chosen], tenant)
@@ -187,6 +188,8 @@ def learn(
     # A client may send the id of a request again. The checked vector stays, so that many small steps lead nowhere.
     kept = [applied[new] for new in rankings if new in applied and new.vector @ applied[new].vector > NEAR_COPY]
     gone = [ranking for ranking in applied if ranking not in kept and ranking.encoder == pool.encoder.identity]
+    if gone:
+        refused.clear()  # they may apply without those that are withdrawn
     if gone and check.outcomes_effect(kept, gone).refusal is not None:
         kept = []  # a withdrawn one outweighed others
     known = {ranking: (ranking, check.surroundings(ranking)) for ranking in rankings if ranking not in kept}

@@ -323,6 +323,25 @@ def test_an_outcome_that_another_outweighed_is_checked_when_that_one_is_withdraw
     assert learnt(praise, pool=pool).rankings == both.rankings[1:]
 
 
+def test_a_refused_outcome_is_checked_again_when_an_applied_one_is_withdrawn() -> None:
+    axes, refused = np.eye(18, dtype=np.float32), set[Refused]()
+    table = {f"{place} {number}": axes[place] for place in range(16) for number in range(32)}
+    for place in (0, 1):  # each outcome takes 3 of 512 samples, and both take more than a hundredth
+        table |= {f"{place} {number}": unit_rows(axes[place] + 1.5 * axes[16 + place]) for number in range(3)}
+    encoder = FakeEncoder({**table, "a": axes[16], "b": axes[17]}, dim=18)
+    records = [record_of(str(place), axes[place], num_samples=32) for place in range(16)]
+
+    def learn_again(snapshot: Snapshot, *said: Feedback) -> tuple[int, int]:
+        pool = Pool.of(snapshot, encoder, IndexSettings())
+        own = lambda r: [Sample(f"{r.ref.name} {number}") for number in range(32)]  # noqa: E731
+        found.append(learn(pool, "local", said, own, "balanced", refused=refused))
+        return len(found[-1].rankings), found[-1].num_refused
+
+    found, said = list[Learnt](), [outcome("a", "0", -1), outcome("b", "1", -1)]
+    assert learn_again(snapshot_of(*records), *said) == (1, 1)
+    assert learn_again(with_applied(found[0], *records), said[1]) == (1, 0)
+
+
 def test_an_outcome_of_another_prompt_under_the_same_request_id_is_checked() -> None:
     first = learnt(replace(outcome("odd", "poet", -1), id="R"))
     pool = Pool.of(with_applied(first, POET, CODER), ENCODER, IndexSettings())
