@@ -23,6 +23,7 @@ from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.refit_gain import RefitGain, refit_gain
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.shared_wording import has_one_wording, num_wordings
+from retriever_svc.vector_cache import SAMPLES_OWNER
 
 FEW_SAMPLES = 10
 _NEAR = 0.95  # the typical cosine of two adapters of one task that were trained on different samples
@@ -191,7 +192,7 @@ class _Examination:
             self.unreadable.append(record.ref)
             return
         texts = [sample.input for sample in samples]
-        encoding = BulkEncoding(self.pool.encoder, texts, [self.tenant] * len(texts))
+        encoding = BulkEncoding(self.pool.encoder, texts, [SAMPLES_OWNER] * len(texts))
         vectors = encoding.encode_all()
         if keeps_vectors:
             self.kept.append((encoding.plain_vectors()[:_MAX_REFITTED_SAMPLES], texts[:_MAX_REFITTED_SAMPLES]))

@@ -35,6 +35,7 @@ from retriever_svc.ordinary_prompts import centred, nearness_to_others, split_ba
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.shared_wording import without_shared_wording
+from retriever_svc.vector_cache import SAMPLES_OWNER
 
 MAX_ADAPTERS = 16  # of other owners, the nearest ones
 MAX_SAMPLES = 16  # of each of them
@@ -146,11 +147,8 @@ class DrawMeasurement:
     encoding: BulkEncoding
 
     @classmethod
-    def of(cls, pool: Pool, record: AdapterRecord, samples: SampleSource, approver: str) -> DrawMeasurement:
-        """Read the samples of the nearest adapters of other owners. A version without an embedding draws nothing.
-
-        `approver`: the tenant whose part of the encoder's cache is used.
-        """
+    def of(cls, pool: Pool, record: AdapterRecord, samples: SampleSource) -> DrawMeasurement:
+        """Read the samples of the nearest adapters of other owners. A version without an embedding draws nothing."""
         texts: list[str] = []
         victims: list[tuple[AdapterRecord, int]] = []
         for victim in _nearest_others(pool, record):
@@ -158,7 +156,7 @@ class DrawMeasurement:
             victims.append((victim, len(own)))
             texts += [*own, *without_shared_wording(own)]
         texts += LETTER_PARTS if pool.ordinary is not None else ()
-        return cls(pool, record, tuple(victims), BulkEncoding(pool.encoder, texts, [approver] * len(texts)))
+        return cls(pool, record, tuple(victims), BulkEncoding(pool.encoder, texts, [SAMPLES_OWNER] * len(texts)))
 
     def result(self, abstain: Abstain, min_score: float | None = None) -> Draws:
         """Return what the version draws at this operating point, or with one threshold for all."""

@@ -35,6 +35,7 @@ from retriever_svc.index import IndexSettings, Match
 from retriever_svc.ordinary_prompts import nearness_to_others, split_bare_words
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
+from retriever_svc.vector_cache import SAMPLES_OWNER
 
 NEAR_COPY = 0.95
 OWN_PER_ACCEPTED = 3  # rows of the publisher for each accepted one, which is at most a quarter of all
@@ -246,8 +247,8 @@ def _said(pool: Pool, tenant: str, outcome: Feedback) -> Iterator[tuple[AdapterR
         yield record.ref, outcome.score < 0
 
 
-def _encoded(pool: Pool, texts: Sequence[str], tenant: str) -> Vectors:
-    return BulkEncoding(pool.encoder, texts, [tenant] * len(texts)).encode_all()
+def _encoded(pool: Pool, texts: Sequence[str], owner: str) -> Vectors:
+    return BulkEncoding(pool.encoder, texts, [owner] * len(texts)).encode_all()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -340,7 +341,7 @@ class _Check:
         """Return the vectors of the publishers' samples, and the adapter of each."""
         for key in records.keys() - self.read.keys():
             own = without_accepted(read_samples(self.samples, records[key]) or ())[:_MAX_SAMPLES]
-            self.read[key] = _encoded(self.pool, [sample.input for sample in own], self.tenant)
+            self.read[key] = _encoded(self.pool, [sample.input for sample in own], SAMPLES_OWNER)
         none = np.empty((0, self.pool.encoder.dim), np.float32)
         owners = [key for key in records for _ in self.read[key]]
         return np.concatenate([none, *[self.read[key] for key in records]]), owners

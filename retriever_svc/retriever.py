@@ -467,7 +467,7 @@ class Retriever:
         if record.samples_digest is not None and record.encoder != pool.encoder.identity:
             reason = "the pool's encoder has not embedded its samples, so what it would answer cannot be measured"
             raise AdapterRefused(record.ref.name, [f"{reason}: run `loraretriever pool reindex` first"])
-        return DrawMeasurement.of(pool, record, samples, tenant)
+        return DrawMeasurement.of(pool, record, samples)
 
     def draws(self, measurement: DrawMeasurement) -> Draws:
         """Return what the version would draw, at the operating point of requests without their own."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_store.lru_cache import LruCache
 
 OwnedText = tuple[str, str]  # (owner, text)
+SAMPLES_OWNER = "samples:"  # no tenant has this name: the samples of all tenants that checks of the pool read
 MAX_OWNERS = 32
 _Part = LruCache[bytes, NDArray[np.float32]]
 

@@ -13,6 +13,7 @@ from lora_store.adapter import LOCAL_TENANT, AdapterRef
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import Snapshot
 from retriever_svc import Encoder, LivePool, ProjectionFiles, Route
+from retriever_svc.vector_cache import OwnedText
 
 FAKE_IDENTITY = "fake-encoder"
 BASE = "tiny"
@@ -82,6 +83,7 @@ class FakeEncoder:
     def __init__(self, table: Mapping[str, Sequence[float]], dim: int = 2, identity: str = FAKE_IDENTITY) -> None:
         self.dim, self.identity, self.projection = dim, identity, None
         self.batches: list[list[str]] = []
+        self.owned: list[OwnedText] = []
         self._table = table
 
     def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
@@ -89,6 +91,7 @@ class FakeEncoder:
 
     def encode_plain(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
         self.batches.append(list(texts))
+        self.owned += zip(owners or (), texts, strict=False)
         return np.asarray([self._table[text] for text in texts], np.float32).reshape(-1, self.dim)
 
 

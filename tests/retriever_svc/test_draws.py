@@ -53,7 +53,7 @@ def samples_of(record: AdapterRecord) -> list[Sample]:
 
 def drawn(record: AdapterRecord, *others: AdapterRecord) -> Draws:
     pool = Pool.of(snapshot_of(*others, record), ENCODER, IndexSettings(requires_approval=True))  # type: ignore[arg-type]
-    measurement = DrawMeasurement.of(pool, record, samples_of, "a")
+    measurement = DrawMeasurement.of(pool, record, samples_of)
     measurement.encoding.encode_all()
     return measurement.result("balanced")
 
@@ -150,7 +150,7 @@ def measured(record: AdapterRecord, ordinary: np.ndarray, *others: AdapterRecord
     """Return a measurement beside these ordinary prompts. All parts of letters lie on the axis `letters`."""
     encoder = FakeEncoder(dict.fromkeys(LETTER_PARTS, ROWS[letters]), dim=6)  # type: ignore[arg-type]
     pool = Pool.of(snapshot_of(*others, record), encoder, IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
-    measurement = DrawMeasurement.of(pool, record, lambda _: (), "initech")
+    measurement = DrawMeasurement.of(pool, record, lambda _: ())
     measurement.encoding.encode_all()
     return measurement
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_store.adapter import Sample
+from lora_store.adapter import Sample, is_valid_name
 from lora_store.bounded_files import Limits
 from lora_store.events import Rank
 from lora_store.feedback import MAX_PER_KEY, Feedback
@@ -18,6 +18,8 @@ from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc import IndexSettings, Retriever
+from retriever_svc.doctor import examine
+from retriever_svc.draws import DrawMeasurement
 from retriever_svc.encoder import unit_rows
 from retriever_svc.learning import MAX_OUTCOMES, OWN_PER_ACCEPTED, Effect, Learnt, Refused, Resampled, accept, learn
 from retriever_svc.ordinary_prompts import bare_words, ordinary_prompts
@@ -340,6 +342,20 @@ def test_a_refused_outcome_is_checked_again_when_an_applied_one_is_withdrawn() -
     found, said = list[Learnt](), [outcome("a", "0", -1), outcome("b", "1", -1)]
     assert learn_again(snapshot_of(*records), *said) == (1, 1)
     assert learn_again(with_applied(found[0], *records), said[1]) == (1, 0)
+
+
+@pytest.mark.parametrize("check", ["learning", "doctor", "draws"])
+def test_a_check_reads_others_samples_beside_the_cached_texts_of_its_tenant(check: str) -> None:
+    encoder, rivals = FakeEncoder(TABLE, dim=DIM), record("poet", POET_TEXTS, tenant="rival", approved=True)
+    pool = Pool.of(snapshot_of(rivals, CODER), encoder, IndexSettings())
+    if check == "learning":
+        learn(pool, "local", [outcome("odd", "rival/poet", 1)], lambda r: SAMPLES[r.ref.name], "balanced")
+    elif check == "doctor":
+        list(examine(pool, "local", lambda r: SAMPLES[r.ref.name]))
+    else:
+        DrawMeasurement.of(pool, CODER, lambda r: SAMPLES[r.ref.name]).encoding.encode_all()
+    owners = {owner for owner, text in encoder.owned if text in POET_TEXTS}
+    assert owners and not any(map(is_valid_name, owners)), "or response times would reveal private samples"
 
 
 def test_an_outcome_of_another_prompt_under_the_same_request_id_is_checked() -> None:
