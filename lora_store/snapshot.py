@@ -143,8 +143,8 @@ class Snapshot:
         return (self.records[key], *self.previous.get(key, ())) if key in self.records else ()
 
     def visible_to(self, tenant: str) -> list[AdapterRecord]:
-        """Return the adapters that `tenant` may use, sorted by owner and name."""
-        return [record for _, record in sorted(self.records.items()) if record.is_visible_to(tenant)]
+        """Return the adapters that `tenant` may use, unsorted: sorting a large pool stops other threads."""
+        return [record for record in self.records.values() if record.is_visible_to(tenant)]
 
     def referenced(self) -> Set[str]:
         """Return the digests of all blobs that kept versions use."""

@@ -68,30 +68,36 @@ class Region:
 
 
 def find_regions(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Region]:
-    """Yield the regions of `tenant`. Approved anchors come first, then those that were published first."""
+    """Yield the regions of `tenant`. Approved anchors come first, then those that were published first.
+
+    Samples are read when their region is asked for, since the caller may leave a large pool.
+    """
     usable = [r for r in pool.snapshot.visible_to(tenant) if pool.may_find(r, tenant)]
     trusted = [r for r in usable if r.encoder == pool.encoder.identity and (r.approved or r.ref.tenant == tenant)]
     trusted.sort(key=lambda r: (not r.approved, r.created_at, r.ref.tenant, r.ref.name))
-    given = {record.ref: _examples(read_samples(samples, record) or ()) for record in trusted}
-    anchors = [record for record in trusted if len(given[record.ref]) >= MIN_OUTPUTS]
-    places = {record.ref: place for place, record in enumerate(anchors)}
+    places = {record.ref: place for place, record in enumerate(trusted)}
+    given: dict[AdapterRef, tuple[Sample, ...]] = {}
+
+    def is_anchor(record: AdapterRecord) -> bool:
+        if record.ref not in given:
+            given[record.ref] = _examples(read_samples(samples, record) or ())
+        return len(given[record.ref]) >= MIN_OUTPUTS
+
+    def is_judged(anchor: AdapterRecord, other: AdapterRecord) -> bool:
+        """Return whether the anchor's examples may disqualify `other`."""
+        if other.ref not in places or not is_anchor(other):
+            return True
+        first, second = _find_outputs(anchor), _find_outputs(other)
+        has_labels = first is not None and bool(first.labels)
+        return places[anchor.ref] < places[other.ref] and has_labels and functions_agree(first, second)
+
     unsampled = [record for record in usable if not record.num_samples]
-    unsampled.sort(key=lambda r: (r.ref.tenant != tenant, not r.approved))  # own adapters first, then approved ones
-    for place, anchor in enumerate(anchors):
+    unsampled.sort(key=lambda r: (r.ref.tenant != tenant, not r.approved, r.ref.key))  # own first, then approved ones
+    for anchor in filter(is_anchor, trusted):
         near, base_model = _near(pool, tenant, anchor), pool.bases.find(anchor.base_model)
-        judged = {r.ref for r in near if _is_judged(anchor, r, place, places)} | {anchor.ref}
+        judged = {r.ref for r in near if is_judged(anchor, r)} | {anchor.ref}
         others = [r for r in unsampled if pool.bases.find(r.base_model) == base_model][:MAX_WITHOUT_SAMPLES]
         yield Region(anchor, (anchor, *near, *others), given[anchor.ref], frozenset(judged))
-
-
-def _is_judged(anchor: AdapterRecord, other: AdapterRecord, place: int, places: dict[AdapterRef, int]) -> bool:
-    """Return whether the anchor's examples may disqualify `other`. `places`: the order of trust of all anchors."""
-    own = places.get(other.ref)
-    if own is None:
-        return True
-    first, second = _find_outputs(anchor), _find_outputs(other)
-    has_labels = first is not None and bool(first.labels)
-    return place < own and has_labels and functions_agree(first, second)
 
 
 def _find_outputs(record: AdapterRecord) -> OutputProfile | None:

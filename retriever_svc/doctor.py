@@ -153,8 +153,9 @@ def examine(
 
     With `projections`, measure what a refit of the projection would change.
     """
-    examination = _Examination(pool, tenant, pool.allowed(tenant), top_k)
-    embedded = [record for record in pool.snapshot.visible_to(tenant) if record.encoder == pool.encoder.identity]
+    visible = sorted(pool.snapshot.visible_to(tenant), key=lambda record: record.ref.key)
+    examination = _Examination(pool, tenant, pool.allowed(tenant), top_k, visible)
+    embedded = [record for record in visible if record.encoder == pool.encoder.identity]
     records = [record for record in embedded if pool.may_find(record, tenant)]
     refitted = _evenly(len(records)) if projections is not None else frozenset()
     for number, record in enumerate(records, start=1):
@@ -177,6 +178,7 @@ class _Examination:
     tenant: str
     allowed: Allowed
     top_k: int
+    visible: Sequence[AdapterRecord]
     findings: list[AdapterFinding] = field(default_factory=list)
     unreadable: list[AdapterRef] = field(default_factory=list)
     chosen: set[AdapterRef] = field(default_factory=set)
@@ -271,19 +273,19 @@ class _Examination:
 
     def _unembedded(self) -> tuple[AdapterRef, ...]:
         """Return the adapters that `auto` could choose for the tenant, if its encoder had embedded their samples."""
-        usable = [r for r in self.pool.snapshot.visible_to(self.tenant) if self.pool.may_find(r, self.tenant)]
+        usable = [record for record in self.visible if self.pool.may_find(record, self.tenant)]
         return tuple(r.ref for r in usable if r.num_samples and r.encoder != self.pool.encoder.identity)
 
     def _by_name_only(self) -> tuple[AdapterRef, ...]:
         """Return the tenant's served adapters that have no samples, without those that no list shows."""
-        served = filter(self.pool.bases.serves, listed(self.pool.snapshot.visible_to(self.tenant), self.tenant))
+        served = filter(self.pool.bases.serves, listed(self.visible, self.tenant))
         own = (record for record in served if record.ref.tenant == self.tenant)
         return tuple(record.ref for record in own if record.embedding is None and not record.num_samples)
 
     def _unserved(self) -> dict[str, tuple[AdapterRef, ...]]:
         """Return the listed adapters that the tenant sees and that are not served, by the name of their base model."""
         found: defaultdict[str, list[AdapterRef]] = defaultdict(list)
-        for record in listed(self.pool.snapshot.visible_to(self.tenant), self.tenant):
+        for record in listed(self.visible, self.tenant):
             if not self.pool.bases.serves(record):
                 found[record.base_model].append(record.ref)
         return {base_model: tuple(found[base_model]) for base_model in sorted(found)}

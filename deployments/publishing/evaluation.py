@@ -103,13 +103,18 @@ class Evaluator:
     def __init__(self, store: StoreClient, retriever: RetrieverClient, publisher: Publisher, scorer: Scorer) -> None:
         self._store, self._retriever, self._publisher, self._scorer = store, retriever, publisher, scorer
 
-    async def evaluate(self, tenant: str, actor: str) -> AsyncGenerator[JsonObject]:
-        """Yield progress by region, then the rankings, once they are stored and served."""
+    async def evaluate(self, tenant: str, actor: str, most: int | None = None) -> AsyncGenerator[JsonObject]:
+        """Yield progress by region, then the rankings, once they are stored and served.
+
+        `most`: the number of regions after which no more are looked for. The first line counts one more then.
+        """
         await self._store.check_available()
         regions: list[Region] = []
         async with aclosing(self._retriever.regions(tenant)) as found:
             async for region in found:
                 regions.append(region)
+                if most is not None and len(regions) > most:
+                    break
         yield {"done": 0, "total": len(regions)}
         rankings: list[Ranking] = []
         left_out: list[AdapterRef] = []

@@ -117,11 +117,12 @@ class IdleEvaluations:
 
     async def _ranked(self, tenant: str, actor: str) -> int:
         """Return how many regions were measured: none where the tenant has none, or too many."""
-        async with asyncio.timeout(LONGEST_S), aclosing(self._evaluator.evaluate(tenant, actor)) as steps:
+        evaluation = self._evaluator.evaluate(tenant, actor, MAX_REGIONS)
+        async with asyncio.timeout(LONGEST_S), aclosing(evaluation) as steps:
             num_regions = int((await anext(steps))["total"])
             if not 0 < num_regions <= MAX_REGIONS:
                 if num_regions:
-                    logger.info("tenant %s has %d regions: use `loraretriever pool evaluate`", tenant, num_regions)
+                    logger.info("tenant %s has over %d regions: use `loraretriever pool evaluate`", tenant, MAX_REGIONS)
                 return 0
             async for _ in steps:
                 pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -67,7 +67,7 @@ class FakeRetriever:
     unfit: Exception | None = None  # error of embedding
     encoder: str = ENCODER
     steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job in turn
-    to_evaluate: Sequence[Region] = ()
+    to_evaluate: Iterable[Region] = ()
     prepared: Exception | str = "other-encoder"
     near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
     unserved: BaseCounts = ()

@@ -44,7 +44,7 @@ def test_private_changes_move_only_their_tenants_generation(folder_uri: str, mak
 
 def changes(before: Snapshot, after: Snapshot, event: Any, tenant: str) -> bool:
     """Return whether the event changed what the tenant sees, or is about something that it sees."""
-    seen = [[(r, r.approved) for r in state.visible_to(tenant)] for state in (before, after)]
+    seen = [{r.ref.key: (r, r.approved) for r in state.visible_to(tenant)} for state in (before, after)]
     return seen[0] != seen[1] or _is_about_seen(event, after, tenant)
 
 

@@ -92,6 +92,18 @@ def test_only_adapters_with_outputs_have_a_region_and_examples_are_bounded() -> 
     assert len(region.candidates) == 1 + MAX_WITHOUT_SAMPLES
 
 
+def test_samples_are_read_when_their_region_is_asked_for() -> None:
+    records, read = [adapter(f"a{n}", axis) for n, axis in enumerate(np.eye(10, dtype=np.float32))], list[str]()
+
+    def source(record: AdapterRecord) -> Sequence[Sample]:
+        read.append(record.ref.name)
+        return SAMPLES
+
+    pool = Pool.of(snapshot_of(*records), FakeEncoder({}, dim=10), IndexSettings())
+    assert next(find_regions(pool, "local", source)).anchor == records[0]
+    assert read == ["a0"]
+
+
 def test_strangers_adapters_take_no_place_of_own_or_approved_ones() -> None:
     crowd = [adapter(f"bare-{n}", None, tenant="aaa") for n in range(MAX_WITHOUT_SAMPLES)]
     copies = [adapter(f"copy-{n}", EAST, tenant="aaa") for n in range(MAX_NEAR + 1)]
