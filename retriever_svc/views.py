@@ -28,12 +28,16 @@ def read_ends(text: str) -> str:
 
 
 def split_views(text: str) -> list[str]:
-    """Return the whole text, followed by its other views, if it has any."""
+    """Return the whole text, followed by its other views, if it has any.
+
+    Line ends of Windows, and blank lines that are several or have spaces, make no difference.
+    """
+    text = text.replace("\r\n", "\n")
     parts = [part.strip() for part in _BLANK_LINES.split(text) if part.strip()] if len(text) >= LONG_CHARS else []
     if len(parts) < 2:
         return [text]
-    views = [parts[-1], "\n\n".join(parts[-2:]), parts[0], "\n\n".join(parts[:2])]
-    return [text, *dict.fromkeys(view for view in views if len(view) >= _LEAST_CHARS and view != text.strip())]
+    whole, views = "\n\n".join(parts), [parts[-1], "\n\n".join(parts[-2:]), parts[0], "\n\n".join(parts[:2])]
+    return [text, *dict.fromkeys(view for view in views if len(view) >= _LEAST_CHARS and view != whole)]
 
 
 def tokens_routed(text: str) -> int:

@@ -30,8 +30,9 @@ def test_a_long_prompt_has_its_first_and_last_paragraphs_as_views() -> None:
     text = f"{PASSAGE}\n\n{MIDDLE}\n \n{QUESTION}\n"
     passage = PASSAGE.strip()
     assert split_views(text) == [text, QUESTION, f"{MIDDLE}\n\n{QUESTION}", passage, f"{passage}\n\n{MIDDLE}"]
-    two = f"{QUESTION}\n\n{passage}"
-    assert split_views(two) == [two, passage, QUESTION], "none repeats the whole"
+    assert split_views(text.replace("\n", "\r\n")) == split_views(text)
+    for blank in ("\n\n", "\n\n\n", "\n \n", "\r\n\r\n"):
+        assert split_views(f"{QUESTION}{blank}{passage}")[1:] == [passage, QUESTION], "none repeats the whole"
     polite = f"Hi,\n\n{passage}\n\nThanks"
     assert split_views(polite) == [polite, f"{passage}\n\nThanks", f"Hi,\n\n{passage}"], (
         "a part that says nothing is none"
