@@ -52,6 +52,7 @@ def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None =
         pools,
         min_score=settings.min_score,
         abstain=settings.abstain,
+        top_k=settings.k,
         owner_names=config.owner_names,
         applies_outcomes=config.learning == "apply",
         timings=timings,

@@ -138,9 +138,10 @@ class Retriever:
 
     `abstain` is the operating point of requests without their own (see `calibration`). `min_score`, if given,
     replaces every adapter's threshold in requests that set neither `abstain` nor `min_score`. `temperature` divides the
-    scores in the `softmax` weighting. With `owner_names`, another tenant's public adapter can only be named as
-    `owner/name`. Without `applies_outcomes`, outcomes that were applied before change no choice. Methods with a
-    `min_generation` raise StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
+    scores in the `softmax` weighting. `top_k`: the candidates that the doctor judges for a prompt. With `owner_names`,
+    another tenant's public adapter can only be named as `owner/name`. Without `applies_outcomes`, outcomes that were
+    applied before change no choice. Methods with a `min_generation` raise StaleIndex if this pool is older; then call
+    `LivePool.catch_up` and retry.
     """
 
     def __init__(
@@ -150,11 +151,13 @@ class Retriever:
         min_score: float | None = None,
         abstain: Abstain = "balanced",
         temperature: float = 0.05,
+        top_k: int = 3,
         owner_names: bool = False,
         applies_outcomes: bool = True,
         timings: Timings | None = None,
     ) -> None:
         self._pools, self._min_score, self._abstain, self._temperature = pools, min_score, abstain, temperature
+        self._top_k = top_k
         self._refused: dict[str, set[Refused]] = {}  # outcomes, by tenant
         self._owner_names, self._applies_outcomes = owner_names, applies_outcomes
         self._timings = timings or Timings()
@@ -501,9 +504,7 @@ class Retriever:
         pool = self._pools.current
         return PoolSize(pool.snapshot.generation_for(tenant), pool.count(tenant), pool.unserved())
 
-    def doctor(
-        self, tenant: str, samples: SampleSource, top_k: int = 3, prompts: Sequence[AskedPrompt] = ()
-    ) -> Iterator[DoctorStep]:
+    def doctor(self, tenant: str, samples: SampleSource, prompts: Sequence[AskedPrompt] = ()) -> Iterator[DoctorStep]:
         """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`).
 
         Route the prompts, too. Raises: AdapterNotFound for an unknown name in them.
@@ -511,14 +512,14 @@ class Retriever:
         pool = self._pools.current
         wanted = [self._named(pool, tenant, prompt) for prompt in prompts]
         routes: list[Route] = []
-        for step in examine(pool, tenant, samples, top_k, self._pools.projections):
+        for step in examine(pool, tenant, samples, self._top_k, self._pools.projections):
             total = step.num_total + len(prompts)
             if step.report is None:
                 yield replace(step, num_total=total)
                 continue
             for start in range(0, len(prompts), _ASKED_TOGETHER):
                 texts = [read_ends(prompt.text) for prompt in prompts[start : start + _ASKED_TOGETHER]]
-                views, places = with_views([RouteRequest(text, tenant) for text in texts])
+                views, places = with_views([RouteRequest(text, tenant, top_k=self._top_k) for text in texts])
                 encoding = BulkEncoding(pool.encoder, [view.text for view in views], [tenant] * len(views))
                 encoded = [Encoded(pool, vector) for vector in encoding.encode_all()]
                 answers = self.route_encoded(views, encoded, places)

@@ -97,6 +97,13 @@ def test_outcomes_that_were_applied_count_only_while_the_settings_say_so(route: 
         assert names(route(record, rank, learning=learning)) == found
 
 
+def test_the_doctor_judges_as_many_candidates_as_the_settings_say(encoder: Path, tmp_path: Path) -> None:
+    retrieval = RetrievalSettings(encoder=str(encoder), encoder_threads=1, k=5)
+    config = AppConfig(store_uri=str(tmp_path), retrieval=retrieval)
+    [step] = retriever_over(live_pool(config, lambda: Snapshot(1, {})), config).doctor("local", lambda record: [])
+    assert step.report is not None and step.report.top_k == 5
+
+
 def test_an_index_is_built_with_the_sizes_that_are_given(encoder: Path, tmp_path: Path, record: AdapterRecord) -> None:
     """With these sizes, lists are built even for a pool of one adapter."""
     retrieval = RetrievalSettings(encoder=str(encoder), encoder_threads=1)

@@ -9,7 +9,7 @@ import pytest
 
 from lora_store.plan import Plan
 from lora_store.records import AdapterRecord
-from retriever_svc import NoAdapterMatched, Route, RouteRequest
+from retriever_svc import AskedPrompt, NoAdapterMatched, Route, RouteRequest
 from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of
 from tests.retriever_svc.routing import EAST, POOL, retriever_of, route_one
 
@@ -51,6 +51,17 @@ def test_each_candidate_must_reach_its_own_threshold() -> None:
     assert [c.ref.name for c in route.candidates] == ["loose", "tight"]
     assert names(route) == ["loose"]
     assert route.candidates[1].threshold == pytest.approx(0.297, abs=1e-6)
+
+
+def test_the_doctor_judges_as_many_candidates_of_a_prompt_as_requests_do() -> None:
+    tight = record_of("tight", (0.8, 0.6), own_scores=[0.99] * 20)
+    loose = record_of("loose", (0.75, -0.6614), own_scores=[0.1] * 20)
+    encoder = FakeEncoder({"far": (0.3, 0.0666)})
+    for top_k, answering in ((1, None), (2, loose.ref)):
+        retriever = retriever_of(tight, loose, encoder=encoder, ordinary=[(-1.0, 0.0)] * 4, top_k=top_k)
+        *_, last = retriever.doctor("local", lambda record: [], [AskedPrompt("far")])
+        assert last.report is not None and last.report.asked is not None
+        assert (last.report.top_k, dict(last.report.asked.unlabelled)) == (top_k, {answering: 1})
 
 
 def test_adapters_of_strangers_that_do_not_fit_hide_none_that_does() -> None:
