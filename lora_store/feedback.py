@@ -34,6 +34,7 @@ _DELETE_EVERY = timedelta(hours=1)
 _TIDY_EVERY = 50  # asked prompts that one process writes
 _NUM_READERS = 16
 _ID_CHARS = 16
+_REJECTED = ".rejected"  # behind the id of a proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +73,18 @@ class FeedbackFiles:
     def put(self, tenant: str, kind: Kind, feedback: Feedback, now: datetime) -> None:
         """Store it in place of an earlier one with its id, and drop what is too old, of every tenant, or too much.
 
-        A proposal whose id is kept changes nothing. So a rejected one does not return until it is dropped itself, by
-        its age or for `MAX_PER_KEY` newer ones of its key.
+        A proposal whose id is kept, or was rejected, changes nothing. Rejected ones are kept apart from those that
+        wait, and are dropped by their age or for `MAX_PER_KEY` newer rejected ones of their key.
         """
         folder = _folder(tenant, kind, feedback.adapter)
         name = f"{folder}/{feedback.id}"
-        if kind == "proposed" and feedback.text and self._files.contains(name):
+        is_rejected = kind == "proposed" and not feedback.text
+        if kind == "proposed" and not is_rejected and any(map(self._files.contains, (name, name + _REJECTED))):
             return
-        content = json.dumps(asdict(feedback), ensure_ascii=False)
-        self._files.write(name, content.encode(errors="replace"), durable=kind != "asked")
+        content = json.dumps(asdict(feedback), ensure_ascii=False).encode(errors="replace")
+        self._files.write(name + _REJECTED if is_rejected else name, content, durable=kind != "asked")
+        if is_rejected:
+            self._files.delete([name])
         self._num_asked += kind == "asked"
         if kind != "asked" or self._num_asked % _TIDY_EVERY == 0:
             self._tidy(folder, kind, now)
@@ -111,9 +115,12 @@ class FeedbackFiles:
 
     def _tidy(self, folder: str, kind: Kind, now: datetime) -> None:
         files = self._newest_first(folder)
-        wanted = [file for file in files if file.written_at > now - KEPT_FOR[kind]][: MAX_KEPT[kind]]
+        young = [file for file in files if file.written_at > now - KEPT_FOR[kind]]
+        rejected = [file for file in young if file.name.endswith(_REJECTED)]
+        waiting = [file for file in young if not file.name.endswith(_REJECTED)]
+        wanted = waiting[: MAX_KEPT[kind]]
         if kind == "proposed":
-            wanted = list(_first_of_each_key(wanted))
+            wanted = [*_first_of_each_key(wanted), *_first_of_each_key(rejected[: MAX_KEPT[kind]])]
         kept = {file.name for file in wanted}
         self._files.delete([file.name for file in files if file.name not in kept])
 

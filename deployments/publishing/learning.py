@@ -72,7 +72,7 @@ class Learning:
     async def reject(self, key: Key, ids: Collection[str] | None) -> int:
         """Drop these proposals, or all, and return how many there were.
 
-        The same prompts of the same keys do not return until newer ones need their places, see `FeedbackFiles.put`.
+        The same prompts of the same keys do not return as long as `FeedbackFiles` keeps their rejection.
 
         Raises: AdapterNotFound; RequestInvalid for an unknown id.
         """

@@ -45,14 +45,26 @@ def test_a_key_keeps_its_newest_proposals_and_pushes_out_no_other_key(files: Fee
     assert texts(files) == ["text 4", "text 3", "text 2", "of another key"]
 
 
-def test_a_rejected_proposal_returns_only_after_newer_ones_of_its_key(files: FeedbackFiles) -> None:
-    files.put("acme", "proposed", replace(Feedback.proposed("Rhyme.", "poet", "k"), text=""), NOW)
+def reject(files: FeedbackFiles, text: str) -> None:
+    files.put("acme", "proposed", replace(Feedback.proposed(text, "poet", "k"), text=""), NOW)
+
+
+def test_a_rejected_proposal_returns_only_after_newer_rejected_ones_of_its_key(files: FeedbackFiles) -> None:
+    reject(files, "Rhyme.")
     for number in range(MAX_PER_KEY):
         propose(files, "Rhyme.")
         assert "Rhyme." not in texts(files)
-        propose(files, f"text {number}")
+        reject(files, f"text {number}")
     propose(files, "Rhyme.")
     assert "Rhyme." in texts(files)
+
+
+def test_a_rejection_pushes_out_no_proposal_that_waits(files: FeedbackFiles) -> None:
+    for text in ("one", "two", "three"):
+        propose(files, text)
+    reject(files, "one")
+    propose(files, "four")
+    assert texts(files) == ["four", "three", "two"]
 
 
 def test_the_same_text_of_a_key_counts_once_and_does_not_return_after_a_rejection(files: FeedbackFiles) -> None:
