@@ -409,11 +409,10 @@ def _why_chosen(planned: Planned, tenant: str) -> str:
     if best.outcome < 0:
         return "No adapter fits, so the base model answers."
     if planned.reason == "below_threshold":
-        least = math.floor(best.score * 1000) / 1000
-        return (
-            f"No adapter fits, so the base model answers. {name} comes nearest: it {needs}. "
-            f"lora.min_score {least:.3f} would choose it."
-        )
+        said = f"No adapter fits, so the base model answers. {name} comes nearest: it {needs}."
+        if any(item.score > best.score for item in planned.candidates if item.outcome >= 0):
+            return said  # with one threshold for all, another one would lead
+        return f"{said} lora.min_score {math.floor(best.score * 1000) / 1000:.3f} would choose it."
     fits = f"{name} fits: it {needs}, and is right with a probability of about {best.confidence:.0%}."
     nearer = max((item for item in planned.candidates if item.outcome >= 0), key=lambda item: item.score)
     if nearer.score <= best.score or nearer.score < nearer.threshold:

@@ -280,6 +280,10 @@ BY_POET = "poet fits: it scores 0.750 and needs 0.700, and is right with a proba
     [
         (
             replace(NONE_FITS, candidates=(FAR, NEAR), reason="below_threshold"),
+            "No adapter fits, so the base model answers. poet comes nearest: it scores 0.457 and needs 0.500.",
+        ),
+        (
+            replace(NONE_FITS, candidates=(replace(FAR, score=0.45), NEAR), reason="below_threshold"),
             "No adapter fits, so the base model answers. poet comes nearest: it scores 0.457 and needs 0.500. "
             "lora.min_score 0.456 would choose it.",
         ),
@@ -299,7 +303,14 @@ BY_POET = "poet fits: it scores 0.750 and needs 0.700, and is right with a proba
             " answers.",
         ),
     ],
-    ids=["what lacks least", "how well the best fits", "the one that leads", "a tag", "two tags"],
+    ids=[
+        "what lacks least",
+        "what is nearest too",
+        "how well the best fits",
+        "the one that leads",
+        "a tag",
+        "two tags",
+    ],
 )
 def test_a_choice_is_explained(planned: Planned, says: str) -> None:
     assert explained(planned) == (planned.reason, says)
