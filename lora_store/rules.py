@@ -322,7 +322,11 @@ def rank_events(
     `keeps`: the anchors whose earlier rankings stay. An evaluation also keeps an earlier ranking if its anchor was
     withdrawn and one of its adapters is still live: its examples cannot be measured again, and they show what the
     adapter is for.
+    Raises: VersionConflict if another encoder was activated since these outcomes were read.
     """
+    active = snapshot.encoder
+    if are_outcomes and active is not None and any(ranking.encoder != active.identity for ranking in rankings):
+        raise VersionConflict(1)
     live = {record.ref for record in snapshot.records.values()}
     earlier = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
     kept = [

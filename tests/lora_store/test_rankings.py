@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-from lora_store import AdapterRef, LoraStore, Ranking, Snapshot
+import pytest
+
+from lora_store import AdapterRef, LoraStore, Ranking, Snapshot, VersionConflict
 from lora_store.events import Publish, Rank, Withdraw, make_fold_table, read_dated_events
 from lora_store.rankings import OUTCOME
 from lora_store.rules import rank_events
+from lora_store.snapshot import ActiveEncoder
 from tests.lora_store.builders import IN_A_FOLDER, NOON, MakeRecord, OpenStore, ranking
 
 POET, BARD = AdapterRef("local", "poet", "d" * 64), AdapterRef("local", "bard", "e" * 64)
@@ -74,6 +77,13 @@ def test_what_changes_nothing_is_no_event() -> None:
     assert rank_events(snapshot, "local", [said], "you", NOON, are_outcomes=True) == []
     assert len(rank_events(snapshot, "local", [replace(said, vector=-said.vector)], "me", NOON, are_outcomes=True)) == 3
     assert len(rank_events(snapshot, "local", [ranking(POET)], "me", NOON)) == 2
+
+
+def test_outcomes_by_another_encoder_than_the_active_one_are_refused() -> None:
+    said, active = ranking(AdapterRef("local", f"{OUTCOME}1", ""), POET), ActiveEncoder("model", "newer")
+    for outcomes in ([said], [replace(said, encoder="newer"), said]):
+        with pytest.raises(VersionConflict):
+            rank_events(Snapshot(1, {}, encoder=active), "local", outcomes, "me", NOON, are_outcomes=True)
 
 
 def test_the_last_outcome_can_be_withdrawn() -> None:
