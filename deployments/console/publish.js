@@ -203,7 +203,7 @@ function formOf(folder, name, typedSamples) {
 function outcome({ replicas, found_by_auto, neighbours: near, kept = {}, changed = {}, warnings = [] }, state) {
   const parts = [state];
   if (replicas.behind) parts.push("some replicas are not up to date yet");
-  if (!found_by_auto) parts.push("without samples it is used by name only");
+  if (!found_by_auto) parts.push("auto does not find it: it is used by name");
   else if (near.length) parts.push(`most similar: ${near[0].name} (${near[0].score.toFixed(2)})`);
   for (const field of ["tags", "template", "visibility", "samples"]) {
     if (field in changed) parts.push(`${field}: ${shown(field, changed[field].to)} (was ${shown(field, changed[field].from)})`);

@@ -472,21 +472,36 @@ class Publisher:
     ) -> tuple[int, list[Outcome]]:
         """Embed and commit again the adapters that a reindex overtook, because `auto` would not find them otherwise.
 
-        The adapters are live in any case: after a failure, the next reindex embeds them.
+        The adapters are live in any case: after a failure, the next reindex embeds them. Their outcomes have no
+        embedding then.
         """
+        active = None
         try:
-            for _ in range(_MAX_SWAPS):
+            for is_last in (*[False] * _MAX_SWAPS, True):
                 found = [item.embedded for item in outcomes if isinstance(item, ValidatedAdapter)]
                 encoders = {embedded.embedding.encoder for embedded in found if embedded is not None}
                 active = await self._store.active_encoder() if encoders else None
                 if active is None or encoders == {active}:
-                    break
-                await self.catch_up(generation)
-                again = await self._validator.embed_again(outcomes)
-                generation, outcomes = await self._commit(again, Change(change.actor, precondition="live"), [])
+                    return generation, outcomes
+                if not is_last:
+                    await self.catch_up(generation)
+                    again = await self._validator.embed_again(outcomes)
+                    generation, outcomes = await self._commit(again, Change(change.actor, precondition="live"), [])
+            logger.error(
+                "auto does not find adapters live at generation %d, which a reindex overtook:"
+                " run `loraretriever pool reindex` again",
+                generation,
+            )
         except Exception:
             logger.exception("adapters live at generation %d may lack an embedding by the new encoder", generation)
-        return generation, outcomes
+        return generation, [item if active is None else _found_by(active, item) for item in outcomes]
+
+
+def _found_by(encoder: str, outcome: Outcome) -> Outcome:
+    """Return the outcome, without an embedding by another encoder."""
+    if isinstance(outcome, ValidatedAdapter) and outcome.embedded and outcome.embedded.embedding.encoder != encoder:
+        return replace(outcome, embedded=None)
+    return outcome
 
 
 async def _clean_up(what: str, work: Awaitable[None]) -> None:

@@ -17,6 +17,8 @@ _NO_EFFECT = (
     " was it trained too briefly, or at too small a learning rate?"
 )
 
+_OVERTAKEN = "the pool got another encoder meanwhile: auto finds this adapter after `loraretriever pool reindex`"
+
 
 def make_results(
     staged: Sequence[Staged | BaseException],
@@ -32,7 +34,8 @@ def make_results(
             new = outcome.staged if isinstance(outcome, ValidatedAdapter) else item
             assert isinstance(new, Staged)
             before = older.get(result.ref.key, (None,))[0]
-            result = replace(_compared(result, new, before), warnings=find_warnings(new, result.probe_shift))
+            warnings = find_warnings(new, result.probe_shift, is_found=result.found_by_auto)
+            result = replace(_compared(result, new, before), warnings=warnings)
         results.append(result)
     return results
 
@@ -89,7 +92,7 @@ def _make_label(record: AdapterRecord) -> dict[Kept, object]:
     }
 
 
-def find_warnings(staged: Staged, shift: float | None) -> tuple[str, ...]:
+def find_warnings(staged: Staged, shift: float | None, *, is_found: bool = True) -> tuple[str, ...]:
     """Return what the publisher of a valid adapter should know.
 
     An unlisted adapter has no warnings: a training loop publishes its first steps, which change little.
@@ -98,5 +101,7 @@ def find_warnings(staged: Staged, shift: float | None) -> tuple[str, ...]:
         return ()
     has_no_effect = shift == 0.0 and NEVER_TRAINED not in staged.warnings
     warnings = (*staged.warnings, _NO_EFFECT) if has_no_effect else staged.warnings
+    if staged.samples and not is_found:
+        warnings = (*warnings, _OVERTAKEN)
     wording = wording_warning([sample.input for sample in staged.samples])
     return warnings if wording is None else (*warnings, wording)

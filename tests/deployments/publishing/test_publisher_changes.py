@@ -63,6 +63,15 @@ def test_a_publish_overtaken_by_a_reindex_is_embedded_by_the_new_encoder() -> No
     assert publishing.pool.held == []
 
 
+def test_a_publish_that_the_new_encoder_never_embeds_is_not_said_to_be_found(caplog: pytest.LogCaptureFixture) -> None:
+    publishing = Publishing(retriever=FakeHandle(FakeRetriever()))  # each of its replicas stays behind
+    publishing.pool = Reindexed()
+    publishing.store = FakeHandle(publishing.pool)
+    [outcome] = live(publishing("poet"))
+    assert not outcome.found_by_auto and "pool reindex" in outcome.warnings[0]
+    assert "run `loraretriever pool reindex` again" in caplog.text
+
+
 def test_an_update_while_following_a_reindex_is_not_undone() -> None:
     class Updated(Reindexed):
         async def active_encoder(self) -> str | None:
