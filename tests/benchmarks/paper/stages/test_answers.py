@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from benchmarks.paper.stages.answers import (
     collect_figures,
     verdict,
 )
+from benchmarks.results_file import RESULTS
 
 
 @pytest.fixture
@@ -92,3 +95,13 @@ def test_numbers_are_shares_of_one_with_bounds(answers: Answers) -> None:
 )
 def test_the_verdict_follows_from_the_whole_interval(expected: Expected, low: float, high: float, said: str) -> None:
     assert verdict(expected, Interval((low + high) / 2, low, high)) == said
+
+
+def test_the_report_and_the_results_file_give_each_claim_the_same_verdict() -> None:
+    runs = json.loads((RESULTS / "paper" / "results.json").read_text(encoding="utf-8"))["runs"]
+    [rows] = [run["rows"] for run in runs if run["part"] == "claims"]
+    report = (RESULTS.parent / "paper" / "REPORT.md").read_text(encoding="utf-8").splitlines()
+    printed = {row["claim"]: [line for line in report if line.startswith(f"| {row['claim']} |")] for row in rows}
+    assert len(printed) == len(rows) == 61
+    for row in rows:
+        assert [f"| **{row['verdict']}** |" in line for line in printed[row["claim"]]] == [True], row["claim"]
