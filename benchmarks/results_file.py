@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 RESULTS = Path(__file__).parent / "results"
-_UNCLEAN = ".unclean"  # in the names of files that git ignores
+UNCLEAN = ".unclean"  # in the names of files that git ignores
 
 
 class TreeChanged(Exception):
@@ -112,7 +112,7 @@ def _write(study: str, content: Mapping[str, Any], tables: Sequence[str], suffix
     """
     is_changed = content["commit"].endswith("+")
     if is_changed:
-        suffix += _UNCLEAN
+        suffix += UNCLEAN
     folder = RESULTS / study
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"table{suffix}.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")

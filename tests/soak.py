@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 from hypothesis import is_hypothesis_test
 
-from benchmarks.results_file import RESULTS, commit, machine
+from benchmarks.results_file import RESULTS, UNCLEAN, commit, machine
 
 _REPORT = pytest.StashKey["SoakReport"]()
 
@@ -56,14 +56,18 @@ class SoakReport:
         self.checks[_area(item.path)][item.name] = check
 
     def write(self) -> list[str]:
-        """Replace the entries of the tests that ran; keep the others."""
+        """Replace the entries of the tests that ran; keep the others.
+
+        Results of a tree with local changes go into files next to these, which git ignores.
+        """
         folder = RESULTS / "soak"
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         date = datetime.now(UTC).isoformat(timespec="seconds")
         now = {"commit": commit(), "date": date, "machine": machine()}
+        suffix = UNCLEAN if now["commit"].endswith("+") else ""
         for area, checks in self.checks.items():
-            path = folder / f"{area}.json"
+            path = folder / f"{area}{suffix}.json"
             before = json.loads(path.read_text(encoding="utf-8"))["checks"] if path.exists() else {}
             found = before | {name: check | now for name, check in checks.items()}
             path.write_text(json.dumps({"command": "make soak", "checks": found}, indent=1) + "\n", encoding="utf-8")
