@@ -205,6 +205,18 @@ def test_an_alert_fires_if_no_deployment_is_scraped_at_all(promtool: Promtool) -
     promtool.test_rules(rules(), [{"interval": "1m", "input_series": other, "promql_expr_test": [check]}])
 
 
+def test_an_installation_that_is_gone_counts_as_down_for_a_day(promtool: Promtool) -> None:
+    series = 'ray_serve_deployment_replica_healthy{{application="{}",deployment="Ingress",replica="r"}}'
+    held = [{"series": series.format(name), "values": values} for name, values in (("a", "1x20"), ("b", "1x1600"))]
+    firing = 'count by (application) (ALERTS{alertstate="firing",alertname="LoraRetrieverDown"})'
+    gone = [{"labels": '{application="a"}', "value": 1}]
+    checks: list[Any] = [
+        {"expr": firing, "eval_time": at, "exp_samples": expected}
+        for at, expected in (("2h", gone), ("24h", gone), ("25h", []))
+    ]
+    promtool.test_rules(rules(), [{"interval": "1m", "input_series": held, "promql_expr_test": checks}])
+
+
 def test_every_alert_fires_where_it_should_and_nowhere_else(promtool: Promtool) -> None:
     alerts = {rule["alert"] for group in rules()["groups"] for rule in group["rules"] if "alert" in rule}
     assert set(FIRING) == alerts
