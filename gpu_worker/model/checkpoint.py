@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 _NUM_SHOWN = 3
 _REMEDY = "Copy the model's files again, and check that config.json belongs to these weights"
 _LOADER = "transformers.modeling_utils"  # the logger of its report
-_MISTRAL_FILES = "consolidated*.safetensors"  # vLLM prefers them to the other files; transformers does not read them
 
 
 def load_whole(source: str, **options: Any) -> PreTrainedModel:
@@ -109,15 +108,17 @@ def check_checkpoint(source: str) -> bool:
 
     transformers loads tensors without numbers, so that its renamings, conversions and ties count. In a quantised
     checkpoint, modules with tensors that transformers' class does not have, such as scales, are not compared.
-    Return False if nothing was checked: the files are not on this machine, have the format of Mistral's own tools, or
-    need a conversion that fails without numbers.
-    Raises: BaseModelUnsupported, as `load_whole`.
+    Return False if nothing was checked: the files are not on this machine, or need a conversion that fails without
+    numbers.
+    Raises: BaseModelUnsupported, as `load_whole`, and for files of Mistral's own tools that vLLM would read too.
     """
-    if Path(source).is_dir() and any(Path(source).glob(_MISTRAL_FILES)):
-        return False
-    tensors = _read(weight_files(source), "meta")
+    files = weight_files(source)
+    tensors = _read(files, "meta")
     if not tensors:
         return False
+    if files[0].name == SAFE_WEIGHTS_NAME and (others := sorted(files[0].parent.glob("consolidated*.safetensors"))):
+        # Without an index vLLM loads every *.safetensors of the folder.
+        raise BaseModelUnsupported(f"vLLM would read {others[0]} over {SAFE_WEIGHTS_NAME}: remove it, or move it away")
     config = read_config(source)
     quantised = find_quantised(config)
     for part in quantised:

@@ -159,9 +159,13 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         memory["kv_cache_memory_bytes"] = kv_bytes(config, model)
     else:
         memory["gpu_memory_utilization"] = _GPU_SHARE * config.device_share
-    classes = {"language_model_only": model.is_multimodal} | find_arguments(model.source, model.model_type)
+    classes: dict[str, Any] = {"language_model_only": model.is_multimodal, "load_format": "hf"}
+    classes |= find_arguments(model.source, model.model_type)
     return AsyncEngineArgs(
         model=model.source,
+        # The files that were checked. By default vLLM prefers params.json and consolidated*.safetensors beside them.
+        config_format="hf",
+        ignore_patterns=["original/**/*", "consolidated*"],  # these are not downloaded
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=find_max_len(config, model),
         max_num_seqs=config.max_batch_size,

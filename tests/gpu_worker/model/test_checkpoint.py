@@ -223,10 +223,19 @@ def test_a_conversion_that_only_a_quantised_model_fails_is_left_to_vllm(tmp_path
     assert not check_checkpoint(str(folder))
 
 
-def test_the_format_of_mistrals_own_tools_is_not_judged(llama: Path, tmp_path: Path) -> None:
-    folder = copy_with(without("layers.1."), llama, tmp_path / "model")
-    (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
-    assert not check_checkpoint(str(folder))
+def test_files_of_mistrals_own_tools_do_not_spare_the_others_the_check(llama: Path, tmp_path: Path) -> None:
+    broken = split(copy_with(without("layers.1."), llama, tmp_path / "broken"))
+    (broken / "consolidated.safetensors").touch()
+    with pytest.raises(BaseModelUnsupported, match="lacks weights: 9 of the model's 30 tensors are missing"):
+        check_checkpoint(str(broken))
+
+
+def test_files_of_mistrals_own_tools_are_refused_where_vllm_would_read_both(llama: Path, tmp_path: Path) -> None:
+    folder = copy_with(dict, llama, tmp_path / "model")
+    (folder / "consolidated.safetensors").touch()
+    with pytest.raises(BaseModelUnsupported, match=r"would read .*/consolidated.safetensors over model.safetensors"):
+        check_checkpoint(str(folder))
+    assert check_checkpoint(str(split(folder))), "vLLM reads the files of an index only"
 
 
 def test_a_model_of_the_hub_is_checked_once_its_files_are_here(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,17 @@ def test_the_key_of_a_compiled_model_is_the_same_in_every_process(
         keys.add(build_config(config, model, free_fill=0.0, is_compiled=True).compute_hash())
         assert environment[FRONT_PID] == str(pid), "the workers end with this process"
     assert len(keys) == 1
+
+
+def test_files_of_mistrals_own_tools_beside_those_that_are_checked_are_not_read(
+    tiny_folders: Mapping[str, Path], tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    folder = shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    for name in ("params.json", "consolidated.safetensors"):
+        (folder / name).write_text("{}")
+    config = tiny_config(folder, engine="vllm")
+    found = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    assert (found.model_config.hf_config.model_type, found.load_config.load_format) == ("llama", "hf")
 
 
 def test_sampling_on_a_gpu_needs_no_compiler_of_cuda(environment: Mapping[str, str]) -> None:
