@@ -28,6 +28,7 @@ from gpu_worker.model.base_model import (
 from gpu_worker.model.packed_attention import ATTENTION_NAME
 from gpu_worker.vllm.front_model import load_front_model
 from tests.gpu_worker.families import REFUSED_UNLOADED, Settings
+from tests.gpu_worker.model.test_checkpoint import copy_with, without
 from tests.tiny import FAMILIES, TinyBase, TinyFolders, byte_tokenizer, change_json, tiny_config
 
 
@@ -56,6 +57,12 @@ def test_an_unsupported_config_is_refused_by_name(
 ) -> None:
     folder = folder_with(tmp_path, tiny_folders["gemma3"], **changes)
     with pytest.raises(BaseModelUnsupported, match=f"gemma3_text has .*{reason}"):
+        load_base_model(tiny_config(folder))
+
+
+def test_the_native_engine_refuses_a_checkpoint_without_a_layer(tmp_path: Path, tiny_folders: TinyFolders) -> None:
+    folder = copy_with(without("layers.1."), tiny_folders["llama"], tmp_path / "broken")
+    with pytest.raises(BaseModelUnsupported, match="9 of the model's 30 tensors are missing"):
         load_base_model(tiny_config(folder))
 
 
