@@ -58,6 +58,15 @@ def test_a_width_of_mlps_with_another_name_in_the_configuration_is_checked(tmp_p
         load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=4))
 
 
+def test_keys_have_room_for_the_largest_heads_of_all_layers(tmp_path: Path) -> None:
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = AutoConfig.for_model("gemma4_text", **SHAPE, head_dim=8, global_head_dim=32, layer_types=layers)
+    config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    assert model.kv_token_bytes == 3 * 2 * model.num_kv_heads * 32 * 4
+
+
 def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_engine(
     tiny_folders: TinyFolders, tmp_path: Path
 ) -> None:
