@@ -9,7 +9,7 @@ that need a confirmation, and the share of reworded prompts that the second owne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import typer
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from benchmarks.paper.retrieval.ranking import embedded, records_of
 from benchmarks.pool_scale import Source
+from benchmarks.results_file import write_part
 from benchmarks.routing.wording_pools import INPUT, REWORDED, Part, WordedAdapter, WordedPool, read_pools
 from lora_store import AdapterRecord, Sample
 from retriever_svc import Draws, Encoder, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
@@ -106,17 +107,25 @@ def outcome_of(pool: str, way: str, market: Market, prompts: Sequence[str], *, c
 
 
 def main(part: Annotated[str, typer.Option(help="tune or test")] = "test") -> None:
-    """Measure every pool of a part and print the table."""
+    """Measure every pool of a part, print the table and write the part of results/draws."""
     chosen: Part = "tune" if part == "tune" else "test"
     plain = Encoder(max_cached_texts=100_000)
     encoder = plain.projected(ProjectionFiles().shipped(plain.identity))
     pools = [pool for pool in read_pools(chosen) if len(pool.adapters) <= _MOST_ADAPTERS]
     table = Table("pool", "way", "adapters", "to be confirmed", "drawn", "drawn if all are confirmed")
-    for pool in pools:
-        for row in measure(encoder, pool):
-            shares = (f"{row.drawn:.1%}", f"{row.drawn_if_all:.1%}")
-            table.add_row(row.pool, row.way, str(row.num_adapters), str(row.num_confirmed), *shares)
+    rows = [row for pool in pools for row in measure(encoder, pool)]
+    for row in rows:
+        shares = (f"{row.drawn:.1%}", f"{row.drawn_if_all:.1%}")
+        table.add_row(row.pool, row.way, str(row.num_adapters), str(row.num_confirmed), *shares)
+    with out.capture() as captured:
+        out.print(table)
     out.print(table)
+    figures = {
+        f"{chosen}_{row.pool}_{row.way.replace(' ', '_')}_{name}": float(getattr(row, name))
+        for row in rows
+        for name in ("num_adapters", "num_confirmed", "drawn", "drawn_if_all")
+    }
+    write_part("draws", chosen, figures=figures, table=captured.get(), runs=list(map(asdict, rows)))
 
 
 if __name__ == "__main__":

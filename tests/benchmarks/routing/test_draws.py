@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results_file
+from benchmarks.routing import draws
 from benchmarks.routing.draws import Market, in_other_words, measure, outcome_of
 from benchmarks.routing.wording_pools import WordedPool, read_pools
 from retriever_svc import Encoder
@@ -23,3 +30,17 @@ def test_a_confirmed_adapter_is_approved_and_an_unconfirmed_one_is_not(projected
     refused, confirmed = (outcome_of("p", "w", market, prompt, confirms=confirms) for confirms in (False, True))
     assert (refused.num_confirmed, refused.drawn, confirmed.drawn) == (1, 0.0, confirmed.drawn_if_all)
     assert set(in_other_words(adapter)).isdisjoint(adapter.samples("one"))
+
+
+def test_both_parts_are_in_one_result_file(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = read_pools("tune")[0]
+    small = WordedPool(pool.name, pool.adapters[:2], pool.of_kind("para")[:2])
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(draws, "Encoder", lambda **_: encoder)
+    monkeypatch.setattr(draws, "read_pools", lambda _: [small])
+    for part in ("tune", "test"):
+        draws.main(part)
+    found = json.loads((tmp_path / "draws" / "results.json").read_text())
+    assert [run["part"] for run in found["runs"]] == ["test", "tune"]
+    assert found["figures"][f"tune_{pool.name}_copies_in_other_words_num_adapters"] == 2
+    assert len(found["figures"]) == 16
