@@ -85,6 +85,14 @@ async def test_a_label_that_is_absent_is_kept_and_an_empty_one_clears(
     assert replace(staged, path=Path("/a"), files=None) == expected
 
 
+def test_the_answer_says_what_a_new_version_kept_and_changed() -> None:
+    live = FakeStore(pool_of(adapter("poet", version="fun", template="alpaca")))
+    answer = post("/v1/loras", {"path": "/a/poet", "template": "chat"}, store=live).json()
+    assert answer["kept"]["tags"] == ["fun"]
+    assert answer["changed"] == {"template": {"from": "alpaca", "to": "chat"}}
+    assert {"kept", "changed"}.isdisjoint(post("/v1/loras", {"path": "/a/singer"}).json()), "of a new name"
+
+
 def test_a_publish_that_a_replica_has_not_seen_is_202() -> None:
     response = post("/v1/loras", {"path": "/folders/singer"}, retriever=LATE)
     assert response.status_code == 202
