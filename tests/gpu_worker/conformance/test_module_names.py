@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import AdapterUnfit
+from gpu_worker.vllm.front_model import FrontModel, load_front_model
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job
@@ -27,6 +30,7 @@ FAMILIES: dict[str, tuple[Mapping[str, Any], str]] = {
     "glm4": ({"head_dim": 32}, "model.layers.0.mlp.gate_up_proj"),
     "gpt_neox": ({"num_key_value_heads": 4}, "gpt_neox.layers.0.attention.query_key_value"),
 }
+NOWHERE = "model.layers.0.nowhere"
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -47,9 +51,17 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def load_with_nowhere(config: VllmWorkerConfig) -> FrontModel:
+    """Read the model, and believe in a module that no worker has."""
+    model = load_front_model(config)
+    return replace(model, shapes={**model.shapes, NOWHERE: (128, 128)}, paths={**model.paths, NOWHERE: NOWHERE})
+
+
 @pytest.fixture(scope="module")
 def own_engine(folder: Path) -> Iterator[HostedEngine]:
-    engine = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpu_worker.vllm.engine.load_front_model", load_with_nowhere)
+        engine = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm"))
     yield engine
     engine.close()
 
@@ -59,10 +71,13 @@ def hosted(own_engine: HostedEngine) -> HostedEngine:
     return own_engine
 
 
+def test_a_module_that_the_workers_lack_at_the_start_takes_no_adapters(hosted: HostedEngine, family: str) -> None:
+    assert NOWHERE not in hosted.engine.module_shapes and FAMILIES[family][1] in hosted.engine.module_shapes
+
+
 def test_adapters_of_layers_with_other_names_equal_the_reference(
     hosted: HostedEngine, adapter: MakeAdapter, folder: Path, family: str, tolerance: float
 ) -> None:
-    assert FAMILIES[family][1] in hosted.engine.module_shapes
     one, other = adapter(1), adapter(2, rank=3, modules=lambda name: ".1." in name)
     parts = (one, 0.5), (other, 0.7)
     plans = {
@@ -78,11 +93,11 @@ def test_adapters_of_layers_with_other_names_equal_the_reference(
 def test_an_adapter_of_a_module_that_the_workers_lack_fails_alone(
     hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
 ) -> None:
-    """The front end is made to believe in a module that no worker has."""
+    """The front end is made to believe in it again."""
     plans = [plan_of("selection", (adapter(1), 1.0)), BASE_PLAN]
     before = hosted.answers(*[job("The parrot says", plan) for plan in plans])
     shapes = cast("dict[str, tuple[int, int]]", hosted.engine.module_shapes)
-    shapes["model.layers.0.nowhere"] = (128, 128)
+    shapes[NOWHERE] = (128, 128)
     try:
         unfit = random_adapter(shapes, seed=9)
         hosted.add(unfit)
@@ -90,9 +105,9 @@ def test_an_adapter_of_a_module_that_the_workers_lack_fails_alone(
         for _ in range(2):
             asked = [job("The parrot says", plan) for plan in (*plans, unfit_plan)]
             *answers, refused = hosted.outcomes(*asked)
-            assert isinstance(refused, AdapterUnfit) and "no module 'model.layers.0.nowhere' in vLLM" in str(refused)
+            assert isinstance(refused, AdapterUnfit) and f"no module '{NOWHERE}' in vLLM" in str(refused)
             assert_same([answer for answer in answers if not isinstance(answer, Exception)], before, tolerance)
         assert hosted.engine.health().is_alive
     finally:
-        del shapes["model.layers.0.nowhere"]
+        del shapes[NOWHERE]
     hosted.forget_all()
