@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, StructuredOutputsParams
 
 from gpu_worker.errors import SamplingInvalid
+from gpu_worker.front.draw import GREEDY_BELOW
 from gpu_worker.front.grammar.library import lark_of_calls, with_json_options
 from gpu_worker.front.logprobs import Scored
 from gpu_worker.front.request.grammar import Grammar
@@ -33,8 +34,8 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
         raise SamplingInvalid(f"{limit}, got {given.temperature:g}", "temperature")
     return SamplingParams(
         max_tokens=max(row.max_new_tokens, 1),  # vLLM computes one for a row without new tokens
-        min_tokens=given.min_tokens,
-        temperature=given.temperature,
+        min_tokens=given.min_tokens if row.end_ids else 0,  # it forbids the model's end ids, also with `ignore_eos`
+        temperature=given.temperature if given.temperature >= GREEDY_BELOW else 0,  # vLLM would raise it to 0.01
         top_p=given.top_p,
         top_k=min(given.top_k, vocab_size),
         min_p=given.min_p,

@@ -16,7 +16,7 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds
 from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import GREEDY, PATIENCE_S, HostedEngine, collect, job, tokens_of
+from tests.gpu_worker.conformance.driver import EOS_ID, GREEDY, PATIENCE_S, HostedEngine, collect, job, tokens_of
 from tests.tiny import byte_tokenizer, plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -59,6 +59,12 @@ def test_min_tokens_forbids_the_stop_ids_before_it(hosted: HostedEngine) -> None
     [answer] = hosted.answers(job("minimum", sampling=greedy(stop_token_ids=(first,), min_tokens=4)))
     assert answer.num_new_tokens >= 4
     assert tokens_of(whole)[0] not in tokens_of(answer)[:3]
+
+
+def test_min_tokens_forbids_no_end_id_that_is_ignored(hosted: HostedEngine) -> None:
+    sampling = greedy(min_tokens=6, max_tokens=6, logit_bias=((EOS_ID, 100.0),))
+    [answer] = hosted.answers(job("unending", sampling=sampling))
+    assert tokens_of(answer) == [b"<eos>"] * 6
 
 
 def test_a_stop_string_ends_the_answer_before_it(hosted: HostedEngine) -> None:
@@ -106,7 +112,7 @@ def test_only_a_seed_makes_sampling_repeatable_in_any_batch(hosted: HostedEngine
         ({"top_k": 2**80}, False),
         ({"top_p": 1e-300}, True),
         ({"min_p": 1.0}, True),
-        ({"temperature": 1e-300}, False),
+        ({"temperature": 1e-300}, True),
         ({"temperature": 2.0, "top_k": 1}, True),
         ({"seed": 2**63 - 1}, False),
         ({"repetition_penalty": 100.0, "presence_penalty": -2.0, "frequency_penalty": 2.0}, False),
