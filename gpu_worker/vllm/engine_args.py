@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -185,7 +186,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         attention_backend="CPU_MLA" if config.device == "cpu" and model.has_latents else None,
         enforce_eager=not is_compiled,
         disable_log_stats=True,
-        seed=0,
+        seed=secrets.randbits(32),  # of rows without a seed, which would be drawn alike by every worker
         **memory,
         **classes,
     )

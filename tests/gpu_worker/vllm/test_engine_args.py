@@ -166,6 +166,12 @@ def test_each_process_has_room_for_the_keys_of_its_heads(
     model = load_front_model(config)
     assert model.num_kv_heads == 2
     assert kv_bytes(config, model) == share * 1000 * model.kv_token_bytes
+def test_two_workers_draw_rows_without_a_seed_in_different_ways(tiny_folders: Mapping[str, Path]) -> None:
+    config = tiny_config(tiny_folders["gemma3"], engine="vllm")
+    model = load_front_model(config)
+    assert len({_engine_args(config, model, 0.0, False).seed for _ in range(3)}) == 3
+
+
 
 
 @pytest.mark.parametrize("max_model_len", [96, 400])
