@@ -158,7 +158,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
     memory: dict[str, Any] = {}
     if config.device == "cpu" or config.kv_tokens is not None:
         memory["kv_cache_memory_bytes"] = kv_bytes(config, model)
-    else:
+    if config.device == "cuda":  # vLLM requires as much free memory even if it is given the cache's bytes
         memory["gpu_memory_utilization"] = _GPU_SHARE * config.device_share
     classes: dict[str, Any] = {"language_model_only": model.is_multimodal, "load_format": "hf"}
     classes |= find_arguments(model.source, model.model_type)

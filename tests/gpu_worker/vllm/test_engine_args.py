@@ -166,6 +166,14 @@ def test_each_process_has_room_for_the_keys_of_its_heads(
     model = load_front_model(config)
     assert model.num_kv_heads == 2
     assert kv_bytes(config, model) == share * 1000 * model.kv_token_bytes
+def test_a_worker_that_shares_a_gpu_needs_its_share_only(tiny_folders: Mapping[str, Path]) -> None:
+    model = load_front_model(tiny_config(tiny_folders["gemma3"], engine="vllm"))
+    config = VllmWorkerConfig(device="cuda", device_share=0.4, kv_tokens=5000)
+    args = _engine_args(config, model, 0.0, False)
+    assert args.gpu_memory_utilization == pytest.approx(0.36)
+    assert args.kv_cache_memory_bytes == 5000 * model.kv_token_bytes
+
+
 def test_two_workers_draw_rows_without_a_seed_in_different_ways(tiny_folders: Mapping[str, Path]) -> None:
     config = tiny_config(tiny_folders["gemma3"], engine="vllm")
     model = load_front_model(config)
