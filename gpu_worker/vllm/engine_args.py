@@ -167,6 +167,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         # The files that were checked. By default vLLM prefers params.json and consolidated*.safetensors beside them.
         config_format="hf",
         ignore_patterns=["original/**/*", "consolidated*"],  # these are not downloaded
+        tokenizer_mode="hf",  # the front end's; vLLM would prefer Mistral's own, which has no structured output
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=find_max_len(config, model),
         max_num_seqs=config.max_batch_size,

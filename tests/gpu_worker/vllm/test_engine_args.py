@@ -180,6 +180,10 @@ def test_two_workers_draw_rows_without_a_seed_in_different_ways(tiny_folders: Ma
     assert len({_engine_args(config, model, 0.0, False).seed for _ in range(3)}) == 3
 
 
+def test_vllm_reads_with_the_tokenizer_of_the_front_end(tiny_folders: Mapping[str, Path]) -> None:
+    """By default it takes Mistral's own where the folder has both, and refuses grammars with some of those."""
+    config = tiny_config(tiny_folders["mistral"], engine="vllm")
+    assert _engine_args(config, load_front_model(config), 0.0, False).tokenizer_mode == "hf"
 
 
 @pytest.mark.parametrize("max_model_len", [96, 400])
