@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from vllm import AsyncEngineArgs
 from vllm import logger as vllm_logger
 from vllm.config import (
@@ -31,8 +32,9 @@ from vllm.config import (
 from vllm.model_executor.models import supports_lora
 from vllm.usage.usage_lib import UsageContext
 
+from gpu_worker.bank.device_memory import free_bytes
 from gpu_worker.config import VllmWorkerConfig
-from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed
+from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed, WorkerConfigInvalid
 from gpu_worker.model.base_model import config_setting
 from gpu_worker.model.eager_check import RANK
 from gpu_worker.model.experts import most_expert_bytes
@@ -48,12 +50,13 @@ _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
 _CPU_LATENT = 576  # values of a token that latent attention keeps, in vLLM's code for the CPU
 _ROTATES_BY_HEAD = {"lfm2", "lfm2_moe"}  # beside latent attention
+_SPARE = 0.1  # share of the host's free memory for vLLM's processes and what a step computes
 _GPU_SHARE = 0.9  # share of the GPU's memory, as vLLM's default
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
 
 def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
-    """Return vLLM's configuration of the engine. Raises: BaseModelUnsupported."""
+    """Return vLLM's configuration of the engine. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     set_environment(config)
     args = _engine_args(config, model, free_fill, is_compiled)
     try:
@@ -61,6 +64,8 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
         _check_class(vllm_config.model_config, model.model_type, config.device)
         if vllm_config.cache_config.kv_cache_memory_bytes is not None:
             vllm_config.cache_config.kv_cache_memory_bytes = _cache_bytes(config, model, vllm_config)
+    except WorkerConfigInvalid:
+        raise
     # Of pydantic, of a state that the processes cannot share evenly, and of a format that needs another package.
     except (ValueError, AssertionError, ImportError) as exc:
         raise BaseModelUnsupported(f"vLLM refuses {model.model_type}: {_reason(exc)}") from exc
@@ -216,13 +221,14 @@ def find_max_len(config: VllmWorkerConfig, model: FrontModel) -> int:
 def _cache_bytes(config: VllmWorkerConfig, model: FrontModel, vllm_config: VllmConfig) -> int:
     """Return the bytes of the cache in one process, of keys and of the states of layers with linear attention."""
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    limited = partial(kv_bytes, config, most_bytes=_most_cache_bytes(config, model))
     token_bytes = model_config.get_head_size() * model_config.dtype.itemsize  # of a head in a layer
     if model_config.use_mla:  # each process keeps the one latent from which all heads are computed
         token_bytes = count_latent_bytes(model_config)
         num_layers = model_config.get_num_layers(parallel)
-        return kv_bytes(config, replace(model, num_kv_heads=1, kv_token_bytes=num_layers * token_bytes))
+        return limited(replace(model, num_kv_heads=1, kv_token_bytes=num_layers * token_bytes))
     if not model_config.is_hybrid:
-        return kv_bytes(config, model)
+        return limited(model)
     found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
     shapes = found.get_mamba_state_shape_from_config(vllm_config)
     dtypes = found.get_mamba_state_dtype_from_config(vllm_config)
@@ -231,7 +237,7 @@ def _cache_bytes(config: VllmWorkerConfig, model: FrontModel, vllm_config: VllmC
     block: int = vllm_config.cache_config.block_size
     keys_bytes = 2 * model_config.get_num_kv_heads(parallel) * block * token_bytes  # and of the values
     block *= max(math.ceil(state_bytes / keys_bytes), 1)
-    return kv_bytes(config, model, block, num_more=2) + block * model.kv_token_bytes
+    return limited(model, block, num_more=2) + block * model.kv_token_bytes
 
 
 def count_latent_bytes(model_config: ModelConfig) -> int:
@@ -245,16 +251,43 @@ def count_latent_bytes(model_config: ModelConfig) -> int:
     return latent_bytes + index_size + index_size // 128 * 4  # bytes, with a scale for each 128
 
 
-def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOCK, num_more: int = 1) -> int:
+def _most_cache_bytes(config: VllmWorkerConfig, model: FrontModel) -> int | None:
+    """Return the host's free bytes for the caches of all processes; None on a GPU, and with `kv_tokens`."""
+    if config.device != "cpu" or config.kv_tokens is not None:
+        return None
+    weights = model.num_parameters * model.dtype.itemsize // (4 if model.is_quantized else 1)  # at least 4 bits
+    row_bytes = sum(shape[0] + shape[1] for shape in model.shapes.values() if len(shape) == 2) * model.dtype.itemsize
+    spare = (1 - _SPARE) * free_bytes(torch.device("cpu"))
+    return int(spare) - weights - config.num_rank_rows * row_bytes - sum(expert_bytes(config, model))
+
+
+def kv_bytes(
+    config: VllmWorkerConfig,
+    model: FrontModel,
+    block: int = _CPU_BLOCK,
+    num_more: int = 1,
+    most_bytes: int | None = None,
+) -> int:
     """Return the bytes of the KV cache in one process. By default every row may reach its longest length.
 
-    `block`: tokens of a block. `num_more`: blocks that a row has beyond those that its tokens fill.
+    `block`: tokens of a block. `num_more`: blocks that a row has beyond those that its tokens fill. `most_bytes`: of
+    all processes together.
     Processes divide the heads of keys among them. Where there are more processes than heads, several have the same one.
+    Raises: WorkerConfigInvalid if `most_bytes` are too few for one row.
     """
     longest = (math.ceil(find_max_len(config, model) / block) + num_more) * block
-    tokens = config.kv_tokens or config.max_batch_size * longest
+    tokens = max(config.kv_tokens or config.max_batch_size * longest, longest)
     num_heads = max(model.num_kv_heads // config.tensor_parallel_size, 1)
-    return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads
+    token_bytes = model.kv_token_bytes * num_heads // model.num_kv_heads
+    if most_bytes is None:
+        return tokens * token_bytes
+    most_tokens = most_bytes // (config.tensor_parallel_size * token_bytes)
+    if most_tokens < longest:
+        raise WorkerConfigInvalid(
+            f"the KV cache has room for {max(most_tokens, 0)} tokens beside the weights and the adapter bank, and one"
+            f" answer may need {longest}; lower max_model_len or bank_rank_rows, or set kv_tokens to overrule this"
+        )
+    return min(tokens, most_tokens) * token_bytes
 
 
 def sockets_folder() -> TemporaryDirectory[str]:

@@ -21,7 +21,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_max_concurrenc
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from gpu_worker.config import VllmWorkerConfig
-from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.model.checkpoint import read_config
 from gpu_worker.vllm.engine_args import (
     _engine_args,
@@ -166,6 +166,30 @@ def test_each_process_has_room_for_the_keys_of_its_heads(
     model = load_front_model(config)
     assert model.num_kv_heads == 2
     assert kv_bytes(config, model) == share * 1000 * model.kv_token_bytes
+
+
+def test_the_cpus_cache_is_what_the_free_memory_has_room_for(
+    tiny_folders: Mapping[str, Path], environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tiny_folders["gemma3"], engine="vllm")
+    model = load_front_model(config)
+
+    def planned(num_free_bytes: int) -> int:
+        monkeypatch.setattr("gpu_worker.vllm.engine_args.free_bytes", lambda device: num_free_bytes)
+        built = build_config(config, model, free_fill=0.0, is_compiled=False)
+        assert built.cache_config.kv_cache_memory_bytes is not None
+        return built.cache_config.kv_cache_memory_bytes
+
+    whole = kv_bytes(config, model)
+    assert planned(1 << 40) == whole == 8 * 384 * model.kv_token_bytes
+    assert kv_bytes(config, model, most_bytes=whole // 2) == whole // 2
+    row_bytes = sum(num_out + num_in for num_out, num_in in model.shapes.values())
+    beside = 4 * (model.num_parameters + config.num_rank_rows * row_bytes)
+    assert planned((beside + whole // 2) * 10 // 9 + 9) == whole // 2
+    with pytest.raises(WorkerConfigInvalid, match=r"room for 0 tokens .* may need 384; lower max_model_len"):
+        planned(beside)
+
+
 def test_a_worker_that_shares_a_gpu_needs_its_share_only(tiny_folders: Mapping[str, Path]) -> None:
     model = load_front_model(tiny_config(tiny_folders["gemma3"], engine="vllm"))
     config = VllmWorkerConfig(device="cuda", device_share=0.4, kv_tokens=5000)
