@@ -15,6 +15,8 @@ from gpu_worker.vllm.packing import Change, packed
 
 logger = logging.getLogger(__name__)
 
+_MOST_SENT_BYTES = 1 << 28
+
 Send = Callable[[list[Change]], Awaitable[Mapping[str, str]]]
 """Applies changes in all workers between two of their steps. Returns why adapters are unfit, by weights digest."""
 
@@ -130,10 +132,13 @@ class RemoteBank:
     """Sends changes of the workers' banks to them, in order and several at a time.
 
     `on_failure`: called with an error of `send`, after which the workers' banks are unknown and the engine must end.
+    `most_bytes`: of the adapters that are sent together, unless one has more. No step is computed meanwhile.
     """
 
-    def __init__(self, send: Send, on_failure: Callable[[Exception], object]) -> None:
-        self._send, self._on_failure = send, on_failure
+    def __init__(
+        self, send: Send, on_failure: Callable[[Exception], object], most_bytes: int = _MOST_SENT_BYTES
+    ) -> None:
+        self._send, self._on_failure, self._most_bytes = send, on_failure, most_bytes
         self._queue: list[_Queued] = []
         self._puts: dict[str, _Put] = {}  # the last one of each digest
         self._sender: asyncio.Task[None] | None = None
@@ -169,7 +174,7 @@ class RemoteBank:
         changes: list[_Queued] = []
         try:
             while self._queue:
-                changes, self._queue = self._queue, []
+                changes = self._take()
                 encoded = await asyncio.to_thread(_encoded, changes)
                 unfit = await self._send(encoded) if encoded else {}
                 for change in changes:
@@ -182,6 +187,17 @@ class RemoteBank:
         finally:
             self._sender = None
             _set_events([*changes, *self._queue])
+
+    def _take(self) -> list[_Queued]:
+        """Take the next changes from the queue, at least one."""
+        num_bytes = num_taken = 0
+        for change in self._queue:
+            num_bytes += change.adapter.num_bytes if isinstance(change, _Put) and change.adapter is not None else 0
+            if num_taken and num_bytes > self._most_bytes:
+                break
+            num_taken += 1
+        taken, self._queue = self._queue[:num_taken], self._queue[num_taken:]
+        return taken
 
 
 def _set_events(changes: Sequence[_Queued]) -> None:

@@ -71,6 +71,22 @@ async def test_changes_made_together_are_sent_together_and_in_order() -> None:
     assert far.calls[1:] == [[f"drop {two.weights_digest}"]]
 
 
+async def test_adapters_are_sent_a_bounded_number_of_bytes_at_a_time() -> None:
+    adapters = [adapter(seed) for seed in range(5)]
+    far = Far()
+    bank = RemoteBank(far.send, far.failures.append, most_bytes=2 * adapters[0].num_bytes)
+    for each in adapters:
+        bank.put(each)
+    bank.drop(adapters[0].weights_digest)
+    await bank.drained()
+    puts = [f"put {each.weights_digest}" for each in adapters]
+    assert far.calls == [puts[:2], puts[2:4], [puts[4], f"drop {adapters[0].weights_digest}"]]
+    smallest = RemoteBank(far.send, far.failures.append, most_bytes=1)
+    smallest.put(adapters[0])
+    await smallest.drained()
+    assert far.calls[3:] == [puts[:1]], "a larger adapter is sent alone"
+
+
 async def test_written_returns_when_the_workers_hold_the_adapter() -> None:
     one = adapter(1)
     far, bank = served()
