@@ -32,7 +32,8 @@ from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLi
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 
 from gpu_worker.errors import WorkerConfigInvalid
 from lora_store.adapter import Shapes
@@ -60,6 +61,8 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (DefaultModelLoader, "get_all_weights", ("self", "model_config", "model")),
     (DefaultModelLoader, "track_weights_loading", ("self", "model", "loaded_weights", "quantized")),
     (vllm_logger, "configure_logging_if_needed", ("config",)),
+    (Sampler, "compute_logprobs", ("logits",)),
+    (Sampler, "gather_specific_token_logprobs", ("self", "logprobs", "logprob_token_ids", "sampled")),
     (GPUModelRunner, "load_lora_model", ("self", "model", "vllm_config", "device")),
     (
         GPUModelRunner,
@@ -90,8 +93,11 @@ LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
     (FusedMoEMethodBase, "__init__", ("moe_kernel",)),
     (CPUUnquantizedExperts, "__init__", ("_use_zentorch",)),
     (CPURouter, "__init__", ("use_grouped_topk", "num_expert_group", "topk_group", "e_score_correction_bias")),
+    (GPUModelRunner, "__init__", ("sampler", "requests", "num_prompt_logprobs", "input_batch", "execute_model_state")),
+    (Sampler, "__init__", ("logprobs_mode", "use_fp64_gumbel")),
 )
-"""The attributes that `plan_layers` and `expert_layers` read of vLLM's layers, and `worker` of a choice of experts."""
+"""The attributes that `plan_layers` and `expert_layers` read of vLLM's layers, and `worker` of a choice of experts
+and of the model runner."""
 FIELDS = (
     (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
     (FusedMoEConfig, "has_bias"),
@@ -100,6 +106,7 @@ FIELDS = (
     (CompilationConfig, "mode"),
     (CompilationConfig, "cudagraph_mode"),
     (MultiModalConfig, "language_model_only"),
+    (ExecuteModelState, "logits"),
     (VllmConfig, "logging_config"),
     (VllmConfig, "lora_config"),  # taken away while the base model is built, see `worker.PlanWorker`
 )
@@ -198,6 +205,7 @@ def _difference(owner: Any, name: str, expected: tuple[str, ...]) -> str | None:
 
 def _missing_attributes(owner: type, name: str, expected: tuple[str, ...]) -> str | None:
     """Return which attributes the function does not set."""
-    names = getattr(getattr(owner, name, None), "__code__", None)
+    function: Any = getattr(owner, name, None)
+    names = getattr(inspect.unwrap(function), "__code__", None)
     missing = [attribute for attribute in expected if names is None or attribute not in names.co_names]
     return f"{owner.__name__} has no {', '.join(missing)}" if missing else None

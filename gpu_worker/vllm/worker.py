@@ -17,6 +17,7 @@ from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.vllm.language_model import FORMAT, register_loader
 from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
+from gpu_worker.vllm.sampler import PlanSampler
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings, check_vllm
 
 if current_platform.is_cpu():
@@ -26,7 +27,10 @@ else:
 
 
 class PlanWorker(VllmWorker):  # type: ignore[misc]
-    """Stock, but for what the model runner builds as its LoRA manager. The methods below answer `collective_rpc`."""
+    """Stock, but for what the model runner builds as its LoRA manager, and for log probabilities.
+
+    The methods below answer `collective_rpc`.
+    """
 
     plan_layers: PlanLayers
     _lora_config: Any
@@ -40,6 +44,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
         if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:
             raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")
         runner.load_lora_model = self._load_plan_layers  # the runner calls it once, after loading the base model
+        runner.sampler = PlanSampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
         # Layers of experts would choose kernels for adapters of experts, which the CPU lacks and a GPU has slower.
         self._lora_config, self.vllm_config.lora_config = self.vllm_config.lora_config, None
         super().load_model(**kwargs)
@@ -78,6 +83,14 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
         )
         self.model_runner.lora_manager = self.plan_layers
         return model
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample as vLLM does, and keep the log probabilities from before the grammars' masks."""
+        runner, state = self.model_runner, self.model_runner.execute_model_state
+        if grammar_output is not None and state is not None and runner.input_batch.num_logprobs:
+            runner.sampler.before_masks = runner.sampler.compute_logprobs(state.logits)
+        return super().sample_tokens(grammar_output)
 
     def change_bank(self, changes: Sequence[Sequence[Any]]) -> dict[str, str]:
         """See `PlanLayers.change`."""

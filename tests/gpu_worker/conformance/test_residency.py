@@ -228,6 +228,23 @@ def test_a_probe_gives_the_effect_of_each_adapter_or_its_error(hosted: HostedEng
     assert of_idle == of_lost == 0.0
 
 
+def test_probes_change_no_log_probabilities_of_rows_beside_them(
+    hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
+) -> None:
+    asked, digest = job("beside", sampling=replace(LONG, logprobs=5)), adapter(1).weights_digest
+
+    async def beside() -> Completion | Exception:
+        running = asyncio.create_task(hosted.engine.generate([asked]))
+        while not running.done():
+            await hosted.engine.probe([digest])
+        return (await running)[0]
+
+    found, [alone] = hosted.run(beside()), hosted.answers(asked)
+    assert isinstance(found, Completion)
+    for entry, expected in zip(found.logprobs, alone.logprobs, strict=True):
+        assert [value for _, value in entry.top] == pytest.approx([value for _, value in expected.top], abs=tolerance)
+
+
 def test_a_probe_refuses_an_adapter_that_overflows(hosted: HostedEngine, adapter: MakeAdapter) -> None:
     good, other = adapter(1), adapter(2)
     huge = {name: replace(module, lora_a=module.lora_a * 1e38) for name, module in other.modules.items()}

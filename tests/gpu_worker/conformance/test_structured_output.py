@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -93,6 +94,11 @@ def test_rows_with_and_without_a_grammar_share_a_batch(
     together = hosted.answers(*free, *[bound(COLOURS, plan, temperature=0) for plan in plans])
     assert_same(together[:4], alone, tolerance)
     assert {answer.text for answer in together[4:]} <= {"red", "green", "blue"}
+def test_log_probabilities_are_those_before_the_grammars_mask(hosted: HostedEngine, tolerance: float) -> None:
+    free = job("make one", sampling=replace(GREEDY, max_tokens=1))
+    answers = hosted.answers(bound(COLOURS, num_new=1, logprobs=20), free)
+    found, expected = ([value for _, value in answer.logprobs[0].top] for answer in answers)
+    assert found == pytest.approx(expected, abs=tolerance)
 
 
 def test_max_tokens_cuts_an_answer(hosted: HostedEngine) -> None:
