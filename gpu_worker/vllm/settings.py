@@ -63,6 +63,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (vllm_logger, "configure_logging_if_needed", ("config",)),
     (Sampler, "compute_logprobs", ("logits",)),
     (Sampler, "gather_specific_token_logprobs", ("self", "logprobs", "logprob_token_ids", "sampled")),
+    (GPUModelRunner, "_get_prompt_logprobs_dict", ("self", "hidden_states", "num_scheduled_tokens")),
     (GPUModelRunner, "load_lora_model", ("self", "model", "vllm_config", "device")),
     (
         GPUModelRunner,

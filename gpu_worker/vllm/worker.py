@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
@@ -24,6 +25,9 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as VllmWorker
+
+MAX_SCORED_TOKENS = 32  # tokens of a prompt whose logits are in memory together
+Scores = dict[str, Any]  # of the prompts that are complete, by request
 
 
 class PlanWorker(VllmWorker):  # type: ignore[misc]
@@ -45,6 +49,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")
         runner.load_lora_model = self._load_plan_layers  # the runner calls it once, after loading the base model
         runner.sampler = PlanSampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
+        runner._get_prompt_logprobs_dict = partial(score_prompts, runner, runner._get_prompt_logprobs_dict)
         # Layers of experts would choose kernels for adapters of experts, which the CPU lacks and a GPU has slower.
         self._lora_config, self.vllm_config.lora_config = self.vllm_config.lora_config, None
         super().load_model(**kwargs)
@@ -105,6 +110,25 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             "resident": sorted(layers.residency.resident),
             "has_kernel": layers.has_kernel,
         }
+
+
+def score_prompts(
+    runner: Any, score: Callable[..., Scores], hidden: Tensor, num_scheduled_tokens: Mapping[str, int]
+) -> Scores:
+    """Score the prompts of a step a few tokens at a time: the logits of a whole step have no room in any memory plan.
+
+    `score`: the runner's function, which scores `num_scheduled_tokens` of each request, from its computed ones on.
+    """
+    found: Scores = {}
+    names = [name for name in runner.num_prompt_logprobs if name in num_scheduled_tokens]  # the same in each process
+    for name in names:
+        request, num_tokens = runner.requests[name], num_scheduled_tokens[name]
+        num_computed = request.num_computed_tokens
+        for done in range(0, num_tokens, MAX_SCORED_TOKENS):
+            request.num_computed_tokens = num_computed + done
+            found |= score(hidden[done:], {name: min(num_tokens - done, MAX_SCORED_TOKENS)})
+        request.num_computed_tokens = num_computed
+    return found
 
 
 def complete_routers(model: nn.Module) -> None:
