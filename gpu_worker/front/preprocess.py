@@ -301,22 +301,33 @@ def grammar_compiler(base: PromptModel, tool_parser: ToolParser = "auto") -> Gra
 
 
 def _make_vocabulary(base: PromptModel, tool_parser: ToolParser) -> LLTokenizer:
-    """Return the base model's vocabulary for grammars. Markers are never text, except for those of calls."""
+    special = special_ids(base, tool_parser)
+    return make_model_vocabulary(base.backend_tokenizer, base.vocab_size, base.eos_token_ids, special)
+
+
+def special_ids(base: PromptModel, tool_parser: ToolParser) -> list[int]:
+    """Return the ids that are never text in a grammar: markers, except for those of calls."""
     tokenizer = base.backend_tokenizer
     style = find_style(base.tokenizer, tool_parser)
     visible = visible_tokens(base, style)
     flagged = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    special = [
+    return [
         token_id
         for token_id, marker in marker_tokens(tokenizer).items()
         if (token_id not in visible if token_id in flagged else marker not in style.form.special)
     ]
 
+
+def make_model_vocabulary(
+    tokenizer: Tokenizer, size: int, end_ids: Collection[int], special_ids: Collection[int]
+) -> LLTokenizer:
+    """Return the model's vocabulary for grammars."""
+
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    return make_vocabulary(TokenBytes(tokenizer), base.vocab_size, base.eos_token_ids, special, tokenize)
+    return make_vocabulary(TokenBytes(tokenizer), size, end_ids, special_ids, tokenize)
 
 
 def _too_long(num_prompt_tokens: int, num_new_tokens: int | None, max_len: int) -> PromptTooLong:

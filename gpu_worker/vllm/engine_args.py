@@ -35,6 +35,7 @@ from vllm.usage.usage_lib import UsageContext
 from gpu_worker.bank.device_memory import free_bytes
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed, WorkerConfigInvalid
+from gpu_worker.front.preprocess import special_ids
 from gpu_worker.model.base_model import config_setting
 from gpu_worker.model.eager_check import RANK
 from gpu_worker.model.experts import most_expert_bytes
@@ -47,6 +48,7 @@ from lora_store.adapter import Shapes
 logger = logging.getLogger(__name__)
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
+_SCHEDULER = "gpu_worker.vllm.grammars.make_scheduler"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
 _CPU_LATENT = 576  # values of a token that latent attention keeps, in vLLM's code for the CPU
 _ROTATES_BY_HEAD = {"lfm2", "lfm2_moe"}  # beside latent attention
@@ -155,6 +157,8 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         cache_dir=str(config.cache_dir),
         modules=model.paths,
         outputs={name: model.shapes[name][0] for name in model.paths},
+        end_ids=sorted(model.eos_token_ids),
+        special_ids=special_ids(model, config.tool_parser),
         experts=_served_experts(config, model, is_compiled),
         expert_bytes=sum(expert_bytes(config, model)),
         use_kernel=config.lora_products == "auto",
@@ -186,6 +190,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
             backend="guidance"
         ),  # the library that the native engine uses
         worker_cls=_WORKER_CLASS,
+        scheduler_cls=_SCHEDULER,
         additional_config=plugin.as_additional_config(),
         enable_prefix_caching=config.prefix_cache,
         # The other one for the CPU needs a processor with AMX and bfloat16, and is compared nowhere.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm import __version__, _custom_ops, envs
 from vllm import logger as vllm_logger
-from vllm.config import CompilationConfig, MultiModalConfig, VllmConfig
+from vllm.config import CompilationConfig, MultiModalConfig, SchedulerConfig, VllmConfig
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
@@ -32,7 +32,9 @@ from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLi
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
+from vllm.v1 import structured_output
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 
 from gpu_worker.errors import WorkerConfigInvalid
@@ -61,6 +63,8 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (DefaultModelLoader, "get_all_weights", ("self", "model_config", "model")),
     (DefaultModelLoader, "track_weights_loading", ("self", "model", "loaded_weights", "quantized")),
     (vllm_logger, "configure_logging_if_needed", ("config",)),
+    (structured_output, "GuidanceBackend", ("vllm_config", "tokenizer", "vocab_size")),
+    (GuidanceBackend, "_build_ll_tokenizer", ("tokenizer", "vocab_size")),
     (Sampler, "compute_logprobs", ("logits",)),
     (Sampler, "gather_specific_token_logprobs", ("self", "logprobs", "logprob_token_ids", "sampled")),
     (GPUModelRunner, "_get_prompt_logprobs_dict", ("self", "hidden_states", "num_scheduled_tokens")),
@@ -107,6 +111,8 @@ FIELDS = (
     (CompilationConfig, "mode"),
     (CompilationConfig, "cudagraph_mode"),
     (MultiModalConfig, "language_model_only"),
+    (SchedulerConfig, "async_scheduling"),
+    (SchedulerConfig, "scheduler_cls"),
     (ExecuteModelState, "logits"),
     (VllmConfig, "logging_config"),
     (VllmConfig, "lora_config"),  # taken away while the base model is built, see `worker.PlanWorker`
@@ -129,6 +135,7 @@ class PluginSettings:
 
     `modules`: the base model's layers that adapters may target: their names in adapters, each with its path in
     transformers' model. `outputs`: how many each of them has.
+    `end_ids` and `special_ids`: of the vocabulary of grammars: those that end an answer, and those that are never text.
     `experts`: the shapes of fused experts. `expert_bytes`: the most that adapters in the bank have for them.
     `free_fill`: value of free rows, see LoraBank.
     All of it is part of the key under which vLLM keeps a compiled model, so no value may differ between two starts.
@@ -138,6 +145,8 @@ class PluginSettings:
     cache_dir: str
     modules: Mapping[str, str]
     outputs: Mapping[str, int]
+    end_ids: Sequence[int]
+    special_ids: Sequence[int]
     experts: Shapes = field(default_factory=dict)
     expert_bytes: int = 0
     use_kernel: bool = True

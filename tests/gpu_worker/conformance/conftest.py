@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import HostedEngine, Serve, StartEngine
+from tests.gpu_worker.chat_templates import MISTRAL_TEMPLATE
+from tests.gpu_worker.conformance.driver import MARKER, TURN_END, TURN_END_ID, HostedEngine, Serve, StartEngine
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
-from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, random_adapter, tiny_config
+from tests.tiny import byte_tokenizer, change_json, gemma3_with_wide_heads, random_adapter, tiny_config
 
 _NEED_VLLM = ["child_processes", "experts", "families", "module_names", "tensor_parallel"]
 collect_ignore = [] if "vllm" in ENGINES else [f"test_{name}.py" for name in _NEED_VLLM]
@@ -25,7 +26,7 @@ TOLERANCE = {"native": 1e-4, "vllm": 1e-3}
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a random Gemma-3 that both engines can serve."""
+    """Save a random Gemma-3 that both engines can serve, with a special token for calls and two that end answers."""
     torch.manual_seed(0)
     model = gemma3_with_wide_heads()
     with torch.no_grad():
@@ -34,7 +35,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         embeddings[256:] = 0  # no special token is ever chosen
     folder = tmp_path_factory.mktemp("conformance")
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER, TURN_END]})
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    change_json(folder / "generation_config.json", {"eos_token_id": [257, TURN_END_ID]})
     return folder
 
 

@@ -243,7 +243,7 @@ def test_a_deadline_ends_a_running_job(hosted: HostedEngine) -> None:
         ({"prompt": "\ud800"}, PromptInvalid),
         ({"sampling": greedy(logit_bias=((300, 1.0),))}, SamplingInvalid),
         ({"sampling": greedy(stop_token_ids=(-1,))}, SamplingInvalid),
-        ({"prompt": (Message("user", "hi"),), "template": "chat"}, PromptInvalid),
+        ({"prompt": (Message("user", "hi"),), "template": "none"}, PromptInvalid),
         *[({"prompt": TokenIds(ids)}, PromptInvalid) for ids in ((300,), (-1,), (1, 2**40))],
         ({"prompt": TokenIds((1,) * 300)}, PromptTooLong),
     ],

@@ -13,11 +13,21 @@ from jsonschema import Draft202012Validator
 
 from gpu_worker.errors import GrammarFailed, GrammarInvalid
 from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Completion, Job, SamplingParams
+from gpu_worker.front.request.tools import Function, Tools
 from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job
+from tests.gpu_worker.conformance.driver import (
+    EOS_ID,
+    GREEDY,
+    MARKER,
+    TURN_END_ID,
+    HostedEngine,
+    assert_same,
+    job,
+)
 from tests.tiny import byte_tokenizer, plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -94,6 +104,23 @@ def test_rows_with_and_without_a_grammar_share_a_batch(
     together = hosted.answers(*free, *[bound(COLOURS, plan, temperature=0) for plan in plans])
     assert_same(together[:4], alone, tolerance)
     assert {answer.text for answer in together[4:]} <= {"red", "green", "blue"}
+
+
+def test_every_id_that_ends_answers_ends_one_of_a_grammar(hosted: HostedEngine) -> None:
+    for token, other in ((EOS_ID, TURN_END_ID), (TURN_END_ID, EOS_ID)):
+        biased = ((token, 100.0), (other, -100.0))
+        [answer] = hosted.answers(bound(Grammar("regex", "[ab]+"), logit_bias=biased))
+        assert answer.finish_reason == "stop" and answer.text in {"a", "b"}
+
+
+def test_a_call_begins_with_the_special_token_that_marks_it(hosted: HostedEngine) -> None:
+    sampling = SamplingParams(max_tokens=45, temperature=0, logprobs=0)
+    tools = Tools((Function("now"),), required=True)
+    [answer] = hosted.answers(replace(job((Message("user", "hi"),), sampling=sampling), tools=tools))
+    assert [(call.name, json.loads(call.arguments)) for call in answer.tool_calls] == [("now", {})]
+    assert answer.logprobs[0].token == MARKER.encode()
+
+
 def test_log_probabilities_are_those_before_the_grammars_mask(hosted: HostedEngine, tolerance: float) -> None:
     free = job("make one", sampling=replace(GREEDY, max_tokens=1))
     answers = hosted.answers(bound(COLOURS, num_new=1, logprobs=20), free)

@@ -18,7 +18,7 @@ from gpu_worker.vllm.settings import (
 
 
 def test_the_installed_vllm_has_every_extension_point() -> None:
-    assert len(EXTENSION_POINTS) == 19 and len(LAYER_ATTRIBUTES) == 21
+    assert len(EXTENSION_POINTS) == 21 and len(LAYER_ATTRIBUTES) == 21
     check_vllm()
 
 
@@ -47,6 +47,8 @@ def test_settings_reach_the_workers_unchanged() -> None:
         cache_dir="/cache",
         modules={"a": "m.a"},
         outputs={"a": 3},
+        end_ids=[1, 2],
+        special_ids=[1, 2, 5],
         experts={"e.down_proj": (3, 4, 2)},
         expert_bytes=5,
         use_kernel=False,
