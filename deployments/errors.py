@@ -133,25 +133,26 @@ class ModelNotFound(DeploymentsError):
 
 
 class VersionNotKept(DeploymentsError):
-    """No kept version of the adapter has this digest.
+    """No kept version of the adapter or model name has this digest.
 
-    `wanted`: the digest, or None for the version before the live one.
+    `wanted`: the digest, or None for the version before the live one. `what`: the thing that has the name.
     """
 
     kind = Kind.MISSING
     code = "version_not_found"
-    remedy = "`loraretriever show NAME` lists the kept versions."
+    remedy = "`loraretriever show NAME` lists the kept versions, or `loraretriever name list NAME` for a model name."
     param = "digest"
 
-    def __init__(self, name: str, wanted: str | None, kept: Sequence[str]) -> None:
-        super().__init__(name, wanted, tuple(kept))
+    def __init__(self, name: str, wanted: str | None, kept: Sequence[str], what: str = "adapter") -> None:
+        super().__init__(name, wanted, tuple(kept), what)
         self.name = name
         self.wanted = wanted
         self.kept = tuple(kept)
+        self.what = what
 
     def __str__(self) -> str:
         wanted = "older version" if self.wanted is None else f"version {self.wanted!r}"
-        return f"adapter {self.name!r} has no {wanted}; it has {', '.join(digest[:12] for digest in self.kept)}"
+        return f"{self.what} {self.name!r} has no {wanted}; it has {', '.join(digest[:12] for digest in self.kept)}"
 
 
 class NoTrial(VersionNotKept):

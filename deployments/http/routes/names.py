@@ -114,7 +114,7 @@ async def roll_back_name(
     wanted = body.digest
     found = kept[1:2] if wanted is None else [item for item in kept if item.ref.digest.startswith(wanted)]
     if len(found) != 1:
-        raise VersionNotKept(key[1], wanted, [item.ref.digest for item in kept])
+        raise VersionNotKept(key[1], wanted, [item.ref.digest for item in kept], "model name")
     return await _set(services, key, found[0].policy, caller)
 
 
