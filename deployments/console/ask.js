@@ -241,7 +241,7 @@ function endOf(turn) {
       turn.plan ? button("Why", "Show why these adapters answered", () => explain(turn)) : null,
       turn.answer ? button("Copy", "Copy the answer", () => navigator.clipboard?.writeText(turn.answer)) : null,
       ...(turn.request && turn.plan && isRouted(turn.model) && turn === chat.turns[0] ? outcomeButtons(turn) : []),
-      button("Again", "Send this prompt once more, with the present options", () => again(turn))),
+      button("Again", "Remove this turn and those after it, and send its prompt again with the present options", () => again(turn))),
   ].filter(Boolean);
 }
 
