@@ -55,19 +55,20 @@ class NameTaken(LoraStoreError):
 
 @dataclass(eq=False)
 class QuotaExceeded(LoraStoreError):
-    """The tenant would exceed the key's `max_adapters` or `max_bytes`."""
+    """The tenant would exceed the key's `max_adapters` or `max_bytes`, or have more than 256 model names."""
 
     kind = Kind.FORBIDDEN
     code = "quota_exceeded"
-    remedy = "Withdraw adapters, or ask the operator for a larger quota."
+    remedy = "Withdraw adapters, or ask the operator for a larger quota. Model names have no larger one: remove some."
     text = (
-        "quota exceeded: the tenant may have {self.limit} {self.what}, and this publish would make it"
-        " {self.wanted}; withdraw adapters first, or ask for a larger quota"
+        "quota exceeded: the tenant may have {self.limit} {self.what}, and this would make it {self.wanted};"
+        " {self.advice}"
     )
 
     what: str
     wanted: int
     limit: int
+    advice: str = "withdraw adapters first, or ask for a larger quota"
 
 
 class FileRefused(LoraStoreError):

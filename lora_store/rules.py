@@ -253,7 +253,7 @@ def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
     if not kept:  # what other tenants publish or approve later does not stop the owner from changing its name
         _check_no_adapter(snapshot, key)
         if (num := sum(tenant == key[0] for tenant, _ in snapshot.names)) >= MAX_NAMES:
-            raise QuotaExceeded("model names", num + 1, MAX_NAMES)
+            raise QuotaExceeded("model names", num + 1, MAX_NAMES, "remove a model name first")
     was_approved = any(old.approved for old in kept if old.ref == named.ref)
     return [SetName(replace(named, approved=was_approved))]
 

@@ -30,7 +30,7 @@ from lora_store.errors import (
         (AdapterNotFound("poet", owner="acme"), "'poet' belongs to tenant 'acme'; only its own keys may change it$"),
         (
             QuotaExceeded("adapters", 6, 5),
-            "quota exceeded: the tenant may have 5 adapters, and this publish would make it 6;",
+            "quota exceeded: the tenant may have 5 adapters, and this would make it 6; withdraw adapters first",
         ),
         (
             StoreDamaged("/a/part-1", "is empty"),

@@ -132,5 +132,5 @@ def test_the_number_of_names_is_bounded(store: LoraStore, monkeypatch: pytest.Mo
     store.set_name(OWN, "a", "me")
     store.set_name(OWN, "b", "me")
     store.set_name(THEIRS, "a", "me")
-    with pytest.raises(QuotaExceeded):
+    with pytest.raises(QuotaExceeded, match=r"1 model names, and this would make it 2; remove a model name first$"):
         store.set_name(("local", "other"), "a", "me")
