@@ -132,19 +132,16 @@ def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:
     """Raises: AdapterRefused if this version cannot take a share of the live one's requests."""
     name = record.ref.name
     if live is None:
-        raise AdapterRefused(name, ["no version is live that could share its requests: publish it without a share"])
+        reason = "no live version exists to share requests with; publish this version without `share`"
+        raise AdapterRefused(name, [reason])
     if live.ref == record.ref:
         raise AdapterRefused(name, ["this version is live already: a share goes to another version"])
     if live.is_unlisted or record.is_unlisted:
         raise AdapterRefused(name, ["an unlisted adapter cannot share its requests"])
     if live.template != record.template:
-        raise AdapterRefused(
-            name,
-            [
-                f"the live version has the template {live.template or 'of the server'!r} and this one"
-                f" {record.template or 'of the server'!r}: versions that share requests need the same one"
-            ],
-        )
+        given = (repr(version.template) if version.template else "the server's template" for version in (live, record))
+        reason = "the live version uses {}, this one {}: versions that share requests need the same template"
+        raise AdapterRefused(name, [reason.format(*given)])
     if live.contract != record.contract:
         reason = "its contract differs from the live version's: versions that share requests need the same one"
         raise AdapterRefused(name, [reason])

@@ -232,7 +232,7 @@ class FakeStore:
             if item.ref.name in self.taken:
                 raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
             if item.record.is_offered and not self.live.get(key_of(item.record)):
-                raise AdapterRefused(item.ref.name, ["no version is live that could share its requests"])
+                raise AdapterRefused(item.ref.name, ["no live version exists to share requests with"])
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         self._fail("discard")

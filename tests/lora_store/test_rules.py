@@ -256,10 +256,10 @@ def test_an_approved_version_that_is_tried_again_stays_approved(store: LoraStore
 @pytest.mark.parametrize(
     ("seed", "label", "says"),
     [
-        (0, {"name": "novel"}, "no version is live"),
+        (0, {"name": "novel"}, "no live version exists to share requests with; publish this version without `share`"),
         (0, {}, "is live already"),
         (1, {"ttl_s": 60.0}, "unlisted adapter"),
-        (1, {"template": "chat"}, "versions that share requests need the same one"),
+        (1, {"template": "chat"}, "the live version uses the server's template, this one 'chat'"),
     ],
 )
 def test_a_version_that_cannot_take_a_share_is_refused(
