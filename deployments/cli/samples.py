@@ -61,4 +61,4 @@ def _change(url: str, name: str, body: JsonObject, *, as_json: bool) -> None:
     else:
         say(f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}")
         for text in answer["left_out"]:
-            say(f"left out, as a near-copy or beyond a quarter of the samples: {join_lines(text)}")
+            say(f"left out, as blank, a near-copy, or beyond the number that is kept: {join_lines(text)}")

@@ -38,5 +38,5 @@ def test_a_decision_is_sent(words: tuple[str, ...], body: dict[str, object]) -> 
         assert "1 prompt rejected" in said.out
     else:
         assert "poet is live as dddddddddddd since generation 9" in said.out
-        assert "left out, as a near-copy or beyond a quarter of the samples: Rhyme [2Jon rain!" in said.out
+        assert "left out, as blank, a near-copy, or beyond the number that is kept: Rhyme [2Jon rain!" in said.out
         assert "\x1b" not in said.stdout
