@@ -34,12 +34,12 @@ def new(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="keys file to add the key to; default: print its entry")
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(min=0, help="requests a minute; default: no limit")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="requests a minute; default: no limit")] = None,
     tokens_per_minute: Annotated[
-        int | None, typer.Option(min=0, help="tokens of prompts and answers a minute; default: no limit")
+        int | None, typer.Option(min=1, help="tokens of prompts and answers a minute; default: no limit")
     ] = None,
     concurrent_requests: Annotated[
-        int | None, typer.Option(min=0, help="rows at once: prompts times n; default: no limit")
+        int | None, typer.Option(min=1, help="rows at once: prompts times n; default: no limit")
     ] = None,
     max_adapters: Annotated[
         int | None, typer.Option(min=0, help="adapters that its tenant may hold; default: no limit")
@@ -83,8 +83,8 @@ def list_keys(
 ) -> None:
     """List the keys of a file by their ids. The keys themselves are not in it.
 
-    --used needs a key with the role admin and a server that records usage. It knows the uses of the last `usage_days`
-    days only. Requests that only read the pool do not count as use.
+    --used needs a key with the role admin, unless all keys of the file belong to its tenant, and a server that records
+    usage. It knows the uses of the last `usage_days` days only. Requests that only read the pool do not count as use.
     """
     from deployments.auth.api_keys import parse_entries  # imports pydantic
 

@@ -45,9 +45,13 @@ def test_a_key_is_added_to_a_file_that_only_its_owner_reads(file: Path) -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(
-    "options", [("--role", "root"), ("--id", "a/b"), ("--tenant", "acme corp"), ("--requests-per-minute", "0")]
-)
+@pytest.mark.parametrize("limit", ["--requests-per-minute", "--tokens-per-minute", "--concurrent-requests"])
+def test_a_limit_of_zero_requests_is_a_mistake_of_its_option(limit: str) -> None:
+    result = new(limit, "0")
+    assert result.exit_code == 2 and f"Invalid value for '{limit}'" in result.stderr
+
+
+@pytest.mark.parametrize("options", [("--role", "root"), ("--id", "a/b"), ("--tenant", "acme corp")])
 def test_a_bad_key_is_refused_before_anything_is_written(file: Path, options: tuple[str, str]) -> None:
     result = new("--file", file, *options)
     assert (result.exit_code, result.stdout, list(file.parent.iterdir())) == (1, "", [])
