@@ -51,11 +51,11 @@ class ResponseNotStored(DeploymentsError):
 
 
 class KeyRefused(DeploymentsError):
-    """The key is missing or unknown."""
+    """The key is missing, unknown or expired."""
 
     kind = Kind.UNAUTHENTICATED
     code = "invalid_api_key"
-    remedy = "Send `Authorization: Bearer KEY` with a valid key."
+    remedy = "Send `Authorization: Bearer KEY` with a valid key. Ask the operator for a new one if it has expired."
 
 
 class KeysUnavailable(DeploymentsError):

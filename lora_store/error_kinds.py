@@ -17,7 +17,7 @@ class Kind(Enum):
     """Who can do something about an error, and what. The value is the meaning as the API documents it."""
 
     INVALID = "The request breaks a rule; `param` names the field."
-    UNAUTHENTICATED = "The key is missing or unknown."
+    UNAUTHENTICATED = "The key is missing, unknown or expired."
     FORBIDDEN = "This client may not do this."
     MISSING = "There is no such model, adapter, version or route for this caller."
     TOO_SLOW = "The client sent the request too slowly."

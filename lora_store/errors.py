@@ -37,7 +37,10 @@ class PublicNameTaken(AdapterRefused):
 
     kind = Kind.CONFLICT
     code = "name_taken"
-    remedy = "Publish under another name, or keep the adapter private."
+    remedy = (
+        "Publish under another name. A private adapter may have another tenant's name, but not one of your own model"
+        " names."
+    )
 
 
 @dataclass(eq=False)
