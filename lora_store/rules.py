@@ -56,9 +56,10 @@ def publish_events(
 ) -> list[Event]:
     """Return publish events for the records that are not live yet. Check each record against earlier ones as well.
 
-    `keeps`: what versions took over from the live version of their name. The visibility is that of the version that is
-    live now, as for every offered version and with the precondition "live". `quota`: applies to each tenant.
-    `replaces`: the digest that must be live now, by the version that was made from it.
+    `keeps`: for each version, the fields that it took over from the live version of its name. If one of them is the
+    visibility, it is read from the version that is live now. The same holds for every offered version and with the
+    precondition "live". `quota`: applies to each tenant. `replaces`: the digest that must be live now, by the version
+    that was made from it.
     Raises: PublicNameTaken; AdapterRefused for an unlisted version of a listed adapter; QuotaExceeded; AdapterNotFound
     for a version that must be kept and is not; VersionConflict if the live version has other tags, another template,
     another contract or other samples than those that were taken over, or another version is live than the one of

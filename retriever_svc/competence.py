@@ -4,10 +4,10 @@ A region is the neighbourhood of one adapter, its anchor, whose samples have out
 adapters near it, and adapters without samples, which no search can find, all of the anchor's base model.
 
 Only trusted anchors have regions: the tenant's own adapters, and public ones that an admin approved. So another tenant
-cannot choose the examples by which a tenant's adapters are judged. A ranking is used by the tenant that measured it,
-alone. An adapter with a region of its own is judged by its own examples, because a near adapter may do something else
-with the same inputs. The exception are two adapters with the same small label set that contradict each other, such as a
-copy trained on flipped labels: the approved one is right, or else the one that was published first.
+cannot choose the examples by which a tenant's adapters are judged. Only the tenant that measured a ranking uses it. An
+adapter with a region of its own is judged by its own examples, because a near adapter may do something else with the
+same inputs. There is one exception: two adapters that have the same small set of labels and contradict each other, such
+as a copy trained on flipped labels. Then the approved one is right, or else the one that was published first.
 
 Source: successive halving as in LORAUTER (arXiv 2601.21795).
 """

@@ -236,9 +236,9 @@ class EditedSample(ApiRequest):
 class EditRequest(ApiRequest):
     """`PATCH /v1/loras/{name}`: change what is given, without an upload.
 
-    `visibility` applies to the live version, and `private` to the older ones too. Each other field makes a new version
-    of the same weights.
-    `samples` replace all of them. `digest`: of the version that was edited; if another one is live, nothing changes.
+    `visibility` applies to the live version; `private` also applies to the older versions. Every other field makes a
+    new version with the same weights. `samples` replaces all samples. `digest` names the version that was edited: if
+    another version is live, nothing changes.
     """
 
     visibility: Visibility | None = None

@@ -182,8 +182,9 @@ class _Account:
 class Limiter:
     """Enforces this replica's part of the limits of all keys, on one event loop.
 
-    Changed limits apply at once and start with full buckets. A request within the key's own limit is never above the
-    part for good: it waits until this replica's part of the rate is full, or until no other row of the key runs here.
+    Changed limits apply at once and start with full buckets. A request that fits the key's limit but not this replica's
+    part of it is not refused for good. It is admitted once the replica's part of the rate has refilled completely, or
+    once no other row of the key runs here.
     """
 
     def __init__(

@@ -265,7 +265,7 @@ def serve_worker(
 
 
 class BaseWorkers:
-    """The workers of one base model. A request passes `ready` first, which holds it until one runs.
+    """The workers of one base model. A request passes `ready` first, which holds it until a worker runs.
 
     With `timeout_s` None workers never scale to zero, and nothing is held. The call that starts a worker stays in
     Serve's queue when its waiters have left, so the next request finds a worker. While an answer is recent, a worker
