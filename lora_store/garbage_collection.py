@@ -122,7 +122,7 @@ class GarbageCollector:
             )
 
     def _delete_projections(self, before: datetime) -> list[StoredFile]:
-        """Delete the projections written before that time that no embedding is of, and vectors of unused encoders.
+        """Delete the projections written before that time that no embedding uses, and vectors of unused encoders.
 
         The catalogue is read first. A reindex writes its projection, new or not, before the catalogue mentions it, so
         one that it begins meanwhile is young when the files are listed.

@@ -44,7 +44,10 @@ def approve(
     ] = None,
     confirmed: Annotated[
         bool,
-        typer.Option("--confirmed", help="with --digest: also if it draws many prompts that others' adapters are for"),
+        typer.Option(
+            "--confirmed",
+            help="with --digest: approve even if it would draw many prompts that other owners' adapters are for",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what it would draw, approve nothing")] = False,
     as_json: Json = False,

@@ -83,7 +83,7 @@ def approve(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Let every tenant use a version of a model name, after a question. With --json, do not ask."""
+    """Let every tenant use a version of a model name. Asks for confirmation first, except with --json."""
     if not as_json:
         shown = call(url, "POST", f"{_path(name)}/approve", json={"digest": digest}, params={"dry_run": "true"})
         err.print(json.dumps(shown["policy"], indent=2), markup=False, highlight=False)

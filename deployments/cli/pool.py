@@ -126,9 +126,9 @@ def withdraw(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Remove adapters with all their versions from the pool. There is no way back.
+    """Remove adapters and all their versions from the pool. This cannot be undone.
 
-    A terminal asks before several are removed.
+    In a terminal, the command asks before it removes more than one.
     """
     if len(names) > 1 and not yes and sys.stdin.isatty():
         typer.confirm(f"Withdraw {len(names)} adapters with all their versions?", abort=True)

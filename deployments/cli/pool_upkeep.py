@@ -176,7 +176,7 @@ def gc(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Delete stored blobs that no version refers to, and projections that no embedding is of."""
+    """Delete stored blobs that no version refers to, and projections that no embedding uses."""
     answer = call(url, "POST", "/v1/pool/gc", json={"retention_s": retention})
     blobs, projections = counted(answer["num_blobs"], "blob"), counted(answer["num_projections"], "projection")
     report(answer, f"removed {blobs} and {projections}, {counted(answer['num_bytes'], 'byte')}", as_json=as_json)
