@@ -128,7 +128,7 @@ class StoreDeployment:
         for an adapter of another base model.
         """
         if upload.adapter_name in self._config.served_models.accepted_names:
-            raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
+            raise AdapterRefused(upload.adapter_name, ["this is a name of the base model; choose another name"])
         work = partial(self._stage, upload, shapes_by_model)
         return await asyncio.wrap_future(self._stagers.submit(upload.tenant, work))
 

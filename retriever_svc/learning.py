@@ -73,7 +73,8 @@ class Effect:
         """Why the change must not apply, None if it may."""
         lost = self.found_before - self.found_after
         if lost > 0 and lost >= MAX_LOST * self.num_samples:
-            return f"{lost} of {self.num_samples} samples of this adapter and of those near it would no longer find it"
+            samples = f"{lost} of {self.num_samples} samples of this adapter and of similar adapters"
+            return f"{samples} would no longer find their adapter"
         if self.answered_after > self.answered_before and self.answered_after >= MAX_ANSWERED * self.num_ordinary:
             return f"adapters would answer {self.answered_after} of {self.num_ordinary} ordinary prompts"
         return None

@@ -294,8 +294,8 @@ class LoraOptions(ApiRequest):
     """Not together with `abstain`. Adapters that score below this cosine are not used. Default: each adapter has a
     threshold of its own."""
     fallback: str | None = Field(default=None, min_length=1, max_length=64)
-    """Where no adapter reaches its threshold: `base` lets the base model answer, `error` answers 422. Of several base
-    models `base` is the first one; the name of another one lets that answer. Default: `retrieval.fallback`."""
+    """Where no adapter reaches its threshold: `base` lets the base model answer, `error` answers 422. With several base
+    models, `base` means the first one. To let another one answer, give its name. Default: `retrieval.fallback`."""
     filter: LoraFilter | None = None
     """`{"tags": ["a", "b"]}`: retrieve only adapters that carry all of these tags."""
     query: str | None = Field(default=None, min_length=1, max_length=65_536)

@@ -226,7 +226,9 @@ class PromptRequest(TolerantRequest, ModelFields):
         if len(ways) > 1:
             raise problem(ways[0], f"{ways[1]} names the adapters too")
         if self.lora.strategy is not None:
-            raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
+            raise problem(
+                "lora.strategy", f"cannot be set together with {aliases[0]}, which always uses its own strategy"
+            )
         if isinstance(self.lora_path, list) and len(self.lora_path) != self._num_prompts:
             raise problem("lora_path", f"holds {len(self.lora_path)} names for {self._num_prompts} prompts")
         return self
@@ -282,7 +284,7 @@ class GenerationRequest(PromptRequest, PolicyFields):
     @model_validator(mode="after")
     def _whole_answers_alone(self) -> Self:
         if self.prompt_logprobs is not None and self.stream:
-            raise problem("prompt_logprobs", "are part of whole answers; set stream: false or remove them")
+            raise problem("prompt_logprobs", "cannot be streamed; set stream: false, or leave them out")
         return self
 
     @model_validator(mode="after")

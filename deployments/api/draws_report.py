@@ -66,8 +66,8 @@ def _show_shares(drawn: Drawn) -> DrawnShare:
 def _format_text(ordinary: DrawnShare, adapters: list[DrawnAdapterRow], ref: AdapterRef) -> str:
     parts = [f"{_percents(ordinary, ref)} of ordinary prompts"]
     for adapter in adapters[:_NUM_NAMED]:
-        parts.append(f"{_percents(adapter['samples'], ref)} of the samples of {adapter['name']}")
-        parts.append(f"{_percents(adapter['contents'], ref)} of them without the wording that they share")
+        contents = f"{_percents(adapter['contents'], ref)} when their shared wording is left out"
+        parts.append(f"{_percents(adapter['samples'], ref)} of the samples of {adapter['name']} and {contents}")
     alike = [f"{row['name']} ({row['similarity']:.2f})" for row in adapters if row["similarity"] >= MOST_ALIKE]
     same = f" It seems to be for the task of {', '.join(alike[:_NUM_NAMED])}." if alike else ""
     rest = len(adapters) - _NUM_NAMED

@@ -95,9 +95,10 @@ class ChatMessage(TolerantRequest):
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise problem("tool_calls", "goes with role 'assistant' only")
+            raise problem("tool_calls", "is allowed only in messages of role 'assistant'")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise problem("tool_call_id", "goes with role 'tool', and with it only: it names the call of the result")
+            rule = "is required in messages of role 'tool' and not allowed in others"
+            raise problem("tool_call_id", f"{rule}; it names the call that the message answers")
         if "content" not in self.model_fields_set and not self.tool_calls:
             raise problem("content", "is missing")
         return self

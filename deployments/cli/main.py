@@ -245,7 +245,8 @@ def route(
     if file is not None:
         if prompt or any(each is not None for each in (model, abstain, strategy, k, option, tag)):
             raise typer.BadParameter(
-                "is measured with the server's defaults: leave out the prompt and options", param_hint="--file"
+                "it measures with the server's defaults, so it cannot be combined with a prompt or with options",
+                param_hint="--file",
             )
         from deployments.cli.routing import measure_routing
 

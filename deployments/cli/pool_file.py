@@ -66,7 +66,7 @@ def publish_file(file: Path, url: str, *, is_dry: bool, prunes: bool, upload: bo
     if len(items) < len(own):
         fail(f"{file}: adapters: a name is listed twice for tenant {tenant!r}, with and without owner")
     if prunes and not items:
-        fail(f"{file}: no adapter of it belongs to tenant {tenant!r}, so --prune would withdraw all of yours")
+        fail(f"{file}: lists no adapter of your tenant {tenant!r}, so --prune would withdraw all of your adapters")
     rows: list[JsonObject] = []
     refused: Refused = {}
     with open_client(url, waits=True) as client:

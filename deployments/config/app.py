@@ -58,7 +58,7 @@ class AppConfig(ModelSettings):
     a server with another value has another pool."""
     cache_dir: Path = DEFAULT_CACHE_DIR
     """Where converted models, compiled kernels and copies of weights are kept. Set it to a disk with room; everything
-    in it is made again when it is missing, except the usage of the last seconds, which is on its way to the pool."""
+    in it is made again if it is deleted, except the usage of the last seconds, which is on its way to the pool."""
     publish_paths: bool | None = None
     """Whether clients on the server's own machine may publish folders of its file system. Unset: only without keys.
     With keys, the owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear
@@ -166,7 +166,8 @@ class AppConfig(ModelSettings):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"models: {twice[0]!r} is the name of two; give each its own base_model_name")
         if words := sorted({*names} & {"base", "error"}):
-            raise ValueError(f"models: {words[0]!r} means another thing in lora.fallback; give another base_model_name")
+            problem = f"the name {words[0]!r} has a special meaning in lora.fallback"
+            raise ValueError(f"models: {problem}; choose another base_model_name")
         owners: dict[str, str] = {}
         for model in self.served_models:
             for name in sorted(model.accepted_names):

@@ -132,8 +132,8 @@ def _num_chars(prompt: str | tuple[Message, ...]) -> int:
 class Planner:
     """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name.
 
-    A model name was replaced by its policy before; no adapter is called like one. The plan names the base model that
-    answers; the one that `model` names, as in `base:auto`, is the only one that may.
+    Model names have been replaced by their policies at this point, and no adapter has the name of one. The plan names
+    the base model that answers. If `model` names a base model, as `base:auto` does, no other base model may answer.
     """
 
     def __init__(self, models: ServedModels, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
@@ -296,8 +296,8 @@ class Planner:
         if base_model and plan.base_model not in ("", base_model):
             of = f"{plan.adapters[0].ref.name!r} is an adapter" if plan.adapters else "lora.plan is"
             raise RequestInvalid(
-                f"model: {of} of the base model {plan.base_model!r}, and `model` or its policy names"
-                f" {base_model!r}; leave the base model out, or name its own",
+                f"model: {of} of base model {plan.base_model!r}, but `model` (or its policy) names base model"
+                f" {base_model!r}; name {plan.base_model!r}, or leave the base model out",
                 "model",
             )
 

@@ -61,8 +61,8 @@ class Learning:
         resampled = await self._retriever.accept(live, [proposal.text for proposal in chosen])
         num_own = sum(not sample.is_accepted for sample in resampled.samples)
         if num_own < OWN_PER_ACCEPTED:
-            reason = f"it has {num_own} samples of its own, and each accepted prompt needs {OWN_PER_ACCEPTED}"
-            raise AdapterRefused(key[1], [f"{reason}: publish it with more samples"])
+            reason = f"it has {num_own} published samples, but needs {OWN_PER_ACCEPTED} for each accepted prompt"
+            raise AdapterRefused(key[1], [f"{reason}: publish it again with more samples"])
         if resampled.effect.refusal is not None:
             raise AdapterRefused(key[1], [f"{resampled.effect.refusal}: accept other prompts, or fewer"])
         published = await self._publisher.resample(live, resampled.samples, actor, charge)

@@ -99,7 +99,7 @@ async def test_no_adapter_may_have_the_base_models_name(stores: Stores, name: st
         PublishItem(Path("somewhere", BASE)),
         PublishItem(source=f"s3://{name}"),
     ):
-        with pytest.raises(AdapterRefused, match="the name is the base model's"):
+        with pytest.raises(AdapterRefused, match="this is a name of the base model; choose another"):
             await stores.stage(upload)
 
 

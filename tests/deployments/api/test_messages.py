@@ -111,7 +111,7 @@ def test_calls_and_results_are_turns_of_the_conversation() -> None:
         ({"messages": [USER, RESULT]}, "messages.1.tool_call_id", "no message before this one"),
         ({"messages": [RESULT, ASSISTANT]}, "messages.0.tool_call_id", "no message before this one"),
         ({"messages": [USER, ASSISTANT, RESULT | {"tool_call_id": None}]}, "messages.2.tool_call_id", "role 'tool'"),
-        ({"messages": [USER | {"tool_call_id": "c1"}]}, "messages.0.tool_call_id", "goes with role 'tool'"),
+        ({"messages": [USER | {"tool_call_id": "c1"}]}, "messages.0.tool_call_id", "is required in messages of role"),
         ({"messages": [USER | {"tool_calls": [CALLED]}]}, "messages.0.tool_calls", "role 'assistant'"),
         ({"messages": [{"role": "assistant"}]}, "messages.0.content", "is missing"),
         ({"messages": [USER, {"role": "function", "content": "x"}]}, "messages.1.role", "use role 'tool'"),

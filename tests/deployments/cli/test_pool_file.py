@@ -117,7 +117,7 @@ def test_a_refused_adapter_stops_the_withdrawal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("owners", "problem"),
-    [(["beta"], "no adapter of it belongs to tenant 'acme'"), (["acme", None], "a name is listed twice")],
+    [(["beta"], "lists no adapter of your tenant 'acme'"), (["acme", None], "a name is listed twice")],
 )
 def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
     owners: list[str | None], problem: str, tmp_path: Path

@@ -134,4 +134,4 @@ def test_a_refused_route_ends_the_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [("Hi",), ("--k", 2), ("--tag", "fun")])
 def test_a_file_is_measured_with_the_servers_defaults_only(tmp_path: Path, options: tuple[object, ...]) -> None:
     result = run("route", "--file", tmp_path / "prompts.jsonl", *options)
-    assert result.exit_code == 2 and "measured with the server's defaults" in words(result.stderr)
+    assert result.exit_code == 2 and "measures with the server's defaults" in words(result.stderr)

@@ -344,7 +344,7 @@ def test_each_of_several_models_has_settings_of_its_own_and_shares_the_others() 
     [
         ({"models": [{}], "template": "chat"}, "models: cannot be combined with template; move it into a model"),
         ({"models": [{"base_model": "x/a"}, {"base_model": "y/a"}]}, "'a' is the name of two"),
-        ({"models": [{}, {"base_model": "/models/base"}]}, "'base' means another thing in lora.fallback"),
+        ({"models": [{}, {"base_model": "/models/base"}]}, "the name 'base' has a special meaning in lora.fallback"),
         ({"models": [{"base_model": "x/a"}, {"accepts_base": ["x/a"]}]}, "both accept adapters of 'x/a'"),
         (
             {"models": [{"worker": {"device": "cuda"}, "worker_scaling": {"ray_actor_options": {"num_gpus": 0}}}]},

@@ -357,7 +357,7 @@ def test_every_text_that_may_be_encoded_is_counted(turns: list[str], lora: dict[
 @pytest.mark.parametrize(
     ("names", "model", "base_model", "said"),
     [
-        ("ab", "a:auto", "b", "model: lora.plan is of the base model 'b', and `model` or its policy names 'a'"),
+        ("ab", "a:auto", "b", "model: lora.plan is of base model 'b', but `model`"),
         ("ab", "auto", "c", "this plan has 'a', got 'c'"),
         ("a", "auto", "c", "this plan has 'a', got 'c'"),
         ("ab", "b:auto", None, None),

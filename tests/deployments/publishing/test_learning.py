@@ -67,7 +67,7 @@ async def test_accepting_names_no_proposal_for_all_of_them() -> None:
         (("Rhyme.",), {"action": "reject", "ids": ["nonsense"]}, {}, "no prompt 'nonsense' is proposed"),
         (("Rhyme.",), {"action": "undo", "ids": ["x"]}, {}, "cannot be combined"),
         (("Rhyme.",), {"action": "praise"}, {}, "action"),
-        (("Rhyme.",), {"action": "accept"}, {"num_own": 2}, "it has 2 samples of its own"),
+        (("Rhyme.",), {"action": "accept"}, {"num_own": 2}, "it has 2 published samples, but needs 3"),
         (("Rhyme.",), {"action": "accept"}, {"effect": Effect(50, 40, 39, 400, 1, 1)}, "1 of 50 samples"),
     ],
 )
