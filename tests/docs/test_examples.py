@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from deployments.api.names import NamePolicy
 from deployments.cli.pool_file import PoolFile
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
+from deployments.config.parts import AdmissionSettings, RetrievalSettings
 from deployments.publishing.contract_files import read_contract
+from docs.generate.settings import ENGINES
 from lora_store.contract_files import CONTRACT_FILE
 from retriever_svc.competence import NEAR
 from retriever_svc.preferences import NEAR_OUTCOME
@@ -80,6 +83,19 @@ def test_settings_and_policies_are_valid(block: CodeBlock) -> None:
     if settings.get("worker", {}).get("device") == "cuda":
         settings.setdefault("worker_scaling", {"num_gpus": 1})
     AppConfig.model_validate(settings)
+
+
+def test_settings_that_pages_name_exist() -> None:
+    spans = {"queue", "load", "prefill", "decode"}  # in traces of a Worker
+    known = {
+        "admission": AdmissionSettings.model_fields.keys(),
+        "retrieval": RetrievalSettings.model_fields.keys(),
+        "worker": {field.name for engine in ENGINES for field in fields(engine)} | spans,
+    }
+    texts = [page.read_text(encoding="utf-8") for page in pages() if page.name != "CHANGELOG.md"]
+    named = {found for text in texts for found in re.findall(r"`(admission|retrieval|worker)\.(\w+)", text)}
+    assert len(named) > 25
+    assert [f"{group}.{name}" for group, name in named if name not in known[group]] == []
 
 
 def test_loraretriever_is_called_with_commands_and_options_that_exist() -> None:
