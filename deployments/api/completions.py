@@ -224,7 +224,7 @@ class PromptRequest(TolerantRequest, ModelFields):
             return self
         ways = [*aliases, *([f"lora.{self.lora.names_adapters}"] if self.lora.names_adapters else [])]
         if len(ways) > 1:
-            raise problem(ways[0], f"{ways[1]} names the adapters too")
+            raise problem(ways[0], f"cannot be set together with {ways[1]}, which also names adapters")
         if self.lora.strategy is not None:
             raise problem(
                 "lora.strategy", f"cannot be set together with {aliases[0]}, which always uses its own strategy"
