@@ -93,7 +93,9 @@ class Server:
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._has_proxy = needs_proxy or self._uses_proxy
         self._proxy = host, self._port
-        self._session, self._control_plane = Path(), ("", 0)
+        self._control_plane = "", 0
+        self.ray_address = ""  # where other drivers of its Ray cluster connect, after the start
+        self.logs = Path()  # the folder of Serve's log files, after the start
         self._app: DeploymentHandle | None = None
         self.has_new_pool = False  # whether `prepare` created the pool
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
@@ -111,20 +113,9 @@ class Server:
         return _make_url(*self._proxy)
 
     @property
-    def ray_address(self) -> str:
-        """Return the address that other drivers of its Ray cluster connect to, after the start."""
-        host, port = self._control_plane
-        return f"{host}:{port}"
-
-    @property
-    def logs(self) -> Path:
-        """Return the folder of Serve's log files, after the start."""
-        return self._session / "logs" / "serve"
-
-    @property
     def _stop_log(self) -> Path:
         """Return the file for what Ray prints during the stop."""
-        return self._session / "logs" / "stop.log" if self._session.name else Path(os.devnull)
+        return self.logs.with_name("stop.log") if self.logs.name else Path(os.devnull)
 
     def prepare(self, report: Callable[[str], None]) -> None:
         """Open the pool, and convert the packaged base model, before a replica needs them.
@@ -179,8 +170,9 @@ class Server:
                 _temp_dir=str(sessions),
                 _metrics_export_port=self._metrics_port,
             )
-        self._session = Path(context.address_info["session_dir"])
-        host, _, port = context.address_info["gcs_address"].rpartition(":")
+        self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
+        self.ray_address = context.address_info["gcs_address"]
+        host, _, port = self.ray_address.rpartition(":")
         self._control_plane = host, int(port)
         signal.signal(signal.SIGTERM, _leave)  # in place of Ray's handler
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)

@@ -39,41 +39,38 @@ def run_server(
                 fail(f"preload: {folder_problem(path)}")
         load_keys(settings.api_key, settings.keys_file)  # an unusable keys file stops the start here
         server = Server(settings, host=host, port=port, metrics_port=metrics_port, is_verbose=is_verbose)
-        _serve(server, host)
+        started = time.monotonic()
+        with server:
+            with out.status("starting") as status:
+                report: Callable[[str], None] = status.update if out.is_terminal else say  # a line for a log file
+                server.prepare(report)
+                url = server.start(report)
+                if settings.preload:
+                    report("publishing the preloaded adapters")
+                server.wait_ready(timeout_s=_READY_TIMEOUT_S)
+                ready = server.started()
+            interrupts = server.interrupts()
+            # With keys the start may only see what all tenants may use.
+            usable = counted(ready["num_adapters"], "public adapter" if settings.has_keys else "adapter")
+            out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {usable}")
+            problems, access = start_problems(ready), access_note(host, settings)
+            ports = ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray)
+            program = find_program(sys.argv[0])
+            steps = next_steps(url, server.ray_address, server.logs, program, has_keys=settings.has_keys)
+            notes = [(model.name, template_note(model)) for model in settings.served_models.models]
+            if server.has_new_pool:
+                say(f"created a new pool at {settings.store_uri}")
+            for problem in problems:
+                show_error(problem)
+            for name, note in notes:
+                say(f"{name}: {note}" if settings.models else note)
+            for line in (access, ports, *steps):
+                say(line)
+            interrupts.get()
+            if not server.finish_requests():
+                out.print("stopped before all requests were answered")
     except (ServerFailed, ProxyUnsafe, LoraStoreError, ValueError, OSError) as exc:
         fail(str(exc))
-
-
-def _serve(server: Server, host: str) -> None:
-    started, settings = time.monotonic(), server.settings
-    with server:
-        with out.status("starting") as status:
-            report: Callable[[str], None] = status.update if out.is_terminal else say  # a line for a log file
-            server.prepare(report)
-            url = server.start(report)
-            if settings.preload:
-                report("publishing the preloaded adapters")
-            server.wait_ready(timeout_s=_READY_TIMEOUT_S)
-            ready = server.started()
-        interrupts = server.interrupts()
-        # With keys the start may only see what all tenants may use.
-        usable = counted(ready["num_adapters"], "public adapter" if settings.has_keys else "adapter")
-        out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {usable}")
-        if server.has_new_pool:
-            say(f"created a new pool at {settings.store_uri}")
-        for problem in start_problems(ready):
-            show_error(problem)
-        for model in settings.served_models:
-            note = template_note(model)
-            say(f"{model.name}: {note}" if settings.models else note)
-        say(access_note(host, settings))
-        say(ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray))
-        program = find_program(sys.argv[0])
-        for line in next_steps(url, server.ray_address, server.logs, program, has_keys=settings.has_keys):
-            say(line)
-        interrupts.get()
-        if not server.finish_requests():
-            out.print("stopped before all requests were answered")
 
 
 def start_problems(ready: JsonObject) -> list[str]:

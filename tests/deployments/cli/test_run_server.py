@@ -93,10 +93,6 @@ class QuickServer(Server):
     def started(self) -> JsonObject:
         return {"num_adapters": 0, "refused": {}, "unserved": []}
 
-    @property
-    def logs(self) -> Path:
-        return Path("/tmp/session_1/logs/serve")
-
     def interrupts(self) -> SimpleQueue[int]:
         received = SimpleQueue[int]()
         received.put(2)
