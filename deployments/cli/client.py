@@ -10,14 +10,13 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 from urllib.parse import quote
 
 import httpx
 from rich.progress import MofNCompleteColumn
 
-from deployments.cli.options import KEY_VARIABLE, URL_VARIABLE, name_options
+from deployments.cli.options import KEY_VARIABLE, URL_VARIABLE, find_key, name_options, use_key
 from deployments.cli.output import err, fail, progress
 from deployments.json_types import JsonObject
 
@@ -27,7 +26,6 @@ _PROBE_TIMEOUT_S = 5.0
 _UNAUTHORIZED = 401
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # to connections, from the first to the last
 _FIRST_PORT, _TRIED_PORTS = 20_000, 20  # `ray start` uses 10,001 to 19,999
-_key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 
 @contextmanager
@@ -37,7 +35,7 @@ def open_client(url: str, *, waits: bool = False, remedy: str = REMEDY) -> Itera
     `waits`: an answer may take as long as the server needs.
     """
     timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, read=None if waits else _ANSWER_TIMEOUT_S)
-    key, hooks = _key.get(), {"response": [_note_ignored_key()]}
+    key, hooks = find_key(), {"response": [_note_ignored_key()]}
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         with httpx.Client(
@@ -50,17 +48,9 @@ def open_client(url: str, *, waits: bool = False, remedy: str = REMEDY) -> Itera
         fail(f"{url}: {exc or type(exc).__name__}")
 
 
-def use_key(key: str | None) -> None:
-    """Send this key with the requests of this command, without the space around it, such as a file's last newline."""
-    key = None if key is None else key.strip()
-    if key and not re.fullmatch("[ -~]+", key):
-        fail(f"the key of --key or {KEY_VARIABLE} has a character that no header can carry")
-    _key.set(key)
-
-
 def has_key() -> bool:
     """Return whether this command sends a key."""
-    return _key.get() is not None
+    return find_key() is not None
 
 
 def _make_mounts(url: str) -> dict[str, None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import typer
 from rich.table import Table
 
 from deployments.cli import access, batch, compose, keys, name, pool, pool_upkeep, publish, samples, trial, usage
-from deployments.cli.client import ServerFailed, call, check_free, open_client, use_key
+from deployments.cli.client import ServerFailed, call, check_free, open_client
 from deployments.cli.client import check as check_answer
-from deployments.cli.options import DEFAULT_URL, Json, Key, KeyAnywhere, Options, Strategy, Url, read_options
+from deployments.cli.options import DEFAULT_URL, Json, Key, KeyAnywhere, Options, Strategy, Url, Version, read_options
 from deployments.cli.output import counted, err, fail, join_lines, out, print_json, say, show_controls, show_warning
 from deployments.json_types import JsonObject
 
@@ -38,13 +37,6 @@ cli.add_typer(keys.commands, name="keys")
 cli.add_typer(samples.commands, name="samples")
 
 
-def _print_version(is_wanted: bool) -> None:
-    if is_wanted:
-        out.print(f"loraretriever {importlib.metadata.version('loraretriever')}", highlight=False)
-        raise typer.Exit()
-
-
-Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")]
 Prompt = Annotated[
     list[str] | None,
     typer.Argument(metavar="TEXT", help="the prompt; several words are joined, and - reads standard input"),
@@ -61,7 +53,6 @@ _CHAT = "/v1/chat/completions"
 @cli.callback()
 def options(key: Key = None, version: Version = False) -> None:
     """Serve base models with many LoRA adapters: start the server, and call it over HTTP."""
-    use_key(key)
 
 
 @cli.command()

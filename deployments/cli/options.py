@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import re
 from collections.abc import Sequence
@@ -13,11 +14,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from deployments.cli.output import show_error
+from deployments.cli.output import fail, out, show_error
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
 KEY_VARIABLE = "LORARETRIEVER_KEY"
+_key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 
 def server_url(given: str) -> str:
@@ -36,10 +38,34 @@ def check_local_folder(given: Path) -> Path:
     return given
 
 
+def use_key(key: str | None) -> str | None:
+    """Send this key with the requests of this command, without the space around it, such as a file's last newline."""
+    key = None if key is None else key.strip()
+    if key and not re.fullmatch("[ -~]+", key):
+        fail(f"the key of --key or {KEY_VARIABLE} has a character that no header can carry")
+    _key.set(key)
+    return key
+
+
+def find_key() -> str | None:
+    """Return the key that this command sends."""
+    return _key.get()
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        out.print(f"loraretriever {importlib.metadata.version('loraretriever')}", highlight=False)
+        raise typer.Exit()
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")]
 Url = Annotated[
     str, typer.Option("--url", "-u", envvar=URL_VARIABLE, callback=server_url, help="address of the server")
 ]
-Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; before or after the command")]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", envvar=KEY_VARIABLE, callback=use_key, help="API key; before or after the command"),
+]
 Strategy = Annotated[str | None, typer.Option(help="how adapters are composed; default: the server's")]
 Options = Annotated[
     list[str] | None,
