@@ -14,10 +14,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, ModelWrapValidatorHandler, SecretStr, field_validator, model_validator
 
 from deployments.config.model_settings import ModelSettings, make_default
+from deployments.config.parts import AbsolutePath, HomePath, HostNames, Origins, PoolUri, ResolvedPaths
 from deployments.config.parts import AdmissionSettings as AdmissionSettings
 from deployments.config.parts import RetrievalSettings as RetrievalSettings
 from deployments.config.parts import SamplingDefaults as SamplingDefaults
-from deployments.config.parts import expand_home
 from deployments.config.served_model import ServedModel, ServedModels, find_accepted_names
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
@@ -53,20 +53,20 @@ class AppConfig(ModelSettings):
     """Several base models in one application. Each item takes the settings from `base_model` to `worker_scaling`,
     `sampling_defaults` and `worker`, which are then unset at the top level. Each has workers of its own; all share the
     pool. `auto` answers on the base model of the adapter that it finds, and on the first one where none fits."""
-    store_uri: str = Field(default="loraretriever-pool", validate_default=True)
+    store_uri: PoolUri = Field(default="loraretriever-pool", validate_default=True)
     """Where the pool is kept: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`. Set it before the first publish;
     a server with another value has another pool."""
-    cache_dir: Path = DEFAULT_CACHE_DIR
+    cache_dir: HomePath = DEFAULT_CACHE_DIR
     """Where converted models, compiled kernels and copies of weights are kept. Set it to a disk with room; everything
     in it is made again if it is deleted, except the usage of the last seconds, which is on its way to the pool."""
     publish_paths: bool | None = None
     """Whether clients on the server's own machine may publish folders of its file system. Unset: only without keys.
     With keys, the owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear
     local."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: HostNames = ()
     """Names allowed in the `Host` header, without port. Add the name of your reverse proxy; loopback names and IP
     addresses are always allowed. With keys, an empty list allows any name."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Origins = ()
     """Pages of other origins that may use this server in a browser, as `https://chat.example`, or `*` for every origin.
     Add the address of a chat page that calls this server; other pages cannot read answers."""
     strict_fields: bool = False
@@ -75,7 +75,7 @@ class AppConfig(ModelSettings):
     allow_remote_publish: bool = False
     """Whether other machines may change the pool of a server without keys. Turn it on only in a network where everybody
     may publish and withdraw."""
-    keys_file: Path | None = None
+    keys_file: AbsolutePath | None = None
     """The file with the API keys of tenants; `loraretriever keys new` writes entries. With it every request needs a
     key, `public_requires_approval` becomes true, and other tenants' adapters are named `owner/name`."""
     api_key: SecretStr | None = Field(default=None, min_length=8, max_length=512)
@@ -123,7 +123,7 @@ class AppConfig(ModelSettings):
     tenant_metrics: int = Field(default=0, ge=0, le=10_000)
     """How many tenants have counters of their own in the metrics of one Ingress replica; the others share one. Raise it
     for dashboards and alerts by tenant; each tenant adds four series."""
-    preload: tuple[Path, ...] = ()
+    preload: ResolvedPaths = ()
     """Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for
     the served base model."""
     scale_from_zero_timeout_s: float = Field(default=120, gt=0)
@@ -214,17 +214,6 @@ class AppConfig(ModelSettings):
             raise ValueError(f"{found}: must be a number, got true or false")
         return config
 
-    @field_validator("store_uri")
-    @classmethod
-    def _absolute(cls, uri: str) -> str:
-        """Resolve a relative path here, because replicas run in other folders."""
-        if not uri.strip():
-            raise ValueError("is empty; name a folder, s3://… or gs://…")
-        location = Location(uri if "://" in uri else str(expand_home(Path(uri)).resolve()))
-        if location.is_local and re.search("%[0-9A-Fa-f]{2}", location.filesystem_path):
-            raise ValueError("a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it")
-        return location.uri
-
     @field_validator("source_prefixes")
     @classmethod
     def _prefixes_can_be_compared(
@@ -246,22 +235,6 @@ class AppConfig(ModelSettings):
                 f"by tenant, as {{acme: [...]}}, or as {{'{EVERY_TENANT}': [...]}} for all tenants"
             )
         return self
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _plain_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
-        for host in hosts:
-            if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host):
-                raise ValueError(f"{host!r} must be a host name without scheme, port and wildcards")
-        return tuple(host.lower().removesuffix(".") for host in hosts)
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _plain_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in origins:
-            if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:_-]{1,253}", origin):
-                raise ValueError(f"{origin!r} must be '*' or scheme and host, as https://chat.example, without a path")
-        return tuple(origin.lower() for origin in origins)
 
     @field_validator("api_key", mode="before")
     @classmethod
@@ -286,22 +259,6 @@ class AppConfig(ModelSettings):
     def _off_without_quotes(cls, value: object) -> object:
         """YAML reads `off` as false."""
         return "off" if value is False else value
-
-    @field_validator("cache_dir")
-    @classmethod
-    def _with_home(cls, path: Path) -> Path:
-        return expand_home(path)
-
-    @field_validator("keys_file")
-    @classmethod
-    def _absolute_file(cls, path: Path | None) -> Path | None:
-        """Keep symbolic links: Kubernetes swaps a secret by changing the link."""
-        return None if path is None else expand_home(path).absolute()
-
-    @field_validator("preload")
-    @classmethod
-    def _absolute_paths(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(expand_home(path).resolve() for path in paths)
 
     @cached_property
     def has_keys(self) -> bool:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from deployments.config.parts import SamplingDefaults, Settings, expand_home
 from deployments.json_types import JsonMapping
@@ -35,7 +35,7 @@ def make_default(options: JsonMapping) -> ServeOptions:
 class ModelSettings(Settings):
     """What each base model of `models` has for itself. Unset, each setting has the default of the top level."""
 
-    base_model: str = PACKAGED_MODEL
+    base_model: Annotated[str, AfterValidator(os.path.expanduser)] = PACKAGED_MODEL
     """The base model: the packaged default, a Hugging Face id, a folder, or a GGUF file. Set it first; adapters of
     other base models stay in the pool and are not served."""
     base_model_name: str = Field(default="", json_schema_extra={"pattern": r"^$|" + _NAME})
@@ -106,11 +106,6 @@ class ModelSettings(Settings):
                 f"set num_gpus to {size}, which reserves {size} GPUs of one machine for each worker"
             )
         return self
-
-    @field_validator("base_model")
-    @classmethod
-    def _folder_with_home(cls, base: str) -> str:
-        return os.path.expanduser(base)
 
     @field_validator("chat_template")
     @classmethod

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from deployments.api.base import LoraOptions
 from deployments.json_types import JsonMapping, JsonObject
 from lora_store import MAX_PLAN_ADAPTERS, STRATEGIES, Limits, RoutedStrategy
+from lora_store.location import Location
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import EncoderDtype
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
@@ -28,6 +30,50 @@ def expand_home(path: Path) -> Path:
         raise ValueError(
             f"{path}: this machine has no home folder for {path.parts[0]!r}; write the whole path"
         ) from exc
+
+
+def make_absolute(path: Path) -> Path:
+    """Return the whole path. Symbolic links stay: Kubernetes swaps a secret by changing the link."""
+    return expand_home(path).absolute()
+
+
+def resolve_paths(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return whole paths without symbolic links."""
+    return tuple(expand_home(path).resolve() for path in paths)
+
+
+def resolve_pool(uri: str) -> str:
+    """Return the URI of a pool. A relative path is resolved here, because replicas run in other folders."""
+    if not uri.strip():
+        raise ValueError("is empty; name a folder, s3://… or gs://…")
+    location = Location(uri if "://" in uri else str(expand_home(Path(uri)).resolve()))
+    if location.is_local and re.search("%[0-9A-Fa-f]{2}", location.filesystem_path):
+        raise ValueError("a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it")
+    return location.uri
+
+
+def check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the host names in lower case. Raises: ValueError for anything else than a name."""
+    for host in hosts:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host):
+            raise ValueError(f"{host!r} must be a host name without scheme, port and wildcards")
+    return tuple(host.lower().removesuffix(".") for host in hosts)
+
+
+def check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the origins in lower case. Raises: ValueError for an address with a path."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:_-]{1,253}", origin):
+            raise ValueError(f"{origin!r} must be '*' or scheme and host, as https://chat.example, without a path")
+    return tuple(origin.lower() for origin in origins)
+
+
+HomePath = Annotated[Path, AfterValidator(expand_home)]
+AbsolutePath = Annotated[Path, AfterValidator(make_absolute)]
+ResolvedPaths = Annotated[tuple[Path, ...], AfterValidator(resolve_paths)]
+PoolUri = Annotated[str, AfterValidator(resolve_pool)]
+HostNames = Annotated[tuple[str, ...], AfterValidator(check_hosts)]
+Origins = Annotated[tuple[str, ...], AfterValidator(check_origins)]
 
 
 def merge_group(old: JsonObject, new: JsonMapping) -> JsonObject:
