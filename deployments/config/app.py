@@ -194,10 +194,6 @@ class AppConfig(ModelSettings):
                     f"{name}.graceful_shutdown_timeout_s must be at least max_request_s = {self.max_request_s:g}, "
                     f"got {scaling.graceful_shutdown_timeout_s:g}"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _only_workers_scale_to_zero(self) -> Self:
         for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
             if getattr(self, name).min_replicas == 0:
                 raise ValueError(
