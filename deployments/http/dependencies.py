@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, Security
 from fastapi.params import Depends as Dependency
@@ -20,7 +22,6 @@ from deployments.config.app import AppConfig
 from deployments.errors import KeyRefused, PublishingDisabled, RoleMissing, SelfApproval
 from deployments.generation.completions import CompletionService
 from deployments.generation.planner import Planner
-from deployments.http.middleware import is_loopback
 from deployments.http.readiness import Readiness
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.request_context import RequestContext, find_context
@@ -34,6 +35,32 @@ from lora_store import AdapterNotFound, AdapterRef, Key
 
 _SCHEME = HTTPBearer(auto_error=False, description="a key of the server's keys file; none where the server has none")
 KEEP_ALIVE_S = 10.0  # proxies close a connection that is silent for 30 s or more
+# Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
+PROXY_HEADERS = frozenset(
+    {
+        "forwarded",
+        "via",
+        "x-real-ip",
+        "x-client-ip",
+        "x-cluster-client-ip",
+        "x-original-forwarded-for",
+        "x-original-host",
+        "x-envoy-external-address",
+        "x-envoy-peer-metadata",
+        "x-azure-clientip",
+        "x-appengine-user-ip",
+        "x-arr-log-id",
+        "x-proxyuser-ip",
+        "true-client-ip",
+        "fastly-client-ip",
+        "fly-client-ip",
+        "cf-connecting-ip",
+        "cf-connecting-ipv6",
+        "cf-ray",
+        "cdn-loop",
+        "client-ip",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +126,40 @@ AnyCaller = Annotated[Caller, Depends(find_caller)]
 InferCaller = Annotated[Caller, require_role("infer")]
 PublishCaller = Annotated[Caller, require_role("publish")]
 AdminCaller = Annotated[Caller, require_role("admin")]
+
+
+def is_loopback(http: Request) -> bool:
+    """Return whether the client is on this machine, and is neither a reverse proxy nor a page of another site.
+
+    A proxy on this machine connects from loopback for any client; it is recognised by the headers that only proxies
+    add. A browser lets any page post a form to any address, this machine's included; its `Origin` header says so.
+    """
+    if any(name in PROXY_HEADERS or name.startswith("x-forwarded-") for name in http.headers):
+        return False
+    origin = http.headers.get("origin")
+    if origin is not None and not _is_local_page(origin):
+        return False
+    return http.client is not None and is_loopback_address(http.client.host)
+
+
+def _is_local_page(origin: str) -> bool:
+    host = find_page_host(origin)
+    return host == "localhost" or (host is not None and is_loopback_address(host))
+
+
+def find_page_host(origin: str) -> str | None:
+    """Return the host of an `Origin` header, None without one."""
+    with suppress(ValueError):  # as of `http://[evil`
+        return urlsplit(origin).hostname
+    return None
+
+
+def is_loopback_address(host: str) -> bool:
+    """Return whether `host` is an address of this machine's loopback interface. A name is not."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, for example from a proxy, or a Unix socket
+        return False
 
 
 async def require_change(services: AnyServices, http: Request) -> None:

@@ -16,10 +16,8 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Collection
-from contextlib import suppress
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +25,7 @@ from deployments.auth.authenticator import Authenticator, InFlight
 from deployments.calls.h11_proxy import ID_HEADER, is_plain_id
 from deployments.config.app import AppConfig
 from deployments.errors import HostRefused, OriginRefused
+from deployments.http.dependencies import find_page_host, is_loopback_address
 from deployments.http.error_responses import error_response
 from deployments.observability.request_context import CLIENT_LEFT, CONTEXT_KEY, RequestContext, find_context, find_path
 from deployments.observability.request_metrics import RequestMetrics
@@ -42,32 +41,6 @@ _NOT_KEPT = (
 # The other routes show nothing of the pool: health, the description of the API, the console's page.
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 _UNCOUNTED = "/v1/models"  # clients and load balancers poll it; the route counts searches and further pages
-# Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
-PROXY_HEADERS = frozenset(
-    {
-        "forwarded",
-        "via",
-        "x-real-ip",
-        "x-client-ip",
-        "x-cluster-client-ip",
-        "x-original-forwarded-for",
-        "x-original-host",
-        "x-envoy-external-address",
-        "x-envoy-peer-metadata",
-        "x-azure-clientip",
-        "x-appengine-user-ip",
-        "x-arr-log-id",
-        "x-proxyuser-ip",
-        "true-client-ip",
-        "fastly-client-ip",
-        "fly-client-ip",
-        "cf-connecting-ip",
-        "cf-connecting-ipv6",
-        "cf-ray",
-        "cdn-loop",
-        "client-ip",
-    }
-)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::[0-9]{1,5})?")
 _MAX_SHOWN_CHARS = 100
 
@@ -195,40 +168,6 @@ class Admission:
         return context.tenant
 
 
-def is_loopback(http: Request) -> bool:
-    """Return whether the client is on this machine, and is neither a reverse proxy nor a page of another site.
-
-    A proxy on this machine connects from loopback for any client; it is recognised by the headers that only proxies
-    add. A browser lets any page post a form to any address, this machine's included; its `Origin` header says so.
-    """
-    if any(name in PROXY_HEADERS or name.startswith("x-forwarded-") for name in http.headers):
-        return False
-    origin = http.headers.get("origin")
-    if origin is not None and not _is_local_page(origin):
-        return False
-    return http.client is not None and is_loopback_address(http.client.host)
-
-
-def _is_local_page(origin: str) -> bool:
-    host = _host_of_page(origin)
-    return host == "localhost" or (host is not None and is_loopback_address(host))
-
-
-def _host_of_page(origin: str) -> str | None:
-    """Return the host of an `Origin` header, None without one."""
-    with suppress(ValueError):  # as of `http://[evil`
-        return urlsplit(origin).hostname
-    return None
-
-
-def is_loopback_address(host: str) -> bool:
-    """Return whether `host` is an address of this machine's loopback interface. A name is not."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, for example from a proxy, or a Unix socket
-        return False
-
-
 def check_origin(headers: Headers, config: AppConfig) -> None:
     """Check that `Host` is this server's, and the page one that may use it. Raises: HostRefused, OriginRefused.
 
@@ -260,7 +199,7 @@ def parse_host(header: str) -> str | None:
 
 def _is_own_page(origin: str, host: str, allowed: Collection[str]) -> bool:
     """Return whether the page of this `Origin` is the console, or a page served from this machine."""
-    page = (_host_of_page(origin) or "").removesuffix(".")
+    page = (find_page_host(origin) or "").removesuffix(".")
     return page in ("localhost", host) or page in allowed or is_loopback_address(page)
 
 

@@ -11,7 +11,7 @@ from fastapi import Request
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, parse
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S
 from deployments.errors import RequestInvalid
-from deployments.http.middleware import PROXY_HEADERS, is_loopback
+from deployments.http.dependencies import PROXY_HEADERS, is_loopback
 from deployments.http.routes.completions import events
 from deployments.http.routes.maintenance import json_lines
 from deployments.observability.request_context import RequestContext
