@@ -49,7 +49,7 @@ class BodyLimit:
     - 408: the body is incomplete after `patience_s` plus one second for each MiB it may have. A slow body would
       otherwise hold its place forever.
     - 503: the budget has no room. A body counts there until it is parsed; its parsed texts count until the answer ends.
-      Uploads may be larger than other bodies and have their own budget.
+      Uploads may be larger than other bodies; `count_upload` counts them.
     - 400: the method takes no body. No route would read it, and Serve's proxy and the replica would keep all of it in
       memory until the answer.
     """
@@ -72,7 +72,7 @@ class BodyLimit:
             await error_response(refusal)(scope, receive, send)
             return
         max_bytes = self._limit_of(scope)
-        budget = self._budget if max_bytes <= DEFAULT_MAX_BODY_BYTES else ByteBudget(max_bytes)
+        budget = self._budget if max_bytes <= DEFAULT_MAX_BODY_BYTES else None
         body = _Body(receive, max_bytes, budget, find_context(scope).tenant, self._patience_s)
         scope.setdefault("state", {})[KEEP_OF_BODY] = body.keep
         started = False
@@ -100,7 +100,9 @@ def _announces_body(scope: Scope) -> bool:
 class _Body:
     """Reads the messages of one request, as long as its body stays within the bounds."""
 
-    def __init__(self, receive: Receive, max_bytes: int, budget: ByteBudget, tenant: str, patience_s: float) -> None:
+    def __init__(
+        self, receive: Receive, max_bytes: int, budget: ByteBudget | None, tenant: str, patience_s: float
+    ) -> None:
         self._receive, self._max_bytes, self._budget, self._tenant = receive, max_bytes, budget, tenant
         self._seconds = patience_s + max_bytes / _SLOWEST_BYTES_PER_S
         self._until: float | None = asyncio.get_running_loop().time() + self._seconds  # None: the body is complete
@@ -115,7 +117,7 @@ class _Body:
         self._seen += num_bytes
         if self._seen > self._max_bytes:
             raise self._refuse(BodyTooLarge(f"the body is larger than {self._max_bytes} bytes"))
-        if not self._budget.take(self._tenant, num_bytes):
+        if self._budget is not None and not self._budget.take(self._tenant, num_bytes):
             raise self._refuse(BodyMemoryFull(self._budget.max_bytes))
         self._held += num_bytes
         if not message.get("more_body", False):
@@ -125,7 +127,8 @@ class _Body:
     def keep(self, num_bytes: int) -> None:
         """Release all held bytes except `num_bytes`."""
         num_bytes = min(num_bytes, self._held)
-        self._budget.give(self._tenant, self._held - num_bytes)
+        if self._budget is not None:
+            self._budget.give(self._tenant, self._held - num_bytes)
         self._held = num_bytes
 
     def _refuse_slow(self) -> Refusal:
