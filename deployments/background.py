@@ -1,18 +1,16 @@
-"""Work that outlives its caller, work in groups, and work within a time limit."""
+"""Work that outlives its caller, and work within a time limit."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Item = TypeVar("Item")
-Key = TypeVar("Key")
 
 
 class Background:
@@ -46,20 +44,6 @@ class Background:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-async def answer_in_groups(
-    items: Sequence[Item], key: Callable[[Item], Key], call: Callable[[Key, list[Item]], Awaitable[Sequence[T]]]
-) -> list[T]:
-    """Make one call for the items of each key. Return one answer for each item, in the order of the items."""
-    groups: dict[Key, list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(key(item), []).append(place)
-    calls = [call(name, [items[place] for place in places]) for name, places in groups.items()]
-    found: dict[int, T] = {}
-    for places, answers in zip(groups.values(), await asyncio.gather(*calls), strict=True):
-        found.update(zip(places, answers, strict=True))
-    return [found[place] for place in range(len(items))]
 
 
 @asynccontextmanager

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeGuard
 
-from deployments.background import answer_in_groups
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered, make_bodies, usage_line
 from deployments.batch.run import BatchRun
+from deployments.calls.worker_client import answer_in_groups
 from deployments.config.app import AppConfig
 from deployments.generation.planner import AUTO
 from deployments.json_types import JsonObject

@@ -23,7 +23,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview, ServeStatus
 
-from deployments.background import answer_in_groups, limit_time
+from deployments.background import limit_time
 from deployments.calls.shared import Shared
 from deployments.calls.typed_client import LONG_WAIT_S, WAIT_S, ServeClient, retry
 from deployments.errors import WorkerStarting
@@ -41,6 +41,8 @@ HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 _CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
 # No call for this long after an answer: Serve removes a worker only after `downscale_delay_s` without requests.
 KEPT_S = 1.0
@@ -334,6 +336,20 @@ class BaseWorkers:
                     return self.shapes
             finally:
                 asking.cancel()
+
+
+async def answer_in_groups(
+    items: Sequence[Item], key: Callable[[Item], Key], call: Callable[[Key, list[Item]], Awaitable[Sequence[T]]]
+) -> list[T]:
+    """Make one call for the items of each key. Return one answer for each item, in the order of the items."""
+    groups: dict[Key, list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault(key(item), []).append(place)
+    calls = [call(name, [items[place] for place in places]) for name, places in groups.items()]
+    found: dict[int, T] = {}
+    for places, answers in zip(groups.values(), await asyncio.gather(*calls), strict=True):
+        found.update(zip(places, answers, strict=True))
+    return [found[place] for place in range(len(items))]
 
 
 class Workers:

@@ -14,8 +14,8 @@ from deployments.api.completions import MAX_ANSWER_LOGPROBS, GenerationRequest, 
 from deployments.api.names import AppliedPolicy, NamePolicy
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
-from deployments.background import answer_in_groups
 from deployments.calls.catalogue_clients import RoutingClient
+from deployments.calls.worker_client import answer_in_groups
 from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound, RequestInvalid
