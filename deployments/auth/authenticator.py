@@ -339,8 +339,9 @@ class InFlight:
     def count(self) -> int:
         return self._places.num_held
 
-    def enter(self, tenant: str) -> None:
-        """Raises: ServerOverloaded."""
+    @contextmanager
+    def place(self, tenant: str) -> Iterator[None]:
+        """Hold a place until the block ends. Raises: ServerOverloaded."""
         now = self._clock()
         self._waits_until = {other: until for other, until in self._waits_until.items() if until > now}
         has_share = self._places.has_share(tenant, self._limit, self._waits_until)
@@ -352,9 +353,10 @@ class InFlight:
             raise ServerOverloaded(self._limit)
         self._waits_until.pop(tenant, None)
         self._places.take(tenant)
-
-    def leave(self, tenant: str) -> None:
-        self._places.give(tenant)
+        try:
+            yield
+        finally:
+            self._places.give(tenant)
 
 
 FindCaller = Callable[[str], Caller | None]

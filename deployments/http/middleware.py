@@ -16,6 +16,7 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Collection
+from contextlib import ExitStack
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -134,19 +135,16 @@ class Admission:
                 MutableHeaders(scope=message).update(self._authenticator.rate_headers(caller))
             await send(message)
 
-        try:
-            tenant = self._admit(scope)
-        except Exception as refusal:
-            await error_response(refusal)(scope, receive, answer)
-            return
-        try:
+        with ExitStack() as held:
+            try:
+                self._admit(scope, held)
+            except Exception as refusal:
+                await error_response(refusal)(scope, receive, answer)
+                return
             await self._app(scope, receive, answer)
-        finally:
-            if tenant is not None:
-                self._in_flight.leave(tenant)
 
-    def _admit(self, scope: Scope) -> str | None:
-        """Return the tenant that holds a place for this request, None for a probe. Raises: the refusal."""
+    def _admit(self, scope: Scope, held: ExitStack) -> None:
+        """Take a place for this request, which `held` keeps. Raises: the refusal."""
         headers = Headers(scope=scope)
         check_origin(headers, self._config)  # before a key is read
         context, path = find_context(scope), find_path(scope)
@@ -162,10 +160,8 @@ class Admission:
             context.tenant = context.caller.tenant
             if not (context.method == "GET" and path.startswith(_UNCOUNTED)):
                 self._authenticator.count_request(context.caller)
-        if path in _PROBES:
-            return None
-        self._in_flight.enter(context.tenant)
-        return context.tenant
+        if path not in _PROBES:
+            held.enter_context(self._in_flight.place(context.tenant))
 
 
 def check_origin(headers: Headers, config: AppConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,24 @@ async def test_a_place_is_free_after_an_answer_an_error_or_a_disconnect() -> Non
     assert served.services.in_flight.count == 0
 
 
+class Places(InFlight):
+    """Keeps each place until it is left."""
+
+    def __init__(self, limit: int, clock: Clock | None = None) -> None:
+        super().__init__(limit, clock or Clock())
+        self.held: dict[str, list[ExitStack]] = {}
+
+    def enter(self, tenant: str) -> None:
+        place = ExitStack()
+        place.enter_context(self.place(tenant))
+        self.held.setdefault(tenant, []).append(place)
+
+    def leave(self, tenant: str) -> None:
+        self.held[tenant].pop().close()
+
+
 def test_the_count_never_exceeds_the_limit() -> None:
-    in_flight = InFlight(1)
+    in_flight = Places(1)
     in_flight.enter("a")
     with pytest.raises(ServerOverloaded):
         in_flight.enter("a")
@@ -96,7 +112,7 @@ def test_the_count_never_exceeds_the_limit() -> None:
     in_flight.enter("a")
 
 
-def is_let_in(in_flight: InFlight, tenant: str) -> bool:
+def is_let_in(in_flight: Places, tenant: str) -> bool:
     try:
         in_flight.enter(tenant)
     except ServerOverloaded:
@@ -105,12 +121,12 @@ def is_let_in(in_flight: InFlight, tenant: str) -> bool:
 
 
 def test_a_single_tenant_may_use_every_place() -> None:
-    in_flight = InFlight(10)
+    in_flight = Places(10)
     assert [is_let_in(in_flight, "a") for _ in range(12)] == [True] * 10 + [False] * 2
 
 
 def test_freed_places_go_to_a_refused_tenant_up_to_its_share() -> None:
-    in_flight = InFlight(10, Clock())
+    in_flight = Places(10)
     assert all(is_let_in(in_flight, "flood") for _ in range(10))
     for _ in range(5):
         assert not is_let_in(in_flight, "late")
@@ -123,7 +139,7 @@ def test_freed_places_go_to_a_refused_tenant_up_to_its_share() -> None:
 
 
 def test_requests_without_a_caller_do_not_reduce_a_single_tenants_places() -> None:
-    in_flight = InFlight(10, Clock())
+    in_flight = Places(10)
     assert all(is_let_in(in_flight, "a") for _ in range(10))
     assert not is_let_in(in_flight, ANONYMOUS_TENANT)
     in_flight.leave("a")
@@ -131,7 +147,7 @@ def test_requests_without_a_caller_do_not_reduce_a_single_tenants_places() -> No
 
 
 def test_requests_without_a_caller_have_no_share_and_yield_to_waiting_tenants() -> None:
-    in_flight = InFlight(10, Clock())
+    in_flight = Places(10)
     assert all(is_let_in(in_flight, "a") for _ in range(8))
     assert is_let_in(in_flight, ANONYMOUS_TENANT) and is_let_in(in_flight, ANONYMOUS_TENANT)
     assert not is_let_in(in_flight, "late")
@@ -145,7 +161,7 @@ def test_requests_without_a_caller_have_no_share_and_yield_to_waiting_tenants() 
 
 def test_a_tenant_that_does_not_retry_blocks_no_other_for_long() -> None:
     clock = Clock()
-    in_flight = InFlight(2, clock)
+    in_flight = Places(2, clock)
     assert is_let_in(in_flight, "a") and is_let_in(in_flight, "a") and not is_let_in(in_flight, "gone")
     in_flight.leave("a")
     assert not is_let_in(in_flight, "a")
@@ -154,7 +170,7 @@ def test_a_tenant_that_does_not_retry_blocks_no_other_for_long() -> None:
 
 
 def test_many_tenants_have_at_least_one_place_each() -> None:
-    in_flight = InFlight(3, Clock())
+    in_flight = Places(3)
     assert all(is_let_in(in_flight, "flood") for _ in range(3))
     for number in range(5):
         assert not is_let_in(in_flight, f"tenant {number}")

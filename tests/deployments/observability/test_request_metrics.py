@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ async def test_ignored_fields_are_counted_once_by_request_and_unknown_names_toge
         (CHAT, {"worker": FakeWorker(BROKEN)}, "503", "overloaded"),
         (CHAT | {"stream": True}, {"worker": FakeWorker(BROKEN)}, "200", "overloaded"),
         (CHAT, {"worker": FakeWorker([RuntimeError("what")])}, "500", "internal_error"),
-        (CHAT, {"max_concurrent_requests": 1, "in_flight": 1}, "429", "overloaded"),
+        (CHAT, {"max_concurrent_requests": 1, "is_full": True}, "429", "overloaded"),
     ],
     ids=["unknown model", "value", "type", "key", "full", "broken", "broken stream", "unforeseen", "overload"],
 )
@@ -101,11 +101,10 @@ async def test_a_refused_request_counts_by_its_code(
     body: Any, options: dict[str, Any], status: str, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = dict(options)
-    in_flight = options.pop("in_flight", 0)
+    is_full = options.pop("is_full", False)
     async with recorded(caplog, **options) as (client, served, kinds):
-        for _ in range(in_flight):
-            served.services.in_flight.enter("another tenant")
-        assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
+        with served.services.in_flight.place("another tenant") if is_full else nullcontext():
+            assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
     [line] = lines_of(caplog)
     [(labels, count)] = kinds["requests_total"].counts.items()
     assert (labels[1], count) == (status, 1)
