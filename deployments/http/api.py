@@ -105,8 +105,12 @@ def list_middleware(services: Services) -> list[Middleware]:
     """Return the middleware in the order in which a request passes it. No other place decides this order."""
     limit_of = partial(max_body_bytes, services.config.max_upload_bytes)
     return [
-        # outermost: every answer has an id
-        Middleware(RequestContextMiddleware, metrics=services.metrics, usage_log=services.usage_log),
+        Middleware(  # outermost: every answer has an id
+            RequestContextMiddleware,
+            authenticator=services.authenticator,
+            metrics=services.metrics,
+            usage_log=services.usage_log,
+        ),
         *_cors(services.config.cors_origins),  # outside the others, so that a page can read refusals
         Middleware(
             Admission, config=services.config, authenticator=services.authenticator, in_flight=services.in_flight

@@ -53,12 +53,16 @@ class RequestContextMiddleware:
     it is short and plain; otherwise the request gets a new one. The usage of the request is recorded before the last
     byte is sent.
 
+    Answers to a key with rates say what is left of them.
+
     Answers contain texts of prompts and data that only one key may see: neither a shared cache nor a browser may store
     them, and browsers may not guess their type. Files of the console set their own cache headers.
     """
 
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics, usage_log: UsageLog) -> None:
-        self._app, self._metrics, self._usage_log = app, metrics, usage_log
+    def __init__(
+        self, app: ASGIApp, authenticator: Authenticator, metrics: RequestMetrics, usage_log: UsageLog
+    ) -> None:
+        self._app, self._authenticator, self._metrics, self._usage_log = app, authenticator, metrics, usage_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,6 +86,8 @@ class RequestContextMiddleware:
                 headers["X-Content-Type-Options"] = "nosniff"
                 if headers.get("content-type", "").startswith(_NOT_KEPT):
                     headers["Cache-Control"] = "no-store"
+                if context.caller is not None:
+                    headers.update(self._authenticator.rate_headers(context.caller))
                 if context.ignored_header:
                     headers["x-ignored-headers"] = context.ignored_header
                 if context.ignored:
@@ -117,8 +123,6 @@ class Admission:
       request reaches in another way finds no caller there and answers 401 itself.
     - 429: the key is above its rate, or the server or the caller's tenant has no place left. Probes are always answered
       and need none.
-
-    Answers to a key with rates say what is left of them.
     """
 
     def __init__(self, app: ASGIApp, config: AppConfig, authenticator: Authenticator, in_flight: InFlight) -> None:
@@ -128,23 +132,16 @@ class Admission:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-
-        async def answer(message: Message) -> None:
-            caller = find_context(scope).caller
-            if caller is not None and message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self._authenticator.rate_headers(caller))
-            await send(message)
-
         with ExitStack() as held:
             try:
                 self._admit(scope, held)
             except Exception as refusal:
-                await error_response(refusal)(scope, receive, answer)
+                await error_response(refusal)(scope, receive, send)
                 return
-            await self._app(scope, receive, answer)
+            await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope, held: ExitStack) -> None:
-        """Take a place for this request, which `held` keeps. Raises: the refusal."""
+        """Check the request, and take a place for it, which `held` keeps. Raises: the refusal."""
         headers = Headers(scope=scope)
         check_origin(headers, self._config)  # before a key is read
         context, path = find_context(scope), find_path(scope)

@@ -15,6 +15,7 @@ import httpx
 from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
+from deployments.auth.authenticator import Authenticator
 from deployments.config.app import AppConfig
 from deployments.http.api import build_api
 from deployments.http.bodies import MAX_BODY_TOTAL_BYTES
@@ -137,7 +138,8 @@ def _router() -> APIRouter:
 
 def with_context(app: ASGIApp) -> ASGIApp:
     """Return `app` below the middleware that gives every request its context."""
-    return RequestContextMiddleware(app, RequestMetrics(FakeMetrics()), UsageLog(None, BASE, FakeStore().put_usage))
+    log = UsageLog(None, BASE, FakeStore().put_usage)
+    return RequestContextMiddleware(app, Authenticator(None, 1), RequestMetrics(FakeMetrics()), log)
 
 
 def app_over_fakes() -> FastAPI:

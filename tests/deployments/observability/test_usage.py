@@ -17,7 +17,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
-from deployments.auth.authenticator import LOCAL_CALLER
+from deployments.auth.authenticator import LOCAL_CALLER, Authenticator
 from deployments.http.middleware import RequestContextMiddleware
 from deployments.http.routes import status
 from deployments.json_types import JsonObject
@@ -369,7 +369,8 @@ async def _read_statuses(app: ASGIApp, log: UsageLog) -> list[str]:
     metrics = FakeMetrics()
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     with suppress(asyncio.CancelledError):
-        await RequestContextMiddleware(app, RequestMetrics(metrics), log)(scope, asyncio.Event().wait, _drop)
+        middleware = RequestContextMiddleware(app, Authenticator(None, 1), RequestMetrics(metrics), log)
+        await middleware(scope, asyncio.Event().wait, _drop)
     return [status for _, status, _ in metrics["requests_total"].counts]
 
 
