@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Literal, NotRequired
+from typing import Literal, NotRequired, Self
 
 from typing_extensions import TypedDict
 
@@ -14,7 +14,7 @@ from deployments.api.contract import AppliedContract
 from deployments.api.draws_report import DrawsObject
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef, Plan, Strategy, Trial, TrialVersion
-from retriever_svc import Candidate
+from retriever_svc import Candidate, Route, RouteRequest
 
 Decision = Literal["fits", "below_threshold", "no_candidates", "housekeeping"]
 
@@ -45,6 +45,11 @@ class Planned:
     policy: str | None = None  # the model name with the version of its policy
     contract: AppliedContract | None = None  # if an adapter that has one leads the plan
     text: str = ""
+
+    @classmethod
+    def from_route(cls, request: RouteRequest, route: Route) -> Self:
+        """Return the Retriever's answer to this request as a plan with its reasons."""
+        return cls(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags, text=route.text)
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""

@@ -27,7 +27,7 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, SamplingParams, TokenIds
 from gpu_worker.front.request.tools import Tools
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
-from retriever_svc import Route, RouteRequest
+from retriever_svc import RouteRequest
 from retriever_svc.encoder import MAX_TOKENS
 from retriever_svc.route import Fallback
 from retriever_svc.views import read_ends, tokens_routed
@@ -341,7 +341,7 @@ class Planner:
             )
             [route] = await self._retriever.route([tried])
             if not route.abstained:
-                return _planned(tried, route)
+                return Planned.from_route(tried, route)
             refers_back = refers_back or route.refers_back
         text = earlier[0] if earlier is not None and refers_back else reading.texts[-1]
         [planned] = await self._route([self._request_of(text, model, options, tenant, preferred)])
@@ -390,7 +390,7 @@ class Planner:
     async def _route(self, requests: Sequence[RouteRequest]) -> list[Planned]:
         """Return the Retriever's choices as plans with their reasons."""
         routes = await self._retriever.route(requests)
-        return [_planned(request, route) for request, route in zip(requests, routes, strict=True)]
+        return [Planned.from_route(request, route) for request, route in zip(requests, routes, strict=True)]
 
     def _request_of(
         self, text: str, model: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
@@ -478,10 +478,6 @@ class Planner:
 def _strategy_of_one(options: LoraOptions) -> Strategy:
     """Return the strategy for the adapter that `model` names."""
     return options.strategy or "selection"
-
-
-def _planned(request: RouteRequest, route: Route) -> Planned:
-    return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags, text=route.text)
 
 
 def _is_routed(options: LoraOptions) -> bool:
