@@ -50,6 +50,17 @@ def load_yaml(text: str, *, with_aliases: bool = True) -> Any:
         raise yaml.YAMLError("it nests too deep") from exc
 
 
+def find_empty_names(text: str) -> list[str]:
+    """Return the names of a YAML mapping with nothing behind their colons, which YAML reads as null."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+    return [
+        name.value
+        for name, value in pairs
+        if isinstance(value, yaml.ScalarNode) and (value.value, value.style) == ("", None)
+    ]
+
+
 def require_json(value: T) -> T:
     """Return `value` if JSON can represent it. Raises: ValueError for dates, .nan and other values that it cannot."""
     try:

@@ -309,7 +309,7 @@ class AppConfig(ModelSettings):
         """The base model as clients and publishers meet it, of several the first."""
         if self.models:
             return self.served_models.first
-        name = self.served_base_name
+        name, given = self.served_base_name, self.sampling_defaults.given
         return ServedModel(
             name=name,
             base=self.base_model,
@@ -317,7 +317,7 @@ class AppConfig(ModelSettings):
             template=self.template,
             chat_template=self.chat_template,
             has_own_defaults=self.generation_config == "auto" and self.base_model != PACKAGED_MODEL,
-            given_defaults=self.sampling_defaults.given,
+            given_defaults=given,
             max_model_len=self.worker.max_model_len,
             max_new_tokens=self.max_new_tokens,
             max_request_s=self.max_request_s,

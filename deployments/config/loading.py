@@ -12,7 +12,7 @@ from deployments.config.app import AppConfig
 from deployments.config.parts import Settings, merge_group
 from deployments.config.settings_errors import SettingsInvalid, settings_error
 from deployments.json_types import JsonObject
-from deployments.yaml_files import load_yaml
+from deployments.yaml_files import find_empty_names, load_yaml
 
 _CONFIG_FILES = ("config.json", "params.json")  # of transformers, and of Mistral's own format
 _MUST_HAVE_VALUES = ("api_key", "keys_file")
@@ -25,8 +25,18 @@ def load_config(path: Path | None, **changes: Any) -> AppConfig:
     Raises: SettingsInvalid, a ValueError with one line for each mistake; OSError.
     """
     settings = {} if path is None else _read_yaml(path)
+    worker, changed = settings.get("worker"), changes.get("worker") or {}
+    if isinstance(worker, dict) and ("base_model" in changes or changed.get("device") == "cuda"):
+        # it was chosen for the file's base model, on the CPU
+        settings = settings | {"worker": {name: value for name, value in worker.items() if name != "quantization"}}
+    pairs = {name: (old, changes[name]) for name, old in settings.items() if name in changes}
+    groups = {
+        name: merge_group(old, new)
+        for name, (old, new) in pairs.items()
+        if isinstance(old, dict) and isinstance(new, dict)
+    }
     try:
-        return AppConfig.model_validate(_merged(settings, changes))
+        return AppConfig.model_validate(settings | changes | groups)
     except ValidationError as exc:
         raise settings_error(path, AppConfig, exc) from exc
 
@@ -93,25 +103,13 @@ def _with_masked_variables(value: Any, name: str = "") -> Any:
     return {key: _with_masked_variables(item, key) for key, item in value.items()}
 
 
-def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:
-    worker, changed = settings.get("worker"), changes.get("worker") or {}
-    if isinstance(worker, dict) and ("base_model" in changes or changed.get("device") == "cuda"):
-        # it was chosen for the file's base model, on the CPU
-        settings = settings | {"worker": {name: value for name, value in worker.items() if name != "quantization"}}
-    pairs = {name: (old, changes[name]) for name, old in settings.items() if name in changes}
-    groups = {
-        name: merge_group(old, new)
-        for name, (old, new) in pairs.items()
-        if isinstance(old, dict) and isinstance(new, dict)
-    }
-    return settings | changes | groups
-
-
 def _read_yaml(path: Path) -> JsonObject:
     try:
         text = path.read_text(encoding="utf-8")
         settings = load_yaml(text)
-        _refuse_empty_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        # The server would start without keys.
+        if empty := [name for name in find_empty_names(text) if name in _MUST_HAVE_VALUES]:
+            raise SettingsInvalid(f"{path}: {empty[0]} is empty; remove the line to run without a key")
     except FileNotFoundError as exc:
         raise SettingsInvalid(f"{path}: no such file") from exc
     except UnicodeDecodeError as exc:
@@ -126,17 +124,6 @@ def _read_yaml(path: Path) -> JsonObject:
         kind = "a list" if isinstance(settings, list) else "a single value"
         raise SettingsInvalid(f"{path}: must contain `name: value` lines, got {kind}")
     return settings
-
-
-def _refuse_empty_keys(path: Path, root: yaml.Node | None) -> None:
-    """Refuse a key with nothing behind its colon, which YAML reads as null: the server would start without keys."""
-    for name, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        if (
-            name.value in _MUST_HAVE_VALUES
-            and isinstance(value, yaml.ScalarNode)
-            and (value.value, value.style) == ("", None)
-        ):
-            raise SettingsInvalid(f"{path}: {name.value} is empty; remove the line to run without a key")
 
 
 def _describe_yaml_problem(error: yaml.MarkedYAMLError, text: str) -> str:
