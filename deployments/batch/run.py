@@ -13,7 +13,7 @@ from deployments.batch.input import BatchInput, scan
 from deployments.batch.output import BatchOutput, Manifest
 from deployments.batch.rows import ANSWER, ANSWER_OF_SEVERAL, check_columns
 from deployments.config.app import AppConfig
-from deployments.config.model_settings import ModelSettings
+from deployments.config.parts import ModelSettings
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.front.request.model_files import read_chat_template

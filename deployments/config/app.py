@@ -13,8 +13,16 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, SecretStr, field_validator, model_validator
 
-from deployments.config.model_settings import ModelSettings, make_default
-from deployments.config.parts import AbsolutePath, HomePath, HostNames, Origins, PoolUri, ResolvedPaths
+from deployments.config.parts import (
+    AbsolutePath,
+    HomePath,
+    HostNames,
+    ModelSettings,
+    Origins,
+    PoolUri,
+    ResolvedPaths,
+    make_default,
+)
 from deployments.config.parts import AdmissionSettings as AdmissionSettings
 from deployments.config.parts import RetrievalSettings as RetrievalSettings
 from deployments.config.parts import SamplingDefaults as SamplingDefaults

@@ -10,7 +10,7 @@ from typing import get_args
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
-from deployments.config.model_settings import ModelSettings
+from deployments.config.parts import ModelSettings
 from deployments.field_problems import describe_problem, field_names
 from gpu_worker.config import CommonSettings, NativeSettings, VllmSettings
 

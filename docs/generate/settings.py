@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from deployments.config.app import AppConfig
-from deployments.config.model_settings import ModelSettings
+from deployments.config.parts import ModelSettings
 from deployments.scaling.settings import ServeOptions
 from docs.generate.markdown import code, table
 from gpu_worker.config import CommonSettings, NativeSettings, VllmSettings

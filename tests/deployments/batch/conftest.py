@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deployments.config.app import AppConfig
-from deployments.config.model_settings import ModelSettings
+from deployments.config.parts import ModelSettings
 from gpu_worker.model.base_model import load_base_model
 from tests.deployments.batching import TOPICS, TOPICS_OF, Place, publish, tiny_app
 from tests.tiny import linear_shapes, save_talkative, tiny_config

@@ -15,7 +15,7 @@ import pytest
 
 from deployments.batch.run import BatchSettings, begin, check_devices
 from deployments.config.app import AppConfig
-from deployments.config.model_settings import ModelSettings
+from deployments.config.parts import ModelSettings
 from deployments.errors import BatchRefused
 from lora_store import Location
 from lora_store.catalogue import Catalogue
