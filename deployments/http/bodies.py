@@ -27,7 +27,7 @@ from deployments.byte_budget import ByteBudget
 from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow, RequestInvalid
 from deployments.http.error_responses import error_response
-from deployments.observability.request_context import find_context, find_path
+from deployments.http.scope import find_context, find_path
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
 MAX_BODY_TOTAL_BYTES = 256 << 20  # all bodies of one Ingress replica, except uploads

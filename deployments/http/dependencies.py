@@ -23,8 +23,9 @@ from deployments.errors import KeyRefused, PublishingDisabled, RoleMissing, Self
 from deployments.generation.completions import CompletionService
 from deployments.generation.planner import Planner
 from deployments.http.readiness import Readiness
+from deployments.http.scope import find_context
 from deployments.observability.cluster_stats import StatsReader
-from deployments.observability.request_context import RequestContext, find_context
+from deployments.observability.request_context import RequestContext
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import Evaluator

@@ -10,8 +10,9 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.anthropic_answer import anthropic_error
 from deployments.api.error_table import describe, http_error_object, response_headers, validation_error
+from deployments.http.scope import find_context, find_path
 from deployments.json_types import JsonObject
-from deployments.observability.request_context import RequestContext, find_context, find_path
+from deployments.observability.request_context import RequestContext
 
 _MAX_SHOWN_CHARS = 100
 _INSTEAD = {

@@ -28,7 +28,8 @@ from deployments.config.app import AppConfig
 from deployments.errors import HostRefused, OriginRefused
 from deployments.http.dependencies import find_page_host, is_loopback_address
 from deployments.http.error_responses import error_response
-from deployments.observability.request_context import CLIENT_LEFT, CONTEXT_KEY, RequestContext, find_context, find_path
+from deployments.http.scope import CONTEXT_KEY, find_context, find_path
+from deployments.observability.request_context import CLIENT_LEFT, RequestContext
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 

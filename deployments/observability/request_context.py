@@ -6,14 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from starlette.types import Scope
-
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
 from gpu_worker.front.request.request import Delta
 from lora_store import AdapterRef
 
-CONTEXT_KEY = "context"
 CLIENT_LEFT = 499  # what proxies log for a client that left before the end of its answer
 
 
@@ -108,15 +105,3 @@ class RequestContext:
             num_new += row.last.num_new_tokens
         num_prompt, num_cached = (sum(counts) for counts in zip((0, 0), *prompts.values(), strict=True))
         return num_prompt + self.num_read, num_cached, num_new
-
-
-def find_context(scope: Scope) -> RequestContext:
-    """Return the context of the request. Raises: KeyError if the middleware above did not see the request."""
-    context: RequestContext = scope["state"][CONTEXT_KEY]
-    return context
-
-
-def find_path(scope: Scope) -> str:
-    """Return the path as routes match it: relative to where the application is mounted."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))

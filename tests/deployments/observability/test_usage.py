@@ -20,8 +20,9 @@ from starlette.types import ASGIApp
 from deployments.auth.authenticator import LOCAL_CALLER, Authenticator
 from deployments.http.middleware import RequestContextMiddleware
 from deployments.http.routes import status
+from deployments.http.scope import find_context
 from deployments.json_types import JsonObject
-from deployments.observability.request_context import RequestContext, find_context
+from deployments.observability.request_context import RequestContext
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import EngineFull
