@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,6 @@ from retriever_svc.route import Embedded
 if TYPE_CHECKING:  # the requests' forms take a tenth of a second of a Worker
     from deployments.api.adapters import PublishItem
 
-T = TypeVar("T")
 Buffer = NDArray[np.uint8]
 
 
@@ -75,11 +74,24 @@ class WeightsSource(Protocol):
         ...
 
 
+def _no_store() -> StoreUnavailable:
+    return StoreUnavailable(f"no replica answered within {WAIT_S:.0f} s")
+
+
 class StoreCalls(Protocol):
     """Calls that any one replica answers.
 
-    Reads, stages and writes with a commit id are repeated if their replica dies. Other writes are sent once.
+    Reads, stages and writes with a commit id are repeated if their replica dies. Other writes are sent once. The first
+    call of each change is a read that ends with StoreUnavailable after a minute: a replica cannot start while its disk
+    is away, and calls without a replica would wait for ever.
     """
+
+    @retry(within_s=WAIT_S, late=_no_store)
+    async def ping(self) -> None: ...
+    @retry(within_s=WAIT_S, late=_no_store)
+    async def active_encoder(self) -> str | None: ...
+    @retry(within_s=WAIT_S, late=_no_store)
+    async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]: ...
 
     @retry
     async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged: ...
@@ -153,10 +165,6 @@ class StoreCalls(Protocol):
     ) -> int: ...
     @once
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
-    @retry
-    async def active_encoder(self) -> str | None: ...
-    @retry
-    async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]: ...
     @once
     async def unreferenced(self, digests: Collection[str]) -> list[str]: ...
     @once
@@ -174,7 +182,6 @@ class StoreCalls(Protocol):
 class StoreReplica(StoreCalls, Protocol):
     """One replica of the Store deployment."""
 
-    async def ping(self) -> None: ...
     async def fetch(self, digest: str, is_suspect: bool = False) -> Sequence[Awaitable[Buffer]]: ...
     async def release(self, digests: Collection[str]) -> bool: ...
 
@@ -182,34 +189,13 @@ class StoreReplica(StoreCalls, Protocol):
 class StoreClient(StoreCalls, WeightsSource, Protocol):
     """The Store deployment."""
 
-    async def check_available(self) -> None:
-        """Check that a replica can read the catalogue, before a change begins. Raises: StoreUnavailable."""
-        ...
-
     async def broadcast_release(self, digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
         """Return the answer or error of each replica. Raises: DeploymentUnavailableError, TimeoutError."""
         ...
 
 
 class ServeStore(ServeClient[StoreReplica], StoreClient):
-    """Calls the Store through Serve.
-
-    The first call of each change is a read that ends with StoreUnavailable after `wait_s`: a replica cannot start
-    while its disk is away, and calls without a replica would wait forever.
-    """
-
-    def __init__(self, handle: DeploymentHandle, wait_s: float) -> None:
-        super().__init__(handle)
-        self._wait_s = wait_s
-
-    async def check_available(self) -> None:
-        await self._in_time(self.calls.retry(StoreReplica.ping))
-
-    async def active_encoder(self) -> str | None:
-        return await self._in_time(self.calls.retry(StoreReplica.active_encoder))
-
-    async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]:
-        return await self._in_time(self.calls.retry(StoreReplica.versions, keys))
+    """Calls the Store through Serve."""
 
     async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
         refs = await self.calls.once(StoreReplica.fetch, digest, is_suspect)
@@ -218,18 +204,10 @@ class ServeStore(ServeClient[StoreReplica], StoreClient):
     async def broadcast_release(self, digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
         return await self.calls.broadcast(timeout_s, StoreReplica.release, digests)
 
-    async def _in_time(self, call: Awaitable[T]) -> T:
-        """Return the answer. Raises: StoreUnavailable if no replica answers within `wait_s`."""
-        try:
-            async with asyncio.timeout(self._wait_s):
-                return await call
-        except TimeoutError as exc:
-            raise StoreUnavailable(f"no replica answered within {self._wait_s:.0f} s") from exc
 
-
-def serve_store(handle: DeploymentHandle, *, wait_s: float = WAIT_S) -> StoreClient:
+def serve_store(handle: DeploymentHandle) -> StoreClient:
     """Return the client of a Store deployment."""
-    return ServeStore(handle, wait_s)  # type: ignore[abstract]  # the policies on `StoreCalls` implement its methods
+    return ServeStore(handle)  # type: ignore[abstract]  # the policies on `StoreCalls` implement its methods
 
 
 class RoutingClient(Protocol):

@@ -56,26 +56,32 @@ def once(method: Method) -> Method:
 @overload
 def retry(method: Method) -> Method: ...
 @overload
-def retry(*, only_with: str = "", within_s: float | None = None) -> Callable[[Method], Method]: ...
 def retry(
-    method: Method | None = None, *, only_with: str = "", within_s: float | None = None
+    *, only_with: str = "", within_s: float | None = None, late: Callable[[], Exception] = NoAnswerInTime
+) -> Callable[[Method], Method]: ...
+def retry(
+    method: Method | None = None,
+    *,
+    only_with: str = "",
+    within_s: float | None = None,
+    late: Callable[[], Exception] = NoAnswerInTime,
 ) -> Method | Callable[[Method], Method]:
     """Send the call to another replica if one dies: for a read, or a write that is safe to repeat.
 
     `only_with`: an argument without which the call is sent once, such as the id that makes a write safe to repeat.
-    `within_s`: raise NoAnswerInTime then. Serve lets calls wait for ever while no replica runs.
+    `within_s`: raise `late()` then. Serve lets calls wait for ever while no replica runs.
     """
     if method is None:
-        return functools.partial(_retry, only_with=only_with, within_s=within_s)
-    return _retry(method, only_with=only_with, within_s=within_s)
+        return functools.partial(_retry, only_with=only_with, within_s=within_s, late=late)
+    return _retry(method, only_with=only_with, within_s=within_s, late=late)
 
 
-def _retry(method: Method, *, only_with: str, within_s: float | None) -> Method:
+def _retry(method: Method, *, only_with: str, within_s: float | None, late: Callable[[], Exception]) -> Method:
     names = list(inspect.signature(method).parameters)[1:]
 
     async def send(calls: ServeCalls[Any], args: tuple[Any, ...]) -> Any:
         is_once = only_with and args[names.index(only_with)] is None
-        async with limit_time(asyncio.timeout(within_s), NoAnswerInTime):
+        async with limit_time(asyncio.timeout(within_s), late):
             return await (calls.once(method, *args) if is_once else calls.retry(method, *args))
 
     return _call(method, send)

@@ -108,7 +108,7 @@ class Evaluator:
 
         `most`: the number of regions after which no more are looked for. The first line counts one more then.
         """
-        await self._store.check_available()
+        await self._store.ping()
         regions: list[Region] = []
         async with aclosing(self._retriever.regions(tenant)) as found:
             async for region in found:

@@ -25,7 +25,7 @@ _MAX_ROUNDS = 5
 
 async def verify(store: StoreClient, tenant: str) -> AsyncGenerator[JsonObject]:
     """Hash again every blob that the tenant can see. Report a bad one at once, and again in the result."""
-    await store.check_available()
+    await store.ping()
     problems: list[JsonObject] = []
     done = 0
     async with aclosing(store.verify(tenant)) as checks:
@@ -66,7 +66,7 @@ async def reindex(
     embedded in a further round. Applied outcomes are applied again, with the vectors of the new encoder.
     Raises: EncoderUnusable, ProjectionUnusable, EncoderIncomplete.
     """
-    await store.check_available()
+    await store.ping()
     if projection == "refit":
         projection = await retriever.refit(model)
     for round_number in range(1, _MAX_ROUNDS + 1):

@@ -305,7 +305,7 @@ class Publisher:
         return Settled(generation, ready, len(answers) - ready)
 
     async def _settle(self, change: Callable[[], Awaitable[int]]) -> Settled:
-        await self._store.check_available()
+        await self._store.ping()
         return await self.catch_up(await change())
 
     async def _stage_all(self, uploads: Sequence[PublishItem]) -> list[Staged | BaseException]:

@@ -11,7 +11,6 @@ from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Settled
 from deployments.background import Background
 from deployments.calls.catalogue_clients import serve_retriever, serve_store
-from deployments.calls.typed_client import WAIT_S
 from deployments.calls.worker_client import BaseWorkers, WorkerClient, Workers, serve_worker
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
@@ -46,14 +45,12 @@ class Publishing:
         retriever: FakeHandle | None = None,
         failing: dict[str, Any] | None = None,
         dying: dict[str, int] | None = None,
-        store_wait_s: float = WAIT_S,
     ) -> None:
         self.pool = FakeStore(pool_of(*live), dict(failing or {}), dict(dying or {}), **OF_STORE)
         self.store = FakeHandle(self.pool)
         self.retriever = retriever or FakeHandle(FakeRetriever())
         self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))
         self.workers: dict[str, BaseWorkers] = {}  # of further base models
-        self._store_wait_s = store_wait_s
 
     def __call__(self, *names: str, version: str = "") -> list[Published | Exception]:
         tags = (version,) if version else ()
@@ -80,7 +77,7 @@ class Publishing:
         return asyncio.run(run())
 
     def publisher(self, background: Background) -> Publisher:
-        store, worker = serve_store(self.store, wait_s=self._store_wait_s), serve_worker(self.worker)
+        store, worker = serve_store(self.store), serve_worker(self.worker)
         workers = workers_of(worker, **self.workers)
         reclaimer = Reclaimer(store, workers, background, longest_request_s=1, sleep=_in_no_time)
         return Publisher(store, serve_retriever(self.retriever), workers, background=background, reclaimer=reclaimer)

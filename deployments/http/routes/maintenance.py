@@ -65,7 +65,7 @@ async def reindex(
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)
 async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> CollectedBlobs:
     """Remove blobs and projections that nothing refers to and that are older than the retention."""
-    await services.store.check_available()
+    await services.store.ping()
     collected = await services.store.gc(body.retention_s)
     return {
         "num_blobs": collected.num_blobs,

@@ -63,7 +63,7 @@ async def num_sent(client: object, name: str, count: int, replica: Dying, **name
     with suppress(RayActorError, PoisonRequest):
         await getattr(client, name)(*given, **named)
     [sent] = set(replica.received)
-    assert sent[: count + 1] == ("ping" if name == "check_available" else name, *given)
+    assert sent[: count + 1] == (name, *given)
     return len(replica.received)
 
 
@@ -81,7 +81,7 @@ async def test_calls_that_are_safe_to_repeat_are_repeated_and_the_others_sent_on
     assert len(STORE) > 25 and len(RETRIEVER) > 15
 
 
-@pytest.mark.parametrize("method", ["check_available", "active_encoder", "versions"])
+@pytest.mark.parametrize("method", ["ping", "active_encoder", "versions"])
 @in_virtual_time
 async def test_the_first_call_of_a_change_waits_a_minute_for_a_replica(method: str) -> None:
     class Absent:

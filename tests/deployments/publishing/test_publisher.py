@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from threading import get_ident
-from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
@@ -151,7 +150,8 @@ def test_a_store_that_fails_midway_leaves_nothing(method: str, error: Exception)
 
 
 @pytest.mark.parametrize("change", ["publish", "rollback", "withdraw", "set_visibility"])
-def test_a_store_without_a_replica_ends_the_change_in_time(change: str) -> None:
+@in_virtual_time
+async def test_a_store_without_a_replica_ends_the_change_in_time(change: str) -> None:
     class Absent(FakeStore):
         async def ping(self) -> None:
             await asyncio.Event().wait()
@@ -164,16 +164,17 @@ def test_a_store_without_a_replica_ends_the_change_in_time(change: str) -> None:
             await asyncio.Event().wait()
             raise AssertionError
 
-    publishing = Publishing(store_wait_s=0.01)
+    publishing = Publishing()
     publishing.store = FakeHandle(Absent(pool_of(adapter("poet"))))
-    changes: dict[str, Callable[[], Any]] = {
-        "publish": lambda: publishing("bard"),
-        "rollback": publishing.rollback,
-        "withdraw": lambda: publishing.withdraw("poet"),
-        "set_visibility": lambda: publishing.run(lambda publisher: publisher.set_visibility(POET, "private", "tester")),
+    publisher = publishing.publisher(Background())
+    changes: dict[str, Callable[[], Awaitable[object]]] = {
+        "publish": lambda: publisher.publish([PublishItem(Path("bard"))], "tester"),
+        "rollback": lambda: publisher.rollback(POET, None, "tester"),
+        "withdraw": lambda: publisher.withdraw("local", ["poet"], "tester"),
+        "set_visibility": lambda: publisher.set_visibility(POET, "private", "tester"),
     }
     with pytest.raises(StoreUnavailable, match="no replica answered"):
-        changes[change]()
+        await changes[change]()
     reads = {"withdraw": "versions", "set_visibility": "ping"}
     assert [call.name for call in publishing.store.calls] == [reads.get(change, "active_encoder")]
 
