@@ -118,21 +118,12 @@ class Server:
         return self.logs.with_name("stop.log") if self.logs.name else Path(os.devnull)
 
     def prepare(self, report: Callable[[str], None]) -> None:
-        """Open the pool, and convert the packaged base model, before a replica needs them.
+        """Open the pool, and convert the packaged base model: errors would otherwise end a replica minutes later.
 
         Raises: ServerFailed, with the URI and the cause, if the pool cannot be opened.
         """
         report("opening the pool")
         keep_files_private(Path.home())
-        self._open_pool()
-        for model in self.settings.by_model.values():
-            if model.base_model == PACKAGED_MODEL:
-                report("checking the base model (the first start converts it, which takes about a minute)")
-                ensure_converted(model.worker_config())
-        report("starting Ray and the deployments")
-
-    def _open_pool(self) -> None:
-        """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
         config = self.settings
         try:
             store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
@@ -141,6 +132,11 @@ class Server:
             self.has_new_pool = store.is_new
         except (LoraStoreError, OSError) as exc:
             raise ServerFailed(f"store_uri: the pool {config.store_uri} cannot be opened: {exc}") from exc
+        for model in config.by_model.values():
+            if model.base_model == PACKAGED_MODEL:
+                report("checking the base model (the first start converts it, which takes about a minute)")
+                ensure_converted(model.worker_config())
+        report("starting Ray and the deployments")
 
     def start(self, report: Callable[[str], None] = lambda _: None) -> str:
         """Start Ray and the application. Return its URL; `wait_ready` waits until it answers.
