@@ -45,7 +45,6 @@ from deployments.api.messages import (
     check_tools,
     make_tools,
     make_turns,
-    question_text,
     word_or,
 )
 from deployments.api.structured import ResponseFormat, StructuredOutputs, TextFormat
@@ -238,9 +237,10 @@ class PromptRequest(TolerantRequest, ModelFields):
         return 1
 
     def _ask(self, turns: tuple[Message, ...], tools: Tools | None = None) -> Question:
-        """Return a conversation as a question."""
+        """Return a conversation as a question. Its text is the last user message, or the last one without any."""
         options, alias = self._options(0)
-        return Question(turns, question_text(turns), self.model, options, alias, tools)
+        text = next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
+        return Question(turns, text, self.model, options, alias, tools)
 
     def _options(self, place: int) -> tuple[LoraOptions, str | None]:
         """Return the options of the prompt at `place`, and the field of another API that they come from."""

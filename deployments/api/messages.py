@@ -134,11 +134,6 @@ def make_turns(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def question_text(turns: Sequence[Message]) -> str:
-    """Return the last user message of a conversation, or its last message if no user speaks in it."""
-    return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
-
-
 class FunctionDefinition(TolerantRequest):
     """A function that the client can run. With `strict`, its arguments always follow the schema."""
 
