@@ -144,7 +144,7 @@ class OfflineEngines:
 
         Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
         """
-        name = self._models.named(base_model).name
+        name = self._models.by_name[base_model].name
         with self._lock:
             if name not in self._engines:
                 own = self._settings[name]

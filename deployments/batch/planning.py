@@ -79,7 +79,7 @@ async def ask_planner(planner: Planner, models: ServedModels, tenant: str, name:
         [planned] = plans if bound is None else bound.explain(plans)
         contract = applied_contract(planned.plan, questions[0], sampling, request.set_fields)
         planned = replace(planned, contract=contract)
-        template = models.named(planned.plan.base_model).template
+        template = models.by_name[planned.plan.base_model].template
         [job] = make_jobs(name, tenant, sampling, questions, [planned], [template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])

@@ -98,22 +98,19 @@ class ServedModels:
         """The one with the longest context, which bounds requests whose base model is not known yet."""
         return max(self.models, key=lambda model: model.max_model_len)
 
-    def named(self, name: str) -> ServedModel:
-        """Return the base model that a plan names; the first for "". Raises: KeyError."""
-        return self._by_name[name]
-
     @cached_property
-    def _by_name(self) -> dict[str, ServedModel]:
+    def by_name(self) -> dict[str, ServedModel]:
+        """The base models by the names that plans have; the first also by ""."""
         return {"": self.first, **{model.name: model for model in self.models}}
 
     def limiting(self, model: str) -> ServedModel:
         """Return the base model whose limits hold for a request's `model`: of those that may answer the widest."""
         base_model, _ = self.split(model)
-        return self.named(base_model) if base_model else self.widest
+        return self.by_name[base_model] if base_model else self.widest
 
     def made_for(self, base_model: str | None) -> ServedModel:
         """Return the base model that an adapter names; the first one where it names none, or one that is not served."""
-        return self.named(self.bases.find(base_model or "") or "")
+        return self.by_name[self.bases.find(base_model or "") or ""]
 
     def split(self, model: str) -> tuple[str, str]:
         """Split a request's `model`: return the base model that it names, or "", and the rest: an adapter's name.

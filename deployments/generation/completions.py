@@ -150,7 +150,7 @@ class CompletionService:
                         for question, planned in zip(questions, plans, strict=True)
                     ]
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
-                templates = [self._models.named(planned.plan.base_model).template for planned in plans]
+                templates = [self._models.by_name[planned.plan.base_model].template for planned in plans]
                 answer = _answer_to(request, questions, plans, caller, context)
                 jobs = [
                     replace(job, sampling=job.sampling.with_defaults(self.sampling_defaults))
@@ -175,7 +175,7 @@ class CompletionService:
                     self._shadows.start(jobs[:: request.n], plans, deadline)
                 contract, base_model = plans[0].contract, plans[0].plan.base_model
                 own = {} if contract is None else contract.defaults
-                defaults = {**self._models.named(base_model).sampling_defaults, **self.sampling_defaults, **own}
+                defaults = {**self._models.by_name[base_model].sampling_defaults, **self.sampling_defaults, **own}
                 return StartedCompletion(request, defaults, answer, rows, stack.pop_all())
 
     def _note_ignored(self, request: TolerantRequest, context: RequestContext) -> None:
@@ -227,7 +227,7 @@ class CompletionService:
                     found = await workers.client.tokenize(
                         caller.tenant,
                         question.prompt if contract is None else contract.prompt(question.prompt),
-                        template or planned.plan.template or self._models.named(base_model).template,
+                        template or planned.plan.template or self._models.by_name[base_model].template,
                         add_special_tokens,
                         with_texts,
                         question.tools,

@@ -139,7 +139,7 @@ class _Cards:
         root, created = f"{name}@{named.ref.short_digest}", int(named.created_at.timestamp())
         found = getattr(named, "base_model", "")  # a Retriever of an earlier version does not tell it
         is_served = any(found == model.name for model in self._models)  # not while models are added or removed
-        model = self._models.named(found if is_served else self._models.split(target)[0])
+        model = self._models.by_name[found if is_served else self._models.split(target)[0]]
         card = self._card(name, created, named.ref.tenant, root, model, template)
         card["sampling_defaults"] |= given
         return card
@@ -147,7 +147,7 @@ class _Cards:
     def special(self, name: str) -> ModelCard:
         """Return the card of `auto`, alone or for one base model, or of a base model."""
         base_model, rest = self._models.split(name)
-        model = self._models.named(base_model)
+        model = self._models.by_name[base_model]
         card = self._card(name, 0, _OWNER, name, model)
         if rest:
             strategies = {each: STRATEGIES[each].summary for each in ROUTED_STRATEGIES}
