@@ -1,4 +1,4 @@
-"""The table of a step's draws, compared with a loop over them."""
+"""The table of a step's draws, compared with a loop over them, and its random numbers with numpy's generator."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import random
 
 import pytest
 
-from gpu_worker.front.draw import GREEDY_BELOW, Draw, make_table
+from gpu_worker.front.draw import GREEDY_BELOW, Draw, make_table, uniforms
 from gpu_worker.front.request.request import SamplingParams
 from tests.gpu_worker.random_draws import random_draw
 from tests.gpu_worker.slow_sampling import uniform_slowly
 
 VOCABULARY = 300
+EDGES = [0, 1, 2**32 - 1, 2**32, 2**63 - 1]
 
 
 def test_the_table_has_the_settings_of_each_draw() -> None:
@@ -51,3 +52,11 @@ def test_a_temperature_below_the_bound_is_greedy() -> None:
 def test_only_forbidden_ids_penalties_and_biases_change_the_logits(draw: Draw) -> None:
     others = SamplingParams(temperature=2.0, top_p=0.5, top_k=3, min_p=0.1, logprobs=5)
     assert draw.changes_logits and not Draw(others, 0, 0, tokens=[1, 2], num_prompt_tokens=1).changes_logits
+
+
+def test_numbers_equal_numpys_generator() -> None:
+    chance = random.Random(1)
+    seeds = [seed for seed in EDGES for _ in EDGES] + [chance.randrange(2**63) for _ in range(500)]
+    positions = EDGES * len(EDGES) + [chance.randrange(2**20) for _ in range(500)]
+    expected = [uniform_slowly(seed, position) for seed, position in zip(seeds, positions, strict=True)]
+    assert uniforms(seeds, positions).tolist() == expected, "bit by bit: a seed gives the same answer forever"
