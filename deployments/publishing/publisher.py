@@ -128,11 +128,11 @@ class Publisher:
         *,
         background: Background,
         reclaimer: Reclaimer,
-        metrics: ChangeMetrics | None = None,
+        metrics: ChangeMetrics,
     ) -> None:
         self._store, self._retriever, self._workers = store, retriever, workers
         self._validator = AdapterValidator(retriever, workers)
-        self.background, self.metrics, self._reclaimer = background, metrics or ChangeMetrics(), reclaimer
+        self.background, self.metrics, self._reclaimer = background, metrics, reclaimer
         self._listeners: list[Listener] = []
 
     def subscribe(self, listener: Listener) -> None:

@@ -12,6 +12,7 @@ from deployments.api.responses import Published, Settled
 from deployments.background import Background
 from deployments.calls.catalogue_clients import serve_retriever, serve_store
 from deployments.calls.worker_client import BaseWorkers, WorkerClient, Workers, serve_worker
+from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
 from gpu_worker.errors import AdapterUnfit
@@ -80,7 +81,14 @@ class Publishing:
         store, worker = serve_store(self.store), serve_worker(self.worker)
         workers = workers_of(worker, **self.workers)
         reclaimer = Reclaimer(store, workers, background, longest_request_s=1, sleep=_in_no_time)
-        return Publisher(store, serve_retriever(self.retriever), workers, background=background, reclaimer=reclaimer)
+        return Publisher(
+            store,
+            serve_retriever(self.retriever),
+            workers,
+            background=background,
+            reclaimer=reclaimer,
+            metrics=ChangeMetrics(),
+        )
 
     @property
     def live_digests(self) -> dict[str, list[str]]:
