@@ -136,7 +136,7 @@ class OfflineEngines:
         self._store, self._max_waiting = store, max_waiting
         self._engines: dict[str, OfflineEngine] = {}
         self._lock = threading.Lock()
-        if not self._models.are_several:
+        if len(self._settings) == 1:
             self.named("")
 
     def named(self, base_model: str) -> OfflineEngine:
