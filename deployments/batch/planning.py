@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 
@@ -40,8 +41,7 @@ class PartPlanner:
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
         store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
-        snapshot = pool_of_run(store, run.settings, run.generation)
-        retriever = retriever_over(live_pool(config, lambda: snapshot), config)
+        retriever = retriever_over(live_pool(config, partial(pool_of_run, store, run.settings, run.generation)), config)
         self._planner = Planner(config.served_models, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)
         self._settings, self._run = run.settings, run.id
