@@ -17,7 +17,7 @@ from deployments.json_types import JsonMapping, JsonObject
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
-_TYPES = {413: "request_too_large", 500: "api_error"}  # those that differ from ours
+_TYPES = {401: "authentication_error", 413: "request_too_large", 500: "api_error"}  # those that differ from ours
 _REASONS: dict[str, StopReason] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 

@@ -35,7 +35,7 @@ _MODULES = (deployments.errors, gpu_worker.errors, lora_store.errors, retriever_
 # The HTTP status and the `type` of the error object.
 STATUSES: dict[Kind, tuple[int, str]] = {
     Kind.INVALID: (400, "invalid_request_error"),
-    Kind.UNAUTHENTICATED: (401, "authentication_error"),
+    Kind.UNAUTHENTICATED: (401, "invalid_request_error"),
     Kind.FORBIDDEN: (403, "permission_error"),
     Kind.MISSING: (404, "not_found_error"),
     Kind.TOO_SLOW: (408, "invalid_request_error"),

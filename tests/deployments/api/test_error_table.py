@@ -23,7 +23,7 @@ EXPECTED = [
     (api_errors.RequestInvalid("lora: no", "lora"), 400, INVALID, "invalid_request"),
     (api_errors.Unsupported("tools", "it"), 400, INVALID, "unsupported"),
     (api_errors.ResponseNotStored(), 400, INVALID, "previous_response_not_found"),
-    (api_errors.KeyRefused("no key"), 401, "authentication_error", "invalid_api_key"),
+    (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
     (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "permission_denied"),
     (api_errors.KeysUnavailable("gone"), 503, "overloaded_error", "unavailable"),
     (api_errors.SelfApproval("x", "acme"), 403, "permission_error", "permission_denied"),
