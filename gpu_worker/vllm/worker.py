@@ -27,7 +27,8 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as VllmWorker
 
 MAX_SCORED_TOKENS = 32  # tokens of a prompt whose logits are in memory together
-Scores = dict[str, Any]  # of the prompts that are complete, by request
+Scores = dict[str, Any]
+"""Log probabilities of complete prompts by request."""
 
 
 class PlanWorker(VllmWorker):  # type: ignore[misc]

@@ -282,7 +282,7 @@ class Models:
         return self.new
 
 
-def test_adapters_that_another_encoder_embedded_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_adapters_that_another_encoder_embedded(caplog: pytest.LogCaptureFixture) -> None:
     live_pool(ENCODER, Source(*records_of(1), *records_of(2, "b", encoder="another")), model="mine")
     assert "auto does not find 2 of 3 adapters" in caplog.text
     assert "`loraretriever pool reindex --encoder mine`" in caplog.text

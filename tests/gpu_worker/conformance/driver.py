@@ -23,7 +23,7 @@ T = TypeVar("T")
 PATIENCE_S = 120  # only a failing test waits this long
 START_S = 600  # vLLM starts two processes, each of which imports all of it
 NAN = float("nan")
-EOS_ID = 257  # of the model that most tests serve, which ends an answer with `TURN_END` too
+EOS_ID = 257  # most tests serve a model that ends an answer with this id or with `TURN_END_ID`
 MARKER, TURN_END, TURN_END_ID = "[TOOL_CALLS]", "<turn>", 260
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=20)
 
