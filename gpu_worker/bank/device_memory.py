@@ -18,6 +18,7 @@ from gpu_worker.errors import WorkerConfigInvalid
 
 _PROC = Path("/proc")
 _STRICT = 2  # vm.overcommit_memory: Linux charges every mapping, also with MAP_NORESERVE
+_ALIGNMENT = 128  # bytes that a processor reads together
 _CGROUPS = Path("/sys/fs/cgroup")  # this process's own, as seen inside a container
 _NAMES = (  # files of limit, usage and statistics, and the key of cached files; cgroup version 2, then 1
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -94,6 +95,26 @@ def zeros_on_huge_pages(*shape: int, dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, num_values * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     use_huge_pages(memory)
     return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor owns the mapping
+
+
+class SharedPages:
+    """Zeros of many small tensors, one after the other on the same huge pages: a mapping of its own has small pages."""
+
+    def __init__(self, num_bytes: int = 32 << 20) -> None:
+        """`num_bytes`: of one mapping. A larger tensor has its own."""
+        self._num_bytes, self._used = num_bytes, num_bytes
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros, whose memory is free when no tensor of the mapping is used any more."""
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if num_bytes >= self._num_bytes:
+            return zeros_on_huge_pages(*shape, dtype=dtype)
+        if self._used + num_bytes > self._num_bytes:
+            self._memory, self._used = zeros_on_huge_pages(self._num_bytes, dtype=torch.uint8), 0
+        start = self._used
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return self._memory[start : start + num_bytes].view(dtype).view(shape)
 
 
 def release_pages(zeros: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gpu_worker.bank.device_memory import zeros_on_huge_pages
+from gpu_worker.bank.device_memory import SharedPages
 from gpu_worker.model.quantization import QuantizedLinear, QuantizedWeight
 from gpu_worker.native.kernels.kernel_loading import Kernel
 
@@ -47,6 +47,7 @@ class LinearKernel(Kernel):
     library_name = "packed_linear"
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.pages = SharedPages()
         self.pack, self.linear = library.pack_bf16, library.linear_bf16
         self.has_bf16_products = bool(library.has_bf16_products())
         self.has_tiles = bool(library.has_tiles())
@@ -62,6 +63,8 @@ class LinearKernel(Kernel):
         self.pack_integers.restype = None
         self.linear_f32 = library.linear_f32
         self.linear_parts, self.linear_parts_f32 = library.linear_parts_bf16, library.linear_parts_f32
+        self.rows = library.rows_bf16
+        self.rows.argtypes, self.rows.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int32), None
         for function in (self.linear, self.linear_f32, self.linear_parts, self.linear_parts_f32):
             function.argtypes, function.restype = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32), None
 
@@ -111,30 +114,32 @@ class KernelLinear(nn.Module):
         is_half = dtype == torch.bfloat16
         self._products = kernel.linear if is_half else kernel.linear_f32
         self._products_of_parts = kernel.linear_parts if is_half else kernel.linear_parts_f32
+        self._rows = kernel.rows
         shape = weight.values.shape if isinstance(weight, QuantizedWeight) else weight.shape
         self.out_features, self.in_features = shape
         padded = -(-self.out_features // PANEL) * PANEL
-        self._bias = torch.zeros(padded)
+        zeros = kernel.pages.zeros
+        self._bias = zeros(padded, dtype=torch.float32)
         if bias is not None:
             self._bias[: self.out_features] = bias.detach()
-        self._scales = torch.zeros(padded)
-        self._bits, self._group, self._num_kinds, num_threads = 16, 0, 0, torch.get_num_threads()
+        self._scales = zeros(padded, dtype=torch.float32)
+        bits, group, num_kinds, num_threads = 16, 0, 0, torch.get_num_threads()
         if isinstance(weight, QuantizedWeight):
             assert is_half, "products of integers give bfloat16"
             self.rows_per_read = kernel.rows_per_read_of_integers
-            self._bits, self._group = weight.bits, weight.group
+            bits, group = weight.bits, weight.group
             halves, self._scales[: self.out_features] = weight.stored_scales()
-            self._num_kinds = 0 if halves is None else len(halves)
+            num_kinds = 0 if halves is None else len(halves)
             padded_in = -(-self.in_features // _PADDED_INPUTS) * _PADDED_INPUTS
-            row_bytes = padded_in * weight.bits // 8 + padded_in // weight.block * 2 * self._num_kinds
-            self._panels = zeros_on_huge_pages(padded * row_bytes, dtype=torch.uint8)
+            row_bytes = padded_in * weight.bits // 8 + padded_in // weight.block * 2 * num_kinds
+            self._panels = zeros(padded * row_bytes, dtype=torch.uint8)
             values, places = weight.values.contiguous(), None if halves is None else halves.data_ptr()
-            sizes = self._num_kinds, weight.bits, weight.block, *shape
+            sizes = num_kinds, weight.bits, weight.block, *shape
             kernel.pack_integers(values.data_ptr(), places, *sizes, self._panels.data_ptr(), num_threads)
         else:
             self.rows_per_read = kernel.rows_per_read
             assert weight.dtype == torch.bfloat16, "weights must be bfloat16"
-            self._panels = zeros_on_huge_pages(padded * self.in_features, dtype=weight.dtype)
+            self._panels = zeros(padded * self.in_features, dtype=weight.dtype)
             weight = weight.detach().contiguous()
             kernel.pack(weight.data_ptr(), *shape, self._panels.data_ptr(), num_threads)
         self._layer = _Linear(
@@ -143,9 +148,9 @@ class KernelLinear(nn.Module):
             num_in=self.in_features,
             num_out=self.out_features,
             scales=self._scales.data_ptr(),
-            bits=self._bits,
-            group=self._group,
-            has_offsets=self._num_kinds == 2,
+            bits=bits,
+            group=group,
+            has_offsets=num_kinds == 2,
         )
         self.address = ctypes.addressof(self._layer)  # points to a struct Linear of `packed_linear.cpp`
 
@@ -159,30 +164,10 @@ class KernelLinear(nn.Module):
 
     def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
         """Return the weights of these outputs, or what their integers stand for, rounded to the layer's dtype."""
-        panels, places = outputs // PANEL, outputs % PANEL
-        num_panels = len(self._scales) // PANEL
-        if self._bits == 16:
-            pairs = self._panels.view(num_panels, -1, PANEL, 2)
-            return pairs[panels, :, places].flatten(1).to(self.dtype)
-        factors, zero = self._scales[outputs], 1 << (self._bits - 1)
-        block, stored = self._group or _PADDED_INPUTS, PANEL * self._bits // 8  # bytes of an input
-        scale_bytes = self._num_kinds * PANEL * 2
-        groups = self._panels.view(num_panels, -1, scale_bytes + block * stored)
-        codes = torch.unflatten(groups[..., scale_bytes:], 2, (-1, stored, 4))
-        codes = codes[panels, :, :, places % stored]  # (N, G, ., 4)
-        if self._bits == 4:
-            codes = (codes >> (places // stored * 4).view(-1, 1, 1, 1)) & 15
-        values = codes.flatten(2).float() - zero
-        if self._num_kinds:
-            halves = torch.unflatten(groups[..., :scale_bytes].view(torch.float16), 2, (-1, PANEL))
-            of_groups = halves[panels, :, :, places].float() * factors.view(
-                -1, 1, 1
-            )  # exact: the factor is a power of two
-            values = values * of_groups[..., :1]
-            values = values if self._num_kinds == 1 else values + of_groups[..., 1:]
-        else:
-            values = values * factors.view(-1, 1, 1)
-        return values.flatten(1)[:, : self.in_features].to(self.dtype)
+        outputs = outputs.contiguous()
+        y = torch.empty(len(outputs), self.in_features, dtype=torch.bfloat16)
+        self._rows(self.address, outputs.data_ptr(), len(outputs), y.data_ptr(), torch.get_num_threads())
+        return y.to(self.dtype)
 
     def some(self, x: Tensor, whole: NDArray[np.int32], parts: NDArray[np.int32]) -> Tensor:
         """Return `forward` of these rows and parts, bit for bit, and -inf elsewhere.

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpu_worker.errors import BaseModelUnsupported
@@ -38,7 +40,7 @@ from gpu_worker.native.fused import (
 from gpu_worker.native.kernels.kernel_loading import find_function, load_library
 
 _FUNCTIONS = (  # in the order of the struct Kernels: library, function
-    ("packed_linear", "linear_bf16"),
+    ("packed_linear", "linears_bf16"),
     ("grouped_lora", "add_bf16"),
     ("fused", "rms_norm_bf16"),
     ("fused", "gated_bf16"),
@@ -90,12 +92,17 @@ class LayerKernel:
         self._layer = find_function(library, "decoder_layer_bf16", *[c_void_p] * 6)
         self._before = find_function(library, "before_attention_bf16", *[c_void_p] * 4)
         self._after = find_function(library, "after_attention_bf16", *[c_void_p] * 6)
+        self._layers = find_function(library, "decoder_layers_bf16", c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
         self.scratch_values = library.scratch_values
         self.scratch_values.argtypes, self.scratch_values.restype = (c_void_p,), c_int64
 
     def __call__(self, layer: int, step: int, cache: int, x: Tensor, y: Tensor) -> None:
         """Set y (1, N, H) to the layer's output for x (1, N, H). `layer`, `step` and `cache` are addresses."""
         self._layer(self._functions, layer, step, cache, x.data_ptr(), y.data_ptr())
+
+    def layers(self, calls: NDArray[np.int64], x: Tensor, y: Tensor) -> None:
+        """Set y to the last layer's output. calls (L, 3): the addresses of layer, step and cache of each layer."""
+        self._layers(self._functions, calls.ctypes.data, len(calls), x.data_ptr(), y.data_ptr())
 
     def before_attention(self, layer: int, step: int, x: Tensor) -> None:
         """Compute the queries, keys and values in the scratch memory, the first two rotated."""
@@ -178,7 +185,7 @@ class _Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class LayerShape:
     """A part of the layers' shapes. One struct describes the step for all layers that have it in common."""
 
     num_query_heads: int
@@ -187,7 +194,7 @@ class _Shape:
     sliding_window: int | None
 
 
-class _Steps:
+class Steps:
     """The structs of the current step, which its layers share.
 
     A layer's weights evict Python's own data from the processor's caches, so a step makes each struct once.
@@ -196,11 +203,11 @@ class _Steps:
     def __init__(self) -> None:
         self.num_modules, self.scratch_values = 0, 0  # the most of any layer
         self._last: tuple[object, object] = None, None  # the step's attention plan and composition
-        self._made: dict[tuple[int, int, _Shape], tuple[int, tuple[object, ...]]] = {}  # address; what it refers to
+        self._made: dict[tuple[int, int, LayerShape], tuple[int, tuple[object, ...]]] = {}  # address; what it refers to
         self.scratch = torch.empty(0, dtype=torch.bfloat16)  # the memory plan's copies of hidden states include it
 
     def address(
-        self, context: StepContext, attention: HostAttention, angles: Any, layer: int, shape: _Shape
+        self, context: StepContext, attention: HostAttention, angles: Any, layer: int, shape: LayerShape
     ) -> int | None:
         """Return the address of the struct, or None if the kernel cannot compute this step."""
         if self._last[0] is not attention or self._last[1] is not context.composition:
@@ -217,7 +224,7 @@ class _Steps:
         return found[0]
 
     def _make(
-        self, context: StepContext, attention: HostAttention, angles: Any, layer: int, shape: _Shape
+        self, context: StepContext, attention: HostAttention, angles: Any, layer: int, shape: LayerShape
     ) -> tuple[int, tuple[object, ...]] | None:
         composition, slots = context.composition, attention.groups[layer].slots
         if composition is not None and not isinstance(composition, GroupedMapping):
@@ -249,20 +256,20 @@ class _Steps:
 class CompiledLayer:
     """The `forward` of a decoder layer: the kernel where it can compute the step, else the layer's own `forward`."""
 
-    def __init__(self, own: nn.Module, parts: _Parts, kernel: LayerKernel, steps: _Steps) -> None:
+    def __init__(self, own: nn.Module, parts: _Parts, kernel: LayerKernel, steps: Steps) -> None:
         self._own: Callable[..., Any] = own.forward
-        self._kernel, self._steps, self._layer = kernel, steps, parts.struct()
-        self._address = ctypes.addressof(self._layer)
-        steps.scratch_values = max(steps.scratch_values, kernel.scratch_values(self._address))
+        self._kernel, self.steps, self._layer = kernel, steps, parts.struct()
+        self.address = ctypes.addressof(self._layer)
+        steps.scratch_values = max(steps.scratch_values, kernel.scratch_values(self.address))
         most_modules = max(group[0].bank.inputs.num_modules for group in parts.linears)
         steps.num_modules = max(steps.num_modules, most_modules)
         attention = parts.attention
         query, key = attention.q_proj.base, attention.k_proj.base
-        head_dim, self._width, self._index = attention.head_dim, query.in_features, attention.layer_idx
-        self._shape = _Shape(query.out_features // head_dim, head_dim, attention.scaling, attention.sliding_window)
+        head_dim, self.width, self.index = attention.head_dim, query.in_features, attention.layer_idx
+        self.shape = LayerShape(query.out_features // head_dim, head_dim, attention.scaling, attention.sliding_window)
         self._cache_shape = key.out_features // head_dim, head_dim
         inner = [module for module in own.modules() if module is not own]
-        self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._cache: tuple[Tensor, Cache, int] | None = None  # for the layer's keys, which all steps share
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **others: Any) -> Any:  # (1, N, H) -> (1, N, H)
@@ -278,33 +285,31 @@ class CompiledLayer:
         attention = context.attention
         if not isinstance(attention, HostAttention) or x.shape[1] != len(attention.token_positions):
             return None
-        step = self._steps.address(context, attention, angles, self._index, self._shape)
-        cache = self._cache_address(attention.keys[self._index], attention.values[self._index])
+        step = self.steps.address(context, attention, angles, self.index, self.shape)
+        cache = self.cache_address(attention.keys[self.index], attention.values[self.index])
         if step is None or cache is None:
             return None
-        context.plan_attention(self._index)
+        context.plan_attention(self.index)
         y = torch.empty_like(x)
         if attention.is_compiled:
-            self._kernel(self._address, step, cache, x, y)
+            self._kernel(self.address, step, cache, x, y)
             return y
-        self._kernel.before_attention(self._address, step, x)
+        self._kernel.before_attention(self.address, step, x)
         attended = attention.attend(
-            self._index,
+            self.index,
             *self._heads(x.shape[1]),
-            scaling=self._shape.scaling,
-            sliding_window=self._shape.sliding_window,
+            scaling=self.shape.scaling,
+            sliding_window=self.shape.sliding_window,
         )
-        self._kernel.after_attention(self._address, step, x, attended, y)
+        self._kernel.after_attention(self.address, step, x, attended, y)
         return y
 
     def _heads(self, num_tokens: int) -> list[Tensor]:
         """Return query (Q, N, D), key and value (H, N, D) in the scratch memory, behind two hidden states."""
         num_key_heads, head_dim = self._cache_shape
-        counts = [
-            num_tokens * heads * head_dim for heads in (self._shape.num_query_heads, num_key_heads, num_key_heads)
-        ]
-        start = 2 * num_tokens * self._width
-        parts = torch.split(self._steps.scratch[start : start + sum(counts)], counts)
+        counts = [num_tokens * heads * head_dim for heads in (self.shape.num_query_heads, num_key_heads, num_key_heads)]
+        start = 2 * num_tokens * self.width
+        parts = torch.split(self.steps.scratch[start : start + sum(counts)], counts)
         return [part.view(num_tokens, -1, head_dim).transpose(0, 1) for part in parts]
 
     def _fits(self, x: Tensor, others: dict[str, Any]) -> bool:
@@ -312,13 +317,13 @@ class CompiledLayer:
         return (
             x.dtype == torch.bfloat16
             and x.is_contiguous()
-            and x.shape[::2] == (1, self._width)
+            and x.shape[::2] == (1, self.width)
             and unknown_arguments(others) == ["position_embeddings", "step"]
             and others.get("is_causal") is not False
-            and not any(self._hooks)
+            and not any(self.hooks)
         )
 
-    def _cache_address(self, keys: Tensor, values: Tensor) -> int | None:
+    def cache_address(self, keys: Tensor, values: Tensor) -> int | None:
         """Return the address of the struct of the layer's keys and values, None if their heads are not the layer's."""
         if self._cache is None or self._cache[0] is not keys:
             if keys.dtype != torch.bfloat16 or keys.shape[::2] != self._cache_shape:
@@ -347,7 +352,7 @@ def compile_layers(model: nn.Module, kernel: LayerKernel, choices: Choices) -> i
     """
     found = ((own, choices.first([parts], partial(_agree, own))) for own, parts in _candidates(model))
     alike = [(own, parts) for own, parts in found if parts is not None]
-    steps = _Steps()
+    steps = Steps()
     for own, parts in alike:
         own.forward = CompiledLayer(own, parts, kernel, steps)
     return len(alike)

@@ -19,6 +19,7 @@ from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.decode_attention import DecodeKernel
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
+from gpu_worker.native.compiled_decoder import compile_decoders
 from gpu_worker.native.compiled_layer import compile_layers, load_layer_kernel
 from gpu_worker.native.fused import Choices, FusedKernel, fuse
 from lora_store.adapter import Shapes
@@ -66,8 +67,8 @@ def inject_adapters(
     linear_kernel = choose_linear_kernel(model, config)
     inject(model, bank, context, linear_kernel)
     layer_kernel = None if linear_kernel is None else load_layer_kernel(config.cache_dir)
-    if layer_kernel is not None:
-        compile_layers(model, layer_kernel, choices)
+    if layer_kernel is not None and compile_layers(model, layer_kernel, choices):
+        compile_decoders(model, layer_kernel)
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig, choices: Choices) -> None:

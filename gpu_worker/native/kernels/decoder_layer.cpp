@@ -7,7 +7,8 @@
 #include "vectors.h"
 
 extern "C" struct Kernels {  // functions of the other libraries, for bfloat16
-  void (*linear)(const Linear*, const void* x, const int32_t* numbers, int64_t num_rows, void* y, int32_t num_threads);
+  void (*linears)(const Linear* const*, int64_t num_layers, const void* x, int64_t num_rows, void* const* y,
+                  int32_t num_threads);
   void (*add_adapters)(const Pairs*, const InputPlace*, const void* x, float* h, const Output*, int64_t num_outputs);
   void (*rms_norm)(const void* x, const float* weight, int64_t num_rows, int64_t width, float eps, int32_t rounds_first,
                    void* y, int32_t num_threads);
@@ -51,13 +52,17 @@ constexpr int64_t kAlone = 32 * 1024;  // up to so many values one thread is fas
 template <int M>
 void project(const Kernels& kernels, const Step& step, const bf16* x, const Projection (&projections)[M],
              const InputPlace* place, bf16* const (&outputs)[M]) {
+  const Linear* linears[M];
+  void* y[M];
   Output used[M];
   int64_t num_used = 0;
   for (int m = 0; m < M; ++m) {
     const Projection& of = projections[m];
-    kernels.linear(of.linear, x, nullptr, step.num_tokens, outputs[m], step.num_threads);
+    linears[m] = of.linear;
+    y[m] = outputs[m];
     if (of.place->is_used) used[num_used++] = {of.place, outputs[m], of.linear->num_out};
   }
+  kernels.linears(linears, M, x, step.num_tokens, y, step.num_threads);
   if (step.pairs != nullptr && num_used > 0) kernels.add_adapters(step.pairs, place, x, step.h, used, num_used);
 }
 
@@ -100,6 +105,12 @@ struct Places {
 
 }  // namespace
 
+extern "C" struct LayerCall {  // the arguments of a layer in a step
+  const Layer* layer;
+  const Step* step;
+  const Cache* cache;
+};
+
 extern "C" {
 
 // The values of scratch memory per token.
@@ -138,7 +149,7 @@ void after_attention_bf16(const Kernels* kernels, const Layer* layer, const Step
   add(k, s, layer->after_mlp, sum, at.change, at.width, sum);
 }
 
-// Sets y (N, H) to the layer's output for x (N, H), after it has stored the tokens' keys and values.
+// Sets y (N, H) to the layer's output for x (N, H), after it has stored the tokens' keys and values. y may be x.
 void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const Cache* cache, const void* x,
                         void* y) {
   before_attention_bf16(kernels, layer, step, x);
@@ -148,6 +159,12 @@ void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* 
   kernels->write_kv(&key, &value, step->slots, step->num_tokens, cache, step->num_threads);
   kernels->attend(step->decodes, &query, cache, at.attended);
   after_attention_bf16(kernels, layer, step, x, at.attended, y);
+}
+
+// Sets y (N, H) to the last layer's output, where each layer reads the output of the one before it, and the first x (N, H).
+void decoder_layers_bf16(const Kernels* kernels, const LayerCall* calls, int64_t num_layers, const void* x, void* y) {
+  for (int64_t l = 0; l < num_layers; ++l)
+    decoder_layer_bf16(kernels, calls[l].layer, calls[l].step, calls[l].cache, l == 0 ? x : y, y);
 }
 
 }  // extern "C"

@@ -248,28 +248,61 @@ extern "C" struct Part {
 
 namespace {
 
-// linear_bf16 for integer weights.
-void linear_integers(const Linear& layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
-                     int32_t num_threads) {
-  const int64_t num_out = layer.num_out, num_panels = (num_out + kBlock - 1) / kBlock;
-  const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
-  quantized::Inputs inputs(layer, num_rows);
+// The panels of M layers that read one input, numbered one layer after the other.
+class Panels {
+ public:
+  Panels(const Linear* const* layers, int64_t num_layers) : layers_(layers) {
+    for (int64_t m = 0; m < num_layers; ++m) num_ += of_layer(m);
+  }
+
+  int64_t num() const { return num_; }
+
+  int64_t per_task(int32_t num_threads) const { return std::max<int64_t>(1, num_ / (kTasksPerThread * num_threads)); }
+
+  // Returns the panel's layer, and sets panel to its number there.
+  int64_t find(int64_t& panel) const {
+    int64_t m = 0;
+    for (; panel >= of_layer(m); ++m) panel -= of_layer(m);
+    return m;
+  }
+
+ private:
+  int64_t of_layer(int64_t m) const { return (layers_[m]->num_out + kBlock - 1) / kBlock; }
+
+  const Linear* const* layers_;
+  int64_t num_ = 0;
+};
+
+// `linears` for integer weights of one kind.
+void linears_of_integers(const Linear* const* layers, int64_t num_layers, const void* x, const int32_t* numbers,
+                         int64_t num_rows, void* const* y, int32_t num_threads) {
+  const Linear& first_layer = *layers[0];
+  const Panels panels(layers, num_layers);
+  const int64_t chunk = panels.per_task(num_threads);
+  quantized::Inputs inputs(first_layer, num_rows);
+  const auto set_row = [&](int64_t r) { inputs.set_row(r, static_cast<const bf16*>(x) + r * first_layer.num_in); };
+  if (num_rows == 1) set_row(0);  // a team would wait for it
 #pragma omp parallel num_threads(num_threads)
   {
-    quantized::Products products(layer, num_rows);
+    quantized::Products products(first_layer, num_rows);
     const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
+    if (num_rows > 1) {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r) inputs.set_row(r, static_cast<const bf16*>(x) + r * layer.num_in);
+      for (int64_t r = 0; r < num_rows; ++r) set_row(r);
+    }
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t p = 0; p < num_panels; ++p)
+    for (int64_t i = 0; i < panels.num(); ++i) {
+      int64_t p = i;
+      const int64_t m = panels.find(p), num_out = layers[m]->num_out;
       for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
         const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
-        bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
+        bf16* target = static_cast<bf16*>(y[m]) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
         bf16* places[quantized::kMostPlaces];
         for (int64_t r = 0; r < num; ++r) places[r] = target + rows.place(r);
-        products.multiply_panel(inputs, first, num, p, places);
+        products.multiply_panel(*layers[m], inputs, first, num, p, places);
       }
+    }
   }
 }
 
@@ -287,35 +320,55 @@ void parts_of_integers(const Linear& layer, const void* x, const Part* parts, in
 #pragma omp for schedule(dynamic, kPartsPerTask) nowait
     for (int64_t i = 0; i < num_parts; ++i) {
       bf16* place = static_cast<bf16*>(y) + parts[i].row * layer.num_out + parts[i].panel * kBlock;
-      products.multiply_panel(inputs, parts[i].row, 1, parts[i].panel, &place);
+      products.multiply_panel(layer, inputs, parts[i].row, 1, parts[i].panel, &place);
     }
   }
 }
 
-// Sets row numbers[n] of y (M, O), or row n if numbers is null, to row n of x (N, I) W^T + bias.
+// For each layer m, sets row numbers[n] of y[m] (., O), or row n if numbers is null, to row n of x (N, I) W^T + bias.
 template <class T>
-void linear(const Linear& layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
-            int32_t num_threads) {
-  const int64_t num_in = layer.num_in, num_out = layer.num_out, num_panels = (num_out + kBlock - 1) / kBlock;
-  const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
+void linears(const Linear* const* layers, int64_t num_layers, const void* x, const int32_t* numbers, int64_t num_rows,
+             void* const* y, int32_t num_threads) {
+  const int64_t num_in = layers[0]->num_in;
+  const Panels panels(layers, num_layers);
+  const int64_t chunk = panels.per_task(num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
     Products<T> products(num_in);
     const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t p = 0; p < num_panels; ++p)
+    for (int64_t i = 0; i < panels.num(); ++i) {
+      int64_t p = i;
+      const int64_t m = panels.find(p);
+      const Linear& layer = *layers[m];
       for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
-        const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
-        T* target = static_cast<T*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
+        const Rows rows = {numbers == nullptr ? nullptr : numbers + first, layer.num_out};
+        T* target = static_cast<T*>(y[m]) + p * kBlock + (numbers == nullptr ? first * layer.num_out : 0);
         products.multiply(num, static_cast<const T*>(x) + first * num_in, num_in,
                           static_cast<const bf16*>(layer.panels) + p * kBlock * num_in, layer.bias + p * kBlock,
-                          target, rows, num_out - p * kBlock);
+                          target, rows, layer.num_out - p * kBlock);
       }
+    }
   }
 }
 
-// Sets one panel of one row of y (N, O) for each part, to what `linear` sets it to for x (N, I), and nothing else.
+bool are_alike(const Linear& a, const Linear& b) {
+  return a.bits == b.bits && a.group == b.group && a.has_offsets == b.has_offsets;
+}
+
+// `linears` for bfloat16 inputs, for each run of layers with weights of one kind.
+void linears_by_kind(const Linear* const* layers, int64_t num_layers, const void* x, const int32_t* numbers,
+                     int64_t num_rows, void* const* y, int32_t num_threads) {
+  for (int64_t first = 0, end; first < num_layers; first = end) {
+    end = first + 1;
+    while (end < num_layers && are_alike(*layers[first], *layers[end])) ++end;
+    const auto compute = layers[first]->bits == 16 ? linears<bf16> : linears_of_integers;
+    compute(layers + first, end - first, x, numbers, num_rows, y + first, num_threads);
+  }
+}
+
+// Sets one panel of one row of y (N, O) for each part, to what `linears` sets it to for x (N, I), and nothing else.
 // Parts of one panel should be adjacent, so that it is read from memory once.
 template <class T>
 void linear_parts(const Linear& layer, const void* x, const Part* parts, int64_t num_parts, void* y,
@@ -407,16 +460,35 @@ void pack_integers(const int8_t* values, const uint16_t* scales, int32_t num_kin
   }
 }
 
-// See `linear`.
+// See `linears`.
 void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                  int32_t num_threads) {
-  if (layer->bits != 16) return linear_integers(*layer, x, numbers, num_rows, y, num_threads);
-  linear<bf16>(*layer, x, numbers, num_rows, y, num_threads);
+  linears_by_kind(&layer, 1, x, numbers, num_rows, &y, num_threads);
 }
 
 void linear_f32(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                 int32_t num_threads) {
-  linear<float>(*layer, x, numbers, num_rows, y, num_threads);
+  linears<float>(&layer, 1, x, numbers, num_rows, &y, num_threads);
+}
+
+void linears_bf16(const Linear* const* layers, int64_t num_layers, const void* x, int64_t num_rows, void* const* y,
+                  int32_t num_threads) {
+  linears_by_kind(layers, num_layers, x, nullptr, num_rows, y, num_threads);
+}
+
+// Sets y (N, I) to the weights of these N outputs, or to what their integers stand for.
+void rows_bf16(const Linear* layer, const int64_t* outputs, int64_t num, void* y, int32_t num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num > kPartsPerTask)
+  for (int64_t n = 0; n < num; ++n) {
+    bf16* row = static_cast<bf16*>(y) + n * layer->num_in;
+    if (layer->bits != 16) {
+      quantized::read_row(*layer, outputs[n], row);
+      continue;
+    }
+    const int64_t panel = outputs[n] / kBlock, place = outputs[n] % kBlock;
+    const bf16* pairs = static_cast<const bf16*>(layer->panels) + panel * kBlock * layer->num_in + 2 * place;
+    for (int64_t i = 0; i < layer->num_in; ++i) row[i] = pairs[i / 2 * 2 * kBlock + i % 2];
+  }
 }
 
 // See `linear_parts`.

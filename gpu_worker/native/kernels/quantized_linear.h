@@ -508,6 +508,49 @@ void multiply_by_tiles(TileShapes& shapes, Kind<kBits, kGroup, kHasOffsets>, int
 }
 #endif
 
+inline int64_t block_size(const Linear& layer) { return layer.group == 0 ? kBlock : layer.group; }
+
+inline int64_t num_scale_bytes(const Linear& layer) {  // of a block of a panel
+  return layer.group == 0 ? 0 : layer.has_offsets ? 2 * kScaleBytes : kScaleBytes;
+}
+
+inline int64_t block_bytes(const Linear& layer) {
+  return num_scale_bytes(layer) + block_size(layer) * kPanel * layer.bits / 8;
+}
+
+inline float to_float(const uint8_t* half) {
+  uint8_t vector[2 * kLanes] = {half[0], half[1]};
+  return load_halves(vector)[0];
+}
+
+// Sets row (I,) to what the integers of one output stand for.
+inline void read_row(const Linear& layer, int64_t output, bf16* row) {
+  const int64_t block = block_size(layer), num_blocks = (layer.num_in + kBlock - 1) / kBlock * kBlock / block;
+  const int64_t place = output % kPanel, step_bytes = kPanel * kStep * layer.bits / 8;
+  const uint8_t* at = static_cast<const uint8_t*>(layer.panels) + output / kPanel * num_blocks * block_bytes(layer);
+  const bool is_upper = layer.bits == 4 && place >= kLanes;
+  const uint8_t* codes = at + num_scale_bytes(layer) + kStep * (is_upper ? place - kLanes : place);
+  float scale = layer.scales[output], offset = 0;
+  alignas(64) float values[kLanes];
+  for (int64_t i = 0; i < layer.num_in; i += kLanes) {
+    const int64_t inner = i % block;
+    if (inner == 0 && layer.group != 0) {
+      scale = to_float(at + 2 * place) * layer.scales[output];
+      if (layer.has_offsets) offset = to_float(at + kScaleBytes + 2 * place) * layer.scales[output];
+    }
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const int code = codes[(inner + j) / kStep * step_bytes + j % kStep];
+      const int stored = layer.bits == 8 ? code : is_upper ? code >> 4 : code & 15;
+      values[j] = static_cast<float>(stored - (1 << (layer.bits - 1))) * scale + offset;
+    }
+    store_part(row + i, load(values), layer.num_in - i);
+    if (inner + kLanes == block) {
+      at += block_bytes(layer);
+      codes += block_bytes(layer);
+    }
+  }
+}
+
 // Calls `multiply_of` with the Kind of the layer's weights.
 template <class Multiply>
 void by_kind(const Linear& layer, const Multiply& multiply_of) {
@@ -533,8 +576,8 @@ constexpr int kMostPlaces = kMostRows;
 // The products of one thread, by vectors or, for many rows, by tiles.
 class Products {
  public:
-  // `num_rows`: of the step
-  Products(const Linear& layer, [[maybe_unused]] int64_t num_rows) : layer_(layer) {
+  // `layer`: one of those of this kind; `num_rows`: of the step
+  Products(const Linear& layer, [[maybe_unused]] int64_t num_rows) : group_(layer.group) {
 #ifdef HAS_TILES
     const int64_t most_by_vectors = layer.group == 0 ? 2 : layer.group == 16 ? 2 * kMostGroupRows : kMostGroupRows;
     uses_tiles_ = num_rows > most_by_vectors && request_tiles();  // both give the same bits
@@ -545,17 +588,15 @@ class Products {
 #ifdef HAS_TILES
     if (uses_tiles_) return kMostTileRows;
 #endif
-    return layer_.group == 0 ? kMostRows : kMostGroupRows;
+    return group_ == 0 ? kMostRows : kMostGroupRows;
   }
 
   // Sets the panel's outputs of rows first to first + num of x; y has one pointer per row, to their places.
-  void multiply_panel(const Inputs& x, int64_t first, int64_t num, int64_t panel, bf16* const* y) {
-    const int64_t scale_bytes = layer_.group == 0 ? 0 : x.num_blocks * kScaleBytes * (layer_.has_offsets ? 2 : 1);
-    const int64_t panel_bytes = x.padded * kPanel * layer_.bits / 8 + scale_bytes;
-    const uint8_t* weights = static_cast<const uint8_t*>(layer_.panels) + panel * panel_bytes;
-    const float *scales = layer_.scales + panel * kPanel, *bias = layer_.bias + panel * kPanel;
-    const int64_t left = layer_.num_out - panel * kPanel;
-    by_kind(layer_, [&](auto kind) {
+  void multiply_panel(const Linear& layer, const Inputs& x, int64_t first, int64_t num, int64_t panel, bf16* const* y) {
+    const uint8_t* weights = static_cast<const uint8_t*>(layer.panels) + panel * x.num_blocks * block_bytes(layer);
+    const float *scales = layer.scales + panel * kPanel, *bias = layer.bias + panel * kPanel;
+    const int64_t left = layer.num_out - panel * kPanel;
+    by_kind(layer, [&](auto kind) {
 #ifdef HAS_TILES
       if (uses_tiles_) return multiply_by_tiles(shapes_, kind, num, x, first, weights, scales, bias, y, left);
 #endif
@@ -564,7 +605,7 @@ class Products {
   }
 
  private:
-  const Linear& layer_;
+  int64_t group_;
 #ifdef HAS_TILES
   bool uses_tiles_;
   TileShapes shapes_;

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from gpu_worker.bank.device_memory import (
     MappingLimit,
+    SharedPages,
     cgroup_bytes,
     free_bytes,
     limit_to_share,
@@ -89,6 +90,18 @@ def test_large_tensors_are_zeros_that_outlive_their_maker() -> None:
     for x, (shape, dtype) in zip(made, cases, strict=True):
         assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x.any()
         assert x.fill_(2).eq(2).all()
+
+
+def test_small_tensors_share_pages_and_large_ones_have_their_own() -> None:
+    pages = SharedPages(num_bytes=1024)
+    made = [pages.zeros(*shape, dtype=torch.bfloat16) for shape in [(3, 5), (0,), (1,), (600,), (100,), (4, 40), (7,)]]
+    starts = [x.data_ptr() for x in made if x.numel()]
+    assert all(not start % 128 for start in starts)
+    assert [starts[1] - starts[0], starts[4] - starts[3], starts[5] - starts[3]] == [128, 256, 640]
+    for value, x in enumerate(made, 1):
+        assert not x.any()
+        x.fill_(value)
+    assert all(x.eq(value).all() for value, x in enumerate(made, 1)), "no two tensors overlap"
 
 
 def test_large_tensors_are_on_huge_pages_where_linux_has_them() -> None:

@@ -1,0 +1,144 @@
+"""All layers of a step are computed in one call where the decoder does nothing else, with the same result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from gpu_worker.model.attention_plan import Segment
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.quantization import quantize, replace_layer
+from gpu_worker.native.attention.decode_attention import DecodeKernel
+from gpu_worker.native.attention.kv_pages import HostKvCache
+from gpu_worker.native.compiled_decoder import CompiledDecoder
+from gpu_worker.native.compiled_layer import LayerKernel
+from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.engine_driver import by_digest, compiled, greedy, run_together
+from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, MakeBf16, jobs_of, logits_of
+from tests.tiny import FAMILIES, TinyFolders, tiny_config
+
+
+@pytest.fixture
+def whole_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the tokens of the steps whose layers are computed in one call."""
+    seen, call = list[int](), LayerKernel.layers
+
+    def counted(kernel: LayerKernel, calls: NDArray[np.int64], x: Tensor, y: Tensor) -> None:
+        assert len(calls) == NUM_LAYERS
+        seen.append(x.shape[1])
+        call(kernel, calls, x, y)
+
+    monkeypatch.setattr(LayerKernel, "layers", counted)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_steps_are_one_call(family: str, make_bf16: MakeBf16, whole_steps: list[int]) -> None:
+    engine = make_bf16({}, family)
+    whole_steps.clear()
+    run_together(engine, [greedy("abc", num_new=5), greedy("defghi", num_new=5)])
+    assert whole_steps == [11, 2, 2, 2, 2]
+
+
+class Same(LlamaModel):
+    """Computes the same as its base class."""
+
+
+class Scaled(LlamaModel):
+    """Multiplies the embedding, as Gemma 1 does."""
+
+    def forward(self, input_ids: Tensor, **others: Any) -> Any:
+        return super().forward(**{**others, "inputs_embeds": self.embed_tokens(input_ids) * 2})
+
+
+class Shifted(LlamaModel):
+    """Counts positions from one, as OPT does."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **others: Any) -> Any:
+        return super().forward(input_ids, position_ids=position_ids + 1, **others)
+
+
+class Doubled(LlamaModel):
+    """Multiplies the last hidden states."""
+
+    def forward(self, *arguments: Any, **others: Any) -> Any:
+        output = super().forward(*arguments, **others)
+        output.last_hidden_state = output.last_hidden_state * 2
+        return output
+
+
+class Reversed(LlamaModel):
+    """Calls its layers from the last to the first."""
+
+    def forward(self, *arguments: Any, **others: Any) -> Any:
+        own = self.layers
+        self.layers = nn.ModuleList(reversed(own))
+        try:
+            return super().forward(*arguments, **others)
+        finally:
+            self.layers = own
+
+
+class Nervous(LlamaModel):
+    """Changes what the second layer reads."""
+
+    def forward(self, *arguments: Any, **others: Any) -> Any:
+        second = self.layers[1]
+        own = second.forward
+        second.forward = lambda x, **of_layer: own(x * 2, **of_layer)
+        try:
+            return super().forward(*arguments, **others)
+        finally:
+            second.forward = own
+
+
+@pytest.mark.parametrize("kind", [Same, Scaled, Shifted, Doubled, Reversed, Nervous])
+def test_decoders_that_do_more_are_left_as_they_are(
+    kind: type[LlamaModel], make_bf16: MakeBf16, tiny_folders: TinyFolders, pool: list[AdapterWeights]
+) -> None:
+    logits = []
+    for compiles in (True, False):
+        base = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16"))
+        base.model.model.__class__ = kind
+        engine = make_bf16(by_digest(*pool), "llama", base=base, compiles=compiles)
+        assert isinstance(base.model.model.forward, CompiledDecoder) == (compiles and kind is Same)
+        logits.append(logits_of(engine, jobs_of(pool)))
+    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+
+
+def test_layers_of_one_input_may_have_integers_of_several_kinds(
+    make_bf16: MakeBf16, tiny_folders: TinyFolders, pool: list[AdapterWeights], whole_steps: list[int]
+) -> None:
+    """As those of a Q4_K_M file, where the values of some layers have more bits."""
+    logits = []
+    for compiles in (True, False):
+        base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16", quantization="int4"))
+        plain = load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16")).model
+        for layer in range(NUM_LAYERS):
+            for part in ("self_attn.v_proj", "mlp.gate_proj"):
+                name = f"model.layers.{layer}.{part}"
+                replace_layer(base.model, name, quantize(plain.get_submodule(name).weight.detach(), 8))
+        logits.append(logits_of(make_bf16(by_digest(*pool), base=base, compiles=compiles), jobs_of(pool)))
+    assert whole_steps and all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+
+
+def test_another_cache_is_read_after_the_first(make_bf16: MakeBf16, whole_steps: list[int]) -> None:
+    engine = make_bf16({})
+    context, decoder = engine._forward._context, engine.base.model.model
+    whole_steps.clear()
+    outputs, caches = [], [engine.kv_cache, HostKvCache(engine.kv_cache.shape, compiled(DecodeKernel.load))]
+    for cache in caches:
+        row = cache.allocate(1, 1)
+        attention = cache.attention([Segment(row, 0, 1, 0)])
+        context.fill(None, attention)
+        with torch.inference_mode():
+            positions = attention.token_positions[None]
+            outputs.append(decoder(input_ids=torch.tensor([[5]]), position_ids=positions, step=context)[0])
+    assert whole_steps == [1, 1] and torch.equal(*outputs)
+    assert all(keys.any() for keys in caches[1].keys)
