@@ -77,9 +77,11 @@ def _by_kernel(
     changed: list[int],
     wanted: list[int],
 ) -> tuple[list[int], dict[int, Scored]]:
-    tokens = np.empty(len(draws), np.int64)
-    kept = np.delete(np.arange(len(draws)), changed)
-    tokens[kept] = kernel.choose(logits, table[kept])
+    if not changed:
+        tokens = kernel.choose(logits, table)
+    else:
+        tokens, kept = np.empty(len(draws), np.int64), np.delete(np.arange(len(draws)), changed)
+        tokens[kept] = kernel.choose(logits, table[kept])
     at_once = max(_LEAST_COPIED, torch.get_num_threads())
     for rows in (changed[start : start + at_once] for start in range(0, len(changed), at_once)):
         own = table[rows]
