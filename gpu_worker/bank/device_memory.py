@@ -1,4 +1,4 @@
-"""Measure the memory that a device has left for this process, and allocate large tensors of the host."""
+"""Measure the memory that a device has left for this process, and allocate tensors of the host."""
 
 from __future__ import annotations
 
@@ -98,17 +98,17 @@ def zeros_on_huge_pages(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 class SharedPages:
-    """Zeros of many small tensors, one after the other on the same huge pages: a mapping of its own has small pages."""
+    """Zeros of many small tensors, one after the other in a mapping on huge pages. A small mapping would get none."""
 
     def __init__(self, num_bytes: int = 32 << 20) -> None:
-        """`num_bytes`: of one mapping. A larger tensor has its own."""
+        """`num_bytes`: of one mapping. A tensor of a quarter and more has its own."""
         self._num_bytes, self._used = num_bytes, num_bytes
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return zeros, whose memory is free when no tensor of the mapping is used any more."""
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        if num_bytes >= self._num_bytes:
+        if num_bytes >= self._num_bytes // 4:
             return zeros_on_huge_pages(*shape, dtype=dtype)
         if self._used + num_bytes > self._num_bytes:
             self._memory, self._used = zeros_on_huge_pages(self._num_bytes, dtype=torch.uint8), 0

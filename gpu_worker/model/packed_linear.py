@@ -165,6 +165,9 @@ class KernelLinear(nn.Module):
     def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
         """Return the weights of these outputs, or what their integers stand for, rounded to the layer's dtype."""
         outputs = outputs.contiguous()
+        assert outputs.dtype == torch.long, "numbers of outputs must be int64"
+        if len(outputs) and not 0 <= int(outputs.min()) <= int(outputs.max()) < self.out_features:
+            raise IndexError(f"the layer has {self.out_features} outputs")
         y = torch.empty(len(outputs), self.in_features, dtype=torch.bfloat16)
         self._rows(self.address, outputs.data_ptr(), len(outputs), y.data_ptr(), torch.get_num_threads())
         return y.to(self.dtype)

@@ -6,6 +6,7 @@ its data from the processor's caches.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.attention_plan import AttentionPlan
+from gpu_worker.model.grouped_mapping import GroupedMapping
 from gpu_worker.model.packed_attention import unknown_arguments
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.attention_cpu import HostAttention
+from gpu_worker.native.attention.decode_attention import Cache, make_cache_struct
 from gpu_worker.native.compiled_layer import CompiledLayer, LayerKernel
 
 _PROBE_TOKENS = 5
@@ -64,6 +67,7 @@ class _Table:
     """
 
     keys: object  # of the cache that the layers read
+    caches: list[Cache]  # the structs of their keys and values
     calls: NDArray[np.int64]  # (L, 3)
     kinds: NDArray[np.int64]
     firsts: tuple[int, ...]
@@ -89,11 +93,15 @@ class CompiledDecoder:
         context, positions = others.get("step"), others.get("position_ids")
         if not isinstance(context, StepContext) or unknown_arguments(others) != ["input_ids", "step"]:
             return None
+        if positions is None or others.get("is_causal") is False:
+            return None
+        if not isinstance(context.composition, GroupedMapping | None):
+            return None
         attention = context.attention
         if not isinstance(attention, HostAttention) or not attention.is_compiled or any(self._hooks):
             return None
         table = self._find_table(attention)
-        if table is None or positions is None:
+        if table is None:
             return None
         recipe = self._recipe
         x = recipe.embed(others["input_ids"])
@@ -119,15 +127,17 @@ class CompiledDecoder:
         if self._table is not None and self._table.keys is attention.keys:
             return self._table
         calls, kinds, firsts = np.zeros((len(self._layers), 3), np.int64), list[int](), dict[object, int]()
+        caches = list[Cache]()
         for place, layer in enumerate(self._layers):
-            cache = layer.cache_address(attention.keys[layer.index], attention.values[layer.index])
-            if cache is None:
+            keys, values = attention.keys[layer.index], attention.values[layer.index]
+            if layer.cache_address(keys, values) is None:
                 return None
-            calls[place] = layer.address, 0, cache
+            caches.append(make_cache_struct(keys, values))
+            calls[place] = layer.address, 0, ctypes.addressof(caches[-1])
             kind = id(attention.groups[layer.index]), self._recipe.angles[place], layer.shape
             kinds.append(list(firsts).index(kind) if kind in firsts else len(firsts))
             firsts.setdefault(kind, place)
-        self._table = _Table(attention.keys, calls, np.array(kinds), tuple(firsts.values()))
+        self._table = _Table(attention.keys, caches, calls, np.array(kinds), tuple(firsts.values()))
         return self._table
 
 
@@ -135,7 +145,8 @@ class CompiledDecoder:
 def compile_decoders(model: nn.Module, kernel: LayerKernel) -> int:
     """Let the kernel compute, in place, all layers of each decoder that does nothing else between them.
 
-    That is seen in a call with layers of random output. Return the number of such decoders.
+    That is seen in a call with layers of random output. Parts that are replaced later are not noticed. Return the
+    number of such decoders.
     """
     found = []
     for module in model.modules():
@@ -157,7 +168,7 @@ class _Unplanned(AttentionPlan):
     """The plan of a step in which no layer attends."""
 
     def attend(self, layer: int, *_: Any, **__: Any) -> Tensor:
-        raise AssertionError(f"layer {layer} attends")
+        raise BaseModelUnsupported(f"layer {layer} attends")
 
 
 def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
@@ -192,16 +203,18 @@ def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
     with _replaced([*computed, (rotary, compute_angles)]):
         try:
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False, step=step)
-        except (AttributeError, BaseModelUnsupported, LookupError, RuntimeError, TypeError, ValueError):
+        except (AssertionError, AttributeError, BaseModelUnsupported, LookupError, RuntimeError, TypeError, ValueError):
             return None
     if len(inputs) != len(layers) or not _is_chain(hidden, outputs, [x for x, _ in inputs]):
         return None
-    if not torch.equal(output.last_hidden_state, norm(outputs[-1])):
+    if not _is_same(getattr(output, "last_hidden_state", None), norm(outputs[-1])):
         return None
     angles = []
     for _, others in inputs:
         made = [place for place, call in enumerate(seen) if call[2] is others.get("position_embeddings")]
         if not made or unknown_arguments(others) != ["position_embeddings", "step"]:
+            return None
+        if any(part.dtype != torch.bfloat16 for part in seen[made[0]][2]):
             return None
         angles.append(made[0])
     calls = list[_RotaryCall]()
@@ -231,7 +244,11 @@ def _replaced(forwards: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
 def _is_chain(hidden: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> bool:
     """Return whether the first layer reads `hidden`, and each other one the output of the layer before it."""
     expected = [hidden, *outputs[:-1]]
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(inputs, expected, strict=True))
+    return all(_is_same(x, y) for x, y in zip(inputs, expected, strict=True))
+
+
+def _is_same(x: Any, y: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y)
 
 
 def _make_call(
@@ -239,14 +256,14 @@ def _make_call(
 ) -> _RotaryCall | None:
     """Return the call with places for the step's tensors, or None if it has others."""
     values = [_placed(value, hidden, positions) for value in (*arguments, *options.values())]
-    if any(not isinstance(value, str | int | float | None) and value not in (_HIDDEN, _POSITIONS) for value in values):
-        return None
+    if any(not isinstance(value, str | None) and value not in (_HIDDEN, _POSITIONS) for value in values):
+        return None  # a number could be that of the tokens
     num = len(arguments)
     return _RotaryCall(tuple(values[:num]), dict(zip(options, values[num:], strict=True)))
 
 
 def _placed(value: Any, hidden: Tensor, positions: Tensor) -> Any:
     for tensor, place in ((hidden, _HIDDEN), (positions, _POSITIONS)):
-        if isinstance(value, Tensor) and value.shape == tensor.shape and torch.equal(value, tensor):
+        if _is_same(value, tensor):
             return place
     return value

@@ -39,7 +39,7 @@ class HostPages:
         """Return the slots of these tokens. rows and positions broadcast to the result's shape."""
         places = positions.numpy()
         pages = self.table.numpy()[rows.numpy(), places // self.page_tokens]
-        return torch.from_numpy(pages * self.page_tokens + places % self.page_tokens)
+        return torch.from_numpy(np.asarray(pages * self.page_tokens + places % self.page_tokens))
 
     def span(self, row: int, first: int, end: int) -> slice | Tensor:
         """Return the slots of a row's tokens, as a slice if its pages are adjacent: then reading makes no copy."""

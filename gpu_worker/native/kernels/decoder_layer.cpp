@@ -1,5 +1,6 @@
-// One decoder layer, as a sequence of calls of the other kernels. `attend` computes decoded and guessed tokens, and short
-// chunks of prompts. In steps with longer chunks the caller attends, between the two parts of a layer.
+// Decoder layers, one or all of a step, as a sequence of calls of the other kernels. `attend` computes decoded and
+// guessed tokens, and short chunks of prompts. In steps with longer chunks the caller attends, between the two parts of
+// a layer.
 #include <algorithm>
 #include <cstdint>
 
@@ -161,7 +162,7 @@ void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* 
   after_attention_bf16(kernels, layer, step, x, at.attended, y);
 }
 
-// Sets y (N, H) to the last layer's output, where each layer reads the output of the one before it, and the first x (N, H).
+// Sets y (N, H) to the last layer's output. The first layer reads x (N, H), each other one the output before it.
 void decoder_layers_bf16(const Kernels* kernels, const LayerCall* calls, int64_t num_layers, const void* x, void* y) {
   for (int64_t l = 0; l < num_layers; ++l)
     decoder_layer_bf16(kernels, calls[l].layer, calls[l].step, calls[l].cache, l == 0 ? x : y, y);

@@ -576,7 +576,7 @@ constexpr int kMostPlaces = kMostRows;
 // The products of one thread, by vectors or, for many rows, by tiles.
 class Products {
  public:
-  // `layer`: one of those of this kind; `num_rows`: of the step
+  // `layer`: any of the kind that is multiplied; `num_rows`: of the step
   Products(const Linear& layer, [[maybe_unused]] int64_t num_rows) : group_(layer.group) {
 #ifdef HAS_TILES
     const int64_t most_by_vectors = layer.group == 0 ? 2 : layer.group == 16 ? 2 * kMostGroupRows : kMostGroupRows;

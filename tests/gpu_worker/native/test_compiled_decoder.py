@@ -128,17 +128,21 @@ def test_layers_of_one_input_may_have_integers_of_several_kinds(
     assert whole_steps and all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
 
 
-def test_another_cache_is_read_after_the_first(make_bf16: MakeBf16, whole_steps: list[int]) -> None:
+def test_several_caches_are_read_in_turn(make_bf16: MakeBf16, whole_steps: list[int]) -> None:
+    """The layers of a long prompt read theirs one by one."""
     engine = make_bf16({})
     context, decoder = engine._forward._context, engine.base.model.model
     whole_steps.clear()
     outputs, caches = [], [engine.kv_cache, HostKvCache(engine.kv_cache.shape, compiled(DecodeKernel.load))]
-    for cache in caches:
-        row = cache.allocate(1, 1)
-        attention = cache.attention([Segment(row, 0, 1, 0)])
+    for cache, num_tokens in ((caches[0], 1), (caches[1], 20), (caches[0], 1), (caches[1], 1)):
+        row = cache.allocate(num_tokens, 1)
+        attention = cache.attention([Segment(row, 0, num_tokens, 0)])
         context.fill(None, attention)
         with torch.inference_mode():
             positions = attention.token_positions[None]
-            outputs.append(decoder(input_ids=torch.tensor([[5]]), position_ids=positions, step=context)[0])
-    assert whole_steps == [1, 1] and torch.equal(*outputs)
+            ids = torch.full((1, num_tokens), 5)
+            output = decoder(input_ids=ids, position_ids=positions, use_cache=False, step=context)
+            outputs.append(output[0][:, :1])
+    assert whole_steps == [1, 1, 1]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[0], outputs[3])
     assert all(keys.any() for keys in caches[1].keys)
