@@ -118,7 +118,7 @@ kernels: $(READY) ## build the CPU kernels ahead of time, as the image does; a s
 # AVX-512, as g++ 12 aligns its vectors wrongly on a stack that it checks (GCC bug 110027).
 KERNEL_TESTS := $(addprefix tests/gpu_worker/,native/attention/test_decode_attention.py \
 	native/attention/test_attention_cpu.py native/test_fused.py model/test_packed_linear.py \
-	model/test_grouped_mapping.py native/test_compiled_layer.py native/sampling)
+	model/test_grouped_mapping.py native/test_compiled_layer.py native/test_compiled_decoder.py native/sampling)
 sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefined behaviour
 	CXX=g++ CXXFLAGS="-g -mno-avx512f -fsanitize=address,undefined -fno-sanitize-recover=all" CI_REQUIRES_COMPILER=1 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \
