@@ -33,7 +33,7 @@ _POSITIONS, _HIDDEN = object(), object()  # places of tensors among the argument
 
 @dataclass(frozen=True, slots=True)
 class _RotaryCall:
-    """A call of the module that computes the angles, with `_POSITIONS` and `_HIDDEN` in place of the step's tensors."""
+    """A call of the module that computes the angles. `_POSITIONS` and `_HIDDEN` stand for the step's own tensors."""
 
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -66,8 +66,8 @@ class _Table:
     `kinds` (L,): of each layer, the place in `firsts` of a layer with the same struct of the step.
     """
 
-    keys: object  # of the cache that the layers read
-    caches: list[Cache]  # the structs of their keys and values
+    keys: object  # the list of keys of the cache that this table is for
+    caches: list[Cache]  # one struct for each layer; `calls` has their addresses
     calls: NDArray[np.int64]  # (L, 3)
     kinds: NDArray[np.int64]
     firsts: tuple[int, ...]
