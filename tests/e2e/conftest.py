@@ -27,6 +27,7 @@ from tests.tiny import linear_shapes, tiny_config
 def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
     """Return settings whose workers compute in float32, so that rows of a batch can be compared with rows alone.
 
+    Where a request sets no temperature it is 0, as with `make serve`: answers of examples are the same each time.
     On one thread: next to other processes that compute, two threads mostly wait for each other, and busily.
     """
     return AppConfig(
@@ -34,6 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
         preload=(POOL,),
         worker={"dtype": "float32", "num_threads": 1, "max_batch_size": 16, **WORKER},  # type: ignore[arg-type]  # of either engine
         ingress_scaling={"health_check_period_s": 1},  # type: ignore[arg-type]
+        sampling_defaults={"temperature": 0},  # type: ignore[arg-type]
     )
 
 
