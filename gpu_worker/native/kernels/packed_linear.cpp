@@ -55,6 +55,7 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
     high[r] = _mm512_loadu_ps(bias + kLanes);
   }
   for (int64_t i = 0; i < num_in; i += 2, panel += 2 * kBlock) {
+    if constexpr (R >= kRowsThatWait) fetch_ahead<16384, 2 * kBlock * sizeof(bf16)>(panel);
     const __m512bh w_low = (__m512bh)_mm512_loadu_si512(panel);
     const __m512bh w_high = (__m512bh)_mm512_loadu_si512(panel + kBlock);
     for (int r = 0; r < R; ++r) {

@@ -186,7 +186,7 @@ inline __m256i load_quarter(const void* p) { return _mm256_loadu_si256(static_ca
 
 // Sets sums[r] to x[r] . the weights of 8 outputs in one block. `weights`: of quarter `q` of the panel's first step.
 template <int R, int kBits, int64_t kInputs>
-inline void sum_quarter(const int8_t* x, const int32_t* row_sums, const uint8_t* weights, int q, __m256i* sums) {
+inline void sum_quarter(const int8_t* x, const int32_t* corrections, const uint8_t* weights, int q, __m256i* sums) {
   constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8;
   const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 16
@@ -220,7 +220,7 @@ inline void sum_quarter(const int8_t* x, const int32_t* row_sums, const uint8_t*
   if constexpr (kBits == 4) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-      sums[r] = _mm256_sub_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_slli_epi32(_mm256_set1_epi32(row_sums[r]), 3));
+      sums[r] = _mm256_add_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_set1_epi32(corrections[r]));
   }
 }
 #endif
@@ -230,21 +230,24 @@ inline void sum_quarter(const int8_t* x, const int32_t* row_sums, const uint8_t*
 struct Inputs {
   int64_t num_rows, num_in, block, num_blocks, padded;
   int8_t* codes;  // (blocks, N, block)
-  int32_t* sums;  // (blocks, N): of each block's codes
-  float* scales;  // (blocks, N), NaN for a block that is not finite
+  int32_t* corrections;  // (blocks, N): added to each product, because stored weights are above their values
+  float* scales;         // (blocks, N), NaN for a block that is not finite
+  float* sums;           // (blocks, N): of each block's inputs
 
   Inputs(const Linear& layer, int64_t num_rows)
       : num_rows(num_rows),
         num_in(layer.num_in),
         block(layer.group == 0 ? kBlock : layer.group),
-        padded((num_in + kBlock - 1) / kBlock * kBlock) {
+        padded((num_in + kBlock - 1) / kBlock * kBlock),
+        zero_(layer.bits == 4 ? kZero<4> : kLoadsSigned ? 0 : kZero<8>) {
     static thread_local std::vector<int64_t> memory;  // aligned for all parts
     num_blocks = padded / block;
-    const int64_t num_bytes = num_rows * (padded + (sizeof(int32_t) + sizeof(float)) * num_blocks);
+    const int64_t num_bytes = num_rows * (padded + (sizeof(int32_t) + 2 * sizeof(float)) * num_blocks);
     if (static_cast<int64_t>(memory.size() * sizeof(int64_t)) < num_bytes) memory.resize(num_bytes / 8 + 1);
     codes = reinterpret_cast<int8_t*>(memory.data());
-    sums = reinterpret_cast<int32_t*>(codes + num_rows * padded);
-    scales = reinterpret_cast<float*>(sums + num_rows * num_blocks);
+    corrections = reinterpret_cast<int32_t*>(codes + num_rows * padded);
+    scales = reinterpret_cast<float*>(corrections + num_rows * num_blocks);
+    sums = scales + num_rows * num_blocks;
   }
 
   void set_row(int64_t r, const bf16* x) {
@@ -252,6 +255,8 @@ struct Inputs {
   }
 
  private:
+  int32_t zero_;  // of the weights
+
   // The inverse of a scale has 16 bits, so that its products with bfloat16 numbers are exact on every processor.
   void set_block(int64_t r, int64_t b, const bf16* x, int64_t num) {
     constexpr uint16_t kNotFinite = 0x7f80;
@@ -276,8 +281,11 @@ struct Inputs {
       std::memcpy(target + i, &bytes, sizeof bytes);
       sum += whole;
     }
-    sums[b * num_rows + r] = sum_of(sum);
-    scales[b * num_rows + r] = is_finite ? 1.0f / inverse : __builtin_nanf("");
+    const int32_t whole_sum = sum_of(sum);
+    const float scale = is_finite ? 1.0f / inverse : __builtin_nanf("");
+    corrections[b * num_rows + r] = -zero_ * whole_sum;
+    scales[b * num_rows + r] = scale;
+    sums[b * num_rows + r] = scale * static_cast<float>(whole_sum);
   }
 };
 
@@ -297,8 +305,8 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
   constexpr int64_t kBytes = kNumScaleBytes + kPanel * kInputs * kBits / 8;
   constexpr int kQuarters = kPanel / kQuarter;
   const int8_t* codes = x.codes + first * kInputs;
-  const int32_t* sums = x.sums + first;
-  const float* row_scales = x.scales + first;
+  const int32_t* corrections = x.corrections + first;
+  const float *row_scales = x.scales + first, *sums = x.sums + first;
   alignas(64) f32x8 totals[R][kQuarters] = {};
   for (int64_t b = 0; b < x.num_blocks; ++b, panel += kBytes) {
     const uint8_t* weights = panel + kNumScaleBytes;
@@ -307,7 +315,7 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
 #pragma GCC unroll 4
     for (int q = 0; q < kQuarters; ++q) {
       __m256i found[R];
-      sum_quarter<R, kBits, kInputs>(codes, sums, weights + 32 * (kBits == 8 ? q : q % 2), q, found);
+      sum_quarter<R, kBits, kInputs>(codes, corrections, weights + 32 * (kBits == 8 ? q : q % 2), q, found);
       f32x8 scale, offset;
       if constexpr (kGroup != 0) scale = load_eight_halves(panel + q * 2 * kQuarter);
       if constexpr (kHasOffsets) offset = load_eight_halves(panel + kScaleBytes + q * 2 * kQuarter);
@@ -319,13 +327,14 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
         } else {
           totals[r][q] += sum * row_scales[r];
         }
-        if constexpr (kHasOffsets) totals[r][q] += offset * (row_scales[r] * static_cast<float>(sums[r]));
+        if constexpr (kHasOffsets) totals[r][q] += offset * sums[r];
         asm volatile("" ::: "memory");  // row after row, as in sum_quarter
       }
     }
     codes += x.num_rows * kInputs;
-    sums += x.num_rows;
+    corrections += x.num_rows;
     row_scales += x.num_rows;
+    sums += x.num_rows;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -342,22 +351,23 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
               bf16* const* y, int64_t left) {
   constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8, kInputs = kGroup == 0 ? kBlock : kGroup;
   constexpr int64_t kBlockBytes = kInputs / kStep * kStepBytes + (kGroup == 0 ? 0 : kHasOffsets ? 2 : 1) * kScaleBytes;
-  constexpr int kOffset = kBits == 8 && kLoadsSigned ? 0 : -kZero<kBits>;
   const int8_t* codes = x.codes + first * kInputs;
-  const int32_t* sums = x.sums + first;
-  const float* row_scales = x.scales + first;
+  const int32_t* corrections = x.corrections + first;
+  const float *row_scales = x.scales + first, *sums = x.sums + first;
   f32x16 low_total[R], high_total[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) low_total[r] = high_total[r] = f32x16{};
   for (int64_t b = 0; b < x.num_blocks; ++b) {
 #ifdef HAS_TILES  // processors with tiles read ahead too late by themselves
     for (int64_t j = 0; j < kBlockBytes; j += 64) __builtin_prefetch(panel + 3 * kBlockBytes + j);
+#else
+    if constexpr (R >= kRowsThatWait) fetch_ahead<8192, kBlockBytes>(panel);
 #endif
     const uint8_t* group_scales = panel;
     if (kGroup != 0) panel += kHasOffsets ? 2 * kScaleBytes : kScaleBytes;
     Sums low[R], high[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(kOffset * sums[r]);
+    for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(corrections[r]);
 #pragma GCC unroll 1  // more steps at once need more registers than there are
     for (int64_t i = 0; i < kInputs; i += kStep, panel += kStepBytes) {
       const Weights<kBits> weights(panel);
@@ -376,9 +386,8 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
         const f32x16 offset_high = load_halves(group_scales + kScaleBytes * 3 / 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const float sum = row_scales[r] * static_cast<float>(sums[r]);
-          low_total[r] += offset_low * sum;
-          high_total[r] += offset_high * sum;
+          low_total[r] += offset_low * sums[r];
+          high_total[r] += offset_high * sums[r];
         }
       }
     } else {
@@ -389,8 +398,9 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
       }
     }
     codes += x.num_rows * kInputs;
-    sums += x.num_rows;
+    corrections += x.num_rows;
     row_scales += x.num_rows;
+    sums += x.num_rows;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -483,20 +493,20 @@ void multiply_by_tiles(TileShapes& shapes, Kind<kBits, kGroup, kHasOffsets>, int
       if constexpr (kGroup != 0) scale[half] = load_halves(panel + half * kScaleBytes / 2);
       if constexpr (kHasOffsets) offset[half] = load_halves(panel + kScaleBytes + half * kScaleBytes / 2);
     }
-    const float* row_scales = x.scales + b * x.num_rows + first;
-    const int32_t* row_sums = x.sums + b * x.num_rows + first;
+    const int64_t place = b * x.num_rows + first;
+    const float *row_scales = x.scales + place, *row_sums = x.sums + place;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const __m512i above = _mm512_set1_epi32(-kZero<kBits> * row_sums[r]);
+      const __m512i correction = _mm512_set1_epi32(x.corrections[place + r]);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const Sums sum = {_mm512_add_epi32(above, _mm512_load_si512(sums[b % 2][r] + half * kLanes))};
+        const Sums sum = {_mm512_add_epi32(correction, _mm512_load_si512(sums[b % 2][r] + half * kLanes))};
         f32x16 total = load(totals[r] + half * kLanes);
         if constexpr (kGroup != 0) {
           total += sum.floats() * (scale[half] * row_scales[r]);
         } else {
           total += sum.floats() * row_scales[r];
         }
-        if constexpr (kHasOffsets) total += offset[half] * (row_scales[r] * static_cast<float>(row_sums[r]));
+        if constexpr (kHasOffsets) total += offset[half] * row_sums[r];
         store(totals[r] + half * kLanes, total);
       }
     }
