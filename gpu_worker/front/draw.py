@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,9 +63,7 @@ class Draw:
 
 def make_table(draws: Sequence[Draw], vocabulary: int) -> NDArray[np.void]:
     """Return the draws as a table of `TABLE`, numbered in order. Greedy rows need no random number."""
-    table = np.zeros(len(draws), TABLE)
-    table["row"] = range(len(draws))
-    table["top_k"], table["top_p"], table["inverse_temperature"], table["log_min_p"] = 1, 1, 1, -np.inf
+    table = _greedy_table(len(draws)).copy()
     for row, draw in enumerate(draws):
         if draw.allowed is not None:
             table["allowed"][row] = draw.allowed.ctypes.data
@@ -77,6 +76,14 @@ def make_table(draws: Sequence[Draw], vocabulary: int) -> NDArray[np.void]:
     table["top_p"][sampled] = [own.top_p for own in params]
     table["inverse_temperature"][sampled] = [1 / own.temperature for own in params]
     table["log_min_p"][sampled] = [math.log(own.min_p) if own.min_p > 0 else -math.inf for own in params]
+    return table
+
+
+@lru_cache(maxsize=64)
+def _greedy_table(num_rows: int) -> NDArray[np.void]:
+    table = np.zeros(num_rows, TABLE)
+    table["row"] = range(num_rows)
+    table["top_k"], table["top_p"], table["inverse_temperature"], table["log_min_p"] = 1, 1, 1, -np.inf
     return table
 
 

@@ -1,17 +1,20 @@
-"""Compute all decoder layers of a step in one call of `decoder_layer.cpp`, where the kernel computes each of them.
+"""Compute a decoder in one call of `decoder_layer.cpp`, where the kernel computes each of its layers.
 
-A decode step of one row takes some ten milliseconds. One of them is Python's between the layers, whose weights evict
-its data from the processor's caches.
+A decode step of one row takes some ten milliseconds. Two of them would be Python's before, between and after the
+layers, whose weights evict its data from the processor's caches.
+
+Dims: N tokens, H hidden size, L layers, P positions, W angles of a token.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -20,14 +23,20 @@ from torch import Tensor, nn
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.attention_plan import AttentionPlan
+from gpu_worker.model.embedding import LookupEmbedding
 from gpu_worker.model.grouped_mapping import GroupedMapping
 from gpu_worker.model.packed_attention import unknown_arguments
+from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.attention_cpu import HostAttention
 from gpu_worker.native.attention.decode_attention import Cache, make_cache_struct
 from gpu_worker.native.compiled_layer import CompiledLayer, LayerKernel
+from gpu_worker.native.fused import FusedRmsNorm, Norm
 
-_PROBE_TOKENS = 5
+_PROBE_TOKENS, _PROBE_IDS = 5, 64
+_FAR = 1 << 24  # a position behind all that a model knows
+_FEWEST_POSITIONS, _MOST_POSITIONS = 1 << 10, 1 << 15  # of which angles are kept
+_NO_SUCH_ID, _NO_SUCH_POSITION = 1, 2  # results of the kernel
 _POSITIONS, _HIDDEN = object(), object()  # places of tensors among the arguments of a call
 
 
@@ -45,18 +54,74 @@ class _RotaryCall:
 
 
 @dataclass(frozen=True, slots=True)
+class _Embedding:
+    """The rows (ids, H) of an embedding, as a packed layer or as they are, and what they are multiplied by."""
+
+    rows: KernelLinear | Tensor
+    num_ids: int
+    width: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Recipe:
     """What a decoder does besides its layers: embed the tokens, compute angles, normalise the last layer's output.
 
     `angles`: the index of each layer's angles among those of `calls`. `output`: makes the result of the decoder.
     """
 
-    embed: nn.Module
+    embedding: _Embedding
     rotary: nn.Module
-    norm: nn.Module
+    norm: FusedRmsNorm
     calls: tuple[_RotaryCall, ...]
     angles: tuple[int, ...]
     output: Callable[..., Any]
+
+
+class _AngleTable(ctypes.Structure):
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("width", c_int64))
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        *(("packed_embedding", c_void_p), ("embedding", c_void_p), ("num_ids", c_int64), ("width", c_int64)),
+        *(("scale", c_float), ("tables", c_void_p), ("num_tables", c_int64), ("num_positions", c_int64)),
+        ("norm", Norm),
+    )
+
+
+class _Angles:
+    """The angles of the first positions, and memory for those of a step. A layer's are cos and sin (1, N, W)."""
+
+    def __init__(self, recipe: _Recipe) -> None:
+        self._recipe = recipe
+        self.num_positions = 0
+        self._tables = list[tuple[Tensor, Tensor]]()  # of each call (P, W)
+        self.structs = (_AngleTable * len(recipe.calls))()
+        self.of_step, self._parts = torch.empty(0, dtype=torch.bfloat16), list[tuple[Tensor, Tensor]]()
+        self.grow(_FEWEST_POSITIONS)
+
+    def grow(self, num_positions: int) -> bool:
+        """Keep the angles of so many positions, or return False if they are too many."""
+        if num_positions > _MOST_POSITIONS:
+            return False
+        self.num_positions = max(1 << (num_positions - 1).bit_length(), _FEWEST_POSITIONS)
+        hidden = torch.zeros(1, 1, self._recipe.embedding.width, dtype=torch.bfloat16)
+        positions = torch.arange(self.num_positions)[None]
+        found = [call(self._recipe.rotary, hidden, positions) for call in self._recipe.calls]
+        self._tables = [(cos[0].contiguous(), sin[0].contiguous()) for cos, sin in found]
+        for struct, (cos, sin) in zip(self.structs, self._tables, strict=True):
+            struct.cos, struct.sin, struct.width = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+        return True
+
+    def parts(self, num_tokens: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return the places in `of_step` of the angles of each call."""
+        if not self._parts or self._parts[0][0].shape[1] != num_tokens:
+            counts = [num_tokens * cos.shape[1] for cos, _ in self._tables for _ in range(2)]
+            self.of_step = torch.empty(sum(counts), dtype=torch.bfloat16)
+            halves = iter(part.view(1, num_tokens, -1) for part in torch.split(self.of_step, counts))
+            self._parts = list(zip(halves, halves, strict=True))
+        return self._parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,47 +145,73 @@ class CompiledDecoder:
         self._own: Callable[..., Any] = own.forward
         self._layers = [cast("CompiledLayer", layer.forward) for layer in layers]
         self._recipe, self._kernel = recipe, kernel
-        inner = [module for layer in layers for module in layer.modules()]
+        inner = [module for module in own.modules() if module is not own]
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._table: _Table | None = None
+        self._angles = _Angles(recipe)
+        embedding = recipe.embedding
+        is_packed = isinstance(embedding.rows, KernelLinear)
+        self._struct = _Decoder(
+            packed_embedding=cast("KernelLinear", embedding.rows).address if is_packed else None,
+            embedding=None if is_packed else cast("Tensor", embedding.rows).data_ptr(),
+            num_ids=embedding.num_ids,
+            width=embedding.width,
+            scale=embedding.scale,
+            tables=ctypes.addressof(self._angles.structs),
+            num_tables=len(recipe.calls),
+            num_positions=self._angles.num_positions,
+            norm=recipe.norm.struct,
+        )
 
     def __call__(self, *arguments: Any, **others: Any) -> Any:
         output = None if arguments else self._compiled(others)
         return self._own(*arguments, **others) if output is None else output
 
     def _compiled(self, others: dict[str, Any]) -> Any:
-        """Return the decoder's output, or None if the kernel cannot compute this step."""
-        context, positions = others.get("step"), others.get("position_ids")
+        """Return the decoder's output, or None if the kernel cannot compute this step.
+
+        Raises: IndexError for a token that the embedding lacks.
+        """
+        context, ids, positions = others.get("step"), others.get("input_ids"), others.get("position_ids")
         if not isinstance(context, StepContext) or unknown_arguments(others) != ["input_ids", "step"]:
             return None
-        if positions is None or others.get("is_causal") is False:
-            return None
-        if not isinstance(context.composition, GroupedMapping | None):
+        if others.get("is_causal") is False or not isinstance(context.composition, GroupedMapping | None):
             return None
         attention = context.attention
         if not isinstance(attention, HostAttention) or not attention.is_compiled or any(self._hooks):
             return None
+        num_tokens = len(attention.token_positions)
+        if not (_is_list(ids, num_tokens) and _is_list(positions, num_tokens)):
+            return None
         table = self._find_table(attention)
         if table is None:
             return None
-        recipe = self._recipe
-        x = recipe.embed(others["input_ids"])
-        if x.shape != (1, len(attention.token_positions), self._layers[0].width) or not x.is_contiguous():
-            return None
-        angles = [call(recipe.rotary, x, positions) for call in recipe.calls]
-        steps = []
+        angles, steps = self._angles.parts(num_tokens), []
         for place in table.firsts:
             layer = self._layers[place]
-            step = layer.steps.address(context, attention, angles[recipe.angles[place]], layer.index, layer.shape)
+            of_layer = angles[self._recipe.angles[place]]
+            step = layer.steps.address(context, attention, of_layer, layer.index, layer.shape)
             if step is None:
                 return None
             steps.append(step)
         table.calls[:, 1] = np.array(steps)[table.kinds]
+        y = torch.empty(1, num_tokens, self._recipe.embedding.width, dtype=torch.bfloat16)
+        if not self._compute(ids, positions, table.calls, y):
+            return None
         for layer in self._layers:
             context.plan_attention(layer.index)
-        y = torch.empty_like(x)
-        self._kernel.layers(table.calls, x, y)
-        return recipe.output(last_hidden_state=recipe.norm(y))
+        return self._recipe.output(last_hidden_state=y)
+
+    def _compute(self, ids: Tensor, positions: Tensor, calls: NDArray[np.int64], y: Tensor) -> bool:
+        """Set y (1, N, H) to the decoder's output. Return whether the kernel can."""
+        arguments = ctypes.addressof(self._struct), ids, positions, self._angles.of_step, calls, y
+        code = self._kernel.decoder(*arguments)
+        if code == _NO_SUCH_POSITION and self._angles.grow(int(positions.max()) + 1):
+            self._struct.num_positions = self._angles.num_positions
+            code = self._kernel.decoder(*arguments)
+        if code == _NO_SUCH_ID:
+            raise IndexError(f"the embedding has {self._recipe.embedding.num_ids} ids")
+        return code != _NO_SUCH_POSITION
 
     def _find_table(self, attention: HostAttention) -> _Table | None:
         """Return the table for this cache, or None if a layer cannot read it."""
@@ -173,16 +264,14 @@ class _Unplanned(AttentionPlan):
 
 def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
     """Return the recipe of a decoder that is known to do what it says, else None."""
-    parts = [getattr(decoder, name, None) for name in ("embed_tokens", "rotary_emb", "norm")]
-    if not all(isinstance(part, nn.Module) for part in parts):
+    embed, rotary, norm = (getattr(decoder, name, None) for name in ("embed_tokens", "rotary_emb", "norm"))
+    embedding = _read_embedding(embed)
+    if embed is None or embedding is None or not isinstance(rotary, nn.Module) or not isinstance(norm, FusedRmsNorm):
         return None
-    embed, rotary, norm = (cast("nn.Module", part) for part in parts)
     ids, positions = torch.arange(_PROBE_TOKENS)[None], torch.arange(3, 3 + _PROBE_TOKENS)[None]
     step = StepContext()
     step.fill(None, _Unplanned())
     hidden = embed(ids)
-    if hidden.dtype != torch.bfloat16:
-        return None
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(hidden.shape, generator=generator).to(hidden.dtype) for _ in layers]
     inputs, seen = list[tuple[Tensor, dict[str, Any]]](), list[tuple[tuple[Any, ...], dict[str, Any], Any]]()
@@ -212,8 +301,6 @@ def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
         made = [place for place, call in enumerate(seen) if call[2] is others.get("position_embeddings")]
         if not made or unknown_arguments(others) != ["position_embeddings", "step"]:
             return None
-        if any(part.dtype != torch.bfloat16 for part in seen[made[0]][2]):
-            return None
         angles.append(made[0])
     calls = list[_RotaryCall]()
     for arguments, options, _ in seen:
@@ -221,7 +308,57 @@ def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
         if call is None:
             return None
         calls.append(call)
-    return _Recipe(embed, rotary, norm, tuple(calls), tuple(angles), type(output))
+    if not _depend_on_positions(rotary, calls, [call[2] for call in seen], hidden, positions):
+        return None
+    return _Recipe(embedding, rotary, norm, tuple(calls), tuple(angles), type(output))
+
+
+def _read_embedding(embed: Any) -> _Embedding | None:
+    """Return the rows of a module that multiplies them by one number at most, else None."""
+    rows: KernelLinear | Tensor
+    read: Callable[[Tensor], Tensor]
+    if isinstance(embed, LookupEmbedding) and isinstance(embed.source, KernelLinear):
+        rows, num_ids, read = embed.source, embed.source.out_features, embed.source.rows
+    elif isinstance(embed, nn.Embedding) and embed.max_norm is None and embed.weight.is_contiguous():
+        rows, num_ids, read = embed.weight, embed.num_embeddings, embed.weight.__getitem__
+    else:
+        return None
+    ids = torch.linspace(0, num_ids - 1, _PROBE_IDS).long()
+    plain, found = read(ids), embed(ids)
+    factors = [float(value) for value in embed.buffers() if value.numel() == 1]
+    for factor in (1.0, *factors):
+        scale = float(torch.tensor(factor, dtype=torch.bfloat16))
+        if found.dtype == torch.bfloat16 and _is_same(plain * scale, found):
+            return _Embedding(rows, num_ids, found.shape[1], scale)
+    return None
+
+
+def _depend_on_positions(
+    rotary: nn.Module, calls: Sequence[_RotaryCall], results: Sequence[Any], hidden: Tensor, positions: Tensor
+) -> bool:
+    """Return whether each token's angles depend on nothing but its position, so that they can be kept.
+
+    Those of some models depend on the longest row of the step too.
+    """
+    others = torch.cat([positions, torch.tensor([[_FAR]])], dim=1)
+    try:
+        found = [call(rotary, torch.zeros_like(hidden[:, :1]), others) for call in calls]
+        again = [call(rotary, hidden, positions) for call in calls]  # some remember the longest row until a shorter one
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return all(
+        isinstance(result, tuple)
+        and len(result) == 2
+        and all(_are_rows(part, other, positions.shape[1]) for part, other in zip(result, seen, strict=True))
+        and all(_is_same(part, own) for part, own in zip(result, last, strict=True))
+        for result, seen, last in zip(results, found, again, strict=True)
+    )
+
+
+def _are_rows(angles: Tensor, others: Tensor, num_tokens: int) -> bool:
+    """Return whether the angles (1, N, W) are bfloat16 numbers, and the first ones of the others."""
+    is_shaped = angles.dtype == torch.bfloat16 and angles.shape == (1, num_tokens, angles.shape[-1])
+    return is_shaped and _is_same(angles, others[:, :num_tokens])
 
 
 @contextmanager
@@ -243,6 +380,11 @@ def _is_chain(hidden: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> bo
     """Return whether the first layer reads `hidden`, and each other one the output of the layer before it."""
     expected = [hidden, *outputs[:-1]]
     return all(_is_same(x, y) for x, y in zip(inputs, expected, strict=True))
+
+
+def _is_list(x: Any, num_tokens: int) -> TypeGuard[Tensor]:
+    """Return whether x (1, N) has integers that the kernel can read."""
+    return isinstance(x, Tensor) and x.shape == (1, num_tokens) and x.dtype == torch.long and x.is_contiguous()
 
 
 def _is_same(x: Any, y: Tensor) -> bool:

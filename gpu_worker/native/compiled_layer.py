@@ -47,6 +47,7 @@ _FUNCTIONS = (  # in the order of the struct Kernels: library, function
     ("fused", "rotate_bf16"),
     ("decode_attention", "write_kv_bf16"),
     ("decode_attention", "attend_bf16"),
+    ("packed_linear", "rows_bf16"),
 )
 # The norms before the attention, after it, before the MLP and after it. A norm after a part is applied to its output,
 # before the sum with the input. Most families have none.
@@ -92,7 +93,10 @@ class LayerKernel:
         self._layer = find_function(library, "decoder_layer_bf16", *[c_void_p] * 6)
         self._before = find_function(library, "before_attention_bf16", *[c_void_p] * 4)
         self._after = find_function(library, "after_attention_bf16", *[c_void_p] * 6)
-        self._layers = find_function(library, "decoder_layers_bf16", c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
+        tokens = c_void_p, c_void_p, c_int64
+        self._decoder = library.decoder_bf16
+        self._decoder.argtypes = c_void_p, c_void_p, *tokens, c_void_p, c_void_p, c_int64, c_void_p, c_int32
+        self._decoder.restype = c_int32
         self.scratch_values = library.scratch_values
         self.scratch_values.argtypes, self.scratch_values.restype = (c_void_p,), c_int64
 
@@ -100,9 +104,16 @@ class LayerKernel:
         """Set y (1, N, H) to the layer's output for x (1, N, H). `layer`, `step` and `cache` are addresses."""
         self._layer(self._functions, layer, step, cache, x.data_ptr(), y.data_ptr())
 
-    def layers(self, calls: NDArray[np.int64], x: Tensor, y: Tensor) -> None:
-        """Set y to the last layer's output. calls (L, 3): the addresses of layer, step and cache of each layer."""
-        self._layers(self._functions, calls.ctypes.data, len(calls), x.data_ptr(), y.data_ptr())
+    def decoder(
+        self, decoder: int, ids: Tensor, positions: Tensor, angles: Tensor, calls: NDArray[np.int64], y: Tensor
+    ) -> int:
+        """Set y (1, N, H) to the decoder's output, and `angles` to those of the positions. Return a code of the source.
+
+        calls (L, 3): the addresses of layer, step and cache of each layer.
+        """
+        places = ids.data_ptr(), positions.data_ptr(), y.shape[1], angles.data_ptr(), calls.ctypes.data, len(calls)
+        code: int = self._decoder(self._functions, decoder, *places, y.data_ptr(), torch.get_num_threads())
+        return code
 
     def before_attention(self, layer: int, step: int, x: Tensor) -> None:
         """Compute the queries, keys and values in the scratch memory, the first two rotated."""

@@ -88,11 +88,14 @@ class ForwardPass:
         attention = self._kv_cache.attention(segments)
         experts = expert_mapping(plans, num_tokens, self._residency, self._device)
         self._context.fill(lora, attention, masks, experts=experts)
+        logits_to_keep: Tensor | int = 0  # all, without a copy of the hidden states
+        if list(kept) != list(range(len(tokens))):
+            logits_to_keep = to_device(torch.tensor(kept, dtype=torch.long), self._device)
         try:
             output = self._base.model(
                 input_ids=to_device(torch.tensor(tokens), self._device)[None],
                 position_ids=attention.token_positions[None],
-                logits_to_keep=to_device(torch.tensor(kept, dtype=torch.long), self._device),
+                logits_to_keep=logits_to_keep,
                 use_cache=False,
                 step=self._context,
             )

@@ -190,10 +190,13 @@ def host_attention(
 
 def _tokens(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
     """Return the row of each token of the step, and its position there. numpy is faster than torch for so few."""
+    if len(segments) == segments[-1].end:  # one token each
+        rows, positions = torch.tensor([[s.row for s in segments], [s.context_len for s in segments]]).unbind()
+        return rows, positions
     counts = np.array([segment.num_tokens for segment in segments])
-    rows = np.array([segment.row for segment in segments]).repeat(counts)
+    rows_of_tokens = np.array([segment.row for segment in segments]).repeat(counts)
     offsets = np.array([segment.context_len - segment.start for segment in segments]).repeat(counts)
-    return torch.from_numpy(rows), torch.from_numpy(offsets + np.arange(len(offsets)))
+    return torch.from_numpy(rows_of_tokens), torch.from_numpy(offsets + np.arange(len(offsets)))
 
 
 def _is_single(segment: Segment) -> bool:

@@ -51,9 +51,8 @@ class Decodes:
     """The single-token segments of a step. Dims: G segments; tokens, rows, lengths (G,)."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        self.tokens = torch.tensor([segment.start for segment in segments], dtype=torch.long)
-        self.rows = torch.tensor([segment.row for segment in segments], dtype=torch.long)
-        self.lengths = torch.tensor([segment.total_len for segment in segments], dtype=torch.long)
+        numbers = ([s.start for s in segments], [s.row for s in segments], [s.total_len for s in segments])
+        self.tokens, self.rows, self.lengths = torch.tensor(numbers, dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -1,8 +1,10 @@
-// Decoder layers, one or all of a step, as a sequence of calls of the other kernels. `attend` computes decoded and
+// Decoder layers, one or all of a step, as a sequence of calls of the other kernels. A whole decoder has an embedding
+// before them and a norm behind them. `attend` computes decoded and
 // guessed tokens, and short chunks of prompts. In steps with longer chunks the caller attends, between the two parts of
 // a layer.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "structs.h"
 #include "vectors.h"
@@ -19,6 +21,7 @@ extern "C" struct Kernels {  // functions of the other libraries, for bfloat16
   void (*write_kv)(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num, const Cache*,
                    int32_t num_threads);
   void (*attend)(const Decodes*, const StridedHeads* query, const Cache*, void* out);
+  void (*rows)(const Linear*, const int64_t* outputs, int64_t num, void* y, int32_t num_threads);
 };
 
 extern "C" struct Projection {  // a linear layer of the base model, and its place in the bank
@@ -112,6 +115,54 @@ extern "C" struct LayerCall {  // the arguments of a layer in a step
   const Cache* cache;
 };
 
+extern "C" struct AngleTable {
+  const void* cos;  // (positions, width)
+  const void* sin;
+  int64_t width;
+};
+
+extern "C" struct Decoder {
+  const Linear* packed_embedding;  // its outputs are the embeddings of the ids; or null
+  const void* embedding;           // (num_ids, H), if not packed
+  int64_t num_ids, width;          // H
+  float scale;                     // of the embeddings
+  const AngleTable* tables;
+  int64_t num_tables, num_positions;
+  Norm norm;  // of the last layer's output
+};
+
+namespace {
+
+constexpr int32_t kDone = 0, kNoSuchId = 1, kNoSuchPosition = 2;
+
+// Sets y (N, H) to the embeddings of the ids.
+void embed(const Kernels& kernels, const Decoder& decoder, const int64_t* ids, int64_t num, int32_t num_threads, bf16* y) {
+  const int64_t width = decoder.width;
+  if (decoder.packed_embedding != nullptr) {
+    kernels.rows(decoder.packed_embedding, ids, num, y, num_threads);
+  } else {
+    const bf16* rows = static_cast<const bf16*>(decoder.embedding);
+    for (int64_t n = 0; n < num; ++n) std::memcpy(y + n * width, rows + ids[n] * width, width * sizeof(bf16));
+  }
+  if (decoder.scale == 1) return;
+  for (int64_t i = 0, left = num * width; left > 0; i += kLanes, left -= kLanes)
+    store_part(y + i, load_part(y + i, left) * decoder.scale, left);
+}
+
+// Sets angles to cos and sin (N, width) of these positions, for each table in turn.
+void read_angles(const Decoder& decoder, const int64_t* positions, int64_t num, bf16* angles) {
+  for (int64_t t = 0; t < decoder.num_tables; ++t) {
+    const AngleTable& table = decoder.tables[t];
+    for (const void* source : {table.cos, table.sin})
+      for (int64_t n = 0; n < num; ++n, angles += table.width) {
+        const bf16* row = static_cast<const bf16*>(source) + positions[n] * table.width;
+        std::memcpy(angles, row, table.width * sizeof(bf16));
+      }
+  }
+}
+
+}  // namespace
+
 extern "C" {
 
 // The values of scratch memory per token.
@@ -162,10 +213,23 @@ void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* 
   after_attention_bf16(kernels, layer, step, x, at.attended, y);
 }
 
-// Sets y (N, H) to the last layer's output. The first layer reads x (N, H), each other one the output before it.
-void decoder_layers_bf16(const Kernels* kernels, const LayerCall* calls, int64_t num_layers, const void* x, void* y) {
+// Sets y (N, H) to the decoder's output for N tokens, after it has set the angles, which the steps of the calls refer to.
+// Returns kNoSuchId or kNoSuchPosition, and sets nothing, if a token has one.
+int32_t decoder_bf16(const Kernels* kernels, const Decoder* decoder, const int64_t* ids, const int64_t* positions,
+                     int64_t num_tokens, void* angles, const LayerCall* calls, int64_t num_layers, void* y,
+                     int32_t num_threads) {
+  for (int64_t n = 0; n < num_tokens; ++n) {
+    if (ids[n] < 0 || ids[n] >= decoder->num_ids) return kNoSuchId;
+    if (positions[n] < 0 || positions[n] >= decoder->num_positions) return kNoSuchPosition;
+  }
+  bf16* hidden = static_cast<bf16*>(y);
+  embed(*kernels, *decoder, ids, num_tokens, num_threads, hidden);
+  read_angles(*decoder, positions, num_tokens, static_cast<bf16*>(angles));
   for (int64_t l = 0; l < num_layers; ++l)
-    decoder_layer_bf16(kernels, calls[l].layer, calls[l].step, calls[l].cache, l == 0 ? x : y, y);
+    decoder_layer_bf16(kernels, calls[l].layer, calls[l].step, calls[l].cache, hidden, hidden);
+  const Norm& norm = decoder->norm;
+  kernels->rms_norm(hidden, norm.weight, num_tokens, decoder->width, norm.eps, norm.rounds_first, hidden, num_threads);
+  return kDone;
 }
 
 }  // extern "C"

@@ -50,7 +50,8 @@ def logits_of(engine: Engine, jobs: list[Job]) -> list[Tensor]:
         return logits
 
     engine._forward.logits = recorded  # type: ignore[method-assign]
-    assert all(len(answer.tokens) == NUM_NEW for answer in run_together(engine, jobs))
+    answers = run_together(engine, jobs)
+    assert [len(answer.tokens) for answer in answers] == [job.sampling.max_tokens for job in jobs]
     return steps
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.model.packed_linear import LinearKernel
@@ -24,18 +22,20 @@ from tests.tiny import TinyBase
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the tokens of every layer that the kernel computes, by itself or with all others of a step."""
-    seen, call, call_all = list[int](), LayerKernel.__call__, LayerKernel.layers
+    seen, call, call_all = list[int](), LayerKernel.__call__, LayerKernel.decoder
 
     def counted(kernel: LayerKernel, layer: int, step: int, cache: int, x: Tensor, y: Tensor) -> None:
         seen.append(x.shape[1])
         call(kernel, layer, step, cache, x, y)
 
-    def counted_together(kernel: LayerKernel, layers: NDArray[np.int64], x: Tensor, y: Tensor) -> None:
-        seen.extend([x.shape[1]] * len(layers))
-        call_all(kernel, layers, x, y)
+    def counted_together(kernel: LayerKernel, *tokens: Any) -> int:
+        *_, layers, y = tokens
+        code = call_all(kernel, *tokens)
+        seen.extend([y.shape[1]] * len(layers) * (code == 0))
+        return code
 
     monkeypatch.setattr(LayerKernel, "__call__", counted)
-    monkeypatch.setattr(LayerKernel, "layers", counted_together)
+    monkeypatch.setattr(LayerKernel, "decoder", counted_together)
     return seen
 
 

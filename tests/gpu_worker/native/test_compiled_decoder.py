@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
 from gpu_worker.model.attention_plan import Segment
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.quantization import quantize, replace_layer
+from gpu_worker.native import compiled_decoder
 from gpu_worker.native.attention.decode_attention import DecodeKernel
 from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.compiled_decoder import CompiledDecoder
@@ -27,14 +26,16 @@ from tests.tiny import FAMILIES, TinyFolders, tiny_config
 @pytest.fixture
 def whole_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the tokens of the steps whose layers are computed in one call."""
-    seen, call = list[int](), LayerKernel.layers
+    seen, compute = list[int](), LayerKernel.decoder
 
-    def counted(kernel: LayerKernel, calls: NDArray[np.int64], x: Tensor, y: Tensor) -> None:
-        assert len(calls) == NUM_LAYERS
-        seen.append(x.shape[1])
-        call(kernel, calls, x, y)
+    def counted(kernel: LayerKernel, *tokens: Any) -> int:
+        *_, layers, y = tokens
+        assert len(layers) == NUM_LAYERS
+        code = compute(kernel, *tokens)
+        seen.extend([y.shape[1]] * (code == 0))
+        return code
 
-    monkeypatch.setattr(LayerKernel, "layers", counted)
+    monkeypatch.setattr(LayerKernel, "decoder", counted)
     return seen
 
 
@@ -110,6 +111,57 @@ def test_decoders_that_do_more_are_left_as_they_are(
         assert isinstance(base.model.model.forward, CompiledDecoder) == (compiles and kind is Same)
         logits.append(logits_of(engine, jobs_of(pool)))
     assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+
+
+class Stretched(LlamaRotaryEmbedding):
+    """Divides the positions of a step that has a large one, as models do that read longer texts than in training."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        return super().forward(x, position_ids / 2 if int(position_ids.max()) > 100 else position_ids)
+
+
+def test_angles_that_depend_on_other_rows_are_not_kept(make_bf16: MakeBf16, tiny_folders: TinyFolders) -> None:
+    base = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16"))
+    base.model.model.rotary_emb.__class__ = Stretched
+    assert not isinstance(make_bf16({}, "llama", base=base).base.model.model.forward, CompiledDecoder)
+
+
+@pytest.mark.parametrize(("most", "num_steps"), [(64, 24), (16, 13)])
+def test_angles_of_later_positions_are_added_up_to_a_limit(
+    most: int, num_steps: int, make_bf16: MakeBf16, whole_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_decoder, "_FEWEST_POSITIONS", 8)
+    monkeypatch.setattr(compiled_decoder, "_MOST_POSITIONS", most)
+    logits = []
+    for compiles in (True, False):
+        engine = make_bf16({}, compiles=compiles)
+        whole_steps.clear()
+        logits.append(logits_of(engine, [greedy("abc", num_new=24)]))
+        assert whole_steps == ([4] + [1] * (num_steps - 1)) * compiles
+    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+
+
+def test_a_hook_of_the_embedding_is_called(make_bf16: MakeBf16, whole_steps: list[int]) -> None:
+    engine, seen = make_bf16({}), list[int]()
+    whole_steps.clear()
+    engine.base.model.model.embed_tokens.register_forward_hook(lambda _, arguments, __: seen.append(1))
+    run_together(engine, [greedy("abc", num_new=5)])
+    assert len(seen) == 5 and whole_steps == []
+
+
+def test_an_unknown_id_is_refused(make_bf16: MakeBf16) -> None:
+    engine = make_bf16({})
+    decoder, cache = engine.base.model.model, engine.kv_cache
+    attention = cache.attention([Segment(cache.allocate(1, 1), 0, 1, 0)])
+    engine._forward._context.fill(None, attention)
+    for token in (-1, engine.base.model.config.vocab_size):
+        with pytest.raises(IndexError, match="the embedding has"), torch.inference_mode():
+            decoder(
+                input_ids=torch.tensor([[token]]),
+                position_ids=attention.token_positions[None],
+                use_cache=False,
+                step=engine._forward._context,
+            )
 
 
 def test_layers_of_one_input_may_have_integers_of_several_kinds(

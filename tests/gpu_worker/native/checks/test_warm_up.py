@@ -79,7 +79,8 @@ def passes_of(engine: Engine) -> list[Pass]:
     passes: list[Pass] = []
 
     def record(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        num_tokens, num_logits = kwargs["input_ids"].shape[1], len(kwargs["logits_to_keep"])
+        num_tokens, kept = kwargs["input_ids"].shape[1], kwargs["logits_to_keep"]
+        num_logits = num_tokens if isinstance(kept, int) else len(kept)
         last_position = int(kwargs["position_ids"].max())
         passes.append(Pass(num_tokens, num_logits, engine.residency.active_rows, last_position))
 
