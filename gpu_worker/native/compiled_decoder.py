@@ -1,13 +1,14 @@
 """Compute a decoder in one call of `decoder_layer.cpp`, where the kernel computes each of its layers.
 
-A decode step of one row takes some ten milliseconds. Two of them would be Python's before, between and after the
-layers, whose weights evict its data from the processor's caches.
+A decode step of one row takes some ten milliseconds. Without this, Python takes about two of them, because the
+layers' weights evict its data from the processor's caches.
 
-Dims: N tokens, H hidden size, L layers, P positions, W angles of a token.
+Dims: N tokens, H hidden size, L layers, P positions, A angles of a token.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ from gpu_worker.native.compiled_layer import CompiledLayer, LayerKernel
 from gpu_worker.native.fused import FusedRmsNorm, Norm
 
 _PROBE_TOKENS, _PROBE_IDS = 5, 64
-_FAR = 1 << 24  # a position behind all that a model knows
-_FEWEST_POSITIONS, _MOST_POSITIONS = 1 << 10, 1 << 15  # of which angles are kept
+_FAR = 1 << 24  # a position beyond every model's context
+_FEWEST_KEPT, _MOST_KEPT = 1 << 10, 1 << 15  # positions
 _NO_SUCH_ID, _NO_SUCH_POSITION = 1, 2  # results of the kernel
 _POSITIONS, _HIDDEN = object(), object()  # places of tensors among the arguments of a call
 
@@ -67,7 +68,8 @@ class _Embedding:
 class _Recipe:
     """What a decoder does besides its layers: embed the tokens, compute angles, normalise the last layer's output.
 
-    `angles`: the index of each layer's angles among those of `calls`. `output`: makes the result of the decoder.
+    `angles`: the index of each layer's angles among those of `calls`. `keeps_angles`: whether those of a token depend
+    on its position only. `output`: makes the result of the decoder.
     """
 
     embedding: _Embedding
@@ -75,6 +77,7 @@ class _Recipe:
     norm: FusedRmsNorm
     calls: tuple[_RotaryCall, ...]
     angles: tuple[int, ...]
+    keeps_angles: bool
     output: Callable[..., Any]
 
 
@@ -91,37 +94,47 @@ class _Decoder(ctypes.Structure):
 
 
 class _Angles:
-    """The angles of the first positions, and memory for those of a step. A layer's are cos and sin (1, N, W)."""
+    """The angles of the first positions, if they may be kept, and memory for those of a step."""
 
     def __init__(self, recipe: _Recipe) -> None:
         self._recipe = recipe
-        self.num_positions = 0
-        self._tables = list[tuple[Tensor, Tensor]]()  # of each call (P, W)
-        self.structs = (_AngleTable * len(recipe.calls))()
+        self.num_kept = 0
+        self._kept = list[tuple[Tensor, Tensor]]()  # of each call: cos and sin (P, A)
+        self.tables = (_AngleTable * len(recipe.calls))()
         self.of_step, self._parts = torch.empty(0, dtype=torch.bfloat16), list[tuple[Tensor, Tensor]]()
-        self.grow(_FEWEST_POSITIONS)
+        found = self._compute(torch.zeros(1, 1, dtype=torch.long))
+        self._widths = [cos.shape[2] for cos, _ in found]
+        self.keep(_FEWEST_KEPT)
 
-    def grow(self, num_positions: int) -> bool:
-        """Keep the angles of so many positions, or return False if they are too many."""
-        if num_positions > _MOST_POSITIONS:
+    def keep(self, num_positions: int) -> bool:
+        """Keep the angles of these positions from now on. Return whether more are kept than before."""
+        if not self._recipe.keeps_angles or not self.num_kept < num_positions <= _MOST_KEPT:
             return False
-        self.num_positions = max(1 << (num_positions - 1).bit_length(), _FEWEST_POSITIONS)
-        hidden = torch.zeros(1, 1, self._recipe.embedding.width, dtype=torch.bfloat16)
-        positions = torch.arange(self.num_positions)[None]
-        found = [call(self._recipe.rotary, hidden, positions) for call in self._recipe.calls]
-        self._tables = [(cos[0].contiguous(), sin[0].contiguous()) for cos, sin in found]
-        for struct, (cos, sin) in zip(self.structs, self._tables, strict=True):
-            struct.cos, struct.sin, struct.width = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+        num_kept = max(1 << (num_positions - 1).bit_length(), _FEWEST_KEPT)
+        found = self._compute(torch.arange(num_kept)[None])
+        self._kept, self.num_kept = [(cos[0].contiguous(), sin[0].contiguous()) for cos, sin in found], num_kept
+        for table, (cos, sin) in zip(self.tables, self._kept, strict=True):
+            table.cos, table.sin, table.width = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         return True
 
     def parts(self, num_tokens: int) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return the places in `of_step` of the angles of each call."""
+        """Return the places in `of_step` of each call's cos and sin (1, N, A)."""
         if not self._parts or self._parts[0][0].shape[1] != num_tokens:
-            counts = [num_tokens * cos.shape[1] for cos, _ in self._tables for _ in range(2)]
+            counts = [num_tokens * width for width in self._widths for _ in range(2)]
             self.of_step = torch.empty(sum(counts), dtype=torch.bfloat16)
             halves = iter(part.view(1, num_tokens, -1) for part in torch.split(self.of_step, counts))
             self._parts = list(zip(halves, halves, strict=True))
         return self._parts
+
+    def set(self, positions: Tensor) -> None:
+        """Set the step's angles to those of these positions (1, N), which are not kept."""
+        for parts, found in zip(self._parts, self._compute(positions), strict=True):
+            for part, values in zip(parts, found, strict=True):
+                part.copy_(values)
+
+    def _compute(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        hidden = torch.zeros(1, 1, self._recipe.embedding.width, dtype=torch.bfloat16)
+        return [call(self._recipe.rotary, hidden, positions) for call in self._recipe.calls]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +158,11 @@ class CompiledDecoder:
         self._own: Callable[..., Any] = own.forward
         self._layers = [cast("CompiledLayer", layer.forward) for layer in layers]
         self._recipe, self._kernel = recipe, kernel
-        inner = [module for module in own.modules() if module is not own]
+        embedding = recipe.embedding  # its rows may be those of the output head, which is no part of the decoder
+        inner = [module for module in own.modules() if module is not own and module is not embedding.rows]
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._table: _Table | None = None
         self._angles = _Angles(recipe)
-        embedding = recipe.embedding
         is_packed = isinstance(embedding.rows, KernelLinear)
         self._struct = _Decoder(
             packed_embedding=cast("KernelLinear", embedding.rows).address if is_packed else None,
@@ -157,9 +170,9 @@ class CompiledDecoder:
             num_ids=embedding.num_ids,
             width=embedding.width,
             scale=embedding.scale,
-            tables=ctypes.addressof(self._angles.structs),
+            tables=ctypes.addressof(self._angles.tables),
             num_tables=len(recipe.calls),
-            num_positions=self._angles.num_positions,
+            num_positions=self._angles.num_kept,
             norm=recipe.norm.struct,
         )
 
@@ -181,7 +194,7 @@ class CompiledDecoder:
         if not isinstance(attention, HostAttention) or not attention.is_compiled or any(self._hooks):
             return None
         num_tokens = len(attention.token_positions)
-        if not (_is_list(ids, num_tokens) and _is_list(positions, num_tokens)):
+        if not (_is_readable(ids, num_tokens) and _is_readable(positions, num_tokens)):
             return None
         table = self._find_table(attention)
         if table is None:
@@ -195,23 +208,26 @@ class CompiledDecoder:
                 return None
             steps.append(step)
         table.calls[:, 1] = np.array(steps)[table.kinds]
-        y = torch.empty(1, num_tokens, self._recipe.embedding.width, dtype=torch.bfloat16)
-        if not self._compute(ids, positions, table.calls, y):
-            return None
         for layer in self._layers:
             context.plan_attention(layer.index)
+        y = torch.empty(1, num_tokens, self._recipe.embedding.width, dtype=torch.bfloat16)
+        self._compute(ids, positions, table.calls, y)
         return self._recipe.output(last_hidden_state=y)
 
-    def _compute(self, ids: Tensor, positions: Tensor, calls: NDArray[np.int64], y: Tensor) -> bool:
-        """Set y (1, N, H) to the decoder's output. Return whether the kernel can."""
-        arguments = ctypes.addressof(self._struct), ids, positions, self._angles.of_step, calls, y
-        code = self._kernel.decoder(*arguments)
-        if code == _NO_SUCH_POSITION and self._angles.grow(int(positions.max()) + 1):
-            self._struct.num_positions = self._angles.num_positions
-            code = self._kernel.decoder(*arguments)
+    def _compute(self, ids: Tensor, positions: Tensor, calls: NDArray[np.int64], y: Tensor) -> None:
+        """Set y (1, N, H) to the decoder's output. Raises: IndexError."""
+        decoder, angles = ctypes.addressof(self._struct), self._angles
+        code = self._kernel.decoder(decoder, ids, positions, angles.of_step, calls, y)
+        if code == _NO_SUCH_POSITION:
+            kept: Tensor | None = positions
+            if angles.keep(int(positions.max()) + 1):
+                self._struct.num_positions = angles.num_kept
+            else:
+                angles.set(positions)
+                kept = None
+            code = self._kernel.decoder(decoder, ids, kept, angles.of_step, calls, y)
         if code == _NO_SUCH_ID:
-            raise IndexError(f"the embedding has {self._recipe.embedding.num_ids} ids")
-        return code != _NO_SUCH_POSITION
+            raise IndexError(f"a token's id is not below {self._recipe.embedding.num_ids}, or negative")
 
     def _find_table(self, attention: HostAttention) -> _Table | None:
         """Return the table for this cache, or None if a layer cannot read it."""
@@ -234,7 +250,7 @@ class CompiledDecoder:
 
 @torch.inference_mode()
 def compile_decoders(model: nn.Module, kernel: LayerKernel) -> int:
-    """Let the kernel compute, in place, all layers of each decoder that does nothing else between them.
+    """Let the kernel compute, in place, each decoder that embeds tokens, calls its layers and normalises, and no more.
 
     That is seen in a call with layers of random output. Parts that are replaced later are not noticed. Return the
     number of such decoders.
@@ -308,57 +324,59 @@ def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
         if call is None:
             return None
         calls.append(call)
-    if not _depend_on_positions(rotary, calls, [call[2] for call in seen], hidden, positions):
+    results = [call[2] for call in seen]
+    if not all(_are_angles(result, _PROBE_TOKENS) for result in results):
         return None
-    return _Recipe(embedding, rotary, norm, tuple(calls), tuple(angles), type(output))
+    again = [call(rotary, torch.zeros_like(hidden[:, :1]), positions) for call in calls]
+    if not all(_are_same(*pair) for pair in zip(results, again, strict=True)):
+        return None
+    keeps_angles = _depend_only_on_positions(rotary, calls, results, positions, hidden.shape[2])
+    return _Recipe(embedding, rotary, norm, tuple(calls), tuple(angles), keeps_angles, type(output))
 
 
 def _read_embedding(embed: Any) -> _Embedding | None:
-    """Return the rows of a module that multiplies them by one number at most, else None."""
+    """Return the rows of a module that returns them, or each of them times one number, else None."""
     rows: KernelLinear | Tensor
     read: Callable[[Tensor], Tensor]
     if isinstance(embed, LookupEmbedding) and isinstance(embed.source, KernelLinear):
         rows, num_ids, read = embed.source, embed.source.out_features, embed.source.rows
     elif isinstance(embed, nn.Embedding) and embed.max_norm is None and embed.weight.is_contiguous():
-        rows, num_ids, read = embed.weight, embed.num_embeddings, embed.weight.__getitem__
+        rows, num_ids, read = embed.weight, len(embed.weight), embed.weight.__getitem__
     else:
         return None
     ids = torch.linspace(0, num_ids - 1, _PROBE_IDS).long()
-    plain, found = read(ids), embed(ids)
+    try:
+        found = embed(ids)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
     factors = [float(value) for value in embed.buffers() if value.numel() == 1]
     for factor in (1.0, *factors):
         scale = float(torch.tensor(factor, dtype=torch.bfloat16))
-        if found.dtype == torch.bfloat16 and _is_same(plain * scale, found):
+        if found.dtype == torch.bfloat16 and _is_same(read(ids) * scale, found):
             return _Embedding(rows, num_ids, found.shape[1], scale)
     return None
 
 
-def _depend_on_positions(
-    rotary: nn.Module, calls: Sequence[_RotaryCall], results: Sequence[Any], hidden: Tensor, positions: Tensor
+def _depend_only_on_positions(
+    rotary: nn.Module, calls: Sequence[_RotaryCall], results: Sequence[Any], positions: Tensor, width: int
 ) -> bool:
-    """Return whether each token's angles depend on nothing but its position, so that they can be kept.
-
-    Those of some models depend on the longest row of the step too.
-    """
-    others = torch.cat([positions, torch.tensor([[_FAR]])], dim=1)
+    """Return whether each token's angles depend on its position only. Those of some models depend on other rows too."""
+    rotary = copy.deepcopy(rotary)  # some remember the longest row
+    hidden, others = torch.zeros(1, 1, width, dtype=torch.bfloat16), torch.tensor([[_FAR]])
     try:
-        found = [call(rotary, torch.zeros_like(hidden[:, :1]), others) for call in calls]
-        again = [call(rotary, hidden, positions) for call in calls]  # some remember the longest row until a shorter one
+        found = [call(rotary, hidden, torch.cat([positions, others], dim=1)) for call in calls]
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
-    return all(
-        isinstance(result, tuple)
-        and len(result) == 2
-        and all(_are_rows(part, other, positions.shape[1]) for part, other in zip(result, seen, strict=True))
-        and all(_is_same(part, own) for part, own in zip(result, last, strict=True))
-        for result, seen, last in zip(results, found, again, strict=True)
-    )
+    near = [[part[:, :-1] for part in angles] for angles in found]
+    return all(_are_same(*pair) for pair in zip(results, near, strict=True))
 
 
-def _are_rows(angles: Tensor, others: Tensor, num_tokens: int) -> bool:
-    """Return whether the angles (1, N, W) are bfloat16 numbers, and the first ones of the others."""
-    is_shaped = angles.dtype == torch.bfloat16 and angles.shape == (1, num_tokens, angles.shape[-1])
-    return is_shaped and _is_same(angles, others[:, :num_tokens])
+def _are_angles(result: Any, num_tokens: int) -> bool:
+    """Return whether these are cos and sin (1, N, A) in bfloat16."""
+    if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(part, Tensor) for part in result):
+        return False
+    cos, sin = result
+    return bool(cos.shape == sin.shape == (1, num_tokens, cos.shape[-1]) and cos.dtype == sin.dtype == torch.bfloat16)
 
 
 @contextmanager
@@ -382,9 +400,13 @@ def _is_chain(hidden: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> bo
     return all(_is_same(x, y) for x, y in zip(inputs, expected, strict=True))
 
 
-def _is_list(x: Any, num_tokens: int) -> TypeGuard[Tensor]:
-    """Return whether x (1, N) has integers that the kernel can read."""
+def _is_readable(x: Any, num_tokens: int) -> TypeGuard[Tensor]:
+    """Return whether the kernel can read x (1, N)."""
     return isinstance(x, Tensor) and x.shape == (1, num_tokens) and x.dtype == torch.long and x.is_contiguous()
+
+
+def _are_same(angles: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(_is_same(*pair) for pair in zip(angles, others, strict=True))
 
 
 def _is_same(x: Any, y: Tensor) -> bool:

@@ -105,13 +105,14 @@ class LayerKernel:
         self._layer(self._functions, layer, step, cache, x.data_ptr(), y.data_ptr())
 
     def decoder(
-        self, decoder: int, ids: Tensor, positions: Tensor, angles: Tensor, calls: NDArray[np.int64], y: Tensor
+        self, decoder: int, ids: Tensor, positions: Tensor | None, angles: Tensor, calls: NDArray[np.int64], y: Tensor
     ) -> int:
         """Set y (1, N, H) to the decoder's output, and `angles` to those of the positions. Return a code of the source.
 
-        calls (L, 3): the addresses of layer, step and cache of each layer.
+        `positions`: None if the angles are set. calls (L, 3): the addresses of layer, step and cache of each layer.
         """
-        places = ids.data_ptr(), positions.data_ptr(), y.shape[1], angles.data_ptr(), calls.ctypes.data, len(calls)
+        tokens = ids.data_ptr(), None if positions is None else positions.data_ptr(), y.shape[1]
+        places = *tokens, angles.data_ptr(), calls.ctypes.data, len(calls)
         code: int = self._decoder(self._functions, decoder, *places, y.data_ptr(), torch.get_num_threads())
         return code
 

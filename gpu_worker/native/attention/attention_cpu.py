@@ -189,9 +189,10 @@ def host_attention(
 
 
 def _tokens(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-    """Return the row of each token of the step, and its position there. numpy is faster than torch for so few."""
-    if len(segments) == segments[-1].end:  # one token each
-        rows, positions = torch.tensor([[s.row for s in segments], [s.context_len for s in segments]]).unbind()
+    """Return the row of each token of the step, and its position there. Few operations, of numpy or torch, are fast."""
+    if all(segment.num_tokens == 1 for segment in segments):
+        numbers = [segment.row for segment in segments], [segment.context_len for segment in segments]
+        rows, positions = torch.tensor(numbers, dtype=torch.long)
         return rows, positions
     counts = np.array([segment.num_tokens for segment in segments])
     rows_of_tokens = np.array([segment.row for segment in segments]).repeat(counts)

@@ -1,7 +1,6 @@
-// Decoder layers, one or all of a step, as a sequence of calls of the other kernels. A whole decoder has an embedding
-// before them and a norm behind them. `attend` computes decoded and
-// guessed tokens, and short chunks of prompts. In steps with longer chunks the caller attends, between the two parts of
-// a layer.
+// Decoder layers as sequences of calls of the other kernels, and a whole decoder: an embedding, all layers and a norm.
+// `attend` computes decoded and guessed tokens, and short chunks of prompts. In steps with longer chunks the caller
+// attends, between the two parts of a layer.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -136,7 +135,8 @@ namespace {
 constexpr int32_t kDone = 0, kNoSuchId = 1, kNoSuchPosition = 2;
 
 // Sets y (N, H) to the embeddings of the ids.
-void embed(const Kernels& kernels, const Decoder& decoder, const int64_t* ids, int64_t num, int32_t num_threads, bf16* y) {
+void embed(const Kernels& kernels, const Decoder& decoder, const int64_t* ids, int64_t num, int32_t num_threads,
+           bf16* y) {
   const int64_t width = decoder.width;
   if (decoder.packed_embedding != nullptr) {
     kernels.rows(decoder.packed_embedding, ids, num, y, num_threads);
@@ -213,18 +213,18 @@ void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* 
   after_attention_bf16(kernels, layer, step, x, at.attended, y);
 }
 
-// Sets y (N, H) to the decoder's output for N tokens, after it has set the angles, which the steps of the calls refer to.
-// Returns kNoSuchId or kNoSuchPosition, and sets nothing, if a token has one.
+// Sets y (N, H) to the decoder's output for N tokens. First sets the angles, which the steps of the calls refer to,
+// unless there are no positions. Returns kNoSuchId or kNoSuchPosition, and sets nothing, if any is out of range.
 int32_t decoder_bf16(const Kernels* kernels, const Decoder* decoder, const int64_t* ids, const int64_t* positions,
                      int64_t num_tokens, void* angles, const LayerCall* calls, int64_t num_layers, void* y,
                      int32_t num_threads) {
   for (int64_t n = 0; n < num_tokens; ++n) {
     if (ids[n] < 0 || ids[n] >= decoder->num_ids) return kNoSuchId;
-    if (positions[n] < 0 || positions[n] >= decoder->num_positions) return kNoSuchPosition;
+    if (positions != nullptr && (positions[n] < 0 || positions[n] >= decoder->num_positions)) return kNoSuchPosition;
   }
   bf16* hidden = static_cast<bf16*>(y);
   embed(*kernels, *decoder, ids, num_tokens, num_threads, hidden);
-  read_angles(*decoder, positions, num_tokens, static_cast<bf16*>(angles));
+  if (positions != nullptr) read_angles(*decoder, positions, num_tokens, static_cast<bf16*>(angles));
   for (int64_t l = 0; l < num_layers; ++l)
     decoder_layer_bf16(kernels, calls[l].layer, calls[l].step, calls[l].cache, hidden, hidden);
   const Norm& norm = decoder->norm;

@@ -40,10 +40,10 @@ inline void store(bf16* p, f32x16 v) {  // rounds to nearest, ties to even; NaN 
   std::memcpy(p, &out, sizeof out);
 }
 
-// Products of so many rows with a weight compute longer than the processor reads ahead by itself.
+// From this many rows on, the products with a weight take longer than the processor reads ahead by itself.
 constexpr int kRowsThatWait = 4;
 
-// Asks for `num_bytes` of a weight, `distance` bytes behind p, in the second-level cache.
+// Asks for `num_bytes` of a weight, `distance` bytes after p, into the second-level cache.
 template <int64_t distance, int64_t num_bytes>
 inline void fetch_ahead(const void* p) {
   for (int64_t j = 0; j < num_bytes; j += 64) __builtin_prefetch(static_cast<const char*>(p) + distance + j, 0, 2);

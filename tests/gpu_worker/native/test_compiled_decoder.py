@@ -1,4 +1,4 @@
-"""All layers of a step are computed in one call where the decoder does nothing else, with the same result."""
+"""A decoder that embeds, calls its layers and normalises is computed in one call, with the same result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpu_worker.native.compiled_decoder import CompiledDecoder
 from gpu_worker.native.compiled_layer import LayerKernel
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import by_digest, compiled, greedy, run_together
-from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, MakeBf16, jobs_of, logits_of
+from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, NUM_NEW, MakeBf16, jobs_of, logits_of
 from tests.tiny import FAMILIES, TinyFolders, tiny_config
 
 
@@ -52,7 +52,7 @@ class Same(LlamaModel):
 
 
 class Scaled(LlamaModel):
-    """Multiplies the embedding, as Gemma 1 does."""
+    """Multiplies the embedding itself."""
 
     def forward(self, input_ids: Tensor, **others: Any) -> Any:
         return super().forward(**{**others, "inputs_embeds": self.embed_tokens(input_ids) * 2})
@@ -116,28 +116,37 @@ def test_decoders_that_do_more_are_left_as_they_are(
 class Stretched(LlamaRotaryEmbedding):
     """Divides the positions of a step that has a large one, as models do that read longer texts than in training."""
 
+    known = 100  # more than the engine's own check of the model has
+
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
-        return super().forward(x, position_ids / 2 if int(position_ids.max()) > 100 else position_ids)
+        return super().forward(x, position_ids / 2 if int(position_ids.max()) > self.known else position_ids)
 
 
-def test_angles_that_depend_on_other_rows_are_not_kept(make_bf16: MakeBf16, tiny_folders: TinyFolders) -> None:
-    base = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16"))
-    base.model.model.rotary_emb.__class__ = Stretched
-    assert not isinstance(make_bf16({}, "llama", base=base).base.model.model.forward, CompiledDecoder)
-
-
-@pytest.mark.parametrize(("most", "num_steps"), [(64, 24), (16, 13)])
-def test_angles_of_later_positions_are_added_up_to_a_limit(
-    most: int, num_steps: int, make_bf16: MakeBf16, whole_steps: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "most"), [(LlamaRotaryEmbedding, 1 << 15), (LlamaRotaryEmbedding, 16), (Stretched, 64)]
+)
+def test_angles_are_those_of_the_model(
+    kind: type[LlamaRotaryEmbedding],
+    most: int,
+    make_bf16: MakeBf16,
+    tiny_folders: TinyFolders,
+    pool: list[AdapterWeights],
+    whole_steps: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiled_decoder, "_FEWEST_POSITIONS", 8)
-    monkeypatch.setattr(compiled_decoder, "_MOST_POSITIONS", most)
+    """They are kept up to a position, if they do not depend on the other rows of a step."""
+    monkeypatch.setattr(compiled_decoder, "_FEWEST_KEPT", 8)
+    monkeypatch.setattr(compiled_decoder, "_MOST_KEPT", most)
     logits = []
     for compiles in (True, False):
-        engine = make_bf16({}, compiles=compiles)
+        base = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16"))
+        base.model.model.rotary_emb.__class__ = kind
+        engine = make_bf16(by_digest(*pool), "llama", base=base, compiles=compiles)
+        monkeypatch.setattr(Stretched, "known", 20)
         whole_steps.clear()
-        logits.append(logits_of(engine, [greedy("abc", num_new=24)]))
-        assert whole_steps == ([4] + [1] * (num_steps - 1)) * compiles
+        logits.append(logits_of(engine, jobs_of(pool)))
+        monkeypatch.setattr(Stretched, "known", 100)
+        assert len(whole_steps) == (NUM_NEW - 1) * compiles
     assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
 
 
@@ -153,9 +162,9 @@ def test_an_unknown_id_is_refused(make_bf16: MakeBf16) -> None:
     engine = make_bf16({})
     decoder, cache = engine.base.model.model, engine.kv_cache
     attention = cache.attention([Segment(cache.allocate(1, 1), 0, 1, 0)])
-    engine._forward._context.fill(None, attention)
     for token in (-1, engine.base.model.config.vocab_size):
-        with pytest.raises(IndexError, match="the embedding has"), torch.inference_mode():
+        engine._forward._context.fill(None, attention)
+        with pytest.raises(IndexError, match="id is not below"), torch.inference_mode():
             decoder(
                 input_ids=torch.tensor([[token]]),
                 position_ids=attention.token_positions[None],

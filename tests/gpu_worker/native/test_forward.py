@@ -21,6 +21,7 @@ from gpu_worker.model.inject import inject, target_linears
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.forward import ForwardPass
+from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import kv_shape
 from tests.gpu_worker.rows import row_of
 from tests.tiny import VOCABULARY, TinyBase, TinyFolders, assert_equal_logits
@@ -81,6 +82,14 @@ def test_the_same_segments_can_be_computed_again_whole_or_in_part(parts: Parts) 
     assert torch.equal(first, again)
     [alone] = parts.forward(scheduled[:1])
     assert_equal_logits(alone, first[0])
+
+
+@torch.inference_mode()
+def test_logits_are_those_of_the_kept_tokens_in_their_order(parts: Parts) -> None:
+    segment = Segment(parts.cache.allocate(7, 40), 0, 7, 0)
+    every = parts.forward.logits([BASE_PLAN], [segment], FIRST, range(7))
+    for kept in ([0, 1, 2], [6, 5, 4, 3, 2, 1, 0], [3], []):
+        assert_equal_logits(parts.forward.logits([BASE_PLAN], [segment], FIRST, kept), every[kept])
 
 
 @pytest.mark.parametrize("fails", [False, True])
