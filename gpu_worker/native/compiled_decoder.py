@@ -56,7 +56,7 @@ class _RotaryCall:
 
 @dataclass(frozen=True, slots=True)
 class _Embedding:
-    """The rows (ids, H) of an embedding, as a packed layer or as they are, and what they are multiplied by."""
+    """The rows (ids, H) of an embedding, as a packed layer or a plain matrix, and the number they are multiplied by."""
 
     rows: KernelLinear | Tensor
     num_ids: int
@@ -94,12 +94,12 @@ class _Decoder(ctypes.Structure):
 
 
 class _Angles:
-    """The angles of the first positions, if they may be kept, and memory for those of a step."""
+    """The angles of a step's tokens, and those of the first positions if a token's depend on its position only."""
 
     def __init__(self, recipe: _Recipe) -> None:
         self._recipe = recipe
         self.num_kept = 0
-        self._kept = list[tuple[Tensor, Tensor]]()  # of each call: cos and sin (P, A)
+        self._kept = list[tuple[Tensor, Tensor]]()  # cos (P, A) and sin (P, A) for each call of the recipe
         self.tables = (_AngleTable * len(recipe.calls))()
         self.of_step, self._parts = torch.empty(0, dtype=torch.bfloat16), list[tuple[Tensor, Tensor]]()
         found = self._compute(torch.zeros(1, 1, dtype=torch.long))
@@ -107,7 +107,7 @@ class _Angles:
         self.keep(_FEWEST_KEPT)
 
     def keep(self, num_positions: int) -> bool:
-        """Keep the angles of these positions from now on. Return whether more are kept than before."""
+        """Compute and keep the angles of the first `num_positions` positions. Return False if that is not possible."""
         if not self._recipe.keeps_angles or not self.num_kept < num_positions <= _MOST_KEPT:
             return False
         num_kept = max(1 << (num_positions - 1).bit_length(), _FEWEST_KEPT)
@@ -127,7 +127,7 @@ class _Angles:
         return self._parts
 
     def set(self, positions: Tensor) -> None:
-        """Set the step's angles to those of these positions (1, N), which are not kept."""
+        """Compute the angles of these positions (1, N) for the step, without keeping them."""
         for parts, found in zip(self._parts, self._compute(positions), strict=True):
             for part, values in zip(parts, found, strict=True):
                 part.copy_(values)
@@ -158,7 +158,8 @@ class CompiledDecoder:
         self._own: Callable[..., Any] = own.forward
         self._layers = [cast("CompiledLayer", layer.forward) for layer in layers]
         self._recipe, self._kernel = recipe, kernel
-        embedding = recipe.embedding  # its rows may be those of the output head, which is no part of the decoder
+        embedding = recipe.embedding
+        # The embedding may read the weight of the output head, whose hooks do not concern the decoder.
         inner = [module for module in own.modules() if module is not own and module is not embedding.rows]
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._table: _Table | None = None
@@ -250,7 +251,7 @@ class CompiledDecoder:
 
 @torch.inference_mode()
 def compile_decoders(model: nn.Module, kernel: LayerKernel) -> int:
-    """Let the kernel compute, in place, each decoder that embeds tokens, calls its layers and normalises, and no more.
+    """Let the kernel compute, in place, each decoder that only embeds tokens, calls its layers and normalises.
 
     That is seen in a call with layers of random output. Parts that are replaced later are not noticed. Return the
     number of such decoders.
@@ -335,7 +336,7 @@ def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
 
 
 def _read_embedding(embed: Any) -> _Embedding | None:
-    """Return the rows of a module that returns them, or each of them times one number, else None."""
+    """Return the rows that an embedding module looks up, and their factor. None if it does anything else."""
     rows: KernelLinear | Tensor
     read: Callable[[Tensor], Tensor]
     if isinstance(embed, LookupEmbedding) and isinstance(embed.source, KernelLinear):
@@ -361,7 +362,7 @@ def _depend_only_on_positions(
     rotary: nn.Module, calls: Sequence[_RotaryCall], results: Sequence[Any], positions: Tensor, width: int
 ) -> bool:
     """Return whether each token's angles depend on its position only. Those of some models depend on other rows too."""
-    rotary = copy.deepcopy(rotary)  # some remember the longest row
+    rotary = copy.deepcopy(rotary)  # some modules change their state at far positions
     hidden, others = torch.zeros(1, 1, width, dtype=torch.bfloat16), torch.tensor([[_FAR]])
     try:
         found = [call(rotary, hidden, torch.cat([positions, others], dim=1)) for call in calls]

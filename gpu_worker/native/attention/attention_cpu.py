@@ -189,7 +189,7 @@ def host_attention(
 
 
 def _tokens(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-    """Return the row of each token of the step, and its position there. Few operations, of numpy or torch, are fast."""
+    """Return the row of each token of the step, and its position there, with few operations, since they cost most."""
     if all(segment.num_tokens == 1 for segment in segments):
         numbers = [segment.row for segment in segments], [segment.context_len for segment in segments]
         rows, positions = torch.tensor(numbers, dtype=torch.long)

@@ -230,7 +230,7 @@ inline void sum_quarter(const int8_t* x, const int32_t* corrections, const uint8
 struct Inputs {
   int64_t num_rows, num_in, block, num_blocks, padded;
   int8_t* codes;  // (blocks, N, block)
-  int32_t* corrections;  // (blocks, N): added to each product, because stored weights are above their values
+  int32_t* corrections;  // (blocks, N): added to each product, because weights are stored as larger numbers
   float* scales;         // (blocks, N), NaN for a block that is not finite
   float* sums;           // (blocks, N): of each block's inputs
 
@@ -255,7 +255,7 @@ struct Inputs {
   }
 
  private:
-  int32_t zero_;  // of the weights
+  int32_t zero_;  // how a weight of value 0 is stored
 
   // The inverse of a scale has 16 bits, so that its products with bfloat16 numbers are exact on every processor.
   void set_block(int64_t r, int64_t b, const bf16* x, int64_t num) {
