@@ -18,7 +18,7 @@ from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.compiled_decoder import CompiledDecoder
 from gpu_worker.native.compiled_layer import LayerKernel
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.engine_driver import by_digest, compiled, greedy, run_together
+from tests.gpu_worker.engine_driver import ask, by_digest, compiled, greedy, only, run_together
 from tests.gpu_worker.native.compiled_layers import NUM_LAYERS, NUM_NEW, MakeBf16, jobs_of, logits_of
 from tests.tiny import FAMILIES, TinyFolders, tiny_config
 
@@ -150,12 +150,31 @@ def test_angles_are_those_of_the_model(
     assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
 
 
-def test_a_hook_of_the_embedding_is_called(make_bf16: MakeBf16, whole_steps: list[int]) -> None:
+@pytest.mark.parametrize("name", ["embed_tokens", "rotary_emb", "norm", "layers.1", "layers.1.mlp.up_proj"])
+def test_a_hook_of_a_part_is_called(name: str, make_bf16: MakeBf16, whole_steps: list[int]) -> None:
     engine, seen = make_bf16({}), list[int]()
     whole_steps.clear()
-    engine.base.model.model.embed_tokens.register_forward_hook(lambda _, arguments, __: seen.append(1))
+    part = engine.base.model.model.get_submodule(name)
+    part.register_forward_hook(lambda _, arguments, __: seen.append(1))
     run_together(engine, [greedy("abc", num_new=5)])
-    assert len(seen) == 5 and whole_steps == []
+    assert len(seen) >= 5 and whole_steps == []
+
+
+def test_engines_of_one_process_do_not_share_their_steps(
+    make_bf16: MakeBf16, pool: list[AdapterWeights], whole_steps: list[int]
+) -> None:
+    """Their steps are taken in turn, each engine with its own adapters and cache."""
+    jobs = [greedy(prompt, only(weights), num_new=5) for prompt, weights in zip(("abcdef", "xyz"), pool, strict=True)]
+    alone = [run_together(make_bf16(by_digest(*pool)), [job])[0].tokens for job in jobs]
+    engines = [make_bf16(by_digest(*pool)) for _ in jobs]
+    whole_steps.clear()
+    answers = [ask(engine, job) for engine, job in zip(engines, jobs, strict=True)]
+    while any(engine.has_work for engine in engines):
+        for engine in engines:
+            engine.loaded.wait(0.01)
+            engine.step()
+    assert sorted(whole_steps) == [*[1] * 8, 4, 7]
+    assert [answer.tokens for answer in answers] == alone
 
 
 def test_an_unknown_id_is_refused(make_bf16: MakeBf16) -> None:
