@@ -33,6 +33,9 @@ def test_gauges_report_the_served_pool_and_never_chosen_adapters() -> None:
     metrics.report(snapshot(PUBLIC, PRIVATE), num_routable=5, read_age_s=1.5)
     names = ("catalogue_generation", "catalogue_adapters", "catalogue_read_age_seconds", "never_chosen_adapters")
     assert [kinds[name].last[()] for name in names] == [7, 2, 1.5, 4]
+    for num_routable in (1, 0):  # one that was chosen may no longer be routable
+        metrics.report(snapshot(PUBLIC, PRIVATE), num_routable, read_age_s=0.0)
+        assert kinds["never_chosen_adapters"].last[()] == 0
     metrics.report(snapshot(PRIVATE, generation=8), num_routable=4, read_age_s=0.0)
     assert kinds["never_chosen_adapters"].last[()] == 4, "withdrawn adapters do not count as chosen"
 
