@@ -110,7 +110,7 @@ class CompletionService:
         notes: PromptNotes,
         usage_log: UsageLog,
         *,
-        is_strict: bool = False,
+        is_strict: bool,
     ) -> None:
         """`is_strict`: refuse unknown fields instead of ignoring them."""
         self._models, self._authenticator, self._planner, self._is_strict = models, authenticator, planner, is_strict
