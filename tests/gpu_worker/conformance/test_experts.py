@@ -172,7 +172,7 @@ def test_experts_in_bfloat16_are_near_to_peft_in_float32(family: str, tmp_path: 
         for number, (_, lead) in enumerate(of_plan)
         if lead > ROUTER_LEAD
     ]
-    assert {place: sum(place == each for _, each in asked) >= 3 for place in range(3)} == dict.fromkeys(range(3), True)
+    assert all(sum(place == each for _, each in asked) >= 3 for place in range(len(plans)))
     answers = hosted.answers(*[job(PROMPTS_OF_A_LETTER[number], plans[place], ANSWER) for number, place in asked])
     for (number, place), answer in zip(asked, answers, strict=True):
         found = dict(answer.logprobs[0].top)
