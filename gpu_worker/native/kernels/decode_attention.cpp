@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "structs.h"
+#include "team.h"
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
@@ -21,12 +22,12 @@ template <class E>
 void write(const StridedHeads& x, const int64_t* slots, int64_t num_tokens, const Cache& cache, void* into,
            int num_threads) {
   const E* from = static_cast<const E*>(x.data);
-#pragma omp parallel for num_threads(num_threads)
-  for (int64_t n = 0; n < num_tokens; ++n)
+  for_each(num_tokens, num_tokens * cache.num_heads * cache.head_dim, num_threads, [&](int64_t n) {
     for (int64_t h = 0; h < cache.num_heads; ++h) {
       E* place = static_cast<E*>(into) + h * cache.head_stride + slots[n] * cache.head_dim;
       std::memcpy(place, from + h * x.head_stride + n * x.token_stride, cache.head_dim * sizeof(E));
     }
+  });
 }
 
 // The tokens first to first + num - 1 of a row.
@@ -193,32 +194,35 @@ void attend_heads(const E* q, int64_t q_stride, const E* keys, const E* values, 
       store_part(out + g * dim + i, load(sums[g] + i) / totals[g], dim - i);
 }
 
+// Attention of one token over one head of keys and values.
 template <class E>
-void attend(const Decodes& d, const StridedHeads& query, const Cache& cache, E* out) {
+void attend_task(const Decodes& d, const StridedHeads& query, const Cache& cache, int64_t task, E* out) {
+  thread_local std::vector<float> scratch;
   const int64_t dim = cache.head_dim, shared = d.num_query_heads / cache.num_heads;
-#pragma omp parallel num_threads(d.num_threads)
-  {
-    thread_local std::vector<float> scratch;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < d.num * cache.num_heads; ++task) {
-      const int64_t n = task / cache.num_heads, h = task % cache.num_heads, token = d.tokens[n];
-      const int64_t first = d.window > 0 ? std::max<int64_t>(0, d.lengths[n] - d.window) : 0;
-      const Tokens tokens{d.table + d.rows[n] * d.table_width, d.page_tokens, first, d.lengths[n] - first};
-      const E* keys = static_cast<const E*>(cache.keys) + h * cache.head_stride;
-      const E* values = static_cast<const E*>(cache.values) + h * cache.head_stride;
-      for (int64_t g = h * shared; g < (h + 1) * shared;) {
-        const E* q = static_cast<const E*>(query.data) + g * query.head_stride + token * query.token_stride;
-        E* to = out + (token * d.num_query_heads + g) * dim;
-        if ((h + 1) * shared - g >= 4) {
-          attend_heads<4>(q, query.head_stride, keys, values, tokens, dim, d.scaling, to, scratch);
-          g += 4;
-        } else {
-          attend_heads<1>(q, query.head_stride, keys, values, tokens, dim, d.scaling, to, scratch);
-          g += 1;
-        }
-      }
+  const int64_t n = task / cache.num_heads, h = task % cache.num_heads, token = d.tokens[n];
+  const int64_t first = d.window > 0 ? std::max<int64_t>(0, d.lengths[n] - d.window) : 0;
+  const Tokens tokens{d.table + d.rows[n] * d.table_width, d.page_tokens, first, d.lengths[n] - first};
+  const E* keys = static_cast<const E*>(cache.keys) + h * cache.head_stride;
+  const E* values = static_cast<const E*>(cache.values) + h * cache.head_stride;
+  for (int64_t g = h * shared; g < (h + 1) * shared;) {
+    const E* q = static_cast<const E*>(query.data) + g * query.head_stride + token * query.token_stride;
+    E* to = out + (token * d.num_query_heads + g) * dim;
+    if ((h + 1) * shared - g >= 4) {
+      attend_heads<4>(q, query.head_stride, keys, values, tokens, dim, d.scaling, to, scratch);
+      g += 4;
+    } else {
+      attend_heads<1>(q, query.head_stride, keys, values, tokens, dim, d.scaling, to, scratch);
+      g += 1;
     }
   }
+}
+
+template <class E>
+void attend(const Decodes& d, const StridedHeads& query, const Cache& cache, E* out) {
+  const int64_t num_tasks = d.num * cache.num_heads;
+  if (num_tasks == 1) return attend_task(d, query, cache, 0, out);
+#pragma omp parallel for schedule(dynamic) num_threads(d.num_threads)
+  for (int64_t task = 0; task < num_tasks; ++task) attend_task(d, query, cache, task, out);
 }
 
 }  // namespace

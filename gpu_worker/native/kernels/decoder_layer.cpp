@@ -6,11 +6,12 @@
 #include <cstring>
 
 #include "structs.h"
+#include "team.h"
 #include "vectors.h"
 
 extern "C" struct Kernels {  // functions of the other libraries, for bfloat16
   void (*linears)(const Linear* const*, int64_t num_layers, const void* x, int64_t num_rows, void* const* y,
-                  int32_t num_threads);
+                  int32_t num_threads, const Preparation*);
   void (*add_adapters)(const Pairs*, const InputPlace*, const void* x, float* h, const Output*, int64_t num_outputs);
   void (*rms_norm)(const void* x, const float* weight, int64_t num_rows, int64_t width, float eps, int32_t rounds_first,
                    void* y, int32_t num_threads);
@@ -50,11 +51,10 @@ extern "C" struct Step {
 
 namespace {
 
-constexpr int64_t kAlone = 32 * 1024;  // up to so many values one thread is faster than a team
-
-template <int M>
-void project(const Kernels& kernels, const Step& step, const bf16* x, const Projection (&projections)[M],
-             const InputPlace* place, bf16* const (&outputs)[M]) {
+// Calls `prepare`, which sets x from `num_values` values, and then sets the outputs to the projections of x.
+template <int M, class Prepare>
+void project(const Kernels& kernels, const Step& step, int64_t num_values, const Prepare& prepare, const bf16* x,
+             const Projection (&projections)[M], const InputPlace* place, bf16* const (&outputs)[M]) {
   const Linear* linears[M];
   void* y[M];
   Output used[M];
@@ -65,7 +65,10 @@ void project(const Kernels& kernels, const Step& step, const bf16* x, const Proj
     y[m] = outputs[m];
     if (of.place->is_used) used[num_used++] = {of.place, outputs[m], of.linear->num_out};
   }
-  kernels.linears(linears, M, x, step.num_tokens, y, step.num_threads);
+  const Preparation by_one{[](const void* of) { (*static_cast<const Prepare*>(of))(); }, &prepare};
+  const bool is_large = num_values > kAlone;  // for a team
+  if (is_large) prepare();
+  kernels.linears(linears, M, x, step.num_tokens, y, step.num_threads, is_large ? nullptr : &by_one);
   if (step.pairs != nullptr && num_used > 0) kernels.add_adapters(step.pairs, place, x, step.h, used, num_used);
 }
 
@@ -78,11 +81,10 @@ void add(const Kernels& kernels, const Step& step, const Norm& norm, const bf16*
          bf16* y) {
   if (norm.weight != nullptr) normalise(kernels, step, norm, change, width, change);
   const int64_t num_values = step.num_tokens * width;
-#pragma omp parallel for num_threads(step.num_threads) if (num_values > kAlone)
-  for (int64_t i = 0; i < num_values; i += kLanes) {
-    const int64_t left = num_values - i;
+  for_each((num_values + kLanes - 1) / kLanes, num_values, step.num_threads, [&](int64_t block) {
+    const int64_t i = block * kLanes, left = num_values - i;
     store_part(y + i, load_part(x + i, left) + load_part(change + i, left), left);
-  }
+  });
 }
 
 // The parts of the scratch memory. Those of the attention and of the MLP share a place.
@@ -105,6 +107,50 @@ struct Places {
     up = gate + num * mlp_width;
   }
 };
+
+// Sets the queries, keys and values in the scratch memory for x (N, H), which `prepare` sets.
+template <class Prepare>
+void project_heads(const Kernels& kernels, const Layer& layer, const Step& step, const Prepare& prepare,
+                   const bf16* x) {
+  const Places at(layer, step);
+  if (step.pairs != nullptr) step.pairs->num_threads = step.num_threads;
+  const auto normalised = [&] {
+    prepare();
+    normalise(kernels, step, layer.before_attention, x, at.width, at.normed);
+  };
+  project<3>(kernels, step, step.num_tokens * at.width, normalised, at.normed, {layer.query, layer.key, layer.value},
+             layer.attention_input, {at.query, at.key, at.value});
+}
+
+void rotate(const Kernels& kernels, const Layer& layer, const Step& step) {
+  const Places at(layer, step);
+  const Heads queries{at.query, at.query_width / layer.head_dim, layer.of_query};
+  const Heads keys{at.key, at.key_width / layer.head_dim, layer.of_key};
+  kernels.rotate(&queries, &keys, &step.angles, step.num_tokens, layer.head_dim, step.num_threads);
+}
+
+// Sets y (N, H) to x and what the attention (N, query width) adds to it. Leaves in the scratch memory what the MLP adds,
+// for `add_mlp`. `prepare`: sets the attention from `num_values` values.
+template <class Prepare>
+void project_attended(const Kernels& kernels, const Layer& layer, const Step& step, int64_t num_values,
+                      const Prepare& prepare, const bf16* x, const bf16* attended, bf16* y) {
+  const Places at(layer, step);
+  project<1>(kernels, step, num_values, prepare, attended, {layer.output}, layer.output_input, {at.change});
+  const auto normalised = [&] {
+    add(kernels, step, layer.after_attention, x, at.change, at.width, y);
+    normalise(kernels, step, layer.before_mlp, y, at.width, at.normed);
+  };
+  project<2>(kernels, step, step.num_tokens * at.width, normalised, at.normed, {layer.gate, layer.up}, layer.mlp_input,
+             {at.gate, at.up});
+  const int64_t num_gated = step.num_tokens * at.mlp_width;
+  const auto gated = [&] { kernels.gated(at.gate, at.up, num_gated, layer.is_silu, at.gate, step.num_threads); };
+  project<1>(kernels, step, num_gated, gated, at.gate, {layer.down}, layer.down_input, {at.change});
+}
+
+void add_mlp(const Kernels& kernels, const Layer& layer, const Step& step, bf16* y) {
+  const Places at(layer, step);
+  add(kernels, step, layer.after_mlp, y, at.change, at.width, y);
+}
 
 }  // namespace
 
@@ -133,6 +179,30 @@ extern "C" struct Decoder {
 namespace {
 
 constexpr int32_t kDone = 0, kNoSuchId = 1, kNoSuchPosition = 2;
+
+// Computes a layer but for `add_mlp`. `prepare` sets x.
+template <class Prepare>
+void compute_layer(const Kernels& kernels, const LayerCall& call, const Prepare& prepare, const bf16* x, bf16* y) {
+  const Layer& layer = *call.layer;
+  const Step& step = *call.step;
+  const Cache& cache = *call.cache;
+  const Places at(layer, step);
+  project_heads(kernels, layer, step, prepare, x);
+  const auto attend = [&] {
+    rotate(kernels, layer, step);
+    const StridedHeads query{at.query, layer.head_dim, at.query_width}, key{at.key, layer.head_dim, at.key_width};
+    const StridedHeads value{at.value, layer.head_dim, at.key_width};
+    kernels.write_kv(&key, &value, step.slots, step.num_tokens, &cache, step.num_threads);
+    kernels.attend(step.decodes, &query, &cache, at.attended);
+  };
+  const bool is_for_team = step.num_tokens * cache.num_heads > 1;
+  if (is_for_team) {
+    attend();
+    project_attended(kernels, layer, step, 0, [] {}, x, at.attended, y);
+  } else {
+    project_attended(kernels, layer, step, step.num_tokens * at.query_width, attend, x, at.attended, y);
+  }
+}
 
 // Sets y (N, H) to the embeddings of the ids.
 void embed(const Kernels& kernels, const Decoder& decoder, const int64_t* ids, int64_t num, int32_t num_threads,
@@ -173,44 +243,25 @@ int64_t scratch_values(const Layer* layer) {
 
 // Sets the queries, keys and values in the scratch memory, the first two rotated, for x (N, H).
 void before_attention_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const void* x) {
-  const Kernels& k = *kernels;
-  const Step& s = *step;
-  const Places at(*layer, s);
-  if (s.pairs != nullptr) s.pairs->num_threads = s.num_threads;
-  normalise(k, s, layer->before_attention, static_cast<const bf16*>(x), at.width, at.normed);
-  project<3>(k, s, at.normed, {layer->query, layer->key, layer->value}, layer->attention_input,
-             {at.query, at.key, at.value});
-  const Heads queries{at.query, at.query_width / layer->head_dim, layer->of_query};
-  const Heads keys{at.key, at.key_width / layer->head_dim, layer->of_key};
-  k.rotate(&queries, &keys, &s.angles, s.num_tokens, layer->head_dim, s.num_threads);
+  project_heads(*kernels, *layer, *step, [] {}, static_cast<const bf16*>(x));
+  rotate(*kernels, *layer, *step);
 }
 
 // Sets y (N, H) to the layer's output for x (N, H) and its attention (N, query width).
 void after_attention_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const void* x,
                           const void* attended, void* y) {
-  const Kernels& k = *kernels;
-  const Step& s = *step;
-  const Places at(*layer, s);
   bf16* sum = static_cast<bf16*>(y);
-  project<1>(k, s, static_cast<const bf16*>(attended), {layer->output}, layer->output_input, {at.change});
-  add(k, s, layer->after_attention, static_cast<const bf16*>(x), at.change, at.width, sum);
-  normalise(k, s, layer->before_mlp, sum, at.width, at.normed);
-  project<2>(k, s, at.normed, {layer->gate, layer->up}, layer->mlp_input, {at.gate, at.up});
-  k.gated(at.gate, at.up, s.num_tokens * at.mlp_width, layer->is_silu, at.gate, s.num_threads);
-  project<1>(k, s, at.gate, {layer->down}, layer->down_input, {at.change});
-  add(k, s, layer->after_mlp, sum, at.change, at.width, sum);
+  project_attended(*kernels, *layer, *step, 0, [] {}, static_cast<const bf16*>(x), static_cast<const bf16*>(attended),
+                   sum);
+  add_mlp(*kernels, *layer, *step, sum);
 }
 
 // Sets y (N, H) to the layer's output for x (N, H), after it has stored the tokens' keys and values. y may be x.
 void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const Cache* cache, const void* x,
                         void* y) {
-  before_attention_bf16(kernels, layer, step, x);
-  const Places at(*layer, *step);
-  const StridedHeads query{at.query, layer->head_dim, at.query_width}, key{at.key, layer->head_dim, at.key_width};
-  const StridedHeads value{at.value, layer->head_dim, at.key_width};
-  kernels->write_kv(&key, &value, step->slots, step->num_tokens, cache, step->num_threads);
-  kernels->attend(step->decodes, &query, cache, at.attended);
-  after_attention_bf16(kernels, layer, step, x, at.attended, y);
+  const LayerCall call{layer, step, cache};
+  compute_layer(*kernels, call, [] {}, static_cast<const bf16*>(x), static_cast<bf16*>(y));
+  add_mlp(*kernels, *layer, *step, static_cast<bf16*>(y));
 }
 
 // Sets y (N, H) to the decoder's output for N tokens. First sets the angles, which the steps of the calls refer to,
@@ -223,10 +274,15 @@ int32_t decoder_bf16(const Kernels* kernels, const Decoder* decoder, const int64
     if (positions != nullptr && (positions[n] < 0 || positions[n] >= decoder->num_positions)) return kNoSuchPosition;
   }
   bf16* hidden = static_cast<bf16*>(y);
-  embed(*kernels, *decoder, ids, num_tokens, num_threads, hidden);
-  if (positions != nullptr) read_angles(*decoder, positions, num_tokens, static_cast<bf16*>(angles));
-  for (int64_t l = 0; l < num_layers; ++l)
-    decoder_layer_bf16(kernels, calls[l].layer, calls[l].step, calls[l].cache, hidden, hidden);
+  for (int64_t l = 0; l < num_layers; ++l) {
+    const auto prepare = [&] {
+      if (l > 0) return add_mlp(*kernels, *calls[l - 1].layer, *calls[l - 1].step, hidden);
+      embed(*kernels, *decoder, ids, num_tokens, num_threads, hidden);
+      if (positions != nullptr) read_angles(*decoder, positions, num_tokens, static_cast<bf16*>(angles));
+    };
+    compute_layer(*kernels, calls[l], prepare, hidden, hidden);
+  }
+  add_mlp(*kernels, *calls[num_layers - 1].layer, *calls[num_layers - 1].step, hidden);
   const Norm& norm = decoder->norm;
   kernels->rms_norm(hidden, norm.weight, num_tokens, decoder->width, norm.eps, norm.rounds_first, hidden, num_threads);
   return kDone;

@@ -5,11 +5,10 @@
 #include <cstdint>
 
 #include "structs.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace {
-
-constexpr int64_t kAlone = 32 * 1024;  // up to so many values one thread is faster than a team
 
 template <class E>
 f32x16 rounded(f32x16 v) {
@@ -37,9 +36,9 @@ void rms_norm_row(const E* x, const float* weight, int64_t width, float eps, boo
 template <class E>
 void rms_norm(const E* x, const float* weight, int64_t num_rows, int64_t width, float eps, bool rounds_first, E* y,
               int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_rows * width > kAlone)
-  for (int64_t row = 0; row < num_rows; ++row)
+  for_each(num_rows, num_rows * width, num_threads, [&](int64_t row) {
     rms_norm_row(x + row * width, weight, width, eps, rounds_first, y + row * width);
+  });
 }
 
 f32x16 silu(f32x16 v) { return v / (1.0f + exp(-v)); }
@@ -50,12 +49,11 @@ f32x16 gelu_tanh(f32x16 v) {  // 1 + tanh(u) = 2 / (1 + e^-2u)
 
 template <class E>
 void gated(const E* gate, const E* up, int64_t num_values, bool is_silu, E* y, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_values > kAlone)
-  for (int64_t i = 0; i < num_values; i += kLanes) {
-    const int64_t left = num_values - i;
+  for_each((num_values + kLanes - 1) / kLanes, num_values, num_threads, [&](int64_t block) {
+    const int64_t i = block * kLanes, left = num_values - i;
     const f32x16 v = load_part(gate + i, left);
     store_part(y + i, rounded<E>(is_silu ? silu(v) : gelu_tanh(v)) * load_part(up + i, left), left);
-  }
+  });
 }
 
 // x (width,) <- x cos + rotate_half(x) sin, where every product is rounded to the angles' type A as torch does
@@ -85,13 +83,13 @@ void rotate_token(const Heads& heads, int64_t token, int64_t head_dim, const A* 
 template <class E, class A>
 void rotate(const Heads& query, const Heads& key, const Angles& angles, int64_t num_tokens, int64_t head_dim,
             int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_tokens * (query.num_heads + key.num_heads) * head_dim > kAlone)
-  for (int64_t token = 0; token < num_tokens; ++token) {
+  const int64_t num_values = num_tokens * (query.num_heads + key.num_heads) * head_dim;
+  for_each(num_tokens, num_values, num_threads, [&](int64_t token) {
     const A* cos = static_cast<const A*>(angles.cos) + token * angles.width;
     const A* sin = static_cast<const A*>(angles.sin) + token * angles.width;
     rotate_token<E>(query, token, head_dim, cos, sin, angles.width);
     rotate_token<E>(key, token, head_dim, cos, sin, angles.width);
-  }
+  });
 }
 
 }  // namespace

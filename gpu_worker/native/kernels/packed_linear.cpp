@@ -8,11 +8,13 @@
 // A packed weight has panels of kBlock outputs, padded with zeros: (panels, I / 2, kBlock, 2), so a vector has the two
 // weights of adjacent inputs in each lane. A panel is read once for all rows.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
 #include "quantized_linear.h"
 #include "structs.h"
+#include "team.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -25,6 +27,7 @@ namespace {
 constexpr int64_t kBlock = 2 * kLanes;
 constexpr int64_t kTasksPerThread = 8;  // a thread that shares its core takes fewer
 constexpr int64_t kPartsPerTask = 8;
+constexpr int64_t kFetchedBytes = 256 * 1024;  // by a thread that waits: half of a small second-level cache
 
 // The rows of y that get the results.
 struct Rows {
@@ -258,13 +261,25 @@ class Panels {
 
   int64_t num() const { return num_; }
 
-  int64_t per_task(int32_t num_threads) const { return std::max<int64_t>(1, num_ / (kTasksPerThread * num_threads)); }
-
   // Returns the panel's layer, and sets panel to its number there.
   int64_t find(int64_t& panel) const {
     int64_t m = 0;
     for (; panel >= of_layer(m); ++m) panel -= of_layer(m);
     return m;
+  }
+
+  // Asks for the panel's weights, line by line, while `goes_on`. Returns their size.
+  template <class GoesOn>
+  int64_t fetch(int64_t panel, const GoesOn& goes_on) const {
+    constexpr int64_t kBetweenLooks = 4096;
+    const Linear& layer = *layers_[find(panel)];
+    const int64_t num_bytes = quantized::panel_bytes(layer);
+    const char* weights = static_cast<const char*>(layer.panels) + panel * num_bytes;
+    for (int64_t j = 0; j < num_bytes && goes_on(); j += kBetweenLooks) {
+      const int64_t end = std::min(j + kBetweenLooks, num_bytes);
+      for (int64_t line = j; line < end; line += 64) __builtin_prefetch(weights + line, 0, 2);
+    }
+    return num_bytes;
   }
 
  private:
@@ -274,26 +289,95 @@ class Panels {
   int64_t num_ = 0;
 };
 
+// Hands out panels to the threads of a team, some adjacent ones at a time. Each thread has a range of them, and then takes
+// those of the others: one that shares its core multiplies fewer. A thread that waits for the inputs fetches the weights
+// of its first panels into its second-level cache.
+class PanelQueue {
+ public:
+  PanelQueue(const Panels& panels, int32_t num_threads)
+      : panels_(panels),
+        at_once_(std::max<int64_t>(1, panels.num() / (kTasksPerThread * num_threads))),
+        num_ranges_(std::min<int64_t>(num_threads, kMostRanges)) {
+    const int64_t num_parts = (panels.num() + at_once_ - 1) / at_once_;
+    for (int64_t r = 0; r < num_ranges_; ++r) {
+      ranges_[r].next.store(num_parts * r / num_ranges_, std::memory_order_relaxed);
+      ranges_[r].end = num_parts * (r + 1) / num_ranges_;
+    }
+  }
+
+  // Returns the number of the calling thread's range.
+  int64_t enter() { return num_entered_.fetch_add(1, std::memory_order_relaxed) % num_ranges_; }
+
+  void set_inputs_ready() { has_inputs_.store(true, std::memory_order_release); }
+
+  void wait_for_inputs(int64_t own) {
+    const auto waits = [&] { return !has_inputs_.load(std::memory_order_acquire); };
+    const int64_t end = end_of(ranges_[own].end - 1);
+    int64_t panel = ranges_[own].next.load(std::memory_order_relaxed) * at_once_, num_bytes = 0, num_turns = 0;
+    while (waits()) {
+      if (panel < end && num_bytes < kFetchedBytes) {
+        num_bytes += panels_.fetch(panel++, waits);
+      } else {
+        wait_a_little(num_turns);
+      }
+    }
+  }
+
+  // Calls multiply(panel) for panels that no other thread has, until there are none left.
+  template <class Multiply>
+  void for_each_panel(int64_t own, const Multiply& multiply) {
+    for (int64_t r = 0; r < num_ranges_; ++r) {
+      Range& range = ranges_[(own + r) % num_ranges_];
+      while (true) {
+        const int64_t part = range.next.fetch_add(1, std::memory_order_relaxed);
+        if (part >= range.end) break;
+        for (int64_t panel = part * at_once_; panel < end_of(part); ++panel) multiply(panel);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostRanges = 64;
+
+  struct alignas(64) Range {  // of parts; has a line of the caches for itself
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  int64_t end_of(int64_t part) const { return std::min((part + 1) * at_once_, panels_.num()); }
+
+  const Panels& panels_;
+  const int64_t at_once_, num_ranges_;
+  Range ranges_[kMostRanges];
+  std::atomic<int64_t> num_entered_{0};
+  std::atomic<bool> has_inputs_{false};
+};
+
 // `linears` for integer weights of one kind.
 void linears_of_integers(const Linear* const* layers, int64_t num_layers, const void* x, const int32_t* numbers,
-                         int64_t num_rows, void* const* y, int32_t num_threads) {
+                         int64_t num_rows, void* const* y, int32_t num_threads, const Preparation* preparation) {
   const Linear& first_layer = *layers[0];
   const Panels panels(layers, num_layers);
-  const int64_t chunk = panels.per_task(num_threads);
+  PanelQueue queue(panels, num_threads);
   quantized::Inputs inputs(first_layer, num_rows);
   const auto set_row = [&](int64_t r) { inputs.set_row(r, static_cast<const bf16*>(x) + r * first_layer.num_in); };
-  if (num_rows == 1) set_row(0);  // a team would wait for it
 #pragma omp parallel num_threads(num_threads)
   {
-    quantized::Products products(first_layer, num_rows);
-    const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
+    const int64_t own = queue.enter();
+#pragma omp master
+    {
+      if (preparation != nullptr) preparation->run(preparation->of);
+      if (num_rows == 1) set_row(0);
+      queue.set_inputs_ready();
+    }
+    queue.wait_for_inputs(own);
     if (num_rows > 1) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < num_rows; ++r) set_row(r);
     }
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t i = 0; i < panels.num(); ++i) {
-      int64_t p = i;
+    quantized::Products products(first_layer, num_rows);
+    const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
+    queue.for_each_panel(own, [&](int64_t p) {
       const int64_t m = panels.find(p), num_out = layers[m]->num_out;
       for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
@@ -303,7 +387,7 @@ void linears_of_integers(const Linear* const* layers, int64_t num_layers, const 
         for (int64_t r = 0; r < num; ++r) places[r] = target + rows.place(r);
         products.multiply_panel(*layers[m], inputs, first, num, p, places);
       }
-    }
+    });
   }
 }
 
@@ -327,19 +411,26 @@ void parts_of_integers(const Linear& layer, const void* x, const Part* parts, in
 }
 
 // For each layer m, sets row numbers[n] of y[m] (., O), or row n if numbers is null, to row n of x (N, I) W^T + bias.
+// `preparation`: sets x first; or null.
 template <class T>
 void linears(const Linear* const* layers, int64_t num_layers, const void* x, const int32_t* numbers, int64_t num_rows,
-             void* const* y, int32_t num_threads) {
+             void* const* y, int32_t num_threads, const Preparation* preparation) {
   const int64_t num_in = layers[0]->num_in;
   const Panels panels(layers, num_layers);
-  const int64_t chunk = panels.per_task(num_threads);
+  PanelQueue queue(panels, num_threads);
+  if (preparation == nullptr) queue.set_inputs_ready();
 #pragma omp parallel num_threads(num_threads)
   {
+    const int64_t own = queue.enter();
+#pragma omp master
+    if (preparation != nullptr) {
+      preparation->run(preparation->of);
+      queue.set_inputs_ready();
+    }
+    queue.wait_for_inputs(own);
     Products<T> products(num_in);
     const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t i = 0; i < panels.num(); ++i) {
-      int64_t p = i;
+    queue.for_each_panel(own, [&](int64_t p) {
       const int64_t m = panels.find(p);
       const Linear& layer = *layers[m];
       for (int64_t g = 0; g < num_groups; ++g) {
@@ -350,7 +441,7 @@ void linears(const Linear* const* layers, int64_t num_layers, const void* x, con
                           static_cast<const bf16*>(layer.panels) + p * kBlock * num_in, layer.bias + p * kBlock,
                           target, rows, layer.num_out - p * kBlock);
       }
-    }
+    });
   }
 }
 
@@ -360,12 +451,12 @@ bool are_alike(const Linear& a, const Linear& b) {
 
 // `linears` for bfloat16 inputs, for each run of layers with weights of one kind.
 void linears_by_kind(const Linear* const* layers, int64_t num_layers, const void* x, const int32_t* numbers,
-                     int64_t num_rows, void* const* y, int32_t num_threads) {
+                     int64_t num_rows, void* const* y, int32_t num_threads, const Preparation* preparation) {
   for (int64_t first = 0, end; first < num_layers; first = end) {
     end = first + 1;
     while (end < num_layers && are_alike(*layers[first], *layers[end])) ++end;
     const auto compute = layers[first]->bits == 16 ? linears<bf16> : linears_of_integers;
-    compute(layers + first, end - first, x, numbers, num_rows, y + first, num_threads);
+    compute(layers + first, end - first, x, numbers, num_rows, y + first, num_threads, first == 0 ? preparation : nullptr);
   }
 }
 
@@ -464,32 +555,28 @@ void pack_integers(const int8_t* values, const uint16_t* scales, int32_t num_kin
 // See `linears`.
 void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                  int32_t num_threads) {
-  linears_by_kind(&layer, 1, x, numbers, num_rows, &y, num_threads);
+  linears_by_kind(&layer, 1, x, numbers, num_rows, &y, num_threads, nullptr);
 }
 
 void linear_f32(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                 int32_t num_threads) {
-  linears<float>(&layer, 1, x, numbers, num_rows, &y, num_threads);
+  linears<float>(&layer, 1, x, numbers, num_rows, &y, num_threads, nullptr);
 }
 
 void linears_bf16(const Linear* const* layers, int64_t num_layers, const void* x, int64_t num_rows, void* const* y,
-                  int32_t num_threads) {
-  linears_by_kind(layers, num_layers, x, nullptr, num_rows, y, num_threads);
+                  int32_t num_threads, const Preparation* preparation) {
+  linears_by_kind(layers, num_layers, x, nullptr, num_rows, y, num_threads, preparation);
 }
 
 // Sets y (N, I) to the weights of these N outputs, or to what their integers stand for.
 void rows_bf16(const Linear* layer, const int64_t* outputs, int64_t num, void* y, int32_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num > kPartsPerTask)
-  for (int64_t n = 0; n < num; ++n) {
+  for_each(num, num * layer->num_in, num_threads, [&](int64_t n) {
     bf16* row = static_cast<bf16*>(y) + n * layer->num_in;
-    if (layer->bits != 16) {
-      quantized::read_row(*layer, outputs[n], row);
-      continue;
-    }
+    if (layer->bits != 16) return quantized::read_row(*layer, outputs[n], row);
     const int64_t panel = outputs[n] / kBlock, place = outputs[n] % kBlock;
     const bf16* pairs = static_cast<const bf16*>(layer->panels) + panel * kBlock * layer->num_in + 2 * place;
     for (int64_t i = 0; i < layer->num_in; ++i) row[i] = pairs[i / 2 * 2 * kBlock + i % 2];
-  }
+  });
 }
 
 // See `linear_parts`.

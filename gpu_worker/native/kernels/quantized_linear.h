@@ -528,6 +528,12 @@ inline int64_t block_bytes(const Linear& layer) {
   return num_scale_bytes(layer) + block_size(layer) * kPanel * layer.bits / 8;
 }
 
+// The size of a panel of a layer of integers or of bfloat16 numbers.
+inline int64_t panel_bytes(const Linear& layer) {
+  if (layer.bits == 16) return kPanel * layer.num_in * sizeof(bf16);
+  return (layer.num_in + kBlock - 1) / kBlock * kBlock / block_size(layer) * block_bytes(layer);
+}
+
 inline float to_float(const uint8_t* half) {
   uint8_t vector[2 * kLanes] = {half[0], half[1]};
   return load_halves(vector)[0];

@@ -19,6 +19,12 @@ extern "C" struct Linear {
   int32_t has_offsets;  // whether groups have offsets too
 };
 
+// Work of one thread that makes the inputs of a linear layer. The other threads fetch weights meanwhile.
+extern "C" struct Preparation {
+  void (*run)(const void* of);
+  const void* of;
+};
+
 // grouped_lora.cpp. A pair is a token and one of its adapters; S adapters. A run is a row of many tokens, which have the
 // same adapters; the slots of rows with few tokens come first.
 

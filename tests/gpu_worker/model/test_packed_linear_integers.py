@@ -9,6 +9,7 @@ import ctypes
 import itertools
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
 from gpu_worker.model.quantization import GROUP, SMALL_GROUP, QuantizedWeight, quantize, round_to_halves, rounded_inputs
 from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, name_library
-from gpu_worker.native.kernels.kernel_loading import share_openmp
+from gpu_worker.native.kernels.kernel_loading import load_library, share_openmp
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
 from tests.gpu_worker.engine_driver import compiled
 
@@ -189,6 +191,38 @@ def test_some_rows_and_panels_are_those_of_the_whole_product(kind: str, num_in: 
         expected[row, :32], expected[row, 96:] = y[row, :32], y[row, 96:]
     assert torch.equal(layer.some(x, whole, parts), expected)
     assert (layer.some(x, whole[:0], parts[:0]) == -torch.inf).all()
+
+
+class Preparation(ctypes.Structure):
+    """The struct `Preparation` of the sources."""
+
+    _fields_ = (("run", ctypes.CFUNCTYPE(None, ctypes.c_void_p)), ("of", ctypes.c_void_p))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("num_rows", [1, 7])
+@pytest.mark.parametrize("kind", ["bfloat16", *KINDS])
+@torch.inference_mode()
+def test_threads_that_wait_for_inputs_multiply_those(
+    kind: str, num_rows: int, num_threads: int, kernel: LinearKernel
+) -> None:
+    """Each fetches the first of its panels meanwhile. Every panel of both layers is multiplied once."""
+    [one, given], [other, _] = (layer_of(kind, 96, num_out, num_rows, kernel) for num_out in (2400, 1300))
+    expected, x = [one(given), other(given)], torch.zeros_like(given)
+    found = [torch.full_like(y, 7) for y in expected]
+
+    def prepare(_: object) -> None:
+        time.sleep(0.01)
+        x.copy_(given)
+
+    preparation = Preparation(run=Preparation._fields_[0][1](prepare), of=None)
+    library = load_library(LinearKernel.library_name, DEFAULT_CACHE_DIR)
+    assert library is not None
+    layers = (ctypes.c_void_p * 2)(one.address, other.address)
+    outputs = (ctypes.c_void_p * 2)(*(y.data_ptr() for y in found))
+    sizes = ctypes.c_int64(num_rows), outputs, ctypes.c_int32(num_threads), ctypes.byref(preparation)
+    library.linears_bf16(layers, ctypes.c_int64(2), ctypes.c_void_p(x.data_ptr()), *sizes)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_rounded_weights_change_the_products_little(kernel: LinearKernel) -> None:
