@@ -54,6 +54,13 @@ def asking(queue: EncoderQueue[str], tenant: str, texts: Sequence[str]) -> async
     return asyncio.create_task(queue.encoded(tenant, texts))
 
 
+async def queued(queue: EncoderQueue[str], tenant: str, texts: Sequence[str]) -> asyncio.Task[list[str]]:
+    """Ask, and let the queue take the call."""
+    asked = asking(queue, tenant, texts)
+    await settle()
+    return asked
+
+
 async def test_answers_have_the_order_of_the_texts_over_several_batches(encoder: Encoder) -> None:
     queue = queue_of(encoder, batch_size=2)
     asked = asking(queue, "a", ["1", "2", "3", "4", "5"])
@@ -77,8 +84,7 @@ async def test_a_tenant_waits_for_the_current_batch_and_not_for_anothers_queue(e
 
 async def test_the_requests_of_one_tenant_take_turns_too(encoder: Encoder) -> None:
     queue = queue_of(encoder)
-    large = asking(queue, "a", [LONG] * 256)
-    await settle()
+    large = await queued(queue, "a", [LONG] * 256)
     small = asking(queue, "a", ["Hi"])
     await encoder.run(2)
     assert await small == ["a: Hi"]
@@ -140,18 +146,15 @@ async def test_five_large_requests_leave_room_for_other_tenants(encoder: Encoder
 
 async def test_the_newest_request_of_the_tenant_with_most_texts_makes_room(encoder: Encoder) -> None:
     queue = queue_of(encoder, batch_size=1, max_waiting=10)
-    running = asking(queue, "x", ["running"])
-    await settle()
+    running = await queued(queue, "x", ["running"])
     old, middle, new = asking(queue, "a", ["1"] * 3), asking(queue, "b", ["2"] * 3), asking(queue, "a", ["3"] * 4)
     await settle()
     assert queue.num_waiting == 10
-    comer = asking(queue, "c", ["4"] * 2)
-    await settle()
+    comer = await queued(queue, "c", ["4"] * 2)
     assert new.done() and isinstance(new.exception(), EncoderBusy)
     assert not any(task.done() for task in (running, old, middle, comer))
     assert queue.num_waiting == 8
-    late = asking(queue, "c", ["5"] * 3)  # c itself would then have most
-    await settle()
+    late = await queued(queue, "c", ["5"] * 3)  # c itself would then have most
     assert isinstance(late.exception(), EncoderBusy)
     await encoder.run(9)
     assert [len(await task) for task in (running, old, middle, comer)] == [1, 3, 3, 2]
@@ -160,8 +163,7 @@ async def test_the_newest_request_of_the_tenant_with_most_texts_makes_room(encod
 
 async def test_a_call_that_is_refused_displaces_no_other(encoder: Encoder) -> None:
     queue = queue_of(encoder, batch_size=1, max_waiting=10)
-    asking(queue, "x", ["running"])
-    await settle()
+    await queued(queue, "x", ["running"])
     waiting = [asking(queue, tenant, texts) for tenant, texts in (("a", ["1"] * 3), ("a", ["2"] * 3), ("b", ["3"] * 4))]
     await settle()
     with pytest.raises(EncoderBusy, match="10 prompts already wait"):
@@ -173,10 +175,8 @@ async def test_a_call_that_is_refused_displaces_no_other(encoder: Encoder) -> No
 
 async def test_a_single_tenant_may_use_every_place_and_no_more(encoder: Encoder) -> None:
     queue = queue_of(encoder, batch_size=1, max_waiting=4)
-    asking(queue, "a", ["1"])
-    await settle()
-    full = asking(queue, "a", ["2"] * 4)
-    await settle()
+    await queued(queue, "a", ["1"])
+    full = await queued(queue, "a", ["2"] * 4)
     with pytest.raises(EncoderBusy, match="4 prompts already wait"):
         await queue.encoded("a", ["3"])
     await encoder.run(5)
@@ -185,8 +185,7 @@ async def test_a_single_tenant_may_use_every_place_and_no_more(encoder: Encoder)
 
 async def test_texts_of_a_caller_that_left_are_not_encoded(encoder: Encoder) -> None:
     queue = queue_of(encoder, batch_size=1)
-    asking(queue, "a", ["1"])
-    await settle()
+    await queued(queue, "a", ["1"])
     leaves, stays = asking(queue, "a", ["2", "3"]), asking(queue, "a", ["4"])
     await settle()
     leaves.cancel()

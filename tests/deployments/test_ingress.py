@@ -60,13 +60,6 @@ async def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
     assert [(await generate(CHAT, template=own))[1].job.template for own in ("auto", "alpaca")] == ["auto", "alpaca"]
 
 
-async def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() -> None:
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    _, served = await generate({"messages": [*turns, {"role": "user", "content": "Rhyme."}, turns[1]]})
-    requests = [request for ([request],) in served.retriever.called("route")]
-    assert [request.text for request in requests] == ["Hi", "Rhyme."]
-
-
 async def test_limits_of_keys_follow_the_replicas_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error leaves the last number in force, and so does a status without this deployment."""
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="app", deployment="Ingress"))

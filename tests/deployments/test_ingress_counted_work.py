@@ -146,17 +146,6 @@ async def test_samples_of_a_publish_are_charged_to_its_key(tmp_path: Path, path:
     assert list(map(bool, called)) == [True, False, False]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_prompt_that_is_refused_for_its_length_is_charged_once(tmp_path: Path, stream: bool) -> None:
-    too_long = FakeWorker(events=(PromptTooLong("4000 prompt tokens do not fit a context of 2048"),))
-    body = {"prompt": "x" * 400, "model": BASE, "max_tokens": 1, "n": 4, "stream": stream}
-    answers, _ = await served_to(
-        tmp_path, {"tokens_per_minute": 250}, *[("/v1/completions", body)] * 3, worker=too_long
-    )
-    assert [answer.status_code for answer in answers] == [400, 400, 429]
-    assert error_of(answers[0])["code"] == "context_length_exceeded"
-
-
 async def test_a_key_is_charged_the_usage_of_the_answer(tmp_path: Path) -> None:
     body = {"prompt": ["Hi", "Ho"], "model": BASE, "max_tokens": 3, "n": 4}  # 27 reserved, 34 used
     answers, _ = await served_to(tmp_path, {"tokens_per_minute": 61}, *[("/v1/completions", body)] * 3)
@@ -165,12 +154,18 @@ async def test_a_key_is_charged_the_usage_of_the_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"), [(DeadlineExceeded(0), [504, 504, 429]), (EngineFull("full"), [503, 503, 503])]
+    ("error", "stream", "expected"),
+    [
+        (PromptTooLong("4000 prompt tokens do not fit a context of 2048"), False, [400, 400, 429]),
+        (PromptTooLong("4000 prompt tokens do not fit a context of 2048"), True, [400, 400, 429]),
+        (DeadlineExceeded(0), False, [504, 504, 429]),
+        (EngineFull("full"), False, [503, 503, 503]),
+    ],
 )
-async def test_a_request_that_ends_before_its_first_token_is_charged_its_prompt(
-    tmp_path: Path, error: Exception, expected: list[int]
+async def test_a_request_that_ends_before_its_first_token_is_charged_its_prompt_once_unless_there_was_no_room(
+    tmp_path: Path, error: Exception, stream: bool, expected: list[int]
 ) -> None:
-    asks = ("/v1/completions", {"prompt": "x" * 400, "model": BASE, "max_tokens": 1})
+    asks = ("/v1/completions", {"prompt": "x" * 400, "model": BASE, "max_tokens": 1, "n": 4, "stream": stream})
     worker = FakeWorker(events=(error,))
     assert await statuses(tmp_path, {"tokens_per_minute": 250}, asks, asks, asks, worker=worker) == expected
 
