@@ -28,7 +28,6 @@ from deployments.observability.usage import UsageLog
 from gpu_worker.config import NativeSettings
 from gpu_worker.front.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
-from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
@@ -83,14 +82,12 @@ def serve_plainly(
 
     `engine`: changes of the Worker's settings; `kinds`: kinds of metrics.
     """
-    names = FakeNames()
-    pool = pool_of(*POOL)
+    replicas = retrievers or [retriever or FakeRetriever()]
+    outcomes: dict[str, Any] = {"refused": ("bad", "bad-one"), "missing": ("gone",), "taken": ("taken",)}
     handles = [
-        FakeHandle(*(retrievers or [retriever or FakeRetriever(model_names=names)])),
+        FakeHandle(*replicas),
         FakeHandle(worker or FakeWorker()),
-        FakeHandle(
-            store or FakeStore(pool, refused=("bad", "bad-one"), missing=("gone",), taken=("taken",), model_names=names)
-        ),
+        FakeHandle(store or FakeStore(pool_of(*POOL), model_names=replicas[0].model_names, **outcomes)),
     ]
     config = config_of(worker=engine or NativeSettings(), **settings)
     retriever_handle, worker_handle, store_handle = handles

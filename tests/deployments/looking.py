@@ -34,6 +34,12 @@ async def ask(page: Page, prompt: str = "A verse, please.") -> None:
     await page.get_by_role("button", name="Ask", exact=True).click()
 
 
+async def ask_and_wait(page: Page, prompt: str = "A verse, please.") -> None:
+    """Ask, and wait until the whole answer is shown."""
+    await ask(page, prompt)
+    await expect(last_turn(page, ".note")).to_contain_text("tokens")
+
+
 def last_turn(page: Page, part: str = "") -> Locator:
     """Return the last turn of the conversation, or a part of it."""
     return page.locator(f"#turns > li:last-child {part}")
@@ -43,6 +49,28 @@ async def go(page: Page, view: str) -> None:
     """Follow the link to a view, and wait until the view is shown: the page shows it some time after the click."""
     await page.get_by_role("navigation").get_by_role("link", name=view, exact=True).click()
     await expect(page.get_by_role("heading", level=2, name=view, exact=True)).to_be_visible()
+
+
+async def open_adapter(page: Page, name: str) -> None:
+    """Open the page of an adapter from the table, and wait until all of it is shown."""
+    await go(page, "Adapters")
+    await page.locator("#pool-rows").get_by_role("link", name=name, exact=True).click()
+    await expect(page.locator("#adapter-title")).to_have_text(name)
+    await expect(page.locator("#adapter-body")).to_be_visible()
+    await expect(page.locator("#adapter-code pre")).to_have_count(2)
+
+
+async def press(button: Locator, path: str, status: int = 200) -> None:
+    """Press a button, and wait for this answer to the request that it sends."""
+    async with button.page.expect_response(lambda answer: answer.request.url.endswith(path)) as answered:
+        await button.click()
+    assert (await answered.value).status == status
+
+
+async def publish(page: Page, count: int = 1) -> None:
+    """Publish all ticked folders, this many."""
+    await page.get_by_role("button", name=f"Publish {count} adapter").click()
+    await expect(page.locator("#previews .good")).to_have_count(count)
 
 
 async def show_options(page: Page) -> None:

@@ -15,12 +15,10 @@ from gpu_worker.front.request.request import Delta
 from lora_store import ROUTED_STRATEGIES
 from retriever_svc.route import NearSample
 from tests.browsing import Browsing
-from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.adapter_records import adapter
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
-from tests.deployments.fake_names import FakeNames
-from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS
-from tests.deployments.looking import ask, go, last_turn, look, show_options
+from tests.deployments.looking import ask, ask_and_wait, go, last_turn, look, show_options, wait_frames
 
 pytestmark = pytest.mark.browser
 
@@ -72,15 +70,23 @@ async def test_the_controls_determine_the_request(browsing: Browsing) -> None:
         assert (request.abstain, request.tags) == ("strict", ("one", "two"))
         sampling = served.job.sampling
         assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (17, 0.5, 0.9, 7)
-        await page.get_by_label("Model", exact=True).fill("coder")
+        model = page.get_by_label("Model", exact=True)
+        await model.fill("coder")
         for option in ("Strategy", "Most adapters (k)", "Abstain", "Only with tags"):
             await expect(page.get_by_label(option)).to_be_disabled()
         await ask(page)
         await expect(page.locator("#plan li .name")).to_have_text(["coder"])
         assert len(served.retriever.called("route")) == 1
-        await page.get_by_label("Model", exact=True).fill("tiny-base")
+        await model.fill("tiny-base")
         await ask(page)
         await expect(page.locator("#plan-note")).to_have_text("The base model answers, as requested.")
+        answer = await page.request.put(f"{page.url}v1/names/careful", data={"lora": {"k": 1}})
+        assert answer.ok, await answer.text()
+        await model.fill("careful")  # a policy, whose requests choose adapters
+        await expect(page.get_by_label("Strategy")).to_be_enabled()
+        await ask_and_wait(page)
+        ([request],) = served.retriever.called("route")[-1]
+        assert (request.strategy, request.top_k) == ("fusion", 5)
 
 
 async def test_a_second_prompt_and_stop_end_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) -> None:
@@ -215,9 +221,8 @@ async def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
     async with look(browsing) as (page, _):
         await expect(page.locator("#map-list li")).to_have_count(2)
         await expect(page.locator("#examples button")).to_have_count(2)  # nothing else changes the layout
-        frames = "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })"
         before = await page.locator("#map").bounding_box()
-        await page.evaluate(frames, 5)
+        await wait_frames(page, 5)
         after = await page.locator("#map").bounding_box()
         assert before and after
         assert [before["width"], before["height"]] == [after["width"], after["height"]], "drawing it changed its size"
@@ -228,25 +233,6 @@ async def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
         await expect(page.locator("#map-spoken")).to_have_text("poet")
         await page.keyboard.press("Enter")
         await expect(page.locator("#adapter-title")).to_have_text("poet")
-
-
-async def test_the_options_of_retrieval_apply_to_a_policy(browsing: Browsing) -> None:
-    names = FakeNames()
-    store = FakeStore(pool_of(*POOL), model_names=names)
-    async with look(browsing, retriever=MappedRetriever(model_names=names), store=store) as (page, served):
-        answer = await page.request.put(f"{page.url}v1/names/careful", data={"lora": {"k": 1}})
-        assert answer.ok, await answer.text()
-        await page.get_by_label("Model", exact=True).fill("coder")
-        await expect(page.get_by_label("Strategy")).to_be_disabled()
-        await page.get_by_label("Model", exact=True).fill("careful")
-        await expect(page.get_by_label("Strategy")).to_be_enabled()
-        await page.get_by_label("Strategy").select_option("fusion")
-        await show_options(page)
-        await page.get_by_label("Most adapters (k)").fill("2")
-        await ask(page)
-        await expect(last_turn(page, ".note")).to_contain_text("tokens")
-        [([request],)] = served.retriever.called("route")
-        assert (request.strategy, request.top_k) == ("fusion", 2)
 
 
 async def test_a_field_that_prevents_sending_is_shown(browsing: Browsing) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import expect
 
 from gpu_worker.front.request.prompts import Message
 from lora_store import Sample
@@ -23,7 +23,7 @@ from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
-from tests.deployments.looking import ask, last_turn, look, show_options, wait_frames
+from tests.deployments.looking import ask, ask_and_wait, last_turn, look, show_options, wait_frames
 
 pytestmark = pytest.mark.browser
 
@@ -32,23 +32,21 @@ def prompts_of(served: Served) -> list[object]:
     return [job.prompt for (job,) in served.worker.called("stream")]
 
 
-async def answered(page: Page, num_turns: int) -> None:
-    await expect(page.locator("#turns > li .note")).to_have_count(num_turns)
-    await expect(last_turn(page, ".note")).to_contain_text("tokens")
-
-
-async def test_a_conversation_sends_its_system_prompt_and_earlier_turns(browsing: Browsing) -> None:
+async def test_a_conversation_sends_its_system_prompt_and_earlier_turns_but_no_failed_one(browsing: Browsing) -> None:
     async with look(browsing) as (page, served):
         await show_options(page)
         await page.get_by_label("System prompt", exact=True).fill("Rhyme.")
-        for number, prompt in enumerate(["A verse, please.", "Another one."], start=1):
-            await ask(page, prompt)
-            await answered(page, number)
+        await ask_and_wait(page)
+        await page.get_by_label("Model", exact=True).fill("nosuch")
+        await ask(page, "lost")
+        await expect(last_turn(page, ".error")).to_be_visible()
+        await page.get_by_label("Model", exact=True).fill("auto")
+        await ask_and_wait(page, "Another one.")
         system, first = Message("system", "Rhyme."), Message("user", "A verse, please.")
         second = (system, first, Message("assistant", "Hello"), Message("user", "Another one."))
         assert prompts_of(served) == [(system, first), second]
         await page.locator("#turns > li").first.get_by_role("button", name="Again").click()
-        await answered(page, 1)
+        await expect(page.locator("#turns > li .note")).to_have_count(1)
         assert prompts_of(served)[2] == (system, first)
 
 
@@ -57,7 +55,7 @@ async def test_an_example_is_a_sample_of_the_pool_and_is_asked_by_a_click(browsi
         examples = page.locator("#examples button")
         await expect(examples).to_have_text(["A sample of coder.coder", "A sample of poet.poet"])
         await examples.last.click()
-        await answered(page, 1)
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
         await expect(last_turn(page, ".asked")).to_contain_text("A sample of poet.")
         await expect(page.locator("#welcome")).to_be_hidden()
 
@@ -110,13 +108,11 @@ async def test_samples_that_a_button_cannot_show_whole_come_last(browsing: Brows
 
 async def test_history_survives_a_reload_and_can_be_deleted(browsing: Browsing) -> None:
     async with look(browsing) as (page, served):
-        await ask(page, "first")
-        await answered(page, 1)
+        await ask_and_wait(page, "first")
         await page.get_by_role("button", name="New conversation").click()
         await expect(page.locator("#turns > li")).to_have_count(0)
         await expect(page.locator("#plan li")).to_have_count(0)
-        await ask(page, "second")
-        await answered(page, 1)
+        await ask_and_wait(page, "second")
         await page.reload()
         await expect(last_turn(page, ".asked")).to_contain_text("second")
         await expect(last_turn(page, ".text")).to_have_text("Hello")
@@ -124,8 +120,7 @@ async def test_history_survives_a_reload_and_can_be_deleted(browsing: Browsing) 
         await expect(page.locator("#history-list .earlier")).to_have_text(["second", "first"])
         await page.get_by_role("button", name="first", exact=True).click()
         await expect(last_turn(page, ".asked")).to_contain_text("first")
-        await ask(page, "more")
-        await answered(page, 2)
+        await ask_and_wait(page, "more")
         assert len(prompts_of(served)[-1]) == 3  # type: ignore[arg-type]  # the kept turn is part of the request
         await page.get_by_role("button", name="Delete the conversation: second").click()
         await expect(page.locator("#history-list .earlier")).to_have_text(["first"])
@@ -146,20 +141,8 @@ async def test_history_of_another_form_is_left_out(browsing: Browsing) -> None:
             await page.evaluate("(text) => localStorage.setItem('loraretriever-history', text)", stored)
             await page.reload()
             await expect(page.locator("#history")).to_be_hidden()
-            await ask(page)
-            await answered(page, 1)
+            await ask_and_wait(page)
             await expect(page.locator("#history-list .earlier")).to_have_text(["A verse, please."])
-
-
-async def test_a_failed_turn_is_not_sent_again_as_history(browsing: Browsing) -> None:
-    async with look(browsing) as (page, served):
-        await page.get_by_label("Model", exact=True).fill("nosuch")
-        await ask(page, "lost")
-        await expect(last_turn(page, ".error")).to_be_visible()
-        await page.get_by_label("Model", exact=True).fill("auto")
-        await ask(page, "found")
-        await expect(last_turn(page, ".note")).to_contain_text("tokens")
-        assert prompts_of(served) == [(Message("user", "found"),)]
 
 
 async def test_requests_as_code_do_what_the_page_does(browsing: Browsing) -> None:
@@ -187,8 +170,7 @@ async def test_requests_as_code_do_what_the_page_does(browsing: Browsing) -> Non
 
 async def test_code_is_copied(browsing: Browsing) -> None:
     async with look(browsing, context={"permissions": ["clipboard-read", "clipboard-write"]}) as (page, _):
-        await ask(page)
-        await answered(page, 1)
+        await ask_and_wait(page)
         await page.get_by_role("button", name="Code", exact=True).click()
         await page.clock.install()
         await page.clock.pause_at(datetime.now() + timedelta(hours=1))  # the button says it for two seconds
@@ -205,8 +187,7 @@ async def test_a_conversation_that_is_deleted_during_its_answer_stays_deleted(br
     async with look(browsing, worker=CountingWorker(goes_on=goes_on)) as (page, _):
         for prompt in ("secret one", "secret two"):
             goes_on.set()
-            await ask(page, f"{prompt}, first")
-            await answered(page, 1)
+            await ask_and_wait(page, f"{prompt}, first")
             goes_on.clear()
             await ask(page, prompt)
             await expect(last_turn(page, ".text")).to_have_text("Hel")
@@ -229,20 +210,18 @@ async def test_a_conversation_that_is_deleted_during_its_answer_stays_deleted(br
 
 async def test_two_tabs_with_one_conversation_keep_the_turns_of_both(browsing: Browsing) -> None:
     async with look(browsing) as (page, _):
-        await ask(page, "first")
-        await answered(page, 1)
+        await ask_and_wait(page, "first")
         other = await page.context.new_page()
         await other.goto(page.url)
         await other.locator("#history-list .earlier").click()
-        await ask(page, "of this tab")
-        await answered(page, 2)
-        for number, prompt in enumerate(("of the other", "one more"), start=2):
-            await ask(other, prompt)
-            await answered(other, number)
-        kept = (
-            "JSON.parse(localStorage.getItem('loraretriever-history')).map((chat) => chat.turns.map((t) => t.prompt))"
-        )
-        assert await other.evaluate(kept) == [["first", "of the other", "one more"], ["first", "of this tab"]]
+        await ask_and_wait(page, "of this tab")
+        for prompt in ("of the other", "one more"):
+            await ask_and_wait(other, prompt)
+        kept = "(text) => JSON.parse(localStorage.getItem(text)).map((chat) => chat.turns.map((turn) => turn.prompt))"
+        assert await other.evaluate(kept, "loraretriever-history") == [
+            ["first", "of the other", "one more"],
+            ["first", "of this tab"],
+        ]
         await other.close()
 
 

@@ -22,17 +22,18 @@ from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.looking import ask, folder_of, go, look, wait_frames
+from tests.deployments.looking import ask, folder_of, go, look, open_adapter, press, publish, wait_frames
 
 pytestmark = pytest.mark.browser
 
 
-async def open_adapter(page: Page, name: str) -> None:
-    await go(page, "Adapters")
-    await page.locator("#pool-rows").get_by_role("link", name=name, exact=True).click()
-    await expect(page.locator("#adapter-title")).to_have_text(name)
-    await expect(page.locator("#adapter-body")).to_be_visible()
-    await expect(page.locator("#adapter-code pre")).to_have_count(2)
+async def give(page: Page, folder: Path, how: str) -> None:
+    """Drop the folder on the page, or choose it there."""
+    if how == "drop":
+        await drop_folder(page, folder)
+    else:
+        await go(page, "Publish")
+        await page.locator("#folder").set_input_files(folder)
 
 
 async def test_the_table_is_one_tab_stop_with_arrow_keys(browsing: Browsing) -> None:
@@ -106,9 +107,13 @@ async def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsin
         await expect(page.get_by_label("Model", exact=True)).to_have_value("poet")
         await open_adapter(page, "coder")
         await expect(page.locator("#adapter-routed")).to_have_text("auto answers 0 of these 2 with it; poet: 2.")
-        await page.goto(page.url.partition("#")[0] + "#adapter/nosuch")
-        await expect(page.locator("#adapter-error")).to_contain_text("nosuch")
-        await expect(page.locator("#adapter-body")).to_be_hidden()
+        for name in ("nosuch", "%"):  # an address that is no name, too
+            await page.goto(page.url.partition("#")[0] + f"#adapter/{name}")
+            await page.reload()
+            await expect(page.locator("#adapter-title")).to_have_text(name)
+            await expect(page.locator("#adapter-error")).to_contain_text(name)
+            await expect(page.locator("#adapter-body")).to_be_hidden()
+            await expect(page.locator("#pool-count")).to_have_text("1–2 of 2")  # the rest of the page is loaded
 
 
 async def test_the_page_shows_who_answers_its_examples_best_and_since_when_it_is_live(browsing: Browsing) -> None:
@@ -141,9 +146,7 @@ async def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
         await expect(page.locator("#confirm-yes")).to_be_disabled()
         assert served.store.called("withdraw") == []
         await page.get_by_label("Type the name to confirm").fill("poet")
-        async with page.expect_response(lambda answer: answer.request.method == "DELETE") as answered:
-            await page.locator("#confirm-yes").click()
-        assert (await answered.value).status == 200
+        await press(page.locator("#confirm-yes"), "/v1/loras/poet")
         [(*withdrawn, _)] = served.store.called("withdraw")
         assert withdrawn == ["local", ["poet"], "local"]
         await expect(page.locator("#view-adapters")).to_be_visible()
@@ -184,9 +187,7 @@ async def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing)
         for _ in range(2):
             await approve.click()
         await answer(2)
-        async with page.expect_response(lambda answer: answer.request.url.endswith("/approve")) as answered:
-            await page.get_by_role("button", name="Approve it all the same").click()
-        assert (await answered.value).status == 200
+        await press(page.get_by_role("button", name="Approve it all the same"), "/approve")
         await wait_frames(page, 5)
         assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
 
@@ -201,9 +202,7 @@ async def test_rolling_back_needs_confirmation_and_names_the_version(browsing: B
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         assert served.store.called("restage") == []
         await page.get_by_role("button", name="Make live").click()
-        async with page.expect_response(lambda answer: answer.request.url.endswith("/rollback")) as answered:
-            await page.locator("#confirm-yes").click()
-        assert (await answered.value).status == 201
+        await press(page.locator("#confirm-yes"), "/rollback", 201)
         assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
         await page.route("**/v1/loras/poet?*", _without_older_versions)
         await open_adapter(page, "poet")
@@ -248,70 +247,59 @@ async def test_a_kept_version_is_tried_promoted_and_its_trial_ended(browsing: Br
     live = replace(adapter("poet"), trial=Trial(older.ref.digest, 0.1))
     store = FakeStore(pool_of(live, older))
     async with look(browsing, retriever=MappedRetriever([live]), store=store) as (page, served):
-
-        async def press(button: str, path: str) -> None:
-            async with page.expect_response(lambda answer: answer.request.url.endswith(path)) as answered:
-                await page.get_by_role("button", name=button, exact=True).click()
-            assert (await answered.value).ok
-
         await open_adapter(page, "poet")
         percent = page.get_by_label("on this many % of the requests")
         await expect(percent).to_have_value("10")
         await percent.fill("25")
         await page.get_by_label("on copies that no client sees").check()
-        await press("Start trial", "/share")
-        await press("End trial", "/share")
+        for button in ("Start trial", "End trial"):
+            await press(page.get_by_role("button", name=button), "/share")
         trials = [trial for _, _, trial, _ in served.store.called("set_trial")]
         assert trials == [Trial(older.ref.digest, 0.25, True), None]
         await page.get_by_role("button", name="Promote").click()
-        await press("Make live", "/rollback")
+        await press(page.locator("#confirm-yes"), "/rollback", 201)
         assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
 
 
 async def test_tags_template_visibility_and_samples_are_edited_without_an_upload(browsing: Browsing) -> None:
     live = replace(adapter("poet", version="fun", template="alpaca"), contract='{"stop": ["."]}')
     async with look(browsing, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live))) as (page, served):
-
-        async def save(status: int) -> None:
-            async with page.expect_response(lambda answer: answer.request.method == "PATCH") as answered:
-                await page.get_by_role("button", name="Save").click()
-            assert (await answered.value).status == status
-
+        save, edit = page.get_by_role("button", name="Save"), page.get_by_role("button", name="Edit", exact=True)
         await open_adapter(page, "poet")
-        await page.get_by_role("button", name="Edit", exact=True).press("Enter")
+        await edit.press("Enter")
         tags, samples = page.get_by_label("Tags", exact=True), page.get_by_label("Samples, one on each line")
         await expect(tags).to_be_focused()
         await expect(tags).to_have_value("fun")
         await expect(samples).to_have_value('A sample of poet.\n{"input":"Another one.","output":"Its output."}')
         await samples.fill('Only this.\n{"input": "<b>a</b>", "output": "b"}')
         await tags.fill("red,  blue")
-        await save(201)
+        await press(save, "/v1/loras/poet", 201)
         await expect(page.locator("#edit-form")).to_be_hidden()
-        await expect(page.get_by_role("button", name="Edit", exact=True)).to_be_focused()
+        await expect(edit).to_be_focused()
         [(edited, changes)] = served.store.called("edit")
         assert edited.ref == live.ref
         assert changes == Edit(tags=("red", "blue"), samples=(Sample("Only this."), Sample("<b>a</b>", "b")))
-        await page.get_by_role("button", name="Edit", exact=True).click()  # the page's version is not live any more
+        await edit.click()  # the page's version is not live any more
         await page.locator("#edit-template").select_option("chat")
-        await save(409)
+        await press(save, "/v1/loras/poet", 409)
         await expect(page.locator("#adapter-error")).to_contain_text("is not the live version of adapter 'poet'")
         await samples.fill('{"input": 1}')
-        await page.get_by_role("button", name="Save").click()
+        await save.click()
         await expect(page.locator("#adapter-error")).to_contain_text('line 1 of the samples needs "input"')
         await page.locator("#edit-cancel").click()
         contract = page.get_by_label("Contract, as JSON")
-        await page.get_by_role("button", name="Edit", exact=True).click()
+        await edit.click()
         await expect(contract).to_have_value('{\n  "stop": [\n    "."\n  ]\n}')
         await contract.fill("{")
-        await page.get_by_role("button", name="Save").click()
+        await save.click()
         await expect(page.locator("#adapter-error")).to_contain_text("the contract is not JSON")
         await contract.fill('{"instruction": "Negate: {input}"}')
-        await save(409)  # refused for its version only
+        await press(save, "/v1/loras/poet", 409)  # refused for its version only
         assert len(served.store.called("edit")) == 1
         await page.locator("#edit-cancel").click()
-        await page.get_by_role("button", name="Edit", exact=True).click()
+        await edit.click()
         await page.locator("#edit-visibility").select_option("private")
-        await save(200)
+        await press(save, "/v1/loras/poet")
         assert served.store.called("set_visibility") == [("local", "poet", "private", "local")]
         assert len(served.store.called("edit")) == 1
 
@@ -344,11 +332,7 @@ async def test_folders_are_previewed_and_the_ticked_ones_published(
     (folder_of(parent, "pickled") / "adapter_model.safetensors").rename(parent / "pickled" / "adapter_model.bin")
     async with look(browsing) as (page, served):
         page.on("request", lambda request: bodies.append(request.post_data) if request.method == "POST" else None)
-        if how == "drop":
-            await drop_folder(page, parent)
-        else:
-            await go(page, "Publish")
-            await page.locator("#folder").set_input_files(parent)
+        await give(page, parent, how)
         await expect(page.locator("#drop")).to_contain_text("Before you publish, the console sends only the samples")
         cards = page.locator("#previews > li")
         await expect(cards).to_have_count(4)
@@ -424,8 +408,7 @@ async def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_uplo
             await expect(page.get_by_label(f"Publish {name}")).to_be_disabled()
             await expect(page.get_by_label(f"Publish {name}")).not_to_be_checked()
         await expect(page.get_by_label("Publish alias")).to_be_checked()
-        await page.get_by_role("button", name="Publish 1 adapter").click()
-        await expect(page.locator("#previews .good")).to_have_count(1)
+        await publish(page)
         assert [upload.name for (upload, _) in served.store.called("stage")] == ["alias"]
 
 
@@ -438,8 +421,7 @@ async def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_
         await page.get_by_role("button", name="Publish as a new version of poet").click()
         await expect(page.get_by_label("Name of verses")).to_have_value("poet")
         await expect(notes).to_contain_text("new version of poet; the present one is kept")
-        await page.get_by_role("button", name="Publish 1 adapter").click()
-        await expect(page.locator("#previews .good")).to_have_count(1)
+        await publish(page)
         await expect(page.locator("#previews .good .state")).to_contain_text(
             "tags: fun (kept); visibility: public (kept)"
         )
@@ -471,8 +453,7 @@ async def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsi
             await expect(page.get_by_label(f"Publish checkpoint-{step}", exact=True)).to_be_checked(checked=ticked)
         for samples in await page.get_by_label("Sample prompts").all():
             await samples.fill("First prompt\n\nSecond prompt")
-        await page.get_by_role("button", name="Publish 1 adapter").click()
-        await expect(page.locator("#previews .good")).to_have_count(1)
+        await publish(page)
         [(upload, _)] = served.store.called("stage")
         assert upload.name == "my-run-v2"
         assert upload.files["lora_samples.jsonl"] == b'{"input":"First prompt"}\n{"input":"Second prompt"}\n'
@@ -531,13 +512,13 @@ async def test_a_dialog_closes_with_the_page_that_it_asks_about(browsing: Browsi
         assert served.store.called("withdraw") == served.store.called("restage") == []
 
 
-@pytest.mark.parametrize("status", [200, 409])
-async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(browsing: Browsing, status: int) -> None:
+async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(browsing: Browsing) -> None:
     waits, goes_on = asyncio.Event(), asyncio.Event()
 
     async def answer_late(route: Route) -> None:
         waits.set()
         await goes_on.wait()
+        status = 200 if route.request.method == "PATCH" else 409
         await route.fulfill(status=status, json={"generation": 7, "error": {"message": "too late for poet"}})
 
     async def leave(page: Page) -> None:
@@ -546,7 +527,7 @@ async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(brow
         await open_adapter(page, "coder")
 
     async def release(page: Page) -> None:
-        async with page.expect_response(lambda answer: answer.status == status and "poet" in answer.url):
+        async with page.expect_response(lambda answer: "poet" in answer.url):
             goes_on.set()
         goes_on.clear()
         await wait_frames(page, 5)
@@ -575,15 +556,6 @@ async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(brow
         await page.unroute_all(behavior="wait")
 
 
-async def test_an_address_that_is_no_name_opens_a_page_that_says_so(browsing: Browsing) -> None:
-    async with look(browsing) as (page, _):
-        await page.goto(page.url.partition("#")[0] + "#adapter/%")
-        await page.reload()
-        await expect(page.locator("#adapter-title")).to_have_text("%")
-        await expect(page.locator("#adapter-error")).to_contain_text("%")
-        await expect(page.locator("#pool-count")).to_have_text("1–2 of 2")  # the rest of the page is loaded
-
-
 @pytest.mark.parametrize("how", ["drop", "choose"])
 async def test_of_a_training_run_and_of_an_mlx_folder_the_adapters_files_are_published(
     browsing: Browsing, tmp_path: Path, how: str
@@ -598,18 +570,13 @@ async def test_of_a_training_run_and_of_an_mlx_folder_the_adapters_files_are_pub
     (mlx / "adapter_config.json").write_text(json.dumps(config))
     (mlx / "adapter_model.safetensors").rename(mlx / "adapters.safetensors")
     async with look(browsing) as (page, served):
-        if how == "drop":
-            await drop_folder(page, parent)
-        else:
-            await go(page, "Publish")
-            await page.locator("#folder").set_input_files(parent)
+        await give(page, parent, how)
         cards = page.locator("#previews > li")
         await expect(cards).to_have_count(2)
         await expect(page.locator("#previews .problem")).to_have_count(0)
         await expect(cards.filter(has=page.get_by_label("Publish mlx"))).to_contain_text("tiny-base · rank 8")
         await expect(cards.filter(has=page.get_by_label("Publish my-task"))).to_contain_text("2 files")
-        await page.get_by_role("button", name="Publish 2 adapters").click()
-        await expect(page.locator("#previews .good")).to_have_count(2)
+        await publish(page, 2)
         uploads = {upload.name: upload.files for (upload, _) in served.store.called("stage")}
         assert uploads["my-task"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
         assert uploads["my-task"]["adapter_model.safetensors"] == b"12345"

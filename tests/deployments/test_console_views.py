@@ -15,13 +15,11 @@ from gpu_worker.front.request.request import Delta, Job
 from lora_store import ROUTED_STRATEGIES
 from lora_store.usage import SUMS, UsageQuery
 from tests.browsing import Browsing
-from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
-from tests.deployments.fake_names import FakeNames
-from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
-from tests.deployments.looking import ask, go, last_turn, look
+from tests.deployments.looking import ask, ask_and_wait, go, last_turn, look
 
 pytestmark = pytest.mark.browser
 
@@ -69,9 +67,7 @@ async def test_strategies_and_the_base_model_are_compared_side_by_side_and_one_m
 
 
 async def test_named_adapters_versions_and_policies_are_compared_alone(browsing: Browsing) -> None:
-    names = FakeNames()
-    store = FakeStore(pool_of(*POOL), model_names=names)
-    async with look(browsing, retriever=MappedRetriever(model_names=names), store=store) as (page, served):
+    async with look(browsing) as (page, served):
         await page.goto(page.url.partition("#")[0] + "#adapter/poet")
         await page.get_by_role("button", name="Compare version").first.click()
         await expect(page.get_by_label("Prompt to compare")).to_have_value("A sample of poet.")
@@ -202,8 +198,7 @@ async def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) ->
         .filter((node) => Math.min(node.offsetHeight, node.offsetWidth) < 24 && node.type !== 'checkbox')
         .map((node) => node.outerHTML)"""
     async with look(browsing) as (page, _):
-        await ask(page)
-        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        await ask_and_wait(page)
         for view in VIEWS:
             await go(page, view)
             controls = page.locator("button, input, select, textarea")
@@ -249,8 +244,7 @@ async def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsi
         for key, count in (("admin", 1), ("user", 2)):
             await use(key)
             for _ in range(count):
-                await ask(page)
-                await expect(last_turn(page, ".note")).to_contain_text("tokens")
+                await ask_and_wait(page)
         url = page.url.partition("#")[0]
         routed = await page.request.post(f"{url}v1/route", data={"prompt": ["A verse."]}, headers=bearer("user"))
         assert routed.ok, await routed.text()
