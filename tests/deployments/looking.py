@@ -84,6 +84,13 @@ async def wait_frames(page: Page, count: int) -> None:
     )
 
 
+async def poll(page: Page) -> None:
+    """Let the page read the server's metrics now instead of two seconds after it did, and handle the answer."""
+    async with page.expect_response("**/v1/stats"):
+        await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    await wait_frames(page, 5)
+
+
 async def report_generation(route: Route, generation: int) -> None:
     """Answer with the server's metrics, of a pool at this generation."""
     answer = await (await route.fetch()).json()

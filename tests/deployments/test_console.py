@@ -18,7 +18,7 @@ from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_worker import DELTAS
-from tests.deployments.looking import ask, ask_and_wait, go, last_turn, look, show_options, wait_frames
+from tests.deployments.looking import ask, ask_and_wait, go, last_turn, look, poll, show_options, wait_frames
 
 pytestmark = pytest.mark.browser
 
@@ -270,5 +270,6 @@ async def test_strategies_are_offered_once_the_server_lists_them(browsing: Brows
         await expect(page.locator("#connection")).to_have_text("live")
         await expect(page.locator("#strategy option")).to_have_count(1)
         is_ready.set()
+        await poll(page)
         await expect(page.locator("#strategy option")).to_have_count(1 + len(ROUTED_STRATEGIES))
         await page.unroute_all(behavior="wait")

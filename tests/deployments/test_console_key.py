@@ -20,6 +20,7 @@ from tests.deployments.looking import (
     go,
     last_turn,
     look,
+    poll,
     publish,
     report_generation,
     wait_frames,
@@ -133,6 +134,7 @@ async def test_another_key_sees_nothing_of_the_one_before(browsing: Browsing, tm
         await go(page, "Adapters")
         async with page.expect_response("**/v1/loras?*min_generation=9"):
             await page.route("**/v1/stats", lambda route: report_generation(route, 9))
+            await poll(page)
         await page.unroute_all(behavior="wait")
         await page.go_back()
         await page.go_back()

@@ -12,7 +12,7 @@ from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.looking import folder_of, go, last_turn, look, report_generation
+from tests.deployments.looking import folder_of, go, last_turn, look, poll, report_generation
 
 pytestmark = pytest.mark.browser
 MAX_TABS = 120
@@ -140,6 +140,7 @@ async def test_the_focus_stays_where_it_is_when_the_pool_changes(
         retriever.held = [adapter("bard"), *retriever.held]
         async with page.expect_response(loaded):
             await page.route("**/v1/stats", lambda route: report_generation(route, 9))
+            await poll(page)
         await expect(control).to_have_count(3)
         await expect(page.locator(f"{controls}:focus")).to_have_text(held, use_inner_text=True)
         await page.unroute_all(behavior="wait")

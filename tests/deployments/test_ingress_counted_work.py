@@ -80,21 +80,28 @@ async def test_a_long_prompt_is_charged_for_every_part_that_is_read(tmp_path: Pa
     assert await statuses(tmp_path, {"tokens_per_minute": num_tokens + 2}, route, place) == [200, 200]
 
 
+TWO_ROWS = {"concurrent_requests": 2}
+FEW_TOKENS = {"tokens_per_minute": 15}
+
+
 @pytest.mark.parametrize(
-    ("path", "body", "param"),
+    ("limits", "path", "body", "param"),
     [
-        ("/v1/completions", {"prompt": ["a"] * 3}, "prompt"),
-        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}, "n"),
-        ("/v1/chat/completions", CHAT | {"n": 3}, "n"),
-        ("/v1/route", {"prompt": ["a"] * 3}, "prompt"),
+        (TWO_ROWS, "/v1/completions", {"prompt": ["a"] * 3}, "prompt"),
+        (TWO_ROWS, "/v1/completions", {"prompt": ["a", "b"], "n": 2}, "n"),
+        (TWO_ROWS, "/v1/chat/completions", CHAT | {"n": 3}, "n"),
+        (TWO_ROWS, "/v1/route", {"prompt": ["a"] * 3}, "prompt"),
+        (FEW_TOKENS, "/tokenize", {"prompt": "x" * 61}, "prompt"),
+        (FEW_TOKENS, "/tokenize", {"messages": [{"role": "user", "content": "x" * 61}], "model": BASE}, "messages"),
+        (FEW_TOKENS, "/detokenize", {"tokens": [120] * 16}, "tokens"),
     ],
 )
-async def test_a_request_with_more_rows_than_the_keys_limit_is_refused(
-    tmp_path: Path, path: str, body: dict[str, Any], param: str
+async def test_a_request_above_a_limit_of_its_key_is_refused_by_its_field(
+    tmp_path: Path, limits: dict[str, int], path: str, body: dict[str, Any], param: str
 ) -> None:
-    [[response], _] = await served_to(tmp_path, {"concurrent_requests": 2}, (path, body))
-    error = error_of(response)
-    assert (response.status_code, error["param"]) == (400, param) and "the key allows 2 at once" in error["message"]
+    [[response], _] = await served_to(tmp_path, limits, (path, body))
+    error, [limit] = error_of(response), limits.values()
+    assert (response.status_code, error["param"]) == (400, param) and f"the key allows {limit} " in error["message"]
 
 
 async def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:
@@ -179,21 +186,6 @@ async def test_tokens_are_charged_and_a_key_without_any_left_does_not_use_the_wo
     answers, served = await served_to(tmp_path, {"tokens_per_minute": 61}, *[(path, body)] * 3)
     assert [answer.status_code for answer in answers] == [200, 429, 429]
     assert len(served.worker.called(path.strip("/"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/tokenize", {"prompt": "x" * 61}, "prompt"),
-        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 61}], "model": BASE}, "messages"),
-        ("/detokenize", {"tokens": [120] * 16}, "tokens"),
-    ],
-)
-async def test_more_tokens_than_the_key_may_use_in_a_minute_are_refused_by_field(
-    tmp_path: Path, path: str, body: dict[str, Any], param: str
-) -> None:
-    [[response], _] = await served_to(tmp_path, {"tokens_per_minute": 15}, (path, body))
-    assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
 @pytest.mark.parametrize("field", ["prompt", "messages"])
