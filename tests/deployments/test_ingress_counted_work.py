@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 
 from gpu_worker.config import NativeSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
-from gpu_worker.front.request.request import Prompt, Tokenized
-from gpu_worker.front.request.tools import Tools
+from gpu_worker.front.request.request import Tokenized
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
@@ -203,17 +201,8 @@ async def test_a_text_above_eight_characters_a_token_of_the_context_is_not_token
     assert error["message"].startswith(f"{field}: at most 80 characters, 8 for each token of the context, got 81")
 
 
-@dataclass
 class FullTokenizer(FakeWorker):
-    async def tokenize(
-        self,
-        tenant: str,
-        prompt: Prompt,
-        template: str,
-        add_special_tokens: bool | None,
-        with_texts: bool,
-        tools: Tools | None = None,
-    ) -> Tokenized:
+    async def tokenize(self, *asked: Any) -> Tokenized:
         raise EngineFull("full")
 
 
