@@ -70,7 +70,7 @@ def test_a_call_has_arguments_that_an_answer_can_hold(arguments: str, shown: Jso
 
 
 def test_a_stream_has_the_blocks_of_the_whole_message_however_it_is_merged() -> None:
-    for seed in range(300):
+    for seed in range(100):
         deltas = random_calls(seed)
         message = MessageForm("auto", "r").whole(ANSWER.whole([Completion.joined(deltas)]))
         text = "".join(block.get("text", "") for block in message["content"])

@@ -130,11 +130,6 @@ def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
             yield from subclasses(child)
 
 
-def code_of(error: Exception) -> str:
-    code: str = describe(error)[1]["error"]["code"]
-    return code
-
-
 @pytest.mark.parametrize(("error", "status", "type_", "code"), EXPECTED, ids=lambda value: type(value).__name__)
 def test_an_error_maps_equally_from_this_process_and_from_a_replica(
     error: Exception, status: int, type_: str, code: str
@@ -233,4 +228,4 @@ def test_a_subclass_has_the_code_of_its_base() -> None:
     class Narrower(store_errors.AdapterRefused):
         """A refusal that a later version might add."""
 
-    assert code_of(Narrower("x", ["a"])) == "adapter_refused"
+    assert describe(Narrower("x", ["a"]))[1]["error"]["code"] == "adapter_refused"

@@ -55,15 +55,8 @@ def test_the_id_that_ends_an_answer_is_a_token_of_completions_and_not_of_chats()
     )
 
 
-def test_an_echoed_prompt_comes_first_and_shifts_the_answers_offsets() -> None:
+def test_a_scored_prompt_has_the_ranks_of_its_tokens() -> None:
     prompt = (PromptToken(7, b"a", 0), PromptToken(8, b"bc", 1, -1.5, 2, ((9, b"x", -0.5), (8, b"bc", -1.5))))
-    reported = text_logprobs((TokenLogprob(b"d", -2.0, (), 0),), prompt, 1, 3)
-    assert reported == {
-        "tokens": ["a", "bc", "d"],
-        "token_logprobs": [None, -1.5, -2.0],
-        "top_logprobs": [None, {"x": -0.5, "bc": -1.5}, {"d": -2.0}],
-        "text_offset": [0, 1, 3],
-    }
     assert prompt_logprobs(prompt, 1) == [
         None,
         {

@@ -12,12 +12,7 @@ from lora_store import BASE_PLAN
 from retriever_svc import Candidate
 from retriever_svc.route import NearSample
 from tests.deployments.adapter_records import adapter
-from tests.deployments.shown_plans import CANDIDATES, EXPLAINED, LORA, PLAN, POET
-
-
-@pytest.mark.parametrize("explain", [False, True])
-def test_candidates_and_generation_are_included_on_request(explain: bool) -> None:
-    assert plan_object(Planned(PLAN, CANDIDATES), "local", explain=explain) == (EXPLAINED if explain else LORA)
+from tests.deployments.shown_plans import CANDIDATES, PLAN, POET
 
 
 def test_an_explained_candidate_has_its_nearest_samples() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deployments.auth.api_keys import KeySet, hash_key, new_key, parse_entries, require_unique
-from deployments.auth.authenticator import Caller, KeyLimits
+from deployments.auth.authenticator import Caller
 from deployments.errors import KeyRefused
 from tests.deployments.key_files import entry
 
@@ -34,11 +34,6 @@ def test_a_key_is_refused_from_its_end_on_and_its_owner_learns_why(at: str, dump
     assert keys.find("two") is not None and keys.find("three") is None
 
 
-def test_an_invalid_hash_never_matches() -> None:
-    assert KeySet([]).find("") is None
-    assert len(KeySet([])) == 0
-
-
 def test_keys_are_random_and_stored_as_hashes_only() -> None:
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
@@ -46,13 +41,6 @@ def test_keys_are_random_and_stored_as_hashes_only() -> None:
     key = keys.pop()
     assert hash_key(key) == hashlib.sha256(key.encode()).hexdigest()
     assert key not in str(KeySet(parse_entries(json.dumps([entry("x") | {"sha256": hash_key(key)}]))).__dict__)
-
-
-@pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])
-def test_yaml_and_json_are_equivalent(dump: Any) -> None:
-    given = [entry("one", limits={"requests_per_minute": 60, "max_adapters": 5})]
-    [found] = parse_entries(dump(given))
-    assert found.caller().limits == KeyLimits(requests_per_minute=60, max_adapters=5)
 
 
 GOOD = entry("secret")
@@ -82,7 +70,7 @@ GOOD = entry("secret")
         (json.dumps([GOOD | {"expires_at": "0001-01-01T00:00:00+05:00"}]), "entry 0.expires_at: must be between"),
         ("- id: one\n  expires_at: 2026-02-30", "see line 2"),
         ("- id: !!int secret", "see line 1"),
-        ("[" * 100_000, "not valid YAML"),
+        ("[\n" * 100_000, "not valid YAML"),
         ('[{"id": "ci", "roles": ["infer"], "roles": ["admin"]}]', "has a name twice: see line 1"),
         ("- id: ci\n  expires_at: 2020-01-01\n  expires_at: null\n", "has a name twice: see line 3"),
     ],

@@ -69,7 +69,7 @@ def test_a_kubernetes_secret_is_followed_through_its_swaps(tmp_path: Path) -> No
 LATE = json.dumps([entry("b", expires_at="9999-12-31T23:59:59-05:00")])  # UTC has no such time
 
 
-@pytest.mark.parametrize("broken", ["", "- id: [", '[{"id": "x"}]', "missing", LATE, "[" * 3000])
+@pytest.mark.parametrize("broken", ["", "- id: [", '[{"id": "x"}]', "missing", LATE, "[\n" * 3000])
 def test_a_broken_file_leaves_the_keys_and_is_logged_once(
     path: Path, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from ray import serve
 
-from deployments.config.app import OTHER_FILES_BYTES, AppConfig
+from deployments.config.app import AppConfig
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import RetrieverScaling, WorkerScaling
 from gpu_worker.config import NativeSettings, NativeWorkerConfig, VllmSettings, VllmWorkerConfig
@@ -313,11 +313,6 @@ def test_cuda_implies_the_gpus_of_a_worker() -> None:
     assert AppConfig.model_validate({"worker": TWO_GPUS}).worker_scaling.num_gpus == 2
     half = {"worker": {"device": "cuda"}, "worker_scaling": {"ray_actor_options": {"num_gpus": 0.5}}}
     assert AppConfig.model_validate(half).worker_scaling.num_gpus == 0.5
-
-
-def test_an_upload_holds_the_largest_weights_and_their_other_files() -> None:
-    config = AppConfig(admission={"max_weights_bytes": 100})
-    assert config.max_upload_bytes == 100 + OTHER_FILES_BYTES
 
 
 def test_each_of_several_models_has_settings_of_its_own_and_shares_the_others() -> None:

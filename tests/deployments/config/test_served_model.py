@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from deployments.config.app import AppConfig
@@ -20,13 +19,6 @@ def test_the_limits_of_a_request_come_from_the_settings() -> None:
     assert (model.max_model_len, model.max_new_tokens, model.max_request_s) == (77, 300, 9)
     assert model.sampling_defaults == {"top_k": 5}
     assert config.served_models.bases.accepted == {"away": model.accepted_names}
-
-
-def test_the_operators_sampling_defaults_override_those_of_the_base_model(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
-    given = {"base_model": str(tmp_path), "sampling_defaults": {"temperature": 0}}
-    assert AppConfig(**given).served_model.sampling_defaults == {"temperature": 0, "top_p": 0.9}
-    assert AppConfig(**given, generation_config="none").served_model.sampling_defaults == {"temperature": 0}
 
 
 def test_the_path_of_the_served_folder_and_its_last_part_are_accepted(tmp_path: Path) -> None:

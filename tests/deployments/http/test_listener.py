@@ -81,20 +81,20 @@ async def test_health_is_answered_as_by_the_proxy() -> None:
         assert (answer.status_code, answer.text) == (200, "success")
 
 
-async def raw(port: int, text: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def raw(client: httpx.AsyncClient, text: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send this text to the client's server over a connection of its own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
     writer.write(text)
     return reader, writer
 
 
 async def test_connections_and_heads_have_the_proxys_limits() -> None:
     async with listening(echo, ProxyLimits(connections_per_address=1)) as client:
-        assert client.base_url.port is not None
-        reader, writer = await raw(client.base_url.port, b"GET / HTTP/1.1\r\nx: " + b"a" * 17_000)
+        reader, writer = await raw(client, b"GET / HTTP/1.1\r\nx: " + b"a" * 17_000)
         assert (await asyncio.wait_for(reader.readline(), 120)).startswith(b"HTTP/1.1 400")
         writer.close()
         begun = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
-        first, second = await raw(client.base_url.port, begun), await raw(client.base_url.port, begun)
+        first, second = await raw(client, begun), await raw(client, begun)
         assert (await asyncio.wait_for(second[0].readline(), 120)).startswith(b"HTTP/1.1 429")
         first[1].write(b"after")
         assert (await asyncio.wait_for(first[0].readuntil(b"!"), 120)).startswith(b"HTTP/1.1 200")
@@ -133,9 +133,8 @@ async def test_an_application_that_ends_before_the_body_is_answered() -> None:
         await send({"type": "http.response.body", "body": b"too long"})
 
     async with listening(refuse) as client:
-        assert client.base_url.port is not None
         head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n"
-        reader, writer = await raw(client.base_url.port, head + b"a" * 200_000)
+        reader, writer = await raw(client, head + b"a" * 200_000)
         answer = await asyncio.wait_for(reader.readuntil(b"too long"), 120)
         assert answer.startswith(b"HTTP/1.1 413")
         writer.close()
@@ -199,13 +198,12 @@ async def test_requests_in_progress_are_answered_before_a_listener_has_stopped()
     assert await listener.stopped(), "it had not started"
     listener = Listener(slow, await listening_at("127.0.0.1", 0))
     listener.start()
-    port = listener.port
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}", timeout=120) as client:
         asking = asyncio.create_task(client.post("/", content="a"))
         await asyncio.wait_for(began.wait(), 120)
         assert not await listener.stopped(within_s=0.5)
         with pytest.raises(ConnectionRefusedError):
-            await raw(port, b"")
+            await raw(client, b"")
         may_answer.set()
         assert await listener.stopped(within_s=120)
         assert (await asking).text == "A!" and not listener.has_failed
@@ -246,10 +244,9 @@ async def test_an_unread_body_stays_with_its_client() -> None:
         await echo(scope, receive, send)
 
     async with listening(late) as client:
-        assert client.base_url.port is not None
         size = 30_000_000
         head = f"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode()
-        reader, writer = await raw(client.base_url.port, head + b"a" * size)
+        reader, writer = await raw(client, head + b"a" * size)
         await asyncio.sleep(0.5)
         assert writer.transport.get_write_buffer_size() > size / 2
         may_read.set()

@@ -19,6 +19,7 @@ from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.all_routes import (
+    APP,
     OPEN_ROUTES,
     ROLES_OF,
     documented,
@@ -117,7 +118,7 @@ def test_with_keys_ready_returns_only_the_status(keys: Path, tmp_path: Path) -> 
 
 
 def test_the_api_description_mentions_the_key_and_the_upload_of_files() -> None:
-    described = get("/openapi.json").json()
+    described = APP.openapi()
     publish = described["paths"]["/v1/loras"]["post"]
     assert publish["security"] == [{"HTTPBearer": []}]
     assert publish["requestBody"]["content"].keys() == {"multipart/form-data", "application/json"}
@@ -335,7 +336,7 @@ async def test_a_failed_request_is_charged_its_usage(tmp_path: Path) -> None:
 
 async def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> None:
     """Each key is added next to the previous one, used as soon as the file is written, and then alone in it."""
-    num_rotations = scale.pick("rotations", small=25, full=500)
+    num_rotations = scale.pick("rotations", small=10, full=500)
     path = write(tmp_path / "keys.json", entry("k0"))
     served = serve_plainly(keys_file=path)
     valid, num_asked, done = ["k0"], 0, False

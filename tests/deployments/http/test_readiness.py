@@ -148,14 +148,9 @@ async def test_the_number_of_waiting_clients_is_limited_and_leaving_ones_make_ro
         again.cancel()
 
 
-async def test_refused_folders_are_shown_to_clients_without_their_paths(tmp_path: Path) -> None:
-    folders = preload_of(tmp_path, "poet", "bad")
-    assert (await shown(folders=folders))["refused"] == {"bad": "adapter 'bad' refused: it is bad"}
-
-
-async def test_refused_folders_of_one_name_are_both_shown(tmp_path: Path) -> None:
+async def test_refused_folders_of_one_name_are_both_shown_to_clients_without_their_paths(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        preload_of(tmp_path / name, "bad")
+        preload_of(tmp_path / name, "poet", "bad")
     folders = (tmp_path / "one", tmp_path / "two")
     assert (await shown(folders=folders))["refused"] == {"bad": "; ".join(["adapter 'bad' refused: it is bad"] * 2)}

@@ -48,12 +48,6 @@ async def test_a_publish_is_201_and_passes_on_the_clients_fields() -> None:
     assert upload == PublishItem(Path("/folders/x"), "singer", tags=("fun",), template="chat")
 
 
-async def test_a_source_is_published_by_its_uri() -> None:
-    response, [upload] = await staged_by({"json": {"source": "s3://bucket/pool/bard"}})
-    assert (response.status_code, response.json()["name"]) == (201, "bard")
-    assert upload == PublishItem(source="s3://bucket/pool/bard")
-
-
 async def test_uploaded_files_are_published_unchanged() -> None:
     fields = upload(tags=["fun", "short"], template="chat")
     response, [staged] = await staged_by(fields)
@@ -156,9 +150,6 @@ async def test_a_malformed_publish_is_refused_by_its_field_and_nothing_is_staged
     ("content", "kind", "said"),
     [
         (b"{", "application/json", "not valid JSON"),
-        (b'{"path": "\xff"}', "application/json", "not utf-8 text"),
-        (b"[" * 100_000, "application/json", "more than 16384 JSON values"),
-        (b"[" * 10_000, "application/json", "nested too deeply"),
         (b"path=/a", "application/x-www-form-urlencoded", "content-type"),
         (b'{"path": "/a"}', "text/plain", "content-type"),
         (b"", "", "content-type"),
@@ -261,21 +252,18 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("outside", OUTSIDE, ids=str)
-@pytest.mark.parametrize(("method", "path", "sent"), CHANGES)
-async def test_only_this_machine_changes_the_pool(
-    method: str, path: str, sent: dict[str, Any], outside: dict[str, Any]
-) -> None:
+async def test_only_this_machine_changes_the_pool(outside: dict[str, Any]) -> None:
     async with asked(**outside) as (client, served):
-        response = await client.request(method, path, **sent)
-        assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
-        assert ("web pages of" in error_of(response)["message"]) is ("origin" in str(outside))
+        for method, path, sent in CHANGES:
+            response = await client.request(method, path, **sent)
+            assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied"), path
+            assert ("web pages of" in error_of(response)["message"]) is ("origin" in str(outside))
         assert served.store.calls == []
 
 
-@pytest.mark.parametrize("outside", OUTSIDE[:2], ids=str)
 @pytest.mark.parametrize(("method", "path", "sent"), CHANGES)
 def test_remote_clients_may_change_it_if_allowed_but_not_name_server_folders(
-    method: str, path: str, sent: dict[str, Any], outside: dict[str, Any]
+    method: str, path: str, sent: dict[str, Any]
 ) -> None:
     names_a_folder = "/folders/x" in str(sent) or path.endswith("reindex")
     versions = adapter("poet", version="2"), adapter("poet", version="1")
@@ -286,7 +274,7 @@ def test_remote_clients_may_change_it_if_allowed_but_not_name_server_folders(
         allow_remote_publish=True,
         store=FakeStore(pool_of(*versions)),
         retriever=FakeRetriever(steps=[[DoctorStep(0, 0)] if path.endswith("doctor") else []]),
-        **outside,
+        host="10.0.0.1",
     )
     assert (response.status_code == 403) is names_a_folder
     assert names_a_folder or response.status_code in (200, 201)

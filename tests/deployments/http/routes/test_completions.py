@@ -24,8 +24,9 @@ def test_http_streams_events() -> None:
 def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": True}, worker=FakeWorker(BROKEN))
     assert response.status_code == 200
-    last = response.text.rstrip("\n").split("\n\n")[-1]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
+    *_, before, last = response.text.rstrip("\n").split("\n\n")
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["code"], error["message"], '"Hel"' in before) == ("unavailable", "it stopped", True)
     assert "[DONE]" not in response.text
 
 

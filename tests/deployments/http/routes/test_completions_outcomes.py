@@ -10,6 +10,7 @@ from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.asking import asked, error_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
+from tests.virtual_time import in_virtual_time
 
 CHAT = {"messages": [{"role": "user", "content": "Rhyme on rain."}]}
 DIGEST = POOL[0].ref.digest
@@ -42,6 +43,7 @@ async def test_an_outcome_is_kept_under_one_name_of_its_adapter(name: str) -> No
 
 
 @pytest.mark.parametrize("adapter", ["poet", None])
+@in_virtual_time
 async def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(adapter: str | None) -> None:
     store, answers = await judged("apply", 1, -1, adapter=adapter)
     assert [answer.json()["applies"] for answer in answers] == [True, True]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -131,8 +130,3 @@ def luminance(colour: str) -> float:
 
 def test_every_file_of_the_console_is_served() -> None:
     assert all(path.name in console_files() for path in (ROOT / "deployments" / "console").iterdir())
-
-
-def test_the_console_is_not_in_the_api_document() -> None:
-    paths = json.loads(get("/openapi.json").text)["paths"]
-    assert "/" not in paths and {"/v1/stats", "/v1/pool/map"} <= paths.keys()

@@ -47,10 +47,9 @@ async def pages(limit: int, after_field: str = "after", **query: Any) -> list[li
     return found
 
 
-@pytest.mark.parametrize("after_field", ["after", "after_id"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 26, 27, 28, 1000])
-async def test_pages_contain_every_model_once_and_in_order(limit: int, after_field: str) -> None:
-    found = await pages(limit, after_field)
+async def test_pages_contain_every_model_once_and_in_order(limit: int) -> None:
+    found = await pages(limit, "after" if limit % 2 else "after_id")
     assert [name for page in found for name in page] == ["auto", BASE, *[record.ref.name for record in MANY]]
     assert len(found) == -(-27 // limit)
 

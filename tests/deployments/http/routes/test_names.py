@@ -18,7 +18,6 @@ from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy, names
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import asked, error_of
-from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
@@ -223,7 +222,7 @@ async def test_a_share_of_conversations_gets_the_variant_and_keeps_it() -> None:
     async with named() as (say, _):
         await say("PUT", "/v1/names/support", policy)
         shares = []
-        for number in range(200):
+        for number in range(40):
             opening = [{"role": "user", "content": f"Question {number}"}]
             later = [*opening, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "And now?"}]
             answers = [
@@ -233,7 +232,7 @@ async def test_a_share_of_conversations_gets_the_variant_and_keeps_it() -> None:
             assert found[0] == found[1]
             assert answers[0].headers["x-lora-policy"].endswith("(variant)") == (found[0] == "coder")
             shares.append(found[0] == "coder")
-        assert 30 <= sum(shares) <= 70
+        assert 6 <= sum(shares) <= 14
 
 
 async def test_a_name_has_a_history_and_rolls_back() -> None:
@@ -331,9 +330,6 @@ async def test_route_shows_the_plan_that_a_name_gets(tmp_path: Path, monkeypatch
             assert [row["name"] for row in plan["adapters"]] == expected
         assert error_of(await say("POST", "/v1/route", {"prompt": "Hi", "model": "nobody"}, 404))
     assert [event["model"] for event in events_in(tmp_path)] == ["", "support", "poet", BASE, "nobody"]
-
-
-JSON_OBJECT = {"response_format": {"type": "json_object"}}
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -457,25 +453,23 @@ class WithOlder(FakeRetriever):
         return Plan(strategy, (PlannedAdapter(older.ref, older.weights_digest, 1.0),), 7)
 
 
-async def test_a_policy_with_a_private_version_cannot_be_approved(tmp_path: Path) -> None:
-    keys, names = write(tmp_path / "keys.json", entry("a", "local"), entry("admin", "ops")), FakeNames()
-    retriever, store = WithOlder(model_names=names), FakeStore(pool_of(*POOL), model_names=names)
-    async with asked(retriever=retriever, store=store, keys_file=keys) as (client, _):
-        put = await client.put("/v1/names/support", json={"model": "poet@older"}, headers=bearer("a"))
-        body = {"digest": put.json()["digest"]}
-        response = await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
-    assert response.status_code == 400 and "which is private" in error_of(response)["message"]
+SECRET = (adapter("secret", visibility="private"), *POOL)
 
 
-async def test_a_policy_with_a_private_adapter_cannot_be_approved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "retriever"),
+    [("secret", FakeRetriever(SECRET)), ("poet@older", WithOlder())],
+    ids=["adapter", "version"],
+)
+async def test_a_policy_with_a_private_adapter_or_version_cannot_be_approved(
+    named: str, retriever: FakeRetriever, tmp_path: Path
+) -> None:
     keys = write(tmp_path / "keys.json", entry("a", "local"), entry("admin", "ops"))
-    names, held = FakeNames(), (adapter("secret", visibility="private"), *POOL)
-    async with asked(
-        retriever=FakeRetriever(held, model_names=names),
-        store=FakeStore(pool_of(*held), model_names=names),
-        keys_file=keys,
-    ) as (client, _):
-        put = await client.put("/v1/names/support", json={"model": "secret"}, headers=bearer("a"))
+    store = FakeStore(pool_of(*SECRET), model_names=retriever.model_names)
+    async with asked(retriever=retriever, store=store, keys_file=keys) as (client, _):
+        put = await client.put("/v1/names/support", json={"model": named}, headers=bearer("a"))
         body = {"digest": put.json()["digest"]}
         response = await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
-    assert "names 'local/secret', which is private" in error_of(response)["message"]
+    message = error_of(response)["message"]
+    assert response.status_code == 400
+    assert f"names 'local/{named.partition('@')[0]}" in message and "which is private" in message

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from deployments.api.adapters import PublishItem
-from gpu_worker.config import NativeSettings
 from retriever_svc import StaleIndex
 from tests.deployments.asking import asked, error_of, post
 from tests.deployments.fake_retriever import FakeRetriever
@@ -96,8 +95,3 @@ def test_token_routes_refuse_unknown_models_and_missing_roles(path: str) -> None
     assert (strict.status_code, error_of(strict)["param"]) == (400, "other")
     keyed = post(path, body, api_key="long-enough-key")
     assert keyed.status_code == 401
-
-
-def test_a_text_that_cannot_fit_the_context_is_not_tokenized() -> None:
-    answer = post("/tokenize", {"prompt": "x" * 641}, engine=NativeSettings(max_model_len=10))
-    assert error_of(answer)["code"] == "context_length_exceeded"
