@@ -356,10 +356,3 @@ def test_a_pool_without_candidates_and_a_clients_own_prompt_have_their_reasons()
 def test_named_adapters_need_no_reason_and_explanations_come_on_request_only() -> None:
     assert explained(Planned(PLAN)) == (None, None)
     assert "why" not in plan_object(Planned(PLAN, (FITS,), reason="fits"), "local", explain=False)
-
-
-def test_candidates_carry_their_threshold_and_confidence() -> None:
-    shown = plan_object(Planned(BASE_PLAN, (NEAR,), abstained=True, reason="below_threshold"), "local", explain=True)
-    assert shown["candidates"] == [
-        {"name": "poet", "digest": POET.ref.digest, "score": 0.4567, "threshold": 0.5, "confidence": 0.02}
-    ]

@@ -240,14 +240,6 @@ def test_a_full_bucket_grants_a_minutes_amount_and_then_gives_the_wait() -> None
     assert bucket.take(2) == 0
 
 
-@pytest.mark.parametrize(("used", "wait_s"), [(10, 0), (40, 30), (70, 60)])
-def test_real_usage_counts_and_may_make_the_level_negative(used: int, wait_s: float) -> None:
-    bucket, _ = bucket_of(60)
-    assert bucket.take(40) == 0
-    bucket.settle(40, used)
-    assert bucket.take(50) == pytest.approx(max(0, wait_s))
-
-
 def test_a_bucket_is_full_once_it_has_refilled_and_does_not_exceed_its_size() -> None:
     bucket, clock = bucket_of(60)
     assert bucket.is_full

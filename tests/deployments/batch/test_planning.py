@@ -51,36 +51,37 @@ async def test_a_row_has_the_template_of_the_base_model_that_answers(two_bases: 
     assert found == [("first", "auto"), ("second", "chat"), ("second", "chat")]
 
 
-async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
-    class Asked(BatchRouting):
-        async def find_model(self, *args: object, **options: object) -> Plan:
-            rows = (PlannedAdapter(AdapterRef("local", "sea", "d" * 64), "w", 1.0),)
-            return Plan("selection", rows, contract='{"instruction":"Sing: {input}"}')
+def planner_of(place: Place, plan: Plan) -> Planner:
+    """Return a planner that finds this plan for every named model."""
 
-    served = place.config.served_models
-    planner = Planner(served, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
+    class Found(BatchRouting):
+        async def find_model(self, *args: object, **options: object) -> Plan:
+            return plan
+
+    return Planner(place.config.served_models, place.config.retrieval, Found(Retriever.__new__(Retriever)))
+
+
+LIVE, TRIED = (AdapterRef("local", "sea", letter * 64) for letter in "dt")
+SEA = (PlannedAdapter(LIVE, "w", 1.0),)
+
+
+async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
+    planner = planner_of(place, Plan("selection", SEA, contract='{"instruction":"Sing: {input}"}'))
     for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
-        asked = await ask_planner(planner, served, "local", "row-0", body)
+        asked = await ask_planner(planner, place.config.served_models, "local", "row-0", body)
         assert asked.job is not None and asked.job.prompt == content
 
 
 async def test_a_row_is_answered_by_a_version_under_trial_as_a_request_with_its_id_is(place: Place) -> None:
-    live, tried = (AdapterRef("local", "sea", letter * 64) for letter in "dt")
-    trial = Trial(tried.digest, 0.5)
-
-    class Asked(BatchRouting):
-        async def find_model(self, *args: object, **options: object) -> Plan:
-            trials = (TrialVersion(live, tried, "v", trial),)
-            return Plan("selection", (PlannedAdapter(live, "w", 1.0),), trials=trials)
-
-    served = place.config.served_models
-    planner = Planner(served, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
+    trial = Trial(TRIED.digest, 0.5)
+    planner = planner_of(place, Plan("selection", SEA, trials=(TrialVersion(LIVE, TRIED, "v", trial),)))
     names = [f"run-row-{number}" for number in range(16)]
     for name in names:
-        asked = await ask_planner(planner, served, "local", name, {"prompt": "Hi", "model": "sea"})
+        body = {"prompt": "Hi", "model": "sea"}
+        asked = await ask_planner(planner, place.config.served_models, "local", name, body)
         assert asked.job is not None
-        assert asked.job.plan.adapters[0].ref == (tried if trial.includes(f"{name}/0") else live)
+        assert asked.job.plan.adapters[0].ref == (TRIED if trial.includes(f"{name}/0") else LIVE)
     assert {trial.includes(f"{name}/0") for name in names} == {True, False}
 
 

@@ -9,8 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from deployments.batch.run import BatchSettings, begin, check_devices
@@ -21,14 +19,23 @@ from lora_store import Location
 from lora_store.catalogue import Catalogue
 from lora_store.events import Publish
 from tests.deployments.adapter_records import BASE, adapter
-from tests.deployments.batching import DEFAULTS, Place, prompts
+from tests.deployments.batching import DEFAULTS, Place, prompts, write_rows
+
+
+def settings_of(folder: Path, **settings: Any) -> BatchSettings:
+    """Return a run of two rows over the pool of this folder."""
+    write_rows(folder / "in.parquet", [{"prompt": "one"}, {"prompt": "two"}])
+    config = AppConfig(store_uri=str(folder / "store"), **settings)
+    return BatchSettings(config, str(folder / "in.parquet"), str(folder / "out"))
+
+
+def catalogue_of(settings: BatchSettings) -> Catalogue:
+    return Catalogue(Location(settings.config.store_uri).child("catalogue"))
 
 
 def test_a_collected_generation_that_no_run_kept_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": ["one", "two"]}), tmp_path / "in.parquet")
-    config = AppConfig(store_uri=str(tmp_path / "store"), accepts_base=(BASE,))
-    settings = BatchSettings(config, str(tmp_path / "in.parquet"), str(tmp_path / "out"))
-    catalogue = Catalogue(Location(config.store_uri).child("catalogue"))
+    settings = settings_of(tmp_path, accepts_base=(BASE,))
+    catalogue = catalogue_of(settings)
     catalogue.commit(lambda _: [Publish(adapter("poet"))])
     assert begin(settings).generation == 1
     catalogue.commit(lambda _: [Publish(adapter("poet", version="2"))])
@@ -40,29 +47,25 @@ def test_a_collected_generation_that_no_run_kept_is_refused_with_the_remedy(tmp_
 
 
 def test_a_run_counts_the_adapters_of_other_bases_apart_and_keeps_its_bases(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": ["one", "two"]}), tmp_path / "in.parquet")
-    config = AppConfig(store_uri=str(tmp_path / "store"), accepts_base=(BASE,))
-    settings = BatchSettings(config, str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+    settings = settings_of(tmp_path, accepts_base=(BASE,))
     records = [adapter("poet"), replace(adapter("old"), base_model="org/old")]
-    Catalogue(Location(config.store_uri).child("catalogue")).commit(lambda _: [Publish(item) for item in records])
+    catalogue_of(settings).commit(lambda _: [Publish(item) for item in records])
     run = begin(settings)
     assert (run.num_adapters, run.unserved) == (1, (("org/old", 1),))
     with pytest.raises(BatchRefused, match=r"accepts_base was \['tiny-base'\], is \[\]"):
-        begin(replace(settings, config=AppConfig(store_uri=config.store_uri)))
+        begin(settings_of(tmp_path))
 
 
 @pytest.mark.parametrize("are_several", [False, True])
 def test_a_run_is_not_continued_with_the_text_of_another_chat_template(are_several: bool, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": ["one", "two"]}), tmp_path / "in.parquet")
     template = tmp_path / "a.jinja"
     template.write_text("{{ messages[0].content }}")
 
     def settings(file: Path | None) -> BatchSettings:
         own: dict[str, Any] = {"base_model": "org/a", "chat_template": file}
-        config = AppConfig(store_uri=str(tmp_path / "store"), **({"models": [own]} if are_several else own))
-        return BatchSettings(config, str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+        return settings_of(tmp_path, **({"models": [own]} if are_several else own))
 
-    Catalogue(Location(settings(None).config.store_uri).child("catalogue")).commit(lambda _: [Publish(adapter("poet"))])
+    catalogue_of(settings(None)).commit(lambda _: [Publish(adapter("poet"))])
     begin(settings(template))
     begin(settings(template))
     with pytest.raises(BatchRefused, match=r"chat_template.*None"):

@@ -21,11 +21,15 @@ Asgi = Callable[..., Awaitable[None]]
 
 
 @asynccontextmanager
-async def listening(app: Asgi, limits: ProxyLimits | None = None) -> AsyncIterator[httpx.AsyncClient]:
+async def listening(
+    app: Asgi, limits: ProxyLimits | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client of a listener over this application."""
-    listener = Listener(app, await listening_at("127.0.0.1", 0), limits)
+    listener = Listener(app, await listening_at(host, 0), limits)
     listener.start()
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}", timeout=120) as client:
+    async with httpx.AsyncClient(
+        base_url=httpx.URL(scheme="http", host=host, port=listener.port), timeout=120
+    ) as client:
         yield client
     await asyncio.wait_for(listener.stopped(), 120)
 
@@ -229,11 +233,8 @@ async def test_an_address_may_be_ipv6() -> None:
             tried.bind(("::1", 0))
     except OSError:
         pytest.skip("this machine has no IPv6")
-    listener = Listener(echo, await listening_at("::1", 0))
-    listener.start()
-    async with httpx.AsyncClient() as client:
-        assert (await client.post(f"http://[::1]:{listener.port}/", content="a")).text == "A!"
-    await asyncio.wait_for(listener.stopped(), 120)
+    async with listening(echo, host="::1") as client:
+        assert (await client.post("/", content="a")).text == "A!"
 
 
 async def test_an_unread_body_stays_with_its_client() -> None:

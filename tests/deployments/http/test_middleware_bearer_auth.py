@@ -34,6 +34,7 @@ from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 from tests.deployments.key_files import bearer, entry, keys_of_all_roles, write
 from tests.soak import Scale
+from tests.virtual_time import in_virtual_time
 
 GONE = {"name": "poet", "digest": "0" * 64, "weight": 1.0}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -281,6 +282,7 @@ async def test_the_openai_client_raises_its_usual_errors(tmp_path: Path) -> None
     ],
     ids=["a plan that is gone", "an exceeded deadline", "a part that is unavailable"],
 )
+@in_virtual_time
 async def test_the_openai_client_retries_only_if_that_can_help(
     keys: Path, options: dict[str, Any], body: dict[str, Any], status: int, times: int
 ) -> None:

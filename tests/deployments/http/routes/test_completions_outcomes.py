@@ -16,14 +16,14 @@ CHAT = {"messages": [{"role": "user", "content": "Rhyme on rain."}]}
 DIGEST = POOL[0].ref.digest
 
 
-async def judged(learning: str, *scores: float, adapter: str | None = "poet") -> tuple[FakeStore, list[httpx.Response]]:
-    """Ask once, send these scores, and return the store and the answers."""
+async def judged(learning: str, *scores: float, **changes: Any) -> tuple[FakeStore, list[httpx.Response]]:
+    """Ask once, send these scores with other fields, and return the store and the answers."""
     store = FakeStore(pool_of(*POOL))
     async with asked(store=store, learning=learning) as (client, served):
         request_id = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
         await served.services.background.idle()
-        body = {"request_id": request_id, "adapter": adapter}
-        return store, [await client.post("/v1/outcomes", json={**body, "score": score}) for score in scores]
+        body = {"request_id": request_id, "adapter": "poet"}
+        return store, [await client.post("/v1/outcomes", json=body | {"score": score} | changes) for score in scores]
 
 
 async def test_an_observed_outcome_is_kept_and_changes_nothing() -> None:
@@ -63,12 +63,7 @@ async def test_applied_outcomes_become_the_tenants_own_choices_in_one_commit(ada
     ],
 )
 async def test_an_outcome_of_nothing_known_is_refused(changes: dict[str, Any], status: int, code: str) -> None:
-    store = FakeStore(pool_of(*POOL))
-    async with asked(store=store, learning="observe") as (client, served):
-        request_id = (await client.post("/v1/chat/completions", json=CHAT)).headers["x-request-id"]
-        await served.services.background.idle()
-        body = {"request_id": request_id, "adapter": "poet", "score": 1} | changes
-        response = await client.post("/v1/outcomes", json=body)
+    store, [response] = await judged("observe", 1, **changes)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
     assert not [kind for _, kind, _ in store.given if kind == "outcome"]
 

@@ -199,12 +199,9 @@ def test_a_policy_of_a_newer_release_does_not_hide_the_other_models(base_model: 
     assert ids(answer.json())[:3] == ["auto", BASE, "newer"]
 
 
-def records(*names: str) -> list[AdapterRecord]:
-    return [adapter(name) for name in names]
-
-
 def test_a_page_continues_after_the_last_one_although_that_adapter_is_gone() -> None:
-    after = get("/v1/models?limit=1&after=b", retriever=FakeRetriever(records("a", "c", "d"))).json()
+    held = [adapter(name) for name in "acd"]
+    after = get("/v1/models?limit=1&after=b", retriever=FakeRetriever(held)).json()
     assert (ids(after), after["has_more"]) == (["c"], True)
 
 

@@ -23,7 +23,7 @@ from tests.deployments.key_files import bearer, entry, write
 from tests.deployments.preloads import preload_of
 
 
-def test_stats_are_available_over_http() -> None:
+def test_stats_are_available_over_http_and_name_no_adapter() -> None:
     response = get("/v1/stats", worker=CountingWorker(), retriever=MappedRetriever())
     stats = response.json()
     assert response.status_code == 200
@@ -31,11 +31,7 @@ def test_stats_are_available_over_http() -> None:
     assert stats["defaults"] == {"strategy": "mixture", "k": 3, "learning": "off"}
     assert stats["workers"]["num_running"] == 3
     assert stats["pool"]["generation"] == 7
-
-
-def test_no_adapter_is_named() -> None:
-    text = get("/v1/stats", worker=CountingWorker(), retriever=MappedRetriever()).text
-    assert "poet" not in text and "resident" not in text
+    assert "poet" not in response.text and "resident" not in response.text
 
 
 USAGES = {"acme": Usage(1, 2, 30, 40), "globex": Usage(5, 6, 70, 80)}
