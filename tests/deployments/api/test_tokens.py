@@ -7,18 +7,8 @@ from pydantic import ValidationError
 
 from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import validation_error
-from deployments.api.tokens import DetokenizeRequest, TokenizeRequest, tokenize_answer
+from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import Tokenized
-
-FOUND = Tokenized((5, 6), ("a", "b"), 64)
-
-
-def test_the_texts_of_tokens_are_part_of_the_answer_on_request_only() -> None:
-    plain = {"count": 2, "max_model_len": 64, "tokens": [5, 6], "token_strs": None}
-    assert tokenize_answer(TokenizeRequest(prompt="ab"), FOUND) == plain
-    asked = TokenizeRequest(prompt="ab", return_token_strs=True)
-    assert tokenize_answer(asked, FOUND) == plain | {"token_strs": ["a", "b"]}
 
 
 def test_a_text_and_a_conversation_become_prompts() -> None:

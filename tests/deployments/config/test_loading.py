@@ -24,11 +24,6 @@ def test_changes_override_the_file_and_leave_other_settings_of_a_group(tmp_path:
     assert load_config(file) == load_config(None) == AppConfig()
 
 
-def test_a_keys_file_of_the_file_sets_the_defaults_that_protect_tenants(tmp_path: Path) -> None:
-    (tmp_path / "settings.yaml").write_text("keys_file: keys.yaml\n")
-    assert load_config(tmp_path / "settings.yaml").public_requires_approval
-
-
 @pytest.mark.parametrize(("strategy", "options"), [("selection", {}), ("top_p_mixture", {"kept_weight": 0.8})])
 def test_options_of_the_files_strategy_stay_with_that_strategy(
     strategy: str, options: dict[str, float], tmp_path: Path

@@ -25,6 +25,8 @@ def message_for(folder: Path, text: str) -> str:
         ("retrieval: {top_k: 1}", "retrieval.top_k: unknown here; sampling_defaults.top_k?"),
         ("store_scaling: {replicas: 1}", "store_scaling.replicas: unknown; did you mean 'num_replicas'?"),
         ("worker: {bank_rank_rows: 0}", "worker.bank_rank_rows: must be at least 1, got 0"),
+        ("worker: {max_batch_size: 0}", "worker.max_batch_size: must be at least 1, got 0"),
+        ("worker: {niceness: 20}", "worker.niceness: must be at most 19, got 20"),
         ("worker: {dtype: int4}", "worker.dtype: must be 'auto', 'float32' or 'bfloat16', got 'int4'"),
         ("retrieval: {weights: heavy}", "retrieval.weights: must be 'evidence', 'uniform' or 'softmax', got 'heavy'"),
         (
