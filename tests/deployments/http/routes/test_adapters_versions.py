@@ -85,7 +85,7 @@ async def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, settings
     ],
 )
 @pytest.mark.parametrize("is_dry", [True, False])
-async def test_a_dry_run_checks_an_approval_and_approves_nothing(
+async def test_an_approval_is_checked_and_a_dry_run_approves_nothing(
     keys: Path, key: str, record: Any, status: int, is_dry: bool
 ) -> None:
     async with asked(keys_file=keys, store=FakeStore(pool_of(record)), headers=bearer(key)) as (client, served):
