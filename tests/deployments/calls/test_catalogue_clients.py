@@ -1,47 +1,24 @@
-"""Calls of the Store and the Retriever: which are repeated, their transports, and how long a change waits."""
+"""Calls of the Store and the Retriever: which are repeated, and their streams."""
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
-from typing import Any
 
-import pytest
 from ray.exceptions import RayActorError
 
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
 from deployments.errors import PoisonRequest
-from lora_store import StoreUnavailable
 from retriever_svc import ReindexStep
+from tests.deployments.calls.dying import Dying
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
-from tests.virtual_time import in_virtual_time
 
 WITH_AN_ID = {"commit", "withdraw", "expire"}  # repeated if they have one
 SENT_ONCE = {
     *("delete_parts", "discard", "set_visibility", "approve", "set_name", "approve_name", "add_embeddings", "rank"),
     *("activate_encoder", "unreferenced", "sweep", "gc", "fetch"),
 }
-
-
-@dataclass
-class Dying:
-    """A deployment whose replicas die in the first `num_deaths` calls; the others get "answer"."""
-
-    num_deaths: int
-    received: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[str]]:
-        async def method(*args: Any) -> str:
-            self.received.append((name, *args))
-            if len(self.received) <= self.num_deaths:
-                raise RayActorError()
-            return "answer"
-
-        return method
 
 
 def count_calls(client: type) -> dict[str, int]:
@@ -79,18 +56,6 @@ async def test_calls_that_are_safe_to_repeat_are_repeated_and_the_others_sent_on
         retriever = serve_retriever(FakeHandle(replica := Dying(num_deaths=3)))
         assert await num_sent(retriever, name, count, replica) == (1 if name == "refit" else 3), name
     assert len(STORE) > 25 and len(RETRIEVER) > 15
-
-
-@pytest.mark.parametrize("method", ["ping", "active_encoder", "versions"])
-@in_virtual_time
-async def test_the_first_call_of_a_change_waits_a_minute_for_a_replica(method: str) -> None:
-    class Absent:
-        def __getattr__(self, name: str) -> Callable[..., Awaitable[bool]]:
-            return lambda *_: asyncio.Event().wait()
-
-    with pytest.raises(StoreUnavailable, match="no replica answered within 60 s"):
-        await getattr(serve_store(FakeHandle(Absent())), method)(*[None] * STORE[method])
-    assert asyncio.get_running_loop().time() == 60.0
 
 
 async def test_leaving_a_stream_cancels_the_work() -> None:

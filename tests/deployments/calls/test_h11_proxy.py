@@ -188,7 +188,7 @@ async def test_half_open_connections_do_not_block_other_requests(address: str) -
     """The process may open few files, and the slow clients would use far more. Their deadline does not help here."""
     async with server_of(ProxyLimits(head_timeout_s=60, connections_per_address=20)) as (port, book):
         slow = []
-        for _ in range(200):
+        for _ in range(60):
             slow.append(await connect(port))
             slow[-1][1].write(b"GET / HTTP/1.1\r\nX-A: ")
             await asyncio.sleep(0)

@@ -55,7 +55,7 @@ async def test_clients_that_do_not_read_have_at_most_the_allowed_connections() -
     limits = ProxyLimits(head_timeout_s=60, connections_per_address=3)
     async with server_of(limits, large, timeout_keep_alive=60) as (port, book):
         before, clients = num_files(), []
-        for _ in range(9):
+        for _ in range(5):
             clients.append(unread(port, GET))
             await asyncio.sleep(0.1)
         await until(lambda: num_files() - before - len(clients) == book.num_connections == 3)

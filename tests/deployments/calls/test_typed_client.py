@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import pytest
 from ray.exceptions import RayActorError
 
 from deployments.calls.typed_client import ServeClient, once, retry, stream
 from deployments.errors import NoAnswerInTime
+from tests.deployments.calls.dying import Dying
 from tests.fakes import FakeHandle
 from tests.virtual_time import in_virtual_time
 
@@ -35,39 +35,22 @@ class ShopClient(ServeClient[Shop], Shop):
     """Calls the shop through Serve."""
 
 
-@dataclass
-class Replicas:
-    """The first `num_deaths` calls kill their replica. The others are answered."""
-
-    num_deaths: int = 0
-    asked: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[str]]:
-        async def method(*args: Any) -> str:
-            self.asked.append((name, *args))
-            if len(self.asked) <= self.num_deaths:
-                raise RayActorError()
-            return f"answer to {name}"
-
-        return method
-
-
 def client(handle: FakeHandle) -> ShopClient:
     return ShopClient(handle)  # type: ignore[abstract]
 
 
 def test_arguments_are_sent_in_order_with_their_defaults() -> None:
-    shop = Replicas()
+    shop = Dying()
     assert asyncio.run(client(FakeHandle(shop)).buy("bread")) == "answer to buy"
     asyncio.run(client(FakeHandle(shop)).buy(amount=3, what="milk"))
-    assert shop.asked == [("buy", "bread", 1), ("buy", "milk", 3)]
+    assert shop.received == [("buy", "bread", 1), ("buy", "milk", 3)]
 
 
 def test_a_wrong_argument_is_refused_before_the_call() -> None:
-    shop = Replicas()
+    shop = Dying()
     with pytest.raises(TypeError):
         asyncio.run(client(FakeHandle(shop)).buy("bread", size=3))  # type: ignore[call-arg]
-    assert shop.asked == []
+    assert shop.received == []
 
 
 def test_a_keyword_only_argument_is_refused_where_the_call_is_declared() -> None:
@@ -90,7 +73,7 @@ def test_a_call_without_a_policy_is_refused_where_the_client_is_declared() -> No
         async def bake(self) -> str:
             return await self.calls.once(Bakery.bake)
 
-    assert asyncio.run(Baker(FakeHandle(Replicas())).bake()) == "answer to bake"  # type: ignore[abstract]
+    assert asyncio.run(Baker(FakeHandle(Dying())).bake()) == "answer to bake"  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize(
@@ -106,12 +89,12 @@ def test_a_call_without_a_policy_is_refused_where_the_client_is_declared() -> No
 async def test_only_a_call_that_is_safe_to_repeat_is_repeated(
     call: Callable[[ShopClient], Awaitable[str]], num_sent: int
 ) -> None:
-    shop = Replicas(num_deaths=1)
+    shop = Dying(num_deaths=1)
     try:
         await call(client(FakeHandle(shop)))
     except RayActorError:
         assert num_sent == 1
-    assert len(shop.asked) == num_sent
+    assert len(shop.received) == num_sent
 
 
 @in_virtual_time
@@ -135,22 +118,14 @@ async def test_a_timeout_of_the_replica_is_its_own() -> None:
 
 
 async def test_every_call_goes_over_the_object_store_whatever_the_environment_prefers() -> None:
-    class Numbers(Replicas):
-        async def catalogue(self, since: int) -> AsyncGenerator[int]:
-            yield since
-
-    handle = FakeHandle(Numbers())
-    await client(handle).buy("bread")
-    await client(handle).price("bread")
-    assert [item async for item in client(handle).catalogue(4)] == [4]
-    await client(handle).calls.broadcast(1.0, Shop.price, "bread")
-    assert [call.by_reference for call in handle.calls] == [True] * 4
-
-
-async def test_a_stream_yields_the_items_of_one_replica() -> None:
-    class Numbers:
+    class Numbers(Dying):
         async def catalogue(self, since: int) -> AsyncGenerator[int]:
             for number in range(since, since + 3):
                 yield number
 
-    assert [item async for item in client(FakeHandle(Numbers())).catalogue(since=4)] == [4, 5, 6]
+    handle = FakeHandle(Numbers())
+    await client(handle).buy("bread")
+    await client(handle).price("bread")
+    assert [item async for item in client(handle).catalogue(since=4)] == [4, 5, 6]
+    await client(handle).calls.broadcast(1.0, Shop.price, "bread")
+    assert [call.by_reference for call in handle.calls] == [True] * 4

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.worker_client import StreamEnd, serve_worker
 from gpu_worker.front.request.request import Job
-from tests.deployments.fake_worker import DELTAS, SHAPES, FakeWorker
+from tests.deployments.calls.dying import Dying
+from tests.deployments.fake_worker import DELTAS, FakeWorker
 from tests.fakes import FakeHandle
 
 JOB = Job("r-1", "hello")
@@ -31,33 +29,14 @@ async def test_a_stream_goes_over_grpc_and_can_be_cancelled() -> None:
     assert [(call.name, call.args, call.by_reference) for call in handle.calls] == [("stream", (JOB,), False)]
 
 
-@dataclass
-class Mortal(FakeWorker):
-    """Dies in the first call."""
-
-    asked: list[str] = field(default_factory=list)
-
-    async def module_shapes(self) -> Shapes:
-        self._die_once("module_shapes")
-        return SHAPES
-
-    async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
-        self._die_once("probe_many")
-        return [0.5]
-
-    def _die_once(self, method: str) -> None:
-        self.asked.append(method)
-        if len(self.asked) == 1:
-            raise RayActorError()
-
-
 def test_reads_are_repeated_and_the_call_that_starts_a_worker_is_not() -> None:
-    probed, shaped, started = Mortal(), Mortal(), Mortal()
-    assert asyncio.run(serve_worker(FakeHandle(probed)).probe_many(["d"])) == [0.5]
-    assert asyncio.run(serve_worker(FakeHandle(shaped)).module_shapes()) == SHAPES
+    probed, shaped, started = (Dying(num_deaths=1) for _ in range(3))
+    asyncio.run(serve_worker(FakeHandle(probed)).probe_many(["d"]))
+    asyncio.run(serve_worker(FakeHandle(shaped)).module_shapes())
     with pytest.raises(RayActorError):
         asyncio.run(serve_worker(FakeHandle(started)).wait_for_replica())
-    assert (len(probed.asked), len(shaped.asked), len(started.asked)) == (2, 2, 1)
+    assert probed.received == [("probe_many", ["d"])] * 2
+    assert (len(shaped.received), len(started.received)) == (2, 1)
 
 
 def test_a_broadcast_has_each_replicas_answer_or_error() -> None:

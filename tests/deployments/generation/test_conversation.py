@@ -79,6 +79,7 @@ LONG_ORDER = "Negate each statement. " + "x" * MAX_SYSTEM_CHARS
         ("", None),
         ("Negate each statement.", "Negate each statement."),
         (f"You are a helpful assistant. {ORDER}", ORDER),
+        ("\n" * 5_000 + "You are a helpful assistant.\n\nNegate each statement.", "Negate each statement."),
         (LONG_ORDER, LONG_ORDER[:MAX_SYSTEM_CHARS]),
     ],
 )
@@ -94,11 +95,6 @@ def test_no_system_text_takes_long_to_read(repeated: str) -> None:
     began = time.thread_time()
     choose_texts([Message("system", system), *said(TASK)])
     assert time.thread_time() - began < 0.2
-
-
-def test_a_description_after_many_blank_lines_is_left_out() -> None:
-    system = "\n" * 5_000 + "You are a helpful assistant.\n\nNegate each statement."
-    assert choose_texts([Message("system", system), *said(TASK)]).texts == (TASK, f"Negate each statement.\n{TASK}")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])

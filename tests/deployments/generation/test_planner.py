@@ -148,14 +148,10 @@ def test_an_option_that_the_strategy_lacks_is_refused_before_retrieval() -> None
     assert handle.calls == []
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [({"abstain": "never"}, ("never", None)), ({"min_score": 0.5}, (None, 0.5)), ({}, ("lenient", 0.3))],
-)
-def test_the_operating_point_is_the_requests_or_else_the_settings(given: dict[str, Any], expected: object) -> None:
-    plan(handle := handle_of(), lora=given, abstain="lenient", min_score=0.3)
+def test_an_operating_point_of_the_request_replaces_both_settings() -> None:
+    plan(handle := handle_of(), lora={"abstain": "never"}, abstain="lenient", min_score=0.3)
     request = route_request(handle)
-    assert (request.abstain, request.min_score) == expected
+    assert (request.abstain, request.min_score) == ("never", None)
 
 
 @pytest.mark.parametrize(

@@ -114,11 +114,15 @@ def chosen(trial: Trial, numbers: Sequence[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["auto", "poet"])
-async def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str, scale: Scale) -> None:
+async def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests_and_is_counted(model: str, scale: Scale) -> None:
     numbers = range(scale.pick("requests", small=20, full=5000))
     retriever = TrialRetriever(trial=Trial(OTHER.ref.digest, scale.pick("percent on trial", small=30, full=10) / 100))
-    digests = await answers_of(numbers, {"model": model}, retriever=retriever, worker=NamingWorker())
+    worker, kinds = NamingWorker(), FakeMetrics()
+    digests = await answers_of(numbers, {"model": model}, retriever=retriever, worker=worker, kinds=kinds)
     assert digests == chosen(retriever.trial, numbers)
+    roles = {LIVE.ref.digest: "live", OTHER.ref.digest: "trial"}
+    expected = Counter((digest[:12], roles[digest], "200") for digest in digests)
+    assert kinds["trial_requests_total"].counts == expected
     assert set(digests) == {LIVE.ref.digest, OTHER.ref.digest}
     share = digests.count(OTHER.ref.digest) / len(digests)
     scale.record("percent of the answers by the version on trial", 100 * share)
@@ -184,14 +188,6 @@ async def test_shadows_beyond_the_bound_are_dropped_and_counted(key: str, most: 
     counts = kinds["trial_requests_total"].counts
     assert counts[other, "shadow", "dropped"] == MAX_SHADOWS + 3 - most
     assert counts[other, "shadow", "200"] == most
-
-
-async def test_the_metrics_of_a_share_are_by_version() -> None:
-    trial, kinds = Trial(OTHER.ref.digest, 0.3), FakeMetrics()
-    digests = await answers_of(range(10), {}, retriever=TrialRetriever(trial=trial), worker=NamingWorker(), kinds=kinds)
-    roles = {LIVE.ref.digest: "live", OTHER.ref.digest: "trial"}
-    expected = Counter((digest[:12], roles[digest], "200") for digest in digests)
-    assert kinds["trial_requests_total"].counts == expected
 
 
 async def test_calls_that_generate_nothing_are_not_counted_for_a_version() -> None:

@@ -187,12 +187,14 @@ async def test_events_are_sent_while_the_folders_of_other_stores_cannot_be_liste
 
 async def test_events_of_a_killed_process_are_sent_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
     script = """
-import asyncio, os, signal, sys
-from tests.deployments.observability.test_usage import *
+import asyncio, pathlib, sys
+from deployments.auth.authenticator import LOCAL_CALLER
+from deployments.observability.request_context import RequestContext
+from deployments.observability.usage import UsageLog
 async def main():
-    log = UsageLog(Path(sys.argv[1]), BASE, Pool().put)
+    log = UsageLog(pathlib.Path(sys.argv[1]), "base", None)
     for name in ("one", "two"):
-        log.record(context(name))
+        log.record(RequestContext(name, "/v1/completions", "POST", caller=LOCAL_CALLER))
     print("written", flush=True)
     sys.stdin.read()
 asyncio.run(main())

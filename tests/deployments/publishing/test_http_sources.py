@@ -11,7 +11,7 @@ from deployments.cli.client import free_port
 from deployments.config.source_prefixes import SourceUri
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.publishing.http_sources import copy_over_http
-from deployments.publishing.ssrf_guard import Resolve
+from deployments.publishing.ssrf_guard import Resolve, resolve_by_system
 from lora_store import AdapterRefused
 from tests.deployments.publishing.local_hub import COMMIT, LocalHub, local_hub
 
@@ -24,9 +24,17 @@ def inside(folder: str) -> dict[str, bytes]:
     return {f"{folder}/{name}": data for name, data in (FILES | OTHER).items()}
 
 
-def copied(hub: LocalHub, uri: str, work: Path, max_bytes: int = MAX_BYTES, **more: str) -> dict[str, bytes]:
+def copied(
+    hub: LocalHub,
+    uri: str,
+    work: Path,
+    max_bytes: int = MAX_BYTES,
+    resolve: Resolve = resolve_by_system,
+    **more: str,
+) -> dict[str, bytes]:
     work.mkdir()
-    copy_over_http(uri, SourceUri.parse(uri), work, max_bytes, lambda _: None, hub.environment | more)
+    environment = hub.environment | more
+    copy_over_http(uri, SourceUri.parse(uri), work, max_bytes, lambda _: None, environment, resolve=resolve)
     return {path.name: path.read_bytes() for path in work.iterdir()}
 
 
@@ -168,13 +176,6 @@ def addresses(**by_host: str) -> Resolve:
     return lambda host, port: [known.get(host, "127.0.0.1")]
 
 
-def redirected(hub: LocalHub, work: Path, resolve: Resolve) -> dict[str, bytes]:
-    work.mkdir()
-    place = SourceUri.parse("hf://acme/sql")
-    copy_over_http("hf://acme/sql", place, work, MAX_BYTES, lambda _: None, hub.environment, resolve=resolve)
-    return {path.name: path.read_bytes() for path in work.iterdir()}
-
-
 @pytest.mark.parametrize("address", ["169.254.169.254", "10.1.2.3", "127.0.0.1", "::1"])
 def test_a_public_hubs_redirect_to_an_internal_address_is_not_followed(tmp_path: Path, address: str) -> None:
     with local_hub(repositories={"acme/sql@main": FILES}) as hub:
@@ -182,7 +183,7 @@ def test_a_public_hubs_redirect_to_an_internal_address_is_not_followed(tmp_path:
         hub.file_server = f"http://files.example:{port}"
         resolve = {"127.0.0.1": "93.184.216.34", "files.example": address}
         with pytest.raises(SourceRefused, match="leads to an address that this server does not read from"):
-            redirected(hub, tmp_path / "work", lambda host, port: [resolve[host]])
+            copied(hub, "hf://acme/sql", tmp_path / "work", resolve=lambda host, port: [resolve[host]])
     assert not hub.seen_tokens, "nothing was sent there"
 
 
@@ -190,7 +191,7 @@ def test_a_redirect_over_http_goes_to_the_address_that_was_checked(tmp_path: Pat
     """the name itself does not resolve here, and could resolve to another address the second time"""
     with local_hub(repositories={"acme/sql@main": FILES}) as hub:
         hub.file_server = f"http://files.example:{httpx.URL(hub.url).port}"
-        assert redirected(hub, tmp_path / "work", addresses(files_example="127.0.0.1")) == FILES
+        assert copied(hub, "hf://acme/sql", tmp_path / "work", resolve=addresses(files_example="127.0.0.1")) == FILES
     assert len(hub.seen_tokens) == len(FILES)
 
 
@@ -199,7 +200,7 @@ def test_each_hop_of_a_redirect_is_checked(tmp_path: Path) -> None:
         outer.repositories, outer.file_server = inner.repositories, f"{inner.url}/acme/sql/resolve/{COMMIT}/x?"
         inner.file_server = "http://metadata.example"
         with pytest.raises(SourceRefused):
-            redirected(outer, tmp_path / "work", addresses(metadata_example="169.254.169.254"))
+            copied(outer, "hf://acme/sql", tmp_path / "work", resolve=addresses(metadata_example="169.254.169.254"))
     assert any("/resolve/" in path for path in inner.asked), "the first hop was followed"
 
 
@@ -211,5 +212,5 @@ def test_a_proxy_of_the_environment_resolves_redirects_itself(tmp_path: Path, mo
         hub.file_server = f"http://files.example:{httpx.URL(hub.url).port}"
         monkeypatch.setenv("http_proxy", hub.url)  # which answers for the name
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        assert redirected(hub, tmp_path / "work", resolve) == FILES
+        assert copied(hub, "hf://acme/sql", tmp_path / "work", resolve=resolve) == FILES
     assert any(path.startswith("http://files.example") for path in hub.asked)

@@ -169,12 +169,8 @@ async def test_several_publishes_of_two_tenants_are_followed_by_one_evaluation_e
 async def test_an_evaluation_that_fails_is_logged_and_shown() -> None:
     store = FakeStore(pool_of(*POOL), failing={"ping": (StoreUnavailable("down"), 9)})
     async with serving(store=store) as served:
-
-        async def sleep(seconds: float) -> None:
-            pass
-
         services, metrics = served.services, FakeMetrics()
-        idle = IdleEvaluations(services.evaluator, services.background, ChangeMetrics(metrics), sleep=sleep)
+        idle = IdleEvaluations(services.evaluator, services.background, ChangeMetrics(metrics), sleep=Sleeper())
         idle.after_publish("acme", "me")
         await services.background.idle()
         assert idle.state_of("acme")["last"]["outcome"] == "store_unavailable"

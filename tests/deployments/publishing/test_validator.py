@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
 
-import pytest
 from ray.exceptions import RayActorError
 
 from deployments.calls.catalogue_clients import serve_retriever
@@ -18,7 +16,7 @@ from deployments.publishing.validator import (
     ValidatedAdapter,
     free_of_charge,
 )
-from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+from lora_store import Staged
 from lora_store.validation import NEVER_TRAINED
 from tests.deployments.adapter_records import adapter
 from tests.deployments.fake_publishing import workers_of
@@ -31,30 +29,10 @@ def staged(name: str) -> Staged:
     return Staged(adapter(name), (), "hold")
 
 
-def validate(
-    *items: Staged | BaseException,
-    live: dict[AdapterRef, AdapterRecord] | None = None,
-    worker: FakeWorker | None = None,
-    **retriever: Any,
-) -> tuple[list[Outcome], FakeHandle]:
-    handle = FakeHandle(worker or FakeWorker())
-    validator = AdapterValidator(
-        serve_retriever(FakeHandle(FakeRetriever(**retriever))), workers_of(serve_worker(handle))
-    )
-    return asyncio.run(validator.validate(items, live or {}, free_of_charge)), handle
-
-
-def test_outcomes_and_refusals_are_in_order() -> None:
-    refused = AdapterRefused("x", ["it is bad"])
-    known = adapter("known")
-    items = (staged("one"), refused, Staged(known, (), "hold"), staged("mute"))
-    worker = FakeWorker(shifts={"mute": 0.0, "one": 0.25})
-    (first, second, third, fourth), _ = validate(*items, live={known.ref: known}, worker=worker)
-    assert isinstance(first, ValidatedAdapter)
-    assert (first.staged, first.shift) == (items[0], 0.25)
-    assert (second, third) == (refused, known)
-    assert isinstance(fourth, ValidatedAdapter)
-    assert [len(find_warnings(item.staged, item.shift)) for item in (first, fourth)] == [0, 1]
+def validate(*items: Staged, worker: FakeWorker) -> list[Outcome]:
+    workers = workers_of(serve_worker(FakeHandle(worker)))
+    validator = AdapterValidator(serve_retriever(FakeHandle(FakeRetriever())), workers)
+    return asyncio.run(validator.validate(items, {}, free_of_charge))
 
 
 def test_the_warning_of_the_folder_replaces_that_of_the_probe() -> None:
@@ -71,13 +49,6 @@ def test_a_reading_of_other_names_hides_no_warning_of_the_probe() -> None:
     assert find_warnings(respelled, 0.2) == ("6 tensor names were read",)
 
 
-def test_equal_versions_are_validated_once_and_batches_are_bounded() -> None:
-    items = [staged(f"a{number}") for number in range(VALIDATED_TOGETHER + 1)]
-    outcomes, worker = validate(*items, items[0])
-    assert outcomes[0] is outcomes[-1]
-    assert [len(digests) for (digests,) in worker.called("probe_many")] == [VALIDATED_TOGETHER, 1]
-
-
 def test_two_batches_are_validated_concurrently() -> None:
     class Waiting(FakeWorker):
         """Answers the first call when it has received two."""
@@ -92,15 +63,10 @@ def test_two_batches_are_validated_concurrently() -> None:
             return await super().probe_many(weights_digests)
 
     items = [staged(f"a{number}") for number in range(2 * VALIDATED_TOGETHER)]
-    outcomes, _ = validate(*items, worker=Waiting())
+    outcomes = validate(*items, worker=Waiting())
     assert [outcome.staged for outcome in outcomes if isinstance(outcome, ValidatedAdapter)] == items
 
 
 def test_workers_that_die_are_each_adapters_error() -> None:
-    outcomes, _ = validate(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
+    outcomes = validate(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
     assert [type(outcome) for outcome in outcomes] == [PoisonRequest, PoisonRequest]
-
-
-def test_retrievers_that_die_are_the_whole_batches_error() -> None:
-    with pytest.raises(PoisonRequest):
-        validate(staged("one"), unfit=RayActorError())
