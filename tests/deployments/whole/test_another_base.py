@@ -33,13 +33,13 @@ async def publish(client: httpx.AsyncClient, folder: Path, name: str, base: str,
 
 
 @asynccontextmanager
-async def server_of_the_other_base(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Served]]:
+async def server_of_the_other_base(folder: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Served]]:
     """Publish two versions of two adapters for one base, then yield a server of the other."""
     async with real_app(folder, base_model=f"somewhere/{OLD}") as (client, _):
         for name in PROMPTS:
             for version in (1, 2):
                 await publish(client, folder, name, OLD, version)
-    async with real_app(folder, base_model=f"somewhere/{NEW}", **settings) as started:
+    async with real_app(folder, base_model=f"somewhere/{NEW}") as started:
         yield started
 
 
@@ -109,11 +109,3 @@ async def test_a_publish_for_the_served_base_takes_the_name_over(tmp_path: Path)
         assert (strategy, [candidate["name"] for candidate in candidates]) == ("mixture", ["poet"])
         listed = (await client.get("/v1/loras")).json()
         assert ([row["id"] for row in listed["data"]], listed["unserved"][0]["num_adapters"]) == (["poet"], 1)
-
-
-async def test_the_setting_accepts_base_serves_them_again(tmp_path: Path) -> None:
-    async with server_of_the_other_base(tmp_path, accepts_base=(OLD,)) as (client, _):
-        _, candidates = await strategy_of(client, "Write a poem.")
-        assert sorted(candidate["name"] for candidate in candidates) == ["coder", "poet"]
-        listed = (await client.get("/v1/loras")).json()
-        assert (listed["total"], listed["unserved"]) == (2, [])

@@ -205,7 +205,7 @@ async def _send_beside_good_ones(front: HttpFront, request: Malformed) -> None:
     assert texts == front.quiet
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def front(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) -> Any:
     with open_front(tiny_base, tiny_folders["gemma3"]) as opened:
         yield opened

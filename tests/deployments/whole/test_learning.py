@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from deployments.publishing import learning
 from tests.deployments.two_tenants import TwoTenants, two_tenants
 
 NAME = "zebra-0"
@@ -53,7 +56,11 @@ async def test_a_named_prompt_is_proposed_accepted_found_and_undone(tmp_path: Pa
         assert undone[NAME]["score"] == before[NAME]["score"]
 
 
-async def test_an_outcome_changes_the_choices_of_its_own_tenant_only(tmp_path: Path) -> None:
+async def test_an_outcome_changes_the_choices_of_its_own_tenant_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pause in ("QUIET_S", "REST_FACTOR"):
+        monkeypatch.setattr(learning, pause, 0)
     prompt = "Guten Tag, ich hätte da mal eine Frage zu etwas ganz anderem."
     async with two_tenants(tmp_path, learning="apply") as tenants:
         asked = await send(tenants, "acme", "/v1/chat/completions", chat(prompt))

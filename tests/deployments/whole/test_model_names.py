@@ -63,15 +63,3 @@ async def test_a_name_gives_no_tenant_adapters_or_knowledge_of_another(tmp_path:
         for answer in (listed, response):
             tenants.assert_no_leak(other, answer)
         assert (await adapters(tenants, other, f"{owner}/support@{hidden}"))[0] == 404
-
-
-async def test_names_and_adapters_cannot_be_called_alike(tmp_path: Path) -> None:
-    async with two_tenants(tmp_path) as tenants:
-        owner = TENANTS[0]
-        taken = await tenants.ask(owner, "PUT", f"/v1/names/{tenants.names[owner][0]}", json={})
-        assert (taken.status_code, error_of(taken)["code"]) == (409, "name_taken")
-        await put(tenants, owner, {})
-        refused = await tenants.publish(owner, [tenants.folder("support", 77, ["Help me."])])
-        [item] = refused.json()["data"]
-        assert (item["status"], item["error"]["code"]) == (409, "name_taken")
-        assert "'support' is a model name: choose another name" in item["error"]["message"]

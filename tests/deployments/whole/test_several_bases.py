@@ -231,25 +231,20 @@ async def test_a_base_whose_workers_are_away_fails_nothing_of_the_other(tmp_path
         assert list(stats["models"]) == ["first", "second"] and stats["workers"]["num_running"] == 6
 
 
-async def test_a_batch_of_prompts_may_need_both_bases(tmp_path: Path) -> None:
-    async with two_bases(tmp_path) as case:
-        body = {"model": "auto", "prompt": ["Write a poem.", "Write a function."], "max_tokens": 4}
-        answer = await case.client.post("/v1/completions", json=body)
-        assert answer.status_code == 200, answer.text
-        assert [choice["lora"]["base_model"] for choice in answer.json()["choices"]] == ["first", "second"]
-        assert sorted(name for name, _ in case.take_jobs()) == ["first", "second"]
-
-
-async def test_the_tokens_of_a_request_count_for_the_base_of_each_prompt(tmp_path: Path) -> None:
+async def test_the_prompts_of_a_request_may_need_both_bases_and_count_for_their_own(tmp_path: Path) -> None:
     async with two_bases(tmp_path, cache_dir=tmp_path / "cache", usage_days=1) as case:
         prompts = ["Write a poem.", "Write a function.", "Write a song."]
         body = {"model": "auto", "prompt": prompts, "n": 2, "lora": {"k": 1}}
         answer = await case.client.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
+        bases = [choice["lora"]["base_model"] for choice in answer.json()["choices"]]
+        assert bases == ["first", "first", "second", "second", "first", "first"]
         events = {
             event["base"]: event for event in events_in(tmp_path / "cache") if event["route"] == "/v1/completions"
         }
-        [job, *_] = [job for _, job in case.take_jobs()]
+        jobs = case.take_jobs()
+        assert sorted(name for name, _ in jobs) == sorted(bases)
+        job = jobs[0][1]
         assert {base: (len(event["adapters"]), event["request_id"]) for base, event in events.items()} == {
             "first": (2, job.request_id),
             "second": (1, job.request_id),
