@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ import pytest
 from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.lora_kernel import LoraKernel
-from gpu_worker.model.packed_linear import LinearKernel, has_bf16_vectors, is_kernel_faster, may_use_tiles
+from gpu_worker.native import device_parts
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.native.device_parts import fuse_where_compiled, make_kv_cache, make_linear_kernel, make_lora_kernel
 from gpu_worker.native.fused import Choices, FusedMlp, FusedRmsNorm
-from tests.gpu_worker.compilers import path_with_quick_compiler
 from tests.gpu_worker.engine_driver import kv_shape
 
 ON_CPU = WorkerConfig(device="cpu")
@@ -40,37 +38,14 @@ def test_products_are_compiled_on_the_cpu_unless_torch_is_configured(
     assert isinstance(make_lora_kernel(config), LoraKernel) == is_compiled
 
 
-def test_the_base_has_compiled_products_only_on_processors_where_they_are_faster(lora_kernel: LoraKernel) -> None:
-    kernel = LinearKernel.load(ON_CPU.cache_dir)
-    assert kernel is not None
-    assert (make_linear_kernel(ON_CPU) is not None) == (has_bf16_vectors() and is_kernel_faster(kernel))
+@pytest.mark.parametrize(("has_vectors", "is_faster"), [(True, True), (True, False), (False, True)])
+def test_the_base_has_compiled_products_only_on_processors_where_they_are_faster(
+    has_vectors: bool, is_faster: bool, monkeypatch: pytest.MonkeyPatch, lora_kernel: LoraKernel
+) -> None:
+    monkeypatch.setattr(device_parts, "has_bf16_vectors", lambda: has_vectors)
+    monkeypatch.setattr(device_parts, "is_kernel_faster", lambda kernel: is_faster)
+    assert (make_linear_kernel(ON_CPU) is not None) == (has_vectors and is_faster)
     assert make_linear_kernel(on("cuda")) is None
-
-
-@pytest.fixture
-def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", path_with_quick_compiler(tmp_path))
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_a_library_without_bfloat16_instructions_does_not_replace_onednn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_kernel: LoraKernel
-) -> None:
-    monkeypatch.setenv("CXXFLAGS", "-U__AVX512BF16__")  # as a compiler that does not know them
-    kernel = LinearKernel.load(tmp_path)
-    assert kernel is not None and not kernel.has_bf16_products
-    assert make_linear_kernel(replace(ON_CPU, cache_dir=tmp_path)) is None
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_a_library_without_tiles_replaces_onednn_only_where_no_tiles_may_be_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_kernel: LoraKernel
-) -> None:
-    monkeypatch.setenv("CXXFLAGS", "-U__AMX_BF16__")  # as a compiler that does not know them
-    kernel = LinearKernel.load(tmp_path)
-    assert kernel is not None and not kernel.has_tiles
-    expected = has_bf16_vectors() and not may_use_tiles()
-    assert (make_linear_kernel(replace(ON_CPU, cache_dir=tmp_path)) is not None) == expected
 
 
 @pytest.mark.parametrize(("device", "num_norms", "num_mlps"), [("cpu", 3 * 2 + 1, 3), ("cuda", 0, 0)])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, LogitsNotFinite, WaitedTooLong
-from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.model import inject
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
@@ -101,21 +101,6 @@ def test_a_prompt_whose_logits_are_not_finite_fails_its_own_row_only(make_engine
     assert isinstance(bad.error, LogitsNotFinite)
     assert len(good.tokens) == 8
     assert_nothing_held(engine)
-
-
-def test_a_preempted_row_keeps_the_scores_of_its_prompt(make_engine: MakeEngine) -> None:
-    scored = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, prompt_logprobs=2)
-    jobs = [Job(str(number), f"{number} " * 20, sampling=scored) for number in range(4)]
-    tight, ample = make_engine({}, kv_tokens=160), make_engine({})
-    found, expected = run_together(tight, jobs), run_together(ample, jobs)
-    assert tight.counters.num_preemptions > 0 == ample.counters.num_preemptions
-    for answer, other in zip(found, expected, strict=True):
-        [prompt, known] = [
-            [entry for event in each.events if isinstance(event, Delta) for entry in event.prompt]
-            for each in (answer, other)
-        ]
-        assert [entry.token_id for entry in prompt] == answer.row.tokens[: answer.row.num_prompt_tokens]
-        assert [entry.logprob for entry in prompt[1:]] == pytest.approx([e.logprob for e in known[1:]], abs=1e-4)
 
 
 def test_a_cancelled_request_frees_its_row_and_pins_and_the_others_go_on_unchanged(

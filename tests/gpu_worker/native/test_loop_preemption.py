@@ -54,17 +54,19 @@ def test_preempted_rows_give_the_same_answers_as_alone(make_engine: MakeEngine, 
     assert_nothing_held(engine)
 
 
-def test_seeds_penalties_and_log_probabilities_continue_after_preemption(make_engine: MakeEngine) -> None:
-    params = {"max_tokens": 40, "temperature": 1.0, "frequency_penalty": 0.5, "logprobs": 2, "ignore_eos": True}
-    jobs = [job_of(20, 1, i, sampling=SamplingParams(seed=i, **params)) for i in range(3)]  # type: ignore[arg-type]
+def test_seeds_penalties_and_log_probabilities_of_both_parts_continue_after_preemption(make_engine: MakeEngine) -> None:
+    params = {"max_tokens": 40, "temperature": 1.0, "frequency_penalty": 0.5, "ignore_eos": True}
+    scored = [SamplingParams(seed=i, logprobs=2, prompt_logprobs=2, **params) for i in range(3)]  # type: ignore[arg-type]
+    jobs = [job_of(20, 1, i, sampling=sampling) for i, sampling in enumerate(scored)]
     tight, ample = make_engine({}, kv_tokens=MAX_LEN), make_engine({})
-    for found, expected in zip(run_together(tight, jobs), run_together(ample, jobs), strict=True):
-        assert_same(found, expected)
-        found = [
-            [entry.token for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
-            for answer in (found, expected)
-        ]
-        assert found[0] == found[1] and len(found[0]) == 40
+    for answer, other in zip(run_together(tight, jobs), run_together(ample, jobs), strict=True):
+        assert_same(answer, other)
+        found, expected = ([event for event in each.events if isinstance(event, Delta)] for each in (answer, other))
+        tokens = [[entry.token for event in events for entry in event.logprobs] for events in (found, expected)]
+        assert tokens[0] == tokens[1] and len(tokens[0]) == 40
+        prompt, known = ([entry for event in events for entry in event.prompt] for events in (found, expected))
+        assert [entry.token_id for entry in prompt] == answer.row.tokens[: answer.row.num_prompt_tokens]
+        assert [entry.logprob for entry in prompt[1:]] == pytest.approx([e.logprob for e in known[1:]], abs=1e-4)
     assert tight.counters.num_preemptions > 0 == ample.counters.num_preemptions
 
 

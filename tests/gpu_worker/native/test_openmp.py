@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpu_worker.bank.load_threads import load_executor, use_one_thread
+from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.native import openmp
 from gpu_worker.native.openmp import run_on_short_lived_thread, thread_team_releaser
 from tests.gpu_worker.engine_driver import MakeEngine, Start, by_digest, run
@@ -70,16 +70,6 @@ def test_loads_use_one_thread_and_other_work_is_unaffected(two_threads: None) ->
         assert executor.submit(computing_threads).result() == before + 1
         assert executor.submit(torch.get_num_threads).result() == 1
     assert torch.get_num_threads() == 2
-
-
-def test_a_single_threaded_thread_does_not_affect_others(two_threads: None) -> None:
-    def alone() -> int:
-        use_one_thread()
-        return torch.get_num_threads()
-
-    assert run_on_short_lived_thread(alone) == 1
-    assert torch.get_num_threads() == 2
-    assert run_on_short_lived_thread(torch.get_num_threads) == 2
 
 
 def test_an_ended_team_is_started_again(two_threads: None) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpu_worker.model.attention_plan import Segment
 from gpu_worker.native.attention.kv_cache import KvShape
@@ -45,29 +43,3 @@ def test_host_memory_is_used_for_written_tokens_only() -> None:
     cache.keys[1][7, -1] = 1
     assert float(cache.keys[1][7, -1].sum()) == 512
     assert int(Path("/proc/self/statm").read_text().split()[1]) - before < 2048, "pages of the operating system"
-
-
-@given(st.data())
-def test_pages_have_one_owner_and_are_all_freed(data: st.DataObject) -> None:
-    shape = kv_shape(num_tokens=60, page_tokens=4, max_len=40, num_rows=6)
-    cache = DeviceKvCache(shape, torch.device("cpu"))
-    lengths: dict[int, int] = {}
-    for _ in range(data.draw(st.integers(1, 40))):
-        kind = data.draw(st.sampled_from(["join", "grow", "leave"]))
-        if kind == "join" and cache.fits(length := data.draw(st.integers(1, 40))):
-            lengths[cache.allocate(length, data.draw(st.integers(length, 40)))] = length
-        elif kind == "grow" and lengths:
-            row = data.draw(st.sampled_from(sorted(lengths)))
-            lengths[row] += cache.grow(row, lengths[row] + 1) if lengths[row] < 40 else 0
-        elif lengths:
-            cache.free(row := data.draw(st.sampled_from(sorted(lengths))))
-            del lengths[row]
-        held = sum(shape.pages_of(length) for length in lengths.values())
-        assert cache.num_free_tokens == (shape.num_pages - held) * 4
-        assert cache.num_free == 6 - len(lengths)
-        if lengths:
-            segments = [Segment(row, n, 1, length - 1) for n, (row, length) in enumerate(lengths.items())]
-            [group] = cache.attention(segments).groups
-            tables = zip(group.block_table.tolist(), lengths.values(), strict=True)
-            pages = [page for table, length in tables for page in table[: shape.pages_of(length)]]
-            assert len(set(pages)) == len(pages), "no page is of two rows"

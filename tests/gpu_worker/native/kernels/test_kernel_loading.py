@@ -90,16 +90,6 @@ def test_without_a_compiler_there_is_no_kernel(
     assert "grouped_lora is disabled" in record.getMessage() and "no C++ compiler" in record.getMessage()
 
 
-def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
-    tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')
-    no_options.setenv("PATH", str(tmp_path))
-    assert load(tmp_path / "cache") is None
-    assert "unknown option" in caplog.text
-    assert libraries(tmp_path / "cache") == []
-
-
 def test_an_unusable_cache_folder_disables_only_the_kernels(
     tmp_path: Path, tiny_folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

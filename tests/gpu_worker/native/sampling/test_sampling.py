@@ -165,13 +165,6 @@ def test_a_row_that_is_not_finite_stays_so_behind_its_mask(number: float, sample
     assert sampler(logits, [draw]) == ([None], [None])
 
 
-def test_ids_of_probability_zero_are_never_drawn(sampler: Sampler) -> None:
-    logits = torch.full((1, 5), -math.inf)
-    logits[0, 2] = 0.0
-    for params in (SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.99)):
-        assert {tokens_of(sampler, logits, [Draw(params, 0, i)])[0] for i in range(50)} == {2}
-
-
 @pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 300, 512])
 def test_the_ids_that_a_mask_excludes_become_minus_infinity(vocabulary: int) -> None:
     chance = random.Random(vocabulary)

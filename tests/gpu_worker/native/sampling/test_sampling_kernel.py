@@ -10,7 +10,6 @@ from gpu_worker.front.draw import Draw, make_table
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.sampling_kernel import WANTED, SamplingKernel
 from tests.gpu_worker.engine_driver import compiled
-from tests.gpu_worker.slow_sampling import tokens_slowly
 
 LOGITS = torch.randn(4, 50, generator=torch.Generator().manual_seed(3)) * 3
 
@@ -25,14 +24,6 @@ def test_it_serves_contiguous_logits_in_host_memory(kernel: SamplingKernel) -> N
     assert not kernel.serves(LOGITS.double())
     assert not kernel.serves(LOGITS.T)
     assert not kernel.serves(LOGITS.to("meta"))
-
-
-def test_entries_choose_from_the_rows_they_name(kernel: SamplingKernel) -> None:
-    draws = [Draw(SamplingParams(top_k=20), 5, position) for position in range(4)]
-    table = make_table(draws, 50)[[3, 1, 3]]
-    chosen = kernel.choose(LOGITS, table).tolist()
-    assert all(token in tokens_slowly(LOGITS[row], draws[row]) for token, row in zip(chosen, [3, 1, 3], strict=True))
-    assert kernel.choose(LOGITS, table[:0]).tolist() == []
 
 
 def test_tables_of_another_layout_are_refused(kernel: SamplingKernel) -> None:
