@@ -51,7 +51,7 @@ def jobs_over(pool: list[AdapterWeights], count: int) -> list[Job]:
     return [Job(str(i), f"prompt {i}", plans[i % len(plans)], params) for i in range(count)]
 
 
-@pytest.mark.parametrize("stream_interval_ms", [0.0, 1.0, 1000.0])
+@pytest.mark.parametrize("stream_interval_ms", [0.0, 1000.0])
 async def test_streams_join_to_the_text_of_a_run_without_a_thread(
     stream_interval_ms: float, make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
 ) -> None:
@@ -99,9 +99,9 @@ async def test_two_requests_of_one_id_do_not_cancel_each_other(
     native = start(make_engine({}))
     short, long = await asyncio.gather(
         complete(native, greedy("x", BASE_PLAN, "same", num_new=1)),
-        complete(native, greedy("x", BASE_PLAN, "same", num_new=100)),
+        complete(native, greedy("x", BASE_PLAN, "same", num_new=20)),
     )
-    assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 100)
+    assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 20)
 
 
 async def test_an_idle_loop_is_not_hanging_and_one_in_a_long_step_is(gated: Gated) -> None:

@@ -47,23 +47,25 @@ def train_experts(folder: Path, target: Path, seed: int, **settings: Any) -> Pat
     return train(folder, target, seed, **chosen | settings)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_rslora": True, "rank_pattern": {r".*\.gate_up_proj": 5}, "alpha_pattern": {r".*\.down_proj": 9}},
-        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
-        {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
-        {"target_parameters": ["gate.weight", "down_proj"], "alpha_pattern": {"gate.weight": 20}},
-        {"target_modules": "all-linear", "target_parameters": None},
-    ],
-    ids=["patterns", "one parameter", "one layer", "router", "all-linear"],
-)
-def test_adapters_on_experts_answer_as_with_peft(
-    settings: dict[str, Any], tmp_path: Path, make_engine: MakeEngine
-) -> None:
-    """Two adapters that PEFT saved and the base model, in one batch."""
+def test_adapters_on_experts_answer_as_with_peft(tmp_path: Path, make_engine: MakeEngine) -> None:
+    """Adapters that PEFT saved and the base model, in one batch."""
     folder = save(tmp_path / "base", "qwen3_moe", EQUAL["qwen3_moe"])
-    adapters = [train_experts(folder, tmp_path / "plain", 1), train_experts(folder, tmp_path / "other", 2, **settings)]
+    of_each: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "patterns": {
+            "use_rslora": True,
+            "rank_pattern": {r".*\.gate_up_proj": 5},
+            "alpha_pattern": {r".*\.down_proj": 9},
+        },
+        "one-parameter": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+        "one-layer": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
+        "router": {"target_parameters": ["gate.weight", "down_proj"], "alpha_pattern": {"gate.weight": 20}},
+        "all-linear": {"target_modules": "all-linear", "target_parameters": None},
+    }
+    adapters = [
+        train_experts(folder, tmp_path / name, seed, **settings)
+        for seed, (name, settings) in enumerate(of_each.items())
+    ]
     assert_answers_as_peft(folder, adapters, make_engine)
 
 

@@ -87,16 +87,20 @@ def logits_of(model: PeftModel, tiny_folders: TinyFolders, prompt: str) -> Tenso
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_selection_equals_the_peft_model(
-    name: str, trained: dict[str, Trained], tiny_folders: TinyFolders, make_engine: MakeEngine
+def test_selection_equals_the_peft_model_of_the_same_folder_and_of_one_written_here(
+    name: str, trained: dict[str, Trained], tiny_folders: TinyFolders, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     weights = trained[name].weights
     model = PeftModel.from_pretrained(whole_model(tiny_folders["gemma3"]), trained[name].folder).eval()
+    write_peft_folder(tmp_path, weights.modules, base_model="tiny")
+    model.load_adapter(tmp_path, adapter_name="written here")
     jobs = [greedy(prompt, plan_of("selection", (weights, 1.0)), prompt, num_new=1) for prompt in PROMPTS]
     for answer, job in zip(run_together(make_engine(by_digest(weights)), jobs), jobs, strict=True):
         assert isinstance(job.prompt, str)
-        expected = logits_of(model, tiny_folders, job.prompt)
-        assert_equal_logits(answer.first_logits, expected)
+        for adapter in ("default", "written here"):
+            model.set_adapter(adapter)
+            expected = logits_of(model, tiny_folders, job.prompt)
+            assert_equal_logits(answer.first_logits, expected)
         with model.disable_adapter():
             base = logits_of(model, tiny_folders, job.prompt)
         assert float((expected - base).abs().max()) > 0.05, "the adapter should matter"
@@ -145,17 +149,3 @@ def checked_equals_peft(folder: Path, tiny_folders: TinyFolders, make_engine: Ma
     assert_equal_logits(answer.first_logits, expected)
     with model.disable_adapter():
         assert float((expected - logits_of(model, tiny_folders, PROMPTS[0])).abs().max()) > 0.01
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_folder_written_here_is_the_same_adapter_under_peft(
-    name: str, trained: dict[str, Trained], tiny_folders: TinyFolders, tmp_path: Path
-) -> None:
-    write_peft_folder(tmp_path, trained[name].weights.modules, base_model="tiny")
-    found, expected = (
-        logits_of(
-            PeftModel.from_pretrained(whole_model(tiny_folders["gemma3"]), folder).eval(), tiny_folders, PROMPTS[0]
-        )
-        for folder in (tmp_path, trained[name].folder)
-    )
-    assert_equal_logits(found, expected)

@@ -116,17 +116,25 @@ def test_notes_are_bounded_and_other_files_stay(cache: Path, model: Path) -> Non
     assert len(list(folder.iterdir())) == 65 and (folder / "mine").exists() and check.read() == []
 
 
-def test_a_note_that_others_could_have_written_does_not_count(cache: Path, model: Path) -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda note: note.parent.chmod(0o777), lambda note: note.write_text(note.read_text()[:-1])],
+    ids=["others could have written it", "it was not written to its end"],
+)
+def test_a_note_that_may_be_wrong_does_not_count(spoil: Callable[[Path], object], cache: Path, model: Path) -> None:
     check = PassedCheck(tiny_config(model, cache_dir=cache))
-    check.note([])
-    assert check.read() == []
-    (cache / "passed_checks").chmod(0o777)
+    check.note([1, None])
+    assert check.read() == [1, None]
+    [note] = (cache / "passed_checks").iterdir()
+    spoil(note)
     assert check.read() is None
 
 
-def test_a_folder_that_cannot_be_written_costs_the_note_only(cache: Path, model: Path) -> None:
-    (cache / "passed_checks").write_text("no folder")
-    check = PassedCheck(tiny_config(model, cache_dir=cache))
+@pytest.mark.parametrize("has_folder", [True, False], ids=["no folder for notes", "a model without a folder"])
+def test_where_no_note_can_be_written_there_is_none(has_folder: bool, cache: Path, model: Path) -> None:
+    if has_folder:
+        (cache / "passed_checks").write_text("no folder")
+    check = PassedCheck(tiny_config(model if has_folder else Path("organisation/model"), cache_dir=cache))
     check.note([])
     assert check.read() is None
 
@@ -144,21 +152,6 @@ def test_code_that_is_newer_than_the_process_is_not_noted(
     monkeypatch.setattr(passed_check, "_IMPORTED_AT", code.stat().st_mtime - 1)
     check = PassedCheck(tiny_config(model, cache_dir=cache))
     check.note([])
-    assert check.read() is None
-
-
-def test_a_model_without_a_folder_is_always_compared(cache: Path) -> None:
-    check = PassedCheck(tiny_config(Path("organisation/model"), cache_dir=cache))
-    check.note([])
-    assert check.read() is None
-
-
-def test_a_note_that_was_not_written_to_its_end_does_not_count(cache: Path, model: Path) -> None:
-    check = PassedCheck(tiny_config(model, cache_dir=cache))
-    check.note([1, None])
-    assert check.read() == [1, None]
-    [note] = (cache / "passed_checks").iterdir()
-    note.write_text(note.read_text()[:-1])
     assert check.read() is None
 
 

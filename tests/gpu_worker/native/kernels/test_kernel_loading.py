@@ -80,14 +80,21 @@ def test_another_compiler_or_other_options_compile_again(
     assert len(libraries(tmp_path)) == 2
 
 
-def test_without_a_compiler_there_is_no_kernel(
-    tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("compiler", [None, 'for last; do :; done; echo "not a library" > "$last"'])
+def test_without_a_compiler_or_with_a_library_that_cannot_be_loaded_there_is_no_kernel(
+    compiler: str | None, tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    no_options.setenv("PATH", str(tmp_path))
+    """A library cannot be loaded from a file system that is mounted without execution."""
+    if compiler is not None:
+        no_options.setenv("CXX", str(script(tmp_path / "c++", compiler)))
+    else:
+        no_options.setenv("PATH", str(tmp_path))
     assert load(tmp_path / "cache") is None
+    assert len(libraries(tmp_path / "cache")) == (compiler is not None)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert "grouped_lora is disabled" in record.getMessage() and "no C++ compiler" in record.getMessage()
+    assert "grouped_lora is disabled" in record.getMessage()
+    assert ("no C++ compiler" in record.getMessage()) == (compiler is None)
 
 
 def test_an_unusable_cache_folder_disables_only_the_kernels(
@@ -113,17 +120,6 @@ def test_kernels_are_compiled_on_all_threads_of_a_worker(tmp_path: Path, no_opti
     no_options.setattr(Compiler, "compile", lambda *_, **__: both.wait())
     no_options.setattr(kernel_loading, "_open", lambda library: library)
     assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, num_threads=2)) == 0
-
-
-def test_a_library_that_cannot_be_loaded_disables_only_its_kernel(
-    tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """This happens on a file system that is mounted without execution."""
-    script(tmp_path / "c++", 'for last; do :; done; echo "not a library" > "$last"')
-    no_options.setenv("CXX", str(tmp_path / "c++"))
-    assert load_library("fused", tmp_path) is None
-    assert len(libraries(tmp_path)) == 1
-    assert "fused is disabled" in caplog.text
 
 
 def test_a_new_folder_is_accessible_to_this_user_only(tmp_path: Path, lora_kernel: LoraKernel) -> None:

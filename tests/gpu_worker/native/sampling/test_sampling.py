@@ -90,12 +90,8 @@ def test_a_large_vocabulary_equals_the_slow_loop(params: SamplingParams, dtype: 
     ("params", "vocabulary", "size"),
     [
         (SamplingParams(), 50, 2.0),
-        (SamplingParams(temperature=0.3), 50, 2.0),
-        (SamplingParams(top_p=0.8), 50, 2.0),
-        (SamplingParams(top_k=10, top_p=0.6), 50, 2.0),
         (SamplingParams(top_k=10_000, top_p=0.5), 50, 2.0),
-        (SamplingParams(top_p=0.9), 3000, 0.1),  # nearly flat: about 2700 ids
-        (SamplingParams(top_p=0.9), 20_000, 0.1),
+        (SamplingParams(top_p=0.9), 20_000, 0.1),  # nearly flat: about 18,000 ids
         (SamplingParams(top_k=1500, top_p=0.95), 3000, 0.1),
         (SamplingParams(min_p=0.05, top_p=0.7, top_k=12, temperature=1.5), 50, 2.0),
     ],
