@@ -128,25 +128,6 @@ def test_rows_join_while_every_running_row_can_grow_by_one_page(make_engine: Mak
     assert all(answer.is_finished for answer in (*growing, too_long))
 
 
-def test_preempted_rows_resume_before_any_new_row(make_engine: MakeEngine) -> None:
-    """Two rows of one tenant are preempted; new rows of another would fit next to the running one."""
-    max_len = 80
-    engine = make_engine({}, kv_tokens=max_len, max_model_len=max_len, max_batch_size=4)
-    rows = [ask(engine, job_of(15, 50, i, tenant="t")) for i in range(3)]
-    while len(engine.waiting.requeued) < 2:
-        engine.step()
-    returned = engine.waiting.requeued
-    newcomers = [ask(engine, job_of(2, 20, 10 + i, tenant="u")) for i in range(3)]
-    while engine.waiting.requeued:
-        engine.step()
-        started = [answer for answer in newcomers if answer.row.num_computed]
-        assert not started or not engine.waiting.requeued, "a newcomer overtook a row that ran"
-    assert all(row.num_computed or row not in engine.running for row in returned)
-    engine.run_until_idle()
-    assert all(answer.is_finished for answer in (*rows, *newcomers))
-    assert_nothing_held(engine)
-
-
 def test_a_preempted_row_is_not_refused_for_waiting_too_long(make_engine: MakeEngine) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, kv_tokens=MAX_LEN, clock=clock, max_wait_s=5.0)
