@@ -20,6 +20,10 @@ def test_a_step_must_hold_every_decoding_row() -> None:
         WorkerConfig(max_batch_size=64, max_step_tokens=63)
     with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens"):
         NativeWorkerConfig(max_chunk_tokens=0)
+
+
+def test_a_chunk_is_the_configured_one_or_fits_the_device() -> None:
+    assert {NativeWorkerConfig(device=device, max_chunk_tokens=7).chunk_tokens for device in ("cpu", "cuda")} == {7}
     assert NativeWorkerConfig(device="cpu").chunk_tokens == 192
     assert NativeWorkerConfig(device="cuda", max_step_tokens=4096).chunk_tokens == 4096
 
@@ -54,10 +58,6 @@ def test_a_gpu_computes_only_in_bfloat16() -> None:
     with pytest.raises(WorkerConfigInvalid, match="dtype must be 'auto' or 'bfloat16' with device 'cuda'"):
         WorkerConfig(device="cuda", dtype="float32")
     assert WorkerConfig(device="cpu", dtype="float32").dtype == "float32"
-
-
-def test_a_configured_chunk_is_used_on_every_device() -> None:
-    assert {NativeWorkerConfig(device=device, max_chunk_tokens=7).chunk_tokens for device in ("cpu", "cuda")} == {7}
 
 
 def test_only_vllm_has_rows_for_fusions_in_its_bank() -> None:

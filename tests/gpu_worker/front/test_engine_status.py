@@ -6,27 +6,17 @@ from tests.gpu_worker.engine_driver import MakeEngine, Shapes, by_digest, greedy
 from tests.tiny import random_adapter
 
 
-def test_an_adapter_counts_by_its_location_at_submission() -> None:
-    counters = Counters()
-    counters.count_request(["a", "b", "c"], bank={"a"}, host={"b"})
-    counters.count_request(["a"], bank={"a"}, host={"a"})
-    counters.count_request([], bank={"a"}, host={"b"})
-    before = counters.copy()
-    assert counters == before == Counters(num_requests=3, num_bank_hits=2, num_host_hits=1, num_fetches=1)
-    counters.count_request([], bank=(), host=())
-    assert before.num_requests == 3, "a copy does not change"
-
-
 def test_an_engine_counts_requests_tokens_and_where_adapters_were(make_engine: MakeEngine, shapes: Shapes) -> None:
     weights, other = random_adapter(shapes, 1), random_adapter(shapes, 2)
     engine = make_engine(by_digest(weights, other))
-    prompts = []
+    before, prompts = engine.status().counters, []
     for number, plan in enumerate([only(weights), only(weights), only(other), BASE_PLAN]):
         row = engine.prepare(greedy(f"job {number}", plan, num_new=3), lambda event: None)
         prompts.append(row.num_prompt_tokens)
         engine.submit(row)
         engine.run_until_idle()
     counters = engine.status().counters
+    assert before == Counters() != counters, "a status does not change"
     assert (counters.num_requests, counters.num_prompt_tokens) == (4, sum(prompts))
     assert (counters.num_bank_hits, counters.num_host_hits, counters.num_fetches) == (1, 0, 2)
     assert counters.num_new_tokens == 12

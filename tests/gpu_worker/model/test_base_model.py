@@ -44,7 +44,10 @@ def folder_with(tmp_path: Path, source: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "weights quantised by bitsandbytes; .* use engine 'vllm', or dequantise the weights and save",
+        ),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
@@ -94,15 +97,6 @@ def test_head_sizes_unsupported_on_cuda_are_refused_there(
     folder = folder_with(tmp_path, tiny_folders["gemma3"], head_dim=head_dim)
     with pytest.raises(BaseModelUnsupported, match=f"head size of {head_dim}"):
         load_base_model(tiny_config(folder, device="cuda", dtype="bfloat16"))
-
-
-def test_a_quantised_model_is_refused_with_what_to_do(tmp_path: Path, tiny_folders: TinyFolders) -> None:
-    folder = folder_with(tmp_path, tiny_folders["gemma3"], quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(
-        BaseModelUnsupported,
-        match=r"weights quantised by gptq; .* use engine 'vllm', or dequantise the weights and save",
-    ):
-        load_base_model(tiny_config(folder))
 
 
 @pytest.mark.parametrize(
@@ -284,8 +278,8 @@ def test_the_markers_of_the_packaged_model_have_no_text_in_answers(
 
 
 def test_the_packaged_models_tokenizer_reads_its_file_as_transformers_own_class_does() -> None:
-    config = WorkerConfig()
-    own, found = AutoTokenizer.from_pretrained(model_source(config)), load_tokenizer(config)
+    source = model_source(WorkerConfig())
+    own, found = AutoTokenizer.from_pretrained(source), load_tokenizer(WorkerConfig(), source)
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template")
     assert [getattr(found, name) for name in names] == [getattr(own, name) for name in names]
     texts = [

@@ -78,8 +78,7 @@ def tiny_llama(
     return written(writer, path)
 
 
-@pytest.mark.parametrize("without", ["", "output"], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "without"), [*[(kind, "") for kind in KINDS], ("Q8_0", "output"), ("Q4_K", "output")])
 def test_a_gguf_file_is_served_with_its_integers(kind: str, without: str, tmp_path: Path) -> None:
     """transformers changes the order of the outputs of two of Llama's layers, and has dequantised weights."""
     file = tiny_llama(tmp_path / "model.gguf", kind, width=256 if kind.endswith("K") else 64, without=without)
@@ -135,22 +134,42 @@ def test_the_scaling_of_positions_of_llama_3_is_found_by_its_factors(factor: flo
     np.testing.assert_allclose(rope.inv_freq.numpy(), plain / llama3_factors(factor), rtol=1e-4)
 
 
+def rotate_heads_in_part(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_dimension_count(8)
+    for name, width in {"q": 64, "k": 32, "v": 32}.items():
+        writer.add_tensor(f"blk.0.attn_{name}.bias", np.zeros(width, np.float32))
+
+
+def have_small_heads(writer: gguf.GGUFWriter) -> None:
+    """transformers scales the attention by its default, and the largest model has another number than its heads."""
+    writer.add_key_length(16)
+    writer.add_sliding_window(512)
+    for name, width in {"post_attention": 64, "post_ffw": 64, "attn_q": 16, "attn_k": 16}.items():
+        writer.add_tensor(f"blk.0.{name}_norm.weight", np.ones(width, np.float32))
+
+
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("architecture", "more", "says"),
     [
-        (lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 8, np.float32)), "otherwise than Llama 3.1"),
-        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "has 64 numbers that"),
-        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scales its positions (yarn"),
-        (lambda writer: writer.add_rope_scaling_factor(8), "scales its positions (linear by 8.0)"),
-        (lambda writer: writer.add_sliding_window(16), "attends to 16 tokens, and transformers reads all"),
+        ("llama", lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 8, np.float32)), "than Llama 3.1"),
+        (
+            "llama",
+            lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
+            "has 64 numbers that",
+        ),
+        ("llama", lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "its positions (yarn"),
+        ("llama", lambda writer: writer.add_rope_scaling_factor(8), "scales its positions (linear by 8.0)"),
+        ("llama", lambda writer: writer.add_sliding_window(16), "attends to 16 tokens, and transformers reads all"),
+        ("qwen2", rotate_heads_in_part, "rotates 8 values of a head, and transformers 16"),
+        ("gemma3", have_small_heads, "heads of 16 values, and transformers scales"),
     ],
-    ids=["factors", "a bias", "yarn", "linear", "window"],
+    ids=["factors", "a bias", "yarn", "linear", "window", "rotation", "heads"],
 )
 def test_what_transformers_leaves_out_of_a_file_is_refused(
-    more: Callable[[gguf.GGUFWriter], object], says: str, tmp_path: Path
+    architecture: str, more: Callable[[gguf.GGUFWriter], object], says: str, tmp_path: Path
 ) -> None:
     """Otherwise the answers would be those of another model, without a word."""
-    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more)
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture=architecture, more=more)
     with pytest.raises(BaseModelUnsupported, match=re.escape(says)):
         gguf_folder(file, tmp_path / "cache")
 
@@ -195,13 +214,6 @@ def test_texts_are_split_as_the_file_says(split: str, pieces: list[str], tmp_pat
     folder = gguf_folder(tiny_llama(tmp_path / "model.gguf", "Q8_0", split=split), tmp_path / "cache")
     pre_tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer
     assert [piece for piece, _ in pre_tokenizer.pre_tokenize_str("a  1234!")] == pieces
-
-
-@pytest.mark.parametrize("split", ["deepseek-llm", ""])
-def test_an_unknown_way_to_split_texts_is_refused(split: str, tmp_path: Path) -> None:
-    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", split=split)
-    with pytest.raises(BaseModelUnsupported, match=rf"tokenizer.ggml.pre is {split or 'missing'}\): use the folder"):
-        gguf_folder(file, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -262,40 +274,17 @@ def test_the_base_of_rotations_is_read_where_transformers_does_not(tmp_path: Pat
     np.testing.assert_allclose(rope.inv_freq.numpy(), 1e6 ** -(np.arange(8) / 8), rtol=1e-5)
 
 
-def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
-    def more(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_dimension_count(8)
-        for name, width in {"q": 64, "k": 32, "v": 32}.items():
-            writer.add_tensor(f"blk.0.attn_{name}.bias", np.zeros(width, np.float32))
-
-    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture="qwen2", more=more)
-    with pytest.raises(BaseModelUnsupported, match="rotates 8 values of a head, and transformers 16"):
-        gguf_folder(file, tmp_path / "cache")
-
-
-def test_small_heads_of_gemma_3_are_refused(tmp_path: Path) -> None:
-    """transformers scales the attention by its default, and the largest model has another number than its heads."""
-
-    def more(writer: gguf.GGUFWriter) -> None:
-        writer.add_key_length(16)
-        writer.add_sliding_window(512)
-        for name, width in {"post_attention": 64, "post_ffw": 64, "attn_q": 16, "attn_k": 16}.items():
-            writer.add_tensor(f"blk.0.{name}_norm.weight", np.ones(width, np.float32))
-
-    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture="gemma3", more=more)
-    with pytest.raises(BaseModelUnsupported, match=r"heads of 16 values, and transformers scales .* as that of 256"):
-        gguf_folder(file, tmp_path / "cache")
-
-
 @pytest.mark.parametrize(
     ("kind", "changes", "says"),
     [
         ("Q8_0", {"without": "blk.0.ffn_up"}, r"1 of the model's \d+ tensors are missing \(.*up_proj.weight\)"),
         ("Q8_0", {"architecture": "other"}, r"model.gguf cannot be converted \(.*other"),
         ("Q5_1", {}, "has tensors of type Q5_1; the native engine reads GGUF files of Q8_0"),
+        ("Q8_0", {"split": "deepseek-llm"}, r"tokenizer.ggml.pre is deepseek-llm\): use the folder"),
+        ("Q8_0", {"split": ""}, r"tokenizer.ggml.pre is missing\): use the folder"),
         (None, {}, "cannot be read as a GGUF file"),
     ],
-    ids=["a part of a model", "an architecture", "a type of tensors", "a broken file"],
+    ids=["a part", "an architecture", "a type of tensors", "a way to split texts", "no way", "a broken file"],
 )
 def test_a_file_that_cannot_be_converted_is_refused(
     kind: str | None, changes: dict[str, str], says: str, tmp_path: Path

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.attention_plan import AttentionPlan, Segment
+from gpu_worker.model.attention_plan import Segment
 from gpu_worker.model.packed_attention import packed_attention
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
@@ -19,45 +18,23 @@ from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from tests.gpu_worker.engine_driver import kv_shape
 from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
 
-
-@dataclass
-class Noting(AttentionPlan):
-    """Returns the values, and records the arguments."""
-
-    asked: list[tuple[int, float, int | None]] = field(default_factory=list)
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
-    ) -> Tensor:
-        self.asked.append((layer, scaling, sliding_window))
-        return value.transpose(0, 1)
-
-
 VALUE = torch.randn(1, 2, 5, 4)
 BUILD = pytest.mark.parametrize(
     "build", [HostKvCache, lambda shape: DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)]
 )
 
 
-def layer(index: int = 3, *, is_causal: bool = True) -> nn.Module:
+def layer(*, is_causal: bool = True) -> nn.Module:
     module = nn.Module()
-    module.layer_idx, module.is_causal = index, is_causal  # type: ignore[assignment]
+    module.layer_idx, module.is_causal = 1, is_causal  # type: ignore[assignment]
     return module
 
 
-def filled(plan: AttentionPlan | None = None) -> StepContext:
-    step = StepContext()
-    step.fill(None, plan or Noting())
+def filled() -> StepContext:
+    """Return a step of five tokens of one row."""
+    cache, step = HostKvCache(kv_shape()), StepContext()
+    step.fill(None, cache.attention([Segment(cache.allocate(5, 5), 0, 5, 0)]))
     return step
-
-
-def test_the_steps_plan_is_called_with_the_modules_layer() -> None:
-    plan = Noting()
-    step = filled(plan)
-    attended, weights = packed_attention(layer(3), VALUE, VALUE, VALUE, None, step=step, scaling=0.5, sliding_window=7)
-    assert plan.asked == [(3, 0.5, 7)]
-    assert weights is None
-    torch.testing.assert_close(attended, VALUE.transpose(1, 2))
 
 
 def test_arguments_without_effect_are_accepted() -> None:
@@ -68,24 +45,17 @@ def test_arguments_without_effect_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"softcap": 50.0}, "softcap"),
         ({"block_indices": torch.zeros(1, dtype=torch.long)}, "block_indices"),
         ({"dropout": 0.1}, "dropout"),
         ({"is_causal": False}, "not causal"),
         ({"module": layer(is_causal=False)}, "not causal"),
-        ({"attention_mask": torch.zeros(5, 5)}, "its own attention mask"),
     ],
 )
 def test_arguments_that_would_be_dropped_are_refused_by_name(extra: dict[str, Any], reason: str) -> None:
     arguments = {"module": layer(), "attention_mask": None, "step": filled(), "scaling": 1.0} | extra
     with pytest.raises(BaseModelUnsupported, match=reason):
         packed_attention(query=VALUE, key=VALUE, value=VALUE, **arguments)
-
-
-def test_a_model_that_does_not_pass_the_step_on_is_refused() -> None:
-    with pytest.raises(BaseModelUnsupported, match="keyword arguments"):
-        packed_attention(layer(), VALUE, VALUE, VALUE, None, scaling=1.0)
 
 
 @BUILD
@@ -101,9 +71,26 @@ def test_a_layer_may_not_see_more_than_the_cache_keeps_for_it(build: Callable[[K
 
 
 @BUILD
-def test_heads_that_do_not_match_the_cache_are_refused(build: Callable[[KvShape], KvCache]) -> None:
+@pytest.mark.parametrize(
+    ("query", "key", "value", "message"),
+    [
+        ((4, 3, 4), (1, 3, 4), (1, 3, 4), r"keys \(1, 3, 4\) .* implies \(2, 3, 4\)"),
+        ((4, 3, 4), (2, 2, 4), (2, 2, 4), r"keys \(2, 2, 4\)"),
+        ((4, 3, 4), (4, 3, 4), (4, 3, 4), r"keys \(4, 3, 4\)"),
+        ((4, 3, 4), (2, 3, 1), (2, 3, 1), r"keys \(2, 3, 1\)"),
+        ((4, 3, 4), (2, 3, 4), (2, 3, 1), r"values \(2, 3, 1\)"),
+        ((3, 3, 4), (2, 3, 4), (2, 3, 4), r"queries \(3, 3, 4\).*multiple of 2 key/value heads"),
+        ((4, 3, 8), (2, 3, 4), (2, 3, 4), r"queries \(4, 3, 8\).*each of size 4"),
+    ],
+)
+def test_shapes_that_the_cache_would_cut_or_repeat_are_refused(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    message: str,
+    build: Callable[[KvShape], KvCache],
+) -> None:
     cache = build(kv_shape())
     plan = cache.attention([Segment(cache.allocate(3, 5), 0, 3, 0)])
-    query, one_head = torch.ones(4, 3, 4), torch.ones(1, 3, 4)  # which would be stored in both heads
-    with pytest.raises(BaseModelUnsupported, match="key"):
-        plan.attend(0, query, one_head, one_head, scaling=1.0, sliding_window=None)
+    with pytest.raises(BaseModelUnsupported, match=message):
+        plan.attend(0, torch.ones(query), torch.ones(key), torch.ones(value), scaling=1.0, sliding_window=None)

@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel
 from gpu_worker.model.quantization import GROUP, SMALL_GROUP, QuantizedWeight, quantize, round_to_halves, rounded_inputs
-from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, name_library
+from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, file_name, name_library
 from gpu_worker.native.kernels.kernel_loading import load_library, share_openmp
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
+from lora_store.location import DEFAULT_CACHE_DIR
 from tests.gpu_worker.engine_driver import compiled
 
 GROUPS = {"int8": 0, "int8 in groups": GROUP, "int8 in small groups": SMALL_GROUP}
@@ -36,14 +36,17 @@ def kernel() -> LinearKernel:
 
 
 @pytest.fixture(scope="module", params=["x86-64", "x86-64-v3"])
-def other_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LinearKernel:
-    """The library for older processors, whose code has no VNNI."""
+def other_kernel(request: pytest.FixtureRequest) -> LinearKernel:
+    """The library for older processors, whose code has no VNNI, compiled again only after a change."""
     this = this_processor()
     older = next(variant for variant in VARIANTS if variant.name == "x86-64-v3")
     if this.machine != "x86_64" or shutil.which("c++") is None or not older.needs <= this.flags:
         pytest.skip("needs a C++ compiler and an x86 processor with AVX2")
-    library = tmp_path_factory.mktemp("older") / "packed_linear.so"
-    Compiler.find().compile(name_library("packed_linear"), [f"-march={request.param}"], library)
+    compiler, options = Compiler.find(), [f"-march={request.param}"]
+    library = DEFAULT_CACHE_DIR / "native" / file_name("packed_linear", *compiler.command, *compiler.options, *options)
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not library.exists():
+        compiler.compile(name_library("packed_linear"), options, library)
     share_openmp()
     return LinearKernel(ctypes.CDLL(str(library)))
 

@@ -52,7 +52,7 @@ def test_a_long_row_does_not_change_other_answers(family: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("max_model_len", "is_long"), [(ORIGINAL_LEN, False), (ORIGINAL_LEN + 1, True), (160, True)])
+@pytest.mark.parametrize(("max_model_len", "is_long"), [(ORIGINAL_LEN, False), (ORIGINAL_LEN + 1, True)])
 def test_the_maximum_length_selects_the_factors_of_all_rows(
     family: str, max_model_len: int, is_long: bool, tmp_path: Path, make_engine: MakeEngine
 ) -> None:

@@ -22,11 +22,6 @@ def test_every_family_that_is_served_is_compared_with_transformers() -> None:
     assert {model_type for model_type, _, _ in families.MULTIMODAL.values()} == MULTIMODAL
 
 
-def test_a_text_only_config_is_its_own() -> None:
-    config = AutoConfig.for_model("llama")
-    assert text_config(config) is config
-
-
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_other_multimodal_families_are_refused_in_one_sentence(model_type: str) -> None:
     with pytest.raises(BaseModelUnsupported, match=f"^{model_type} is a multimodal model whose text part") as refusal:

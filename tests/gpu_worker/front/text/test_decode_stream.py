@@ -123,6 +123,12 @@ def test_any_bytes_of_a_byte_level_vocabulary_join_to_the_text_of_all(answer: li
     assert "".join(streamed(BYTE_LEVEL, prompt, ids)) == bytes(answer).decode(errors="replace")
 
 
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, LLAMA, GEMMA, METASPACE])
+@given(answer=st.lists(st.integers(0, 299), max_size=12))
+def test_no_ids_break_the_stream(tokenizer: Tokenizer, answer: list[int]) -> None:
+    assert all(isinstance(piece, str) for piece in streamed(tokenizer, PROMPT, answer))
+
+
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_an_incomplete_character_at_the_end_is_decoded_as_by_the_decoder(kept: int) -> None:
     bytes_ = list("🙂".encode())[:kept]
