@@ -1,4 +1,4 @@
-"""Log probabilities of prompt tokens, compared with a slow loop, and of impossible ones."""
+"""Log probabilities of prompt tokens, compared with a slow loop."""
 
 from __future__ import annotations
 
@@ -8,20 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.front.draw import Draw
-from gpu_worker.front.logprobs import Scored
-from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling.sampling import Sampler
 from tests.gpu_worker.slow_sampling import scored_slowly
 
 
 def logits_of(seed: int, size: int = 12) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def scores_of(sampler: Sampler, logits: Tensor, wanted: list[int | None]) -> list[Scored | None]:
-    """Return the scores of the most likely token of each row."""
-    return sampler(logits, [Draw(SamplingParams(temperature=0, logprobs=count), 0, 0) for count in wanted])[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,8 +31,3 @@ def test_prompt_tokens_have_their_score_and_their_place_among_all_ids(sampler: S
         assert scored.logprob == pytest.approx(logprob, abs=1e-5)
         assert [i for i, _ in scored.top] == [i for i, _ in top]
         assert [value for _, value in scored.top] == pytest.approx([value for _, value in top], abs=1e-5)
-
-
-def test_impossible_tokens_have_a_finite_number(sampler: Sampler) -> None:
-    [scored] = scores_of(sampler, torch.tensor([[0.0, -math.inf]]), [2])
-    assert scored is not None and scored.top == ((0, 0.0), (1, -9999.0))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -21,18 +19,15 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.0}
 
 
 @pytest.fixture(params=[1, 3], ids=lambda number: f"{number}threads")
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
+def num_threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("num_in", [1, 17, 64], ids=lambda width: f"in{width}")
 @pytest.mark.parametrize("num_rows", [3, 20, 40])
 def test_grouped_products_equal_a_loop_over_tokens(
-    num_rows: int, num_in: int, dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
+    num_rows: int, num_in: int, dtype: torch.dtype, num_threads: None, lora_kernel: LoraKernel
 ) -> None:
     pool = pool_of([4, 1, 7, 8, 3, 66], num_in, WIDTHS, dtype)
     bank, residency = settled(pool, num_in, WIDTHS, dtype)
@@ -45,7 +40,7 @@ def test_grouped_products_equal_a_loop_over_tokens(
 @pytest.mark.parametrize("width", [5, 700, 1100])
 @pytest.mark.parametrize("splits_rows", [False, True])
 def test_tokens_that_fill_several_tasks_equal_the_loop(
-    splits_rows: bool, width: int, dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
+    splits_rows: bool, width: int, dtype: torch.dtype, num_threads: None, lora_kernel: LoraKernel
 ) -> None:
     """Rows of one token that have more sums than one task holds, or rows of more tokens than a task takes."""
     pool = pool_of([5, 8, 1], 32, {"m": width}, dtype)
@@ -67,10 +62,9 @@ def test_tokens_that_fill_several_tasks_equal_the_loop(
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("are_shared", [True, False])
 def test_the_sums_do_not_depend_on_how_threads_divide_the_work(
-    are_shared: bool, dtype: torch.dtype, lora_kernel: LoraKernel, request: pytest.FixtureRequest
+    are_shared: bool, dtype: torch.dtype, lora_kernel: LoraKernel
 ) -> None:
     """They divide the columns if they share most adapters or are many, and the tokens otherwise."""
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     pool = pool_of([4, 1, 7, 8], 64, WIDTHS, dtype)
     bank, residency = settled(pool, 64, WIDTHS, dtype)
     places = [(n % 4, (n + 1) % 4) if are_shared else (n // 6,) for n in range(24)]
@@ -101,7 +95,7 @@ def test_few_tokens_have_wide_sums_in_several_parts(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_rows_sum_has_the_same_order_in_every_batch(
-    dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
+    dtype: torch.dtype, num_threads: None, lora_kernel: LoraKernel
 ) -> None:
     """In float32 2^24 + 1 - 2^24 is 0, and 2^24 - 2^24 + 1 is 1."""
     pool = [
@@ -121,7 +115,7 @@ def test_a_rows_sum_has_the_same_order_in_every_batch(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_plans_whose_weights_are_all_zero_add_nothing(
-    dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
+    dtype: torch.dtype, num_threads: None, lora_kernel: LoraKernel
 ) -> None:
     pool = pool_of([4], 16, {"m": 16})
     bank, residency = settled(pool, 16, {"m": 16}, dtype)
@@ -136,7 +130,7 @@ def test_plans_whose_weights_are_all_zero_add_nothing(
     "counts", [[1, 9, 2, 30, 1], [8, 7], [9], [9, *[1] * 70]], ids=lambda counts: f"{len(counts)}rows"
 )
 def test_rows_of_few_and_of_many_tokens_share_a_step(
-    counts: list[int], dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
+    counts: list[int], dtype: torch.dtype, num_threads: None, lora_kernel: LoraKernel
 ) -> None:
     """A row's result is the same alone, and token by token."""
     pool = pool_of([4, 1, 7, 66], 64, WIDTHS, dtype)

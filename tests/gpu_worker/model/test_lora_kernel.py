@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -38,15 +36,12 @@ def test_an_input_may_be_any_view_and_an_output_only_columns_of_a_wider_tensor(l
             grouped_mapping(plans, [3], residency, lora_kernel).add(view, [(refused, bank.modules["m"])])
 
 
-def test_pairs_are_computed_on_the_threads_of_the_moment(
-    lora_kernel: LoraKernel, request: pytest.FixtureRequest
-) -> None:
+def test_pairs_are_computed_on_the_threads_of_the_moment(lora_kernel: LoraKernel) -> None:
     """The tables of a step are kept for later ones; the number of threads may change in between."""
     pool = pool_of([4], 16, {"m": 16})
     bank, residency = settled(pool, 16, {"m": 16}, torch.float32)
     mapping = grouped_mapping([plan_of("selection", (pool[0], 1.0))], [3], residency, lora_kernel)
     assert isinstance(mapping, GroupedMapping)
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     x, found = torch.randn(3, 16), []
     for count in (3, 1, 2):
         torch.set_num_threads(count)

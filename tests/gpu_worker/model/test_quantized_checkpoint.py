@@ -67,43 +67,31 @@ def test_the_integers_of_a_checkpoint_are_kept(bits: int, tmp_path: Path, tiny_f
 
 
 @pytest.mark.parametrize(
-    ("bits", "part", "said"), [(4, "weight_packed", "integers"), (8, "weight_scale", "the scales")]
+    ("bits", "suffix", "tensor", "said"),
+    [
+        (4, "weight_packed", None, "integers of model.layers.0.mlp.up_proj are missing"),
+        (8, "weight_scale", None, "the scales of model.layers.0.mlp.up_proj are missing"),
+        (4, "weight_packed", torch.zeros(48, 1, dtype=torch.int32), "up_proj"),  # of 1 bit
+        (4, "weight_packed", torch.zeros(48, 4, dtype=torch.int64), "up_proj"),
+        (4, "weight_packed", torch.zeros(4, dtype=torch.int32), "up_proj"),
+        (4, "weight_shape", torch.tensor([48, 0]), "up_proj"),
+        (4, "weight_shape", torch.tensor([48, -32]), "up_proj"),
+        (4, "weight_shape", torch.tensor([32]), "up_proj"),
+        (4, "weight_shape", None, "up_proj"),
+        (4, "weight_scale", torch.ones(48, 0), "up_proj"),
+        (4, "weight_scale", torch.ones(48, 3), "up_proj"),
+        (4, "weight_scale", torch.ones(48, 1, 1), "up_proj"),
+        (4, "weight_scale", torch.ones(47, 1), "up_proj"),
+    ],
 )
-def test_a_checkpoint_without_its_integers_or_scales_is_refused(
-    bits: int, part: str, said: str, tmp_path: Path, tiny_folders: TinyFolders
+def test_integers_that_are_missing_or_have_another_shape_are_refused(
+    bits: int, suffix: str, tensor: torch.Tensor | None, said: str, tmp_path: Path, tiny_folders: TinyFolders
 ) -> None:
     checkpoint(tiny_folders["llama"], tmp_path, bits=bits)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors[f"model.layers.0.mlp.up_proj.{part}"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelUnsupported, match=rf"{said} of model.layers.0.mlp.up_proj are missing"):
-        load_base_model(tiny_config(tmp_path, dtype="auto"))
-
-
-@pytest.mark.parametrize(
-    ("suffix", "tensor"),
-    [
-        ("weight_packed", torch.zeros(48, 1, dtype=torch.int32)),  # of 1 bit
-        ("weight_packed", torch.zeros(48, 4, dtype=torch.int64)),
-        ("weight_packed", torch.zeros(4, dtype=torch.int32)),
-        ("weight_shape", torch.tensor([48, 0])),
-        ("weight_shape", torch.tensor([48, -32])),
-        ("weight_shape", torch.tensor([32])),
-        ("weight_shape", None),
-        ("weight_scale", torch.ones(48, 0)),
-        ("weight_scale", torch.ones(48, 3)),
-        ("weight_scale", torch.ones(48, 1, 1)),
-        ("weight_scale", torch.ones(47, 1)),
-    ],
-)
-def test_integers_of_another_shape_are_refused(
-    suffix: str, tensor: torch.Tensor | None, tmp_path: Path, tiny_folders: TinyFolders
-) -> None:
-    checkpoint(tiny_folders["llama"], tmp_path, bits=4)
-    tensors = load_file(tmp_path / "model.safetensors")
     del tensors[name := f"model.layers.0.mlp.up_proj.{suffix}"]
     save_file(tensors if tensor is None else tensors | {name: tensor}, tmp_path / "model.safetensors")
-    with pytest.raises(BaseModelUnsupported, match=r"up_proj.* Copy the model's files again"):
+    with pytest.raises(BaseModelUnsupported, match=rf"{said}.* Copy the model's files again"):
         load_base_model(tiny_config(tmp_path, dtype="auto"))
 
 

@@ -31,11 +31,6 @@ def test_pieces_are_joined_in_the_order_of_their_calls() -> None:
     assert joined_calls([]) == ()
 
 
-def test_a_function_without_parameters_takes_none() -> None:
-    expected = {"type": "object", "properties": {}, "additionalProperties": False}
-    assert F.as_json == {"name": "f", "description": "", "parameters": expected}
-
-
 def test_the_size_of_tools_is_that_of_their_texts() -> None:
     assert Tools((F, G)).num_chars == len("f" + NO_PARAMETERS + "get" + "Return it") + len('{"type": "object"}')
 
