@@ -10,15 +10,14 @@ import pytest
 import ray
 
 from gpu_worker.model.base_model import load_base_model
-from lora_store import Sample, write_peft_folder
 from lora_store.location import DEFAULT_CACHE_DIR
 from tests.cluster.load import KEY, Load
 from tests.cluster.machines import Machines, own_ray
 from tests.cluster.running import MAX_TOKENS, TENANTS, TOPICS, Running, asks
 from tests.deployments.key_files import entry, write
-from tests.e2e.live import eventually
+from tests.e2e.live import eventually, write_adapter
 from tests.served_engine import WORKER, save_served_model
-from tests.tiny import linear_shapes, random_adapter, tiny_config
+from tests.tiny import linear_shapes, tiny_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,9 +43,7 @@ def running(
     model = save_served_model(tiny_folders, tmp_path_factory.mktemp("talkative"))
     shapes = linear_shapes(load_base_model(tiny_config(model)))
     for seed, topic in enumerate(TOPICS):
-        samples = [Sample(f"{verb} {topic}, please.") for verb in ("Tell me about", "Explain", "Write of", "Describe")]
-        adapter = random_adapter(shapes, seed)
-        write_peft_folder(folder / "adapters" / topic, adapter.modules, base_model="tiny", samples=samples)
+        write_adapter(folder / "adapters" / topic, shapes, seed, topic)
     num_workers = 3 if request.config.getoption("--scale") == "full" else 2
     settings = {
         "base_model": str(model),

@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.cli.client import free_port
-from tests.e2e.live import PATIENT_PROXIES, eventually
+from tests.e2e.live import PATIENT_PROXIES, eventually, on_all
 from tests.served_engine import START_S
 
 APP = "loraretriever"
@@ -193,14 +193,7 @@ class Machines:
                 replica.kill()
 
     def on_all(self, deployment: str, method: str, *args: Any) -> list[Any]:
-        """Return the answers of all replicas of a deployment."""
-
-        async def ask() -> list[Any]:
-            handle = serve.get_deployment_handle(deployment, APP)
-            answers: list[Any] = await handle.broadcast(method, *args).results_async(timeout_s=120)
-            return answers
-
-        return asyncio.run(ask())
+        return on_all(APP, deployment, method, *args)
 
 
 @contextmanager

@@ -27,14 +27,14 @@ from deployments.worker import WorkerDeployment
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
-from lora_store import Sample, write_peft_folder
 from tests.cluster.load import CLIENTS, KEY, LETTERS, SAMPLING, Load, Outcome
+from tests.cluster.machines import APP
 from tests.cluster.running import TENANTS, TOPICS, Running, asks
 from tests.deployments.key_files import bearer
-from tests.e2e.live import eventually, eventually_equal
+from tests.e2e.live import eventually, eventually_equal, running_and_waiting, write_adapter
 from tests.served_engine import ENGINE, needs_own_process
 from tests.soak import Scale
-from tests.tiny import linear_shapes, random_adapter, tiny_config
+from tests.tiny import linear_shapes, tiny_config
 
 MAX_BATCH_SIZE = 16  # per worker: tests/cluster/serve.yaml
 STREAMING = 3  # before a worker is killed
@@ -127,7 +127,7 @@ def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
     ends = {outcome.end for outcome in streams}
     assert ends <= {"[DONE]", "replica_died"}
     assert num_kills == 1 or "replica_died" in ends  # a single kill may hit a worker without streams
-    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.on_all("Worker", "load")))
+    eventually_equal(lambda: running_and_waiting(APP), 0)
     for held in machines.on_all("Worker", "load"):
         assert (held.active_rows, held.free_kv_rows, held.num_forgetting) == (0, MAX_BATCH_SIZE, 0)
 
@@ -228,9 +228,7 @@ def test_no_request_is_lost_while_adapters_nodes_code_and_settings_change(
 
     def publish_and_ask() -> None:
         for seed, name in enumerate(new_names, start=len(TOPICS)):
-            folder = tmp_path / name
-            samples = [Sample(f"{verb} {name}, please.") for verb in ("Tell me about", "Explain", "Describe")]
-            write_peft_folder(folder, random_adapter(shapes, seed).modules, base_model="tiny", samples=samples)
+            folder = write_adapter(tmp_path / name, shapes, seed, name)
             files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
             published = post("loras", files=files, data={"name": name})
             assert published.status_code in (201, 202), published.text  # 202: one of the Retrievers is behind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ import psutil
 import ray
 from pyarrow.fs import FileSelector
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from deployments.config.app import AppConfig
 from lora_store import Sample, write_peft_folder
+from lora_store.adapter import Shapes
 from lora_store.location import Location
 from tests.deployments.scripted import run as command
 from tests.s3 import S3Endpoint
@@ -42,19 +42,15 @@ class Live:
     url: str
     config: AppConfig
     endpoint: S3Endpoint
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Shapes
     folders: Path
 
     @property
     def store_uri(self) -> str:
         return self.config.store_uri
 
-    def folder(self, name: str, seed: int, topic: str, *, rank: int = 4) -> Path:
-        """Write a random adapter with sentences about `topic` as samples."""
-        path = self.folders / f"{seed}-{rank}" / name
-        samples = [Sample(f"{verb} {topic}, please.") for verb in ("Tell me about", "Explain", "Write of", "Describe")]
-        write_peft_folder(path, random_adapter(self.shapes, seed, rank=rank).modules, base_model=BASE, samples=samples)
-        return path
+    def folder(self, name: str, seed: int, topic: str) -> Path:
+        return write_adapter(self.folders / str(seed) / name, self.shapes, seed, topic)
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
         return httpx.request(method, f"{self.url}{path}", timeout=120, **request)
@@ -95,17 +91,8 @@ class Live:
         name: str = plan["candidates"][0]["name"]
         return name
 
-    def handle(self, deployment: str) -> DeploymentHandle:
-        return serve.get_deployment_handle(deployment, APP)
-
     def on_all(self, deployment: str, method: str, *args: Any) -> list[Any]:
-        """Return the answers of all replicas of a deployment."""
-
-        async def ask() -> list[Any]:
-            answers: list[Any] = await self.handle(deployment).broadcast(method, *args).results_async(timeout_s=120)
-            return answers
-
-        return asyncio.run(ask())
+        return on_all(APP, deployment, method, *args)
 
     def stored(self, part: str) -> dict[str, int]:
         """Return the bytes of every object below a part of the store."""
@@ -118,6 +105,33 @@ class Live:
         files, _ = Location(self.store_uri).filesystem()
         with files.open_output_stream(path) as stream:
             stream.write(data)
+
+
+def write_adapter(path: Path, shapes: Shapes, seed: int, topic: str, *, base_model: str = BASE) -> Path:
+    """Write a random adapter with sentences about `topic` as samples."""
+    samples = [Sample(prompt) for prompt in prompts_about(topic)]
+    write_peft_folder(path, random_adapter(shapes, seed).modules, base_model=base_model, samples=samples)
+    return path
+
+
+def prompts_about(topic: str) -> list[str]:
+    return [f"{verb} {topic}, please." for verb in ("Tell me about", "Explain", "Write of", "Describe")]
+
+
+def on_all(app: str, deployment: str, method: str, *args: Any) -> list[Any]:
+    """Return the answers of all replicas of a deployment."""
+
+    async def ask() -> list[Any]:
+        handle = serve.get_deployment_handle(deployment, app)
+        answers: list[Any] = await handle.broadcast(method, *args).results_async(timeout_s=120)
+        return answers
+
+    return asyncio.run(ask())
+
+
+def running_and_waiting(app: str) -> int:
+    """Return how many jobs the workers of an application have."""
+    return sum(held.num_running + held.num_waiting for held in on_all(app, "Worker", "load"))
 
 
 def kill_replicas(app: str, deployment: str) -> int:
@@ -184,15 +198,16 @@ def eventually_equal(look: Callable[[], object], expected: object, *, within_s: 
     assert found == expected, f"{found} is not {expected}"
 
 
-async def abandon(url: str, body: dict[str, Any], count: int, num_running: Callable[[], int]) -> None:
-    """Let this many clients send the request and disconnect once the workers have all of them."""
+async def abandon(url: str, app: str, body: dict[str, Any], count: int) -> None:
+    """Let this many clients send the request and disconnect once the workers have all of them, which end them."""
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
         asking = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for _ in range(count)]
-        await asyncio.to_thread(eventually_equal, num_running, count)
+        await asyncio.to_thread(eventually_equal, lambda: running_and_waiting(app), count)
         assert not any(task.done() for task in asking), "some were answered before they could leave"
         for task in asking:
             task.cancel()
         await asyncio.wait(asking)
+    await asyncio.to_thread(eventually_equal, lambda: running_and_waiting(app), 0)
 
 
 async def stream_texts(

@@ -167,14 +167,6 @@ def _is_resident(live: Live, name: str) -> bool:
     return any(digest in holdings.resident for holdings in live.on_all("Worker", "load"))
 
 
-def test_a_dead_store_replica_fails_no_request(live: Live, stars: list[str]) -> None:
-    found = asyncio.run(stream_texts(live, stars, 24))
-    texts = {name: text for name, (text, _) in zip(stars, found, strict=True)}
-    assert kill_replicas(APP, "Store") == 1
-    again = asyncio.run(stream_texts(live, list(texts), 24))
-    assert [text for text, _ in again] == list(texts.values())
-
-
 def test_a_new_retriever_replica_is_up_to_date_before_its_first_request(live: Live, seed: int) -> None:
     answer = live.publish(live.folder("rivers", seed, "rivers of the north"))
     assert kill_replicas(APP, "Retriever") == 2

@@ -12,14 +12,10 @@ from typing import Self
 import httpx
 import pytest
 
-from tests.e2e.live import BASE, CONTEXT, Live, abandon, completion, eventually_equal
+from tests.e2e.live import APP, BASE, CONTEXT, Live, abandon, completion, eventually_equal, running_and_waiting
 from tests.soak import Scale
 
 _LONG = completion(BASE, "The sea is", CONTEXT - 100)
-
-
-def running_and_waiting(live: Live) -> int:
-    return sum(held.num_running + held.num_waiting for held in live.on_all("Worker", "load"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -30,8 +26,8 @@ def test_disconnected_clients_free_everything_at_once(live: Live, stream: bool) 
     if stream:
         asyncio.run(abandon_streams(live, count))
     else:
-        asyncio.run(abandon(live.url, _LONG, count, lambda: running_and_waiting(live)))
-    eventually_equal(lambda: running_and_waiting(live), 0)
+        asyncio.run(abandon(live.url, APP, _LONG, count))
+    eventually_equal(lambda: running_and_waiting(APP), 0)
     assert [held.free_kv_rows for held in live.on_all("Worker", "load")] == before
 
 
@@ -53,7 +49,7 @@ async def abandon_streams(live: Live, count: int) -> None:
 def test_a_request_ends_at_its_deadline(live: Live) -> None:
     answer = live.call("POST", "/v1/completions", json={**_LONG, "timeout_s": 0.3})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
-    eventually_equal(lambda: running_and_waiting(live), 0)
+    eventually_equal(lambda: running_and_waiting(APP), 0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def test_a_burst_is_answered_or_refused_at_once_and_leaves_no_state(live: Live, 
     assert slowest < longest, "a refusal waited for a place"
     assert live.call("GET", "/ready").status_code == 200
     assert live.text(BASE, max_tokens=num_tokens) == quiet
-    assert running_and_waiting(live) == 0
+    assert running_and_waiting(APP) == 0
 
 
 def test_an_accepted_burst_is_answered_or_refused_for_waiting_too_long(url: str, scale: Scale) -> None:

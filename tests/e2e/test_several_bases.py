@@ -21,16 +21,22 @@ from deployments.batch.offline import LoraRetriever
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from gpu_worker.model.base_model import load_base_model
-from lora_store import Sample, write_peft_folder
-from tests.e2e.live import completion, eventually, eventually_equal, kill_replicas, settled
+from tests.e2e.live import (
+    completion,
+    eventually,
+    eventually_equal,
+    kill_replicas,
+    prompts_about,
+    settled,
+    write_adapter,
+)
 from tests.served_engine import START_S, WORKER
 from tests.soak import Scale
-from tests.tiny import SHAPE, byte_tokenizer, linear_shapes, random_adapter, save_talkative, tiny_config
+from tests.tiny import SHAPE, byte_tokenizer, linear_shapes, save_talkative, tiny_config
 
 APP = "several"
 MODELS = ("first", "second", "third")  # native, the engine of the run, and native without a worker while nobody asks
 TOPICS = {"first": ("the sea", "mountains", "bread"), "second": ("chess", "violins", "volcanoes")}
-VERBS = ("Tell me about", "Explain", "Write of", "Describe")
 TINY = {"dtype": "float32", "num_threads": 1, "bank_rank_rows": 32, "max_model_len": 256, "max_batch_size": 8}
 MAX_TOKENS = 8
 SLEEPY = {
@@ -58,15 +64,11 @@ class Several:
         answer = httpx.get(f"{self.url}/ready", timeout=60)
         return answer.json()["models"][model] if answer.status_code == 200 else answer.text
 
-    def ask(self, prompt: str) -> dict[str, Any]:
-        answer = self.post(prompt)
-        assert answer.status_code == 200, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
-
     def check(self, base_model: str, prompt: str) -> None:
         """Check that the prompt is answered as by the base model alone."""
-        found = self.ask(prompt)
+        answer = self.post(prompt)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
         assert found["lora"]["base_model"] == base_model, found
         assert found["lora"]["adapters"], found
         assert found["choices"][0]["text"] == self.expected[base_model][prompt]
@@ -116,9 +118,7 @@ def several(
     for name, topics in TOPICS.items():
         shapes = linear_shapes(load_base_model(tiny_config(models[name])))
         for seed, topic in enumerate(topics):
-            samples = [Sample(f"{verb} {topic}, please.") for verb in VERBS]
-            path = folder / "adapters" / topic.replace(" ", "-")
-            write_peft_folder(path, random_adapter(shapes, seed).modules, base_model=name, samples=samples)
+            write_adapter(folder / "adapters" / topic.replace(" ", "-"), shapes, seed, topic, base_model=name)
     each = [settings_of(model, name) for name, model in models.items()]
     pool = {"store_uri": str(folder / "pool"), "preload": [str(folder / "adapters")]}
     waits = {"ingress_scaling": {"num_replicas": 2}, "scale_from_zero_timeout_s": START_S}
@@ -128,7 +128,7 @@ def several(
     try:
         eventually_equal(lambda: refused_at(url), {}, within_s=START_S)
         expected = {
-            name: alone(folder, own, [f"{verb} {topic}, please." for verb in VERBS for topic in TOPICS[name]])
+            name: alone(folder, own, [prompt for topic in TOPICS[name] for prompt in prompts_about(topic)])
             for name, own in zip(TOPICS, each, strict=False)
         }
         yield Several(url, expected)
