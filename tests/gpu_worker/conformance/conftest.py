@@ -55,12 +55,6 @@ def session_engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterat
 
 
 @pytest.fixture
-def start_again() -> Callable[[HostedEngine], HostedEngine]:
-    """Start another engine of the same kind."""
-    return lambda hosted: HostedEngine(hosted.start, hosted.config)
-
-
-@pytest.fixture
 def serve() -> Iterator[Serve]:
     """Return a starter of engines over a folder, which end with the test."""
     started: list[HostedEngine] = []

@@ -110,6 +110,7 @@ class HostedEngine:
 
 
 Serve = Callable[..., HostedEngine]  # the fixture `serve`
+MakeAdapter = Callable[..., AdapterWeights]  # the fixture `adapter`
 
 
 def job(prompt: Prompt, plan: Plan = BASE_PLAN, sampling: SamplingParams = GREEDY, **changes: Any) -> Job:

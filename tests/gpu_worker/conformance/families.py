@@ -445,9 +445,6 @@ PROMPTS = ("The parrot says " * 4, "x")
 NUM_NEW = 8
 TOLERANCE = 1e-3  # of a log probability
 
-# Those of the tests; `run_families` runs all.
-SMALL = ("gemma3", "qwen3_moe")
-
 # Sizes of the parts for images and sound, as far as their configs have them.
 _TOWER: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_attention_heads": 2,

@@ -6,7 +6,7 @@ import asyncio
 import logging.handlers
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker.errors import BaseModelUnsupported, EngineStopped, WarmUpFailed
 from gpu_worker.front.request.request import SamplingParams
-from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import HostedEngine, job
+from tests.gpu_worker.conformance.driver import HostedEngine, MakeAdapter, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.soak import Scale
 from tests.tiny import TinyFolders, plan_of, tiny_config
 
-MakeAdapter = Callable[..., AdapterWeights]
 ENDLESS = SamplingParams(max_tokens=140, temperature=0, ignore_eos=True)
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 MOST_GROWTH = 32 << 20  # bytes of all processes; one adapter takes 60 kB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,11 +25,9 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def own(
-    session_engine: HostedEngine, start_again: Callable[[HostedEngine], HostedEngine], scratch: Path
-) -> Iterator[HostedEngine]:
+def own(session_engine: HostedEngine, scratch: Path) -> Iterator[HostedEngine]:
     """Return a second engine of the same kind, which the test may end."""
-    hosted = start_again(session_engine)
+    hosted = HostedEngine(session_engine.start, session_engine.config)
     yield hosted
     hosted.close()
 

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import AdapterUnfit
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
-from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job
+from tests.gpu_worker.conformance.driver import HostedEngine, MakeAdapter, assert_same, job
 from tests.gpu_worker.conformance.engines import ENGINES
+from tests.gpu_worker.conformance.families import save
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.conformance.test_parity import assert_plans_follow
-from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter, tiny_config
+from tests.tiny import plan_of, random_adapter, tiny_config
 
-MakeAdapter = Callable[..., AdapterWeights]
-_SIZES = {"hidden_size": 128, "intermediate_size": 96}
 # vLLM divides what is one `gate_up_proj` for adapters of the first. It serves the second with its class for any model
-# of transformers, which has all layers below `model`. Its heads have 32 values, the least that vLLM takes on the CPU.
-FAMILIES: dict[str, tuple[Mapping[str, Any], str]] = {
-    "glm4": ({"head_dim": 32}, "model.layers.0.mlp.gate_up_proj"),
-    "gpt_neox": ({"num_key_value_heads": 4}, "gpt_neox.layers.0.attention.query_key_value"),
-}
+# of transformers, which has all layers below `model`.
+FAMILIES = {"glm4": "model.layers.0.mlp.gate_up_proj", "gpt_neox": "gpt_neox.layers.0.attention.query_key_value"}
 NOWHERE = "model.layers.0.nowhere"
 
 
@@ -40,15 +33,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SHAPE, **_SIZES, **FAMILIES[family][0]})
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
-    path = tmp_path_factory.mktemp(family)
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
+    return save(tmp_path_factory.mktemp(family), family)
 
 
 def load_with_nowhere(config: VllmWorkerConfig) -> FrontModel:
@@ -72,7 +57,7 @@ def hosted(own_engine: HostedEngine) -> HostedEngine:
 
 
 def test_a_module_that_the_workers_lack_at_the_start_takes_no_adapters(hosted: HostedEngine, family: str) -> None:
-    assert NOWHERE not in hosted.engine.module_shapes and FAMILIES[family][1] in hosted.engine.module_shapes
+    assert NOWHERE not in hosted.engine.module_shapes and FAMILIES[family] in hosted.engine.module_shapes
 
 
 def test_adapters_of_layers_with_other_names_equal_the_reference(

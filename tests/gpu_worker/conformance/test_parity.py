@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,18 +11,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.front.request.request import Completion, SamplingParams
-from lora_store.adapter import AdapterWeights
 from lora_store.composition import compose
 from lora_store.peft_files import write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan
 from lora_store.strategies.registry import STRATEGIES
 from lora_store.weights_blob import decode_weights, encode_weights
-from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
+from tests.gpu_worker.conformance.driver import HostedEngine, MakeAdapter, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference, Step
 from tests.lora_store.builders import read_folder
 from tests.tiny import plan_of
 
-MakeAdapter = Callable[..., AdapterWeights]
 PROMPTS = ("The parrot says", "x", "A prompt longer than one step of this engine, " * 3, "A prompt of two steps " * 4)
 NUM_NEW = 8
 

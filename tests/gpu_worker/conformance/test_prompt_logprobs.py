@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from gpu_worker.front.request.request import Completion, Job, TokenIds
-from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job, tokens_of
+from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, MakeAdapter, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference
 from tests.tiny import plan_of
 
-MakeAdapter = Callable[..., AdapterWeights]
 SCORED = replace(GREEDY, max_tokens=3, prompt_logprobs=4)
 
 

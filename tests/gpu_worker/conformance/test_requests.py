@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -15,11 +14,18 @@ from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds
 from gpu_worker.front.text.token_bytes import TokenBytes
-from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import EOS_ID, GREEDY, PATIENCE_S, HostedEngine, collect, job, tokens_of
+from tests.gpu_worker.conformance.driver import (
+    EOS_ID,
+    GREEDY,
+    PATIENCE_S,
+    HostedEngine,
+    MakeAdapter,
+    collect,
+    job,
+    tokens_of,
+)
 from tests.tiny import byte_tokenizer, plan_of
 
-MakeAdapter = Callable[..., AdapterWeights]
 _BYTES = TokenBytes(byte_tokenizer().backend_tokenizer)
 _IDS = {_BYTES(number): number for number in range(256)}
 DRAWN = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True, logprobs=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -13,13 +12,12 @@ from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, LogitsNotFinite, 
 from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Strategy
-from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
+from tests.gpu_worker.conformance.driver import HostedEngine, MakeAdapter, assert_same, job, tokens_of
 from tests.tiny import plan_of
 
-MakeAdapter = Callable[..., AdapterWeights]
 NUM_FITTING = 4  # adapters of rank 4 in a bank of 16 rows
 COMPOSED = ("mixture", "fusion")  # an engine may hold a fusion as one adapter
-LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
 
 
 def test_the_first_and_the_last_place_of_a_full_bank_leave_other_rows_unchanged(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -17,7 +16,6 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Completion, Job, SamplingParams
 from gpu_worker.front.request.tools import Function, Tools
 from gpu_worker.front.text.token_bytes import TokenBytes
-from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.conformance.driver import (
     EOS_ID,
@@ -25,12 +23,12 @@ from tests.gpu_worker.conformance.driver import (
     MARKER,
     TURN_END_ID,
     HostedEngine,
+    MakeAdapter,
     assert_same,
     job,
 )
 from tests.tiny import byte_tokenizer, plan_of
 
-MakeAdapter = Callable[..., AdapterWeights]
 _BYTES = TokenBytes(byte_tokenizer().backend_tokenizer)
 COLOURS = Grammar("regex", "(red|green|blue)")
 _NUMBER = {"type": "object", "properties": {"n": {"enum": [1, 20]}}, "required": ["n"], "additionalProperties": False}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import HostedEngine, Serve
+from tests.gpu_worker.conformance.driver import HostedEngine, MakeAdapter, Serve
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.conformance.test_parity import assert_plans_follow, plans_of
-
-MakeAdapter = Callable[..., AdapterWeights]
 
 
 @pytest.fixture

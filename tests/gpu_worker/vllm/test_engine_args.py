@@ -42,6 +42,17 @@ from tests.tiny import byte_tokenizer, change_json, tiny_config
 BIND, COUNT = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 
 
+def built(folder: Path, **settings: Any) -> Any:
+    """Return vLLM's configuration of a worker over the folder's model."""
+    config = tiny_config(folder, engine="vllm", **settings)
+    return build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_of_vllm(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
     """Return the variables of the process, which are restored after the test."""
@@ -101,9 +112,9 @@ def test_graphs_are_captured_only_with_products_that_a_graph_can_replay(
     ids=str,
 )
 def test_experts_take_adapters_unless_a_graph_would_replay_them(
-    settings: Mapping[str, Any], is_compiled: bool, is_served: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: Mapping[str, Any], is_compiled: bool, is_served: bool, mixtral: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = load_front_model(tiny_config(save_of_vllm(tmp_path, "mixtral"), engine="vllm"))
+    model = load_front_model(tiny_config(mixtral, engine="vllm"))
     args = _engine_args(VllmWorkerConfig(**settings), model, 0.0, is_compiled)
     plugin = PluginSettings.of(args.additional_config)
     assert bool(plugin.experts) == is_served
@@ -111,14 +122,13 @@ def test_experts_take_adapters_unless_a_graph_would_replay_them(
     assert ("set worker.enforce_eager" in caplog.text) == (not is_served)
 
 
-def test_adapters_and_fusions_may_each_have_as_many_bytes_for_experts_as_the_cache(tmp_path: Path) -> None:
+def test_adapters_and_fusions_may_each_have_as_many_bytes_for_experts_as_the_cache(mixtral: Path) -> None:
     """At least those of the check at start, at most those of all their rows."""
-    folder = save_of_vllm(tmp_path, "mixtral")
-    model = load_front_model(tiny_config(folder, engine="vllm"))
+    model = load_front_model(tiny_config(mixtral, engine="vllm"))
     row = 4 * sum(num[0] * (num_out + num_in) for num_out, num_in, *num in model.shapes.values() if num)
 
     def found(**settings: Any) -> tuple[float, ...]:
-        config = tiny_config(folder, engine="vllm", bank_rank_rows=8, fusion_rank_rows=6, **settings)
+        config = tiny_config(mixtral, engine="vllm", bank_rank_rows=8, fusion_rank_rows=6, **settings)
         return tuple(num_bytes / row for num_bytes in expert_bytes(config, model))
 
     assert found() == (8, 6)
@@ -146,8 +156,7 @@ def test_files_of_mistrals_own_tools_beside_those_that_are_checked_are_not_read(
     folder = shutil.copytree(tiny_folders["llama"], tmp_path / "model")
     for name in ("params.json", "consolidated.safetensors"):
         (folder / name).write_text("{}")
-    config = tiny_config(folder, engine="vllm")
-    found = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    found = built(folder)
     assert (found.model_config.hf_config.model_type, found.load_config.load_format) == ("llama", "hf")
 
 
@@ -216,10 +225,8 @@ def test_every_row_of_a_hybrid_model_has_blocks_for_its_states(
     family: str, max_model_len: int, tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
     """vLLM's workers enlarge the blocks after the cache's size is set. What they do is done here with its functions."""
-    config = tiny_config(
-        save_of_vllm(tmp_path, family), engine="vllm", max_model_len=max_model_len, dtype="bfloat16", max_batch_size=3
-    )
-    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    folder = save_of_vllm(tmp_path, family)
+    vllm_config = built(folder, max_model_len=max_model_len, dtype="bfloat16", max_batch_size=3)
     cache, model_config = vllm_config.cache_config, vllm_config.model_config
     assert model_config.multimodal_config is None or model_config.multimodal_config.language_model_only
     heads = {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2}
@@ -248,8 +255,7 @@ def test_a_part_of_each_head_is_rotated_as_in_the_paper(tmp_path: Path, environm
 
     Source: RoFormer (arXiv 2104.09864), equation 34.
     """
-    config = tiny_config(save_of_vllm(tmp_path, "deepseek_v2"), engine="vllm")
-    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    vllm_config = built(save_of_vllm(tmp_path, "deepseek_v2"))
     heads, positions = torch.randn(5, 4, 96), torch.arange(5)
     angles = positions[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
     turned = torch.view_as_complex(heads[..., 32:].unflatten(-1, (32, 2)).contiguous())
@@ -264,12 +270,10 @@ def test_latent_attention_keeps_one_latent_a_token_and_on_the_cpu_of_one_size(
     tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
     folder = save_of_vllm(tmp_path, "deepseek_v2")
-    config = tiny_config(folder, engine="vllm", kv_tokens=1000)
-    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
-    assert vllm_config.cache_config.kv_cache_memory_bytes == 1000 * 3 * (512 + 64) * 4
+    assert built(folder, kv_tokens=1000).cache_config.kv_cache_memory_bytes == 1000 * 3 * (512 + 64) * 4
     change_json(folder / "config.json", {"kv_lora_rank": 256})
     with pytest.raises(BaseModelUnsupported, match=r"deepseek_v2 needs a GPU .* = 576 only, and the model has 320"):
-        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+        built(folder, kv_tokens=1000)
 
 
 @pytest.mark.parametrize(
@@ -300,9 +304,8 @@ def test_latents_without_a_class_of_vllms_own_are_refused_on_the_cpu(
     ids = {"bos_token_id": None, "eos_token_id": None}
     YoutuConfig(architectures=["YoutuForCausalLM"], **sizes, **heads, **ids).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    config = tiny_config(tmp_path, engine="vllm")
     with pytest.raises(BaseModelUnsupported, match=r"youtu needs a GPU .* no class of its own"):
-        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+        built(tmp_path)
 
 
 def test_states_that_processes_cannot_share_are_refused_before_a_process_starts(
@@ -310,28 +313,25 @@ def test_states_that_processes_cannot_share_are_refused_before_a_process_starts(
 ) -> None:
     folder = save_of_vllm(tmp_path, "qwen3_5_text")
     change_json(folder / "config.json", {"linear_num_key_heads": 1, "linear_num_value_heads": 1})
-    config = tiny_config(folder, engine="vllm", dtype="bfloat16", tensor_parallel_size=2)
     with pytest.raises(BaseModelUnsupported, match="vLLM refuses qwen3_5_text: 1 is not divisible by 2"):
-        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+        built(folder, dtype="bfloat16", tensor_parallel_size=2)
 
 
 def test_a_config_that_vllm_replaces_is_read_by_transformers_again(
     tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
-    config = tiny_config(folder := save_of_vllm(tmp_path, "qianfan_ocr"), engine="vllm")
-    build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    built(folder := save_of_vllm(tmp_path, "qianfan_ocr"))
     assert type(read_config(str(folder))) is QianfanOCRConfig
 
 
 def test_a_model_with_chunks_is_refused_before_a_process_starts(tmp_path: Path, environment: Mapping[str, str]) -> None:
     """Rnj-1 says that it is Gemma 3, which is the same without chunks."""
     folder = save_of_vllm(tmp_path, "gemma3_text (as Rnj-1)")
-    config = tiny_config(folder, engine="vllm")
-    build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    built(folder)
     kinds = ["chunked_attention", "full_attention", "chunked_attention"]
     change_json(folder / "config.json", {"layer_types": kinds})
     with pytest.raises(BaseModelUnsupported, match=r"gemma3_text has no language model .*chunked_attention"):
-        load_front_model(config)
+        load_front_model(tiny_config(folder, engine="vllm"))
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,8 @@ def test_a_model_with_chunks_is_refused_before_a_process_starts(tmp_path: Path, 
 def test_a_class_that_vllm_cannot_give_adapters_is_refused_before_a_process_starts(
     family: str, reason: str, tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
-    config = tiny_config(save(tmp_path, family, {}), engine="vllm")
     with pytest.raises(BaseModelUnsupported, match=reason):
-        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+        built(save(tmp_path, family, {}))
 
 
 @pytest.mark.parametrize(
@@ -364,6 +363,5 @@ def test_a_format_of_weights_that_vllm_does_not_read_is_refused_before_a_process
 ) -> None:
     folder = save_of_vllm(tmp_path, "llama")
     change_json(folder / "config.json", {"quantization_config": {"quant_method": method}})
-    config = tiny_config(folder, engine="vllm", dtype="bfloat16")
     with pytest.raises(BaseModelUnsupported, match=f"vLLM refuses llama: {reason}"):
-        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+        built(folder, dtype="bfloat16")

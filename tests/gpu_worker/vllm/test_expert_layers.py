@@ -77,6 +77,11 @@ def adapter_of(rank: int, *names: str) -> dict[str, DeviceModule]:
     return found
 
 
+def step_of(modules: dict[str, DeviceModule], *of_token: float) -> ExpertMapping:
+    """Return a step in which each token has one adapter with its weight."""
+    return ExpertMapping([modules], torch.tensor([of_token]), torch.zeros(len(of_token), dtype=torch.bool))
+
+
 def slow(
     x: Tensor, chosen: Tensor, shares: Tensor, base: tuple[Tensor, Tensor], plan: list[tuple[float, Any]]
 ) -> Tensor:
@@ -147,7 +152,7 @@ def test_a_compiled_layer_has_the_plans_of_each_step() -> None:
     x, chosen, shares = torch.randn(2, WIDTH), torch.tensor([[0, 2], [1, 0]]), torch.rand(2, 2)
     assert torch.equal(compiled(x, shares, chosen), torch.full_like(x, 7))
     for modules in adapters:
-        steps.append(ExpertMapping([modules], torch.tensor([[0.5, 0.0]]), torch.zeros(2, dtype=torch.bool)))
+        steps.append(step_of(modules, 0.5, 0.0))
         y = compiled(x, shares, chosen)
         expected = slow(x[0], chosen[0], shares[0], base, [(0.5, modules)]).float()
         torch.testing.assert_close(y, torch.stack([expected, torch.full_like(expected, 7)]), atol=1e-4, rtol=0)
@@ -162,7 +167,7 @@ def test_the_activation_is_the_layers(activation: MoEActivation) -> None:
     layer = ExpertLayer(0, made, CONTAINER)
     x, chosen, shares = torch.randn(1, WIDTH), torch.tensor([[1]]), torch.ones(1, 1)
     y = torch.zeros(1, WIDTH)
-    layer.adapt(y, x, shares, chosen, ExpertMapping([modules], torch.ones(1, 1), torch.zeros(1, dtype=torch.bool)))
+    layer.adapt(y, x, shares, chosen, step_of(modules, 1.0))
     both, down = (base[n][1] + modules[name].bt[1].T @ modules[name].a[1] for n, name in enumerate((GATE_UP, DOWN)))
     gate, up = (both @ x[0]).chunk(2)
     approximate = "tanh" if activation == MoEActivation.GELU_TANH else "none"
@@ -184,7 +189,7 @@ def test_the_parts_of_two_processes_add_up() -> None:
         ends.append(layer.ends)
         local = {name: layer.share.of(name, module) for name, module in modules.items()}
         y = torch.zeros(4, WIDTH)
-        layer.adapt(y, x, shares, chosen, ExpertMapping([local], torch.ones(1, 4), torch.zeros(4, dtype=torch.bool)))
+        layer.adapt(y, x, shares, chosen, step_of(local, *[1.0] * 4))
         found += y
     expected = [slow(x[n], chosen[n], shares[n], (gate_up, down), [(1.0, modules)]) for n in range(4)]
     torch.testing.assert_close(found, torch.stack(expected).float(), atol=1e-4, rtol=0)

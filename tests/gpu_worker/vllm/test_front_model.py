@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, OPTConfig, Phi3Config, PretrainedConfig
 
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
@@ -21,10 +21,17 @@ _PARTS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for
 # The tiny models have 4 attention heads, 2 key heads and MLPs of 48 values.
 
 
+def load(folder: Path, config: PretrainedConfig | None = None, **settings: Any) -> FrontModel:
+    """Read the model of the folder, after writing its configuration and a tokenizer where one is given."""
+    if config is not None:
+        config.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    return load_front_model(tiny_config(folder, engine="vllm", **settings))
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_processes_share_a_model_evenly_or_several_have_one_key_head(size: int, tiny_folders: TinyFolders) -> None:
-    config = tiny_config(tiny_folders["llama"], engine="vllm", tensor_parallel_size=size)
-    assert load_front_model(config).num_kv_heads == 2
+    assert load(tiny_folders["llama"], tensor_parallel_size=size).num_kv_heads == 2
 
 
 @pytest.mark.parametrize(
@@ -34,36 +41,29 @@ def test_processes_share_a_model_evenly_or_several_have_one_key_head(size: int, 
 def test_a_number_of_processes_that_does_not_divide_the_model_is_refused_with_the_counts(
     size: int, uneven: str, tiny_folders: TinyFolders
 ) -> None:
-    config = tiny_config(tiny_folders["llama"], engine="vllm", tensor_parallel_size=size)
     with pytest.raises(WorkerConfigInvalid, match=rf"must divide the base model's {uneven}, got {size}"):
-        load_front_model(config)
+        load(tiny_folders["llama"], tensor_parallel_size=size)
 
 
 def test_a_model_whose_layers_hold_several_modules_runs_in_one_process_only(tmp_path: Path) -> None:
-    Phi3ForCausalLM(Phi3Config(**SHAPE)).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    assert load_front_model(tiny_config(tmp_path, engine="vllm")).num_kv_heads == 2
+    assert load(tmp_path, Phi3Config(**SHAPE)).num_kv_heads == 2
     with pytest.raises(BaseModelUnsupported, match=r"phi3 has gate_up_proj and qkv_proj, .* tensor_parallel_size 1"):
-        load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=2))
+        load(tmp_path, tensor_parallel_size=2)
 
 
 def test_a_width_of_mlps_with_another_name_in_the_configuration_is_checked(tmp_path: Path) -> None:
     """OPT calls it `ffn_dim`, and its MLPs have no module of their own."""
     shape = {name: value for name, value in SHAPE.items() if name.startswith(("vocab", "hidden", "num_hidden"))}
     config = OPTConfig(**shape, num_attention_heads=4, ffn_dim=50, word_embed_proj_dim=SHAPE["hidden_size"])
-    OPTForCausalLM(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    assert load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=2)).num_kv_heads == 4
+    assert load(tmp_path, config, tensor_parallel_size=2).num_kv_heads == 4
     with pytest.raises(WorkerConfigInvalid, match="must divide the base model's 50 hidden values of an MLP, got 4"):
-        load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=4))
+        load(tmp_path, tensor_parallel_size=4)
 
 
 def test_keys_have_room_for_the_largest_heads_of_all_layers(tmp_path: Path) -> None:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = AutoConfig.for_model("gemma4_text", **SHAPE, head_dim=8, global_head_dim=32, layer_types=layers)
-    config.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    model = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    model = load(tmp_path, config)
     assert model.kv_token_bytes == 3 * 2 * model.num_kv_heads * 32 * 4
 
 
@@ -72,18 +72,17 @@ def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_e
 ) -> None:
     folder = shutil.copytree(tiny_folders["llama"], tmp_path / "quantized")
     change_json(folder / "config.json", {"quantization_config": {"quant_method": "gptq"}})
-    assert load_front_model(tiny_config(folder, engine="vllm", dtype="bfloat16")).dtype is torch.bfloat16
+    assert load(folder, dtype="bfloat16").dtype is torch.bfloat16
     with pytest.raises(WorkerConfigInvalid, match="'bfloat16' with a quantized base model, got 'float32'"):
-        load_front_model(tiny_config(folder, engine="vllm"))
+        load(folder)
 
 
 @pytest.mark.parametrize("place", ["whole", "text"])
 def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place: str, tmp_path: Path) -> None:
-    config_of("gemma3").save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    assert not load(tmp_path, config_of("gemma3"), dtype="bfloat16").is_quantized
     changes = {"quantization_config": {"quant_method": "gptq"}}
     change_json(tmp_path / "config.json", changes if place == "whole" else {"text_config": changes})
-    assert load_front_model(tiny_config(tmp_path, engine="vllm", dtype="bfloat16")).is_quantized
+    assert load(tmp_path, dtype="bfloat16").is_quantized
 
 
 @pytest.mark.parametrize(
@@ -117,10 +116,8 @@ def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place
 def test_a_model_that_the_front_end_cannot_describe_is_refused_in_one_sentence(
     family: str, changes: Mapping[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(BaseModelUnsupported, match=reason) as found:
-        load_front_model(tiny_config(tmp_path, engine="vllm"))
+        load(tmp_path, AutoConfig.for_model(family, **changes))
     assert "\n" not in str(found.value)
 
 
@@ -129,7 +126,7 @@ def test_a_language_model_whose_settings_transformers_refuses_is_refused_with_th
     scaling = {"type": "longrope", "short_factor": [1], "long_factor": [1]}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi4mm", "rope_scaling": scaling}))
     with pytest.raises(BaseModelUnsupported, match=r"cannot be read \(.*short_factor field must have length 48, got 1"):
-        load_front_model(tiny_config(tmp_path, engine="vllm"))
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "idefics3", "llava"])
@@ -137,9 +134,7 @@ def test_a_multimodal_model_takes_adapters_of_its_language_model_by_the_names_of
     family: str, tmp_path: Path
 ) -> None:
     config = config_of(family)
-    config.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    found = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    found = load(tmp_path, config)
     layers = {f"model.layers.{number}.{part}" for number in range(3) for part in _PARTS}
     assert set(found.shapes) == layers and found.is_multimodal
     with torch.device("meta"):
@@ -151,9 +146,7 @@ def test_a_multimodal_model_takes_adapters_of_its_language_model_by_the_names_of
 
 
 def test_a_mixture_takes_adapters_of_its_experts_its_router_and_its_other_layers(tmp_path: Path) -> None:
-    config_of("deepseek_v3").save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    found = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    found = load(tmp_path, config_of("deepseek_v3"))
     kinds = {name.rpartition("layers.1.")[2] for name in found.shapes if "layers.1." in name}
     assert {"self_attn.q_a_proj", "self_attn.o_proj", "mlp.shared_experts.down_proj"} < kinds
     assert "model.layers.0.mlp.up_proj" in found.shapes
@@ -164,17 +157,13 @@ def test_a_mixture_takes_adapters_of_its_experts_its_router_and_its_other_layers
 
 
 def test_experts_of_a_multimodal_model_have_the_names_of_a_text_model(tmp_path: Path) -> None:
-    config_of("qwen3_vl_moe").save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    found = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    found = load(tmp_path, config_of("qwen3_vl_moe"))
     assert found.shapes["model.layers.2.mlp.experts.down_proj"] == (128, 32, 4)
     assert found.paths["model.layers.2.mlp.gate"] == "model.language_model.layers.2.mlp.gate"
 
 
 def test_experts_that_the_workers_share_are_kept(tmp_path: Path) -> None:
-    config_of("mixtral").save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    model = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    model = load(tmp_path, config_of("mixtral"))
     name = "model.layers.0.mlp.experts.down_proj"
     num_out, num_in, num = model.shapes[name]
     assert narrowed(model, [dict(model.shapes) | {name: (num_out, num_in // 2, num)}, model.shapes]) == model
@@ -186,7 +175,7 @@ def test_experts_that_the_workers_share_are_kept(tmp_path: Path) -> None:
 
 @pytest.fixture
 def llama(tiny_folders: TinyFolders) -> FrontModel:
-    return load_front_model(tiny_config(tiny_folders["llama"], engine="vllm"))
+    return load(tiny_folders["llama"])
 
 
 def test_modules_that_the_workers_hold_with_the_same_shape_are_kept_without_a_word(

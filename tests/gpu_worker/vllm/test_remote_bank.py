@@ -15,7 +15,7 @@ from gpu_worker.errors import AdapterUnfit, PlanTooLarge
 from gpu_worker.vllm.fusions import composed, with_fusion
 from gpu_worker.vllm.packing import Change
 from gpu_worker.vllm.remote_bank import PlannedResidency, RemoteBank
-from lora_store.adapter import AdapterRef
+from lora_store.adapter import AdapterRef, Shapes
 from lora_store.plan import Plan, PlannedAdapter
 from tests.tiny import random_adapter
 
@@ -26,11 +26,16 @@ def adapter(seed: int) -> DeviceAdapter:
     return to_device_layout(random_adapter(SHAPES, seed, rank=2), SHAPES, torch.float32)
 
 
-def fusion(*parts: DeviceAdapter, weight: float = 0.5) -> DeviceAdapter:
+def fusion(*parts: DeviceAdapter, weight: float = 0.5, shapes: Shapes = SHAPES) -> DeviceAdapter:
     members = tuple(PlannedAdapter(AdapterRef("-", "-", "-"), part.weights_digest, weight) for part in parts)
     [planned] = with_fusion(Plan("fusion", members)).adapters
     average = composed(planned.weights_digest, [(part, weight) for part in parts])
-    return to_device_layout(average, SHAPES, torch.float32)
+    return to_device_layout(average, shapes, torch.float32)
+
+
+def pin(residency: PlannedResidency, *adapters: DeviceAdapter) -> bool:
+    loaded = {each.weights_digest: each for each in adapters}
+    return residency.try_pin(list(loaded), loaded)
 
 
 class Far:
@@ -199,15 +204,14 @@ async def test_an_adapter_that_was_never_sent_is_not_dropped() -> None:
     one, two, three = adapter(1), adapter(2), adapter(3)
     far, bank = served()
     residency = PlannedResidency(bank, 4, 4)
-    assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
+    assert pin(residency, one)
     residency.unpin([one.weights_digest])
     residency.drop([one.weights_digest])  # before `settle` sent it
-    others = {later.weights_digest: later for later in (two, three)}
-    assert residency.try_pin(list(others), others)
+    assert pin(residency, two, three)
     residency.settle()
     assert residency.active_rows == 4
     await bank.drained()
-    assert far.calls == [[f"put {digest}" for digest in others]]
+    assert far.calls == [[f"put {later.weights_digest}" for later in (two, three)]]
 
 
 async def test_fusions_and_adapters_have_rows_of_their_own() -> None:
@@ -215,37 +219,29 @@ async def test_fusions_and_adapters_have_rows_of_their_own() -> None:
     average = fusion(one, two, three)
     far, bank = served()
     residency = PlannedResidency(bank, 4, 2)
-    both = {each.weights_digest: each for each in (one, two)}
-    assert residency.try_pin(list(both), both), "the adapters' rows are full"
-    assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
-    assert not residency.try_pin([three.weights_digest], {three.weights_digest: three})
+    assert pin(residency, one, two), "the adapters' rows are full"
+    assert pin(residency, average)
+    assert not pin(residency, three)
     residency.settle()
     assert (residency.occupied_rows, residency.active_rows) == (6, 6)
     assert residency.resident == {each.weights_digest for each in (one, two, three)}, "three is part of the fusion"
     assert average.weights_digest in residency and three.weights_digest not in residency
     await bank.drained()
-    assert far.calls == [[f"put {digest}" for digest in (*both, average.weights_digest)]]
+    assert far.calls == [[f"put {each.weights_digest}" for each in (one, two, average)]]
 
 
 async def test_experts_of_fusions_and_of_adapters_have_room_of_their_own() -> None:
     shapes = {"m": (4, 3), "experts.down_proj": (4, 3, 2)}
     one, two = (to_device_layout(random_adapter(shapes, seed, rank=2), shapes, torch.float32) for seed in (1, 2))
-    planned = with_fusion(
-        Plan(
-            "fusion",
-            tuple(PlannedAdapter(AdapterRef("-", "-", "-"), each.weights_digest, 0.5) for each in (one, two)),
-        )
-    )
-    [name] = [each.weights_digest for each in planned.adapters]
-    average = to_device_layout(composed(name, [(one, 0.5), (two, 0.5)]), shapes, torch.float32)
+    average = fusion(one, two, shapes=shapes)
     assert one.expert_bytes == average.expert_bytes == 4 * 2 * 2 * (4 + 3)
     _, bank = served()
     residency = PlannedResidency(bank, 8, 8, (one.expert_bytes, average.expert_bytes))
-    assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
-    assert not residency.try_pin([two.weights_digest], {two.weights_digest: two}), "the first one is in use"
-    assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
+    assert pin(residency, one)
+    assert not pin(residency, two), "the first one is in use"
+    assert pin(residency, average)
     with pytest.raises(PlanTooLarge, match="bytes for their experts"):
-        PlannedResidency(bank, 8, 8).try_pin([one.weights_digest], {one.weights_digest: one})
+        pin(PlannedResidency(bank, 8, 8), one)
 
 
 async def test_a_fusion_of_higher_rank_than_the_rows_for_fusions_is_refused() -> None:
@@ -255,7 +251,7 @@ async def test_a_fusion_of_higher_rank_than_the_rows_for_fusions_is_refused() ->
         PlanTooLarge,
         match=r"needs 2 rank rows, the bank has 1 for fusions \(worker.fusion_rank_rows\); use adapters",
     ):
-        PlannedResidency(bank, 4, 1).try_pin([average.weights_digest], {average.weights_digest: average})
+        pin(PlannedResidency(bank, 4, 1), average)
 
 
 async def test_the_least_recently_used_fusion_leaves_first_and_one_in_use_never() -> None:
@@ -263,18 +259,14 @@ async def test_the_least_recently_used_fusion_leaves_first_and_one_in_use_never(
     first, second, third = (fusion(*parts, weight=weight) for weight in (0.1, 0.2, 0.3))
     _, bank = served()
     residency = PlannedResidency(bank, 4, 4)
-
-    def pin(average: DeviceAdapter) -> bool:
-        return residency.try_pin([average.weights_digest], {average.weights_digest: average})
-
-    assert pin(first) and pin(second)
+    assert pin(residency, first) and pin(residency, second)
     residency.settle()
-    assert not pin(third), "both are in use"
+    assert not pin(residency, third), "both are in use"
     residency.unpin([second.weights_digest])
     residency.unpin([first.weights_digest])
-    assert pin(first), "which makes the second the oldest"
-    assert pin(third)
-    assert second.weights_digest not in residency and not pin(second)
+    assert pin(residency, first), "which makes the second the oldest"
+    assert pin(residency, third)
+    assert second.weights_digest not in residency and not pin(residency, second)
 
 
 async def test_a_withdrawn_adapter_takes_its_fusions_along() -> None:
@@ -283,7 +275,7 @@ async def test_a_withdrawn_adapter_takes_its_fusions_along() -> None:
     far, bank = served()
     residency = PlannedResidency(bank, 6, 4)
     for each in (one, three, *averages):
-        assert residency.try_pin([each.weights_digest], {each.weights_digest: each})
+        assert pin(residency, each)
         residency.settle()
         residency.unpin([each.weights_digest])
     residency.drop([one.weights_digest])
