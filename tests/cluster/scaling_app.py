@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from deployments.cli.client import free_port
 from tests.cluster.machines import Machines, own_ray
-from tests.e2e.live import is_ready
+from tests.e2e.live import SETTLE_S, eventually, eventually_equal, is_ready
 from tests.served_engine import HEAD_DIM, START_S, WORKER
 from tests.tiny import VOCABULARY, byte_tokenizer
 
@@ -32,7 +32,6 @@ NUM_ASCII = 94  # the byte tokenizer's first ids, one letter each
 TARGET_REQUESTS = 8  # per worker
 NUM_STREAMS = TARGET_REQUESTS - 1  # one worker is enough for these
 STREAM_S = 12.0  # longer than the removal of a worker takes
-SETTLE_S = 120.0
 
 
 def long_model(folder: Path) -> Path:
@@ -114,7 +113,7 @@ def serving(
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: server.poll() is not None or is_ready(url), within_s=START_S)
+        eventually(lambda: server.poll() is not None or is_ready(url), within_s=START_S)
         assert server.poll() is None, (folder / "server.log").read_text()
         yield url, server
     finally:
@@ -149,18 +148,11 @@ def num_workers(url: str) -> int:
     return worker_replicas(url)["answered"]
 
 
-def until(check: Callable[[], bool], *, within_s: float = SETTLE_S) -> float:
-    """Return the seconds until `check` was true."""
-    started = time.monotonic()
-    while not check():
-        assert time.monotonic() - started < within_s, "it did not happen in time"
-        time.sleep(0.2)
-    return time.monotonic() - started
-
-
 async def until_workers(url: str, count: int, *, within_s: float = SETTLE_S) -> float:
     """Return the seconds until this many workers accept requests."""
-    return await asyncio.to_thread(until, lambda: num_workers(url) == count, within_s=within_s)
+    began = time.monotonic()
+    await asyncio.to_thread(eventually_equal, lambda: num_workers(url), count, within_s=within_s)
+    return time.monotonic() - began
 
 
 def completion(max_tokens: int, **changes: Any) -> dict[str, Any]:
@@ -227,8 +219,6 @@ async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
         await asyncio.gather(*[event.wait() for event in begun])
         stop.set()
         await asyncio.gather(*clients)
-        started = time.monotonic()
-        await until_workers(url, 1)
-        down_s = time.monotonic() - started
+        down_s = await until_workers(url, 1)
         num_left_behind = sum(not task.done() for task in streamed)
         return Course(up_s, down_s, statuses, await asyncio.gather(*streamed), num_left_behind, num_tokens)

@@ -15,10 +15,9 @@ from tests.cluster.scaling_app import (
     on_machines,
     rise_and_fall,
     settings_of,
-    until,
     worker_replicas,
 )
-from tests.e2e.live import is_ready
+from tests.e2e.live import eventually, eventually_equal, is_ready
 from tests.servers.started import MOST_WORKERS
 from tests.soak import Scale
 
@@ -41,10 +40,10 @@ def test_workers_scale_to_zero_and_the_first_request_starts_one(url: str, scale:
         pytest.skip(
             "tests/e2e/test_several_bases.py has a base model that falls asleep and wakes: on nodes in make soak"
         )
-    until(lambda: num_workers(url) == 0)
+    eventually_equal(lambda: num_workers(url), 0)
     for _ in range(3):
         assert is_ready(url)
-    until(lambda: worker_replicas(url) == {"answered": 0, "silent": 0})  # neither has started one
+    eventually_equal(lambda: worker_replicas(url), {"answered": 0, "silent": 0})  # neither has started one
     answers = [httpx.post(f"{url}/v1/completions", json=completion(4), timeout=120) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert answers[0].json()["choices"] == answers[1].json()["choices"]
@@ -54,7 +53,7 @@ def test_workers_scale_to_zero_and_the_first_request_starts_one(url: str, scale:
 def test_workers_follow_the_load_and_removed_ones_end_their_streams(url: str, scale: Scale) -> None:
     most = scale.pick("workers under load", small=MOST_WORKERS, full=MOST_ON_NODES)
     high_s = scale.pick("seconds of high load", small=1, full=60)
-    until(lambda: num_workers(url) <= 1)
+    eventually(lambda: num_workers(url) <= 1)
     course = asyncio.run(rise_and_fall(url, most=most, high_s=high_s))
     scale.record("requests", len(course.statuses))
     scale.record(f"seconds from load to {most} workers", course.up_s)

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from deployments.cli.client import free_port
-from tests.cluster.scaling_app import SETTLE_S, serving, settings_of, until
-from tests.e2e.live import command_of
+from tests.cluster.scaling_app import serving, settings_of
+from tests.e2e.live import SETTLE_S, command_of, eventually, eventually_equal
 from tests.served_engine import START_S
 from tests.servers.started import Started, untraced
 from tests.soak import Scale
@@ -57,7 +57,7 @@ async def refusing(url: httpx.URL) -> None:
 def started_log(folder: Path) -> str:
     """Return all that the server has printed, once it has printed the last line of its start."""
     log = folder / "server.log"
-    until(lambda: re.search(r"^logs: .*\n", log.read_text(), re.MULTILINE) is not None)
+    eventually(lambda: re.search(r"^logs: .*\n", log.read_text(), re.MULTILINE) is not None)
     return log.read_text()
 
 
@@ -107,7 +107,7 @@ def test_ctrl_c_answers_the_request_in_progress_and_prints_no_line_of_rays(start
 
 def check_processes(server: psutil.Process) -> None:
     """Check that no needless process runs, that only those that compute hold torch, and no replica pandas."""
-    until(lambda: len(replicas_of(server)) == 4)  # a worker that was removed has ended
+    eventually_equal(lambda: len(replicas_of(server)), 4)  # a worker that was removed has ended
     commands, with_torch, with_pandas = list[str](), list[str](), list[str]()
     for process in (server, *server.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
@@ -140,7 +140,7 @@ def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
             return any("ServeReplica" in command_of(each) for each in started.values())
 
         try:
-            until(starts_replicas, within_s=START_S)
+            eventually(starts_replicas, within_s=START_S)
             server.send_signal(signal.SIGTERM)
             assert server.wait(START_S) == 128 + signal.SIGTERM
         finally:

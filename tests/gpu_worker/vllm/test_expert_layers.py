@@ -19,7 +19,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from gpu_worker.bank.device_layout import DeviceModule
 from gpu_worker.model.experts import ExpertMapping
 from gpu_worker.vllm.expert_layers import ExpertLayer, ExpertShare, adapt_layers, unpack
-from gpu_worker.vllm.plan_layers import _register
 from lora_store.adapter import Shapes
 
 CONTAINER = "model.layers.1.mlp.experts"
@@ -135,28 +134,6 @@ def test_random_plans_equal_the_slow_loop_and_other_tokens_are_vllms(seed: int) 
         )
         torch.testing.assert_close(y[token], expected, atol=1e-4 if plan else 0, rtol=0)
     assert 0 < num_adapted < TOKENS
-
-
-def test_a_compiled_layer_has_the_plans_of_each_step() -> None:
-    """torch.compile sees the products as one operation, and keeps nothing of the step that it traced."""
-    base, adapters = weights(), [adapter_of(2), adapter_of(3)]
-    layer = ExpertLayer(0, layer_of(*base), CONTAINER)
-    steps: list[ExpertMapping] = []
-
-    def adapt(y: Tensor, x: Tensor, shares: Tensor, chosen: Tensor, place: int) -> None:
-        if steps:
-            layer.adapt(y, x, shares, chosen, steps[-1])
-
-    library = _register(add_plans=lambda y, x, place: None, adapt_experts=adapt)
-    compiled = torch.compile(layer.forward_modular, fullgraph=True, backend="aot_eager")
-    x, chosen, shares = torch.randn(2, WIDTH), torch.tensor([[0, 2], [1, 0]]), torch.rand(2, 2)
-    assert torch.equal(compiled(x, shares, chosen), torch.full_like(x, 7))
-    for modules in adapters:
-        steps.append(step_of(modules, 0.5, 0.0))
-        y = compiled(x, shares, chosen)
-        expected = slow(x[0], chosen[0], shares[0], base, [(0.5, modules)]).float()
-        torch.testing.assert_close(y, torch.stack([expected, torch.full_like(expected, 7)]), atol=1e-4, rtol=0)
-    library._destroy()
 
 
 @pytest.mark.parametrize("activation", [MoEActivation.GELU, MoEActivation.GELU_TANH])
