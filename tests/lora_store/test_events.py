@@ -106,18 +106,22 @@ def test_a_fold_is_read_as_it_was_written_and_keeps_generations(make_record: Mak
     assert [event for _, event in read_dated_events(make_fold_table(events, 9, {"one": 1}), after=0)] == events
 
 
-def test_names_on_disk_do_not_change(make_record: MakeRecord) -> None:
+def test_names_on_disk_do_not_change_and_are_known(make_record: MakeRecord) -> None:
     """Existing stores have these strings."""
-    events = [Fold(None, None), VisibleChange("", 1), Keep(make_record(), is_live=True)]
-    events += [Keep(make_record(), is_live=False), Embed(REF, embedding())]
-    rows = make_fold_table(events, 1, {"one": 1})["event"].to_pylist()
-    assert rows == ["fold", "keep_shown", "keep_live", "keep_older", "keep_pending", "keep_commit"]
-    plain = [Withdraw(REF, "me", NOON), SetVisibility(REF, "public", "me", NOON), Approve(REF, "me", NOON)]
-    plain += [ActivateEncoder("m", "i", "me", NOON), Publish(make_record()), Embed(REF, embedding())]
-    plain += [SetName(NAMED)]
-    names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed", "set_name"]
-    assert make_fold_table([SetName(NAMED)], 1, {})["event"].to_pylist() == ["keep_name"]
-    assert make_table(plain, 1)["event"].to_pylist() == names
+    ranks = [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
+    folded = [Fold(None, None), VisibleChange("", 1), Keep(make_record(), is_live=True)]
+    folded += [Keep(make_record(), is_live=False), Embed(REF, embedding()), *ranks, SetName(NAMED)]
+    changes = [Withdraw(REF, "me", NOON), SetVisibility(REF, "public", "me", NOON), Approve(REF, "me", NOON)]
+    changes += [ActivateEncoder("m", "i", "me", NOON), Publish(make_record()), Publish(make_record(is_offered=True))]
+    changes += [Embed(REF, embedding()), SetTrial(REF, None, "me", NOON), *ranks, SetName(NAMED)]
+    kept = ["fold", "keep_shown", "keep_live", "keep_older", "keep_pending", "keep_rank_first", "keep_rank"]
+    names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "offer", "embed", "set_trial"]
+    for rows, expected in (
+        (make_fold_table(folded, 1, {"one": 1}), [*kept, "keep_name", "keep_commit"]),
+        (make_table(changes, 1), [*names, "rank_first", "rank", "set_name"]),
+    ):
+        assert rows["event"].to_pylist() == expected
+        assert knows_all_events(rows)
 
 
 def test_a_kind_of_event_that_only_a_newer_release_knows_is_skipped_and_noticed() -> None:
@@ -125,12 +129,3 @@ def test_a_kind_of_event_that_only_a_newer_release_knows_is_skipped_and_noticed(
     newer = rows.set_column(2, SCHEMA.field("event"), pa.array(["pin", "withdraw"]))
     assert [event for _, event in read_dated_events(newer, after=0)] == [Withdraw(REF, "me", NOON)]
     assert (knows_all_events(rows), knows_all_events(newer)) == (True, False)
-
-
-def test_every_kind_of_event_that_is_written_is_known(make_record: MakeRecord) -> None:
-    changes = [Publish(make_record()), Publish(make_record(is_offered=True)), SetTrial(REF, None, "me", NOON)]
-    changes += [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
-    changes += [SetName(NAMED)]
-    folded = [Fold("model", "enc"), Keep(make_record(), is_live=True), Keep(make_record(), is_live=False)]
-    folded += [VisibleChange("acme", 3), Embed(REF, embedding()), *changes[3:5], SetName(NAMED)]
-    assert knows_all_events(make_table(changes, 7)) and knows_all_events(make_fold_table(folded, 7, {"id": 3}))

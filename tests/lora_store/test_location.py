@@ -80,7 +80,6 @@ def test_an_invalid_uri_is_refused_by_name(uri: str, reason: str) -> None:
     with pytest.raises(ValueError) as caught:
         Location(uri)
     assert reason in str(caught.value) and "secret" not in str(caught.value)
-    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

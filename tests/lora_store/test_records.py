@@ -26,13 +26,6 @@ def test_auto_chooses_public_versions_for_every_tenant_if_approved_or_not_requir
     assert record.is_open(requires_approval=True) == open_by_approval
 
 
-def test_a_version_without_samples_has_one_blob_and_no_encoder(make_record: MakeRecord) -> None:
-    bare = make_record(weights_digest="a" * 64, samples_digest=None, embedding=None)
-    assert (bare.blobs, bare.encoder) == (("a" * 64,), None)
-    full = make_record(weights_digest="a" * 64, samples_digest="b" * 64, embedding=embedding(encoder="mini"))
-    assert (full.blobs, full.encoder) == (("a" * 64, "b" * 64), "mini")
-
-
 def test_embeddings_are_equal_if_one_encoder_made_them() -> None:
     assert embedding(1.0, 2.0, encoder="mini") == embedding(3.0, encoder="mini")
     assert embedding(1.0, encoder="mini") != embedding(1.0, encoder="large")

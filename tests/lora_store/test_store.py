@@ -57,6 +57,7 @@ def test_a_staged_adapter_is_seen_only_after_commit(
     assert record.ref == staged.ref
     assert (record.tags, record.template, record.visibility) == (("a", "b"), "chat", "private")
     assert (record.ranks, record.target_modules) == ((2, 4), ("q_proj", "up_proj"))
+    assert (record.base_model, record.num_samples) == (BASE, 2)
     assert (tuple(record.embedding.vector), record.encoder, record.probe_shift) == (VECTOR, "enc", 0.5)
     assert tuple(record.embedding.own_scores) == (0.75, 0.5)
     assert (record.actor, record.source, record.generation) == ("tester", "poet", 1)
