@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks import results_file
 from benchmarks.results_file import TreeChanged, processor_of, write_part, write_results
-from tests import soak
 
 REAL_COMMIT = results_file.commit
 
@@ -30,19 +29,6 @@ def test_results_of_a_changed_tree_are_refused_and_kept_next_to_the_others(
     assert json.loads((tmp_path / "one" / "results.json").read_text())["figures"] == {"a": 1}
     assert (tmp_path / "one" / "table.txt").read_text() == "of a commit\n"
     assert not (tmp_path / "all" / "results.json").exists()
-
-
-def test_a_soak_report_of_a_changed_tree_is_kept_next_to_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(soak, "RESULTS", tmp_path)
-    for found in ("0123456789ab", "0123456789ab+"):
-        monkeypatch.setattr(soak, "commit", lambda found=found: found)
-        report = soak.SoakReport()
-        report.checks["e2e"]["test_one"] = {}
-        report.write()
-    for file, found in (("e2e.json", "0123456789ab"), ("e2e.unclean.json", "0123456789ab+")):
-        assert json.loads((tmp_path / "soak" / file).read_text())["checks"]["test_one"]["commit"] == found
 
 
 def test_a_tree_is_changed_by_tracked_files_other_than_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

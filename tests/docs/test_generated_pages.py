@@ -16,7 +16,7 @@ from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.error_table import reported_errors
 from deployments.api.responses_request import ResponsesRequest
 from deployments.config.app import AppConfig
-from docs.generate import clients, error_codes, metrics, models, request_fields, settings_files
+from docs.generate import clients, error_codes, models, request_fields, settings_files
 from docs.generate.__main__ import DOCS, stale_pages
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import block_names, filled, pages_with_blocks, table
@@ -113,14 +113,6 @@ def test_a_text_links_the_page_that_it_names() -> None:
     fields = (request_fields.chat_fields, request_fields.completion_fields, request_fields.lora_fields)
     text = "".join(write() for write in fields)
     assert all(f"]({target})" in text for target in request_fields._LINKS.values())
-
-
-def test_every_module_that_registers_metrics_is_described() -> None:
-    found = metrics.modules()
-    assert len(found) == 3
-    page = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
-    for module in found:
-        assert all(f"`ray_{metric.name}`" in page for metric in metrics.registered(module))
 
 
 def test_every_setting_of_the_top_level_has_a_row_with_a_meaning() -> None:

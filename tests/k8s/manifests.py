@@ -82,9 +82,6 @@ class Manifests:
     def names(self, kind: str) -> set[str]:
         return {document["metadata"]["name"] for document in self.of_kind(kind)}
 
-    def remove(self, kind: str, name: str) -> None:
-        self.documents.remove(self.named(kind, name))
-
     @property
     def ray_service(self) -> Document:
         [service] = self.of_kind("RayService")
@@ -102,19 +99,12 @@ class Manifests:
     def serve(self) -> Document:
         return yaml.safe_load(self.ray_service["spec"]["serveConfigV2"])
 
-    def change_serve(self, **changes: Any) -> None:
-        self.ray_service["spec"]["serveConfigV2"] = yaml.safe_dump(self.serve | changes)
-
-    def change_application(self, **changes: Any) -> None:
-        [application] = self.serve["applications"]
-        self.change_serve(applications=[application | changes])
-
     def change_args(self, **changes: Any) -> None:
-        """Change the application's args. A mapping is merged into the existing one."""
-        args = self.args
-        for key, value in changes.items():
-            args[key] = args.get(key, {}) | value if isinstance(value, dict) else value
-        self.change_application(args=args)
+        """Change the application's args."""
+        serve = self.serve
+        [application] = serve["applications"]
+        application["args"] |= changes
+        self.ray_service["spec"]["serveConfigV2"] = yaml.safe_dump(serve)
 
     @property
     def args(self) -> Document:

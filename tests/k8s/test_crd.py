@@ -35,25 +35,6 @@ def test_kuberay_takes_the_ray_service(name: str, crd: Document, rendered: Calla
     assert list(schema_problems(rendered(name).ray_service, strict(crd))) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "problem_text"),
-    [
-        (lambda m: m.cluster.update(authOption={}), "authOption"),
-        (lambda m: m.cluster["autoscalerOptions"].update(idleTimeoutSeconds="660"), "'660' is not of type 'integer'"),
-        (lambda m: m.group("gpu")["template"]["spec"]["containers"][0].update(livenesProbe={}), "livenesProbe"),
-        (lambda m: m.cluster["authOptions"].update(mode="tokens"), "'tokens' is not one of"),
-        (lambda m: m.group("gpu").pop("maxReplicas"), "'maxReplicas' is a required property"),
-    ],
-    ids=["unknown key", "wrong type", "unknown key in a pod", "unknown mode", "missing key"],
-)
-def test_kuberay_refuses_wrong_fields(
-    change: Callable, problem_text: str, crd: Document, rendered: Callable[[str], Manifests]
-) -> None:
-    manifests = rendered("gpu-s3")
-    change(manifests)
-    assert any(problem_text in problem for problem in schema_problems(manifests.ray_service, strict(crd)))
-
-
 def test_the_projects_schema_allows_only_fields_of_kuberay(crd: Document) -> None:
     own = OWN_SCHEMAS["RayService"]
     assert list(_unknown(own["properties"]["spec"], crd["properties"]["spec"], "spec")) == []

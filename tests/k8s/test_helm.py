@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 import tarfile
@@ -15,7 +14,6 @@ import yaml
 
 from tests.k8s import serving
 from tests.k8s.general import VERSION
-from tests.k8s.install_helm import install
 from tests.k8s.manifests import Document, Manifests
 from tests.k8s.network import egress_rules
 from tests.k8s.rendering import K8S
@@ -188,13 +186,6 @@ def test_the_chart_has_the_servers_version_and_is_complete_in_a_package(helm: st
         sizes = {member.name: member.size for member in files if member.isfile()}
     linked = [name for name in sizes if name.startswith("loraretriever/files/")]
     assert len(linked) == 15 and min(sizes[name] for name in linked) > 100
-
-
-def test_helm_is_not_installed_for_another_kind_of_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(SystemExit, match="for Linux on x86-64 only"):
-        install(tmp_path / "helm")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_chart_without_its_links_says_how_to_get_them(helm: str, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from gpu_worker.front.request.model_files import TEMPLATE_FILE
 from tests.k8s import general, network, placement, schemas, serving
 from tests.k8s.general import README
-from tests.k8s.manifests import Document, Manifests
-from tests.k8s.network import METADATA, egress_rules
+from tests.k8s.manifests import Manifests
+from tests.k8s.network import egress_rules
 from tests.k8s.rendering import ALL, K8S, OVERLAYS, build
 
 CHECKS = (schemas, general, serving, placement, network)
@@ -29,56 +29,6 @@ CHECKS = (schemas, general, serving, placement, network)
 @pytest.mark.parametrize("name", ALL)
 def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable[[str], Manifests]) -> None:
     assert list(check.problems(rendered(name))) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (
-            lambda m: m.group("gpu")["template"]["spec"].pop("terminationGracePeriodSeconds"),
-            "Seconds (30) is not above",
-        ),
-        (lambda m: set_variable(m, "gpu", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "600"), "cuts requests of max_req"),
-        (lambda m: set_variable(m, "cpu", "RAY_ROTATION_MAX_BYTES", "134217728"), "may fill their volume"),
-        (lambda m: set_variable(m, "cpu", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.1"), "as `loraretriever serve`"),
-        (lambda m: m.change_args(retriever_scaling={"max_replicas_per_node": 2}), "the death of one node"),
-        (lambda m: m.group("cpu").update(minReplicas=1), "Ingress: no room at the minimum"),
-        (lambda m: annotations(m).update({"nginx.ingress.kubernetes.io/proxy-read-timeout": "60"}), "timeout of 60 s"),
-        (lambda m: annotations(m).pop("nginx.ingress.kubernetes.io/proxy-body-size"), "max_upload_bytes is refused"),
-        (lambda m: annotations(m).pop("nginx.ingress.kubernetes.io/proxy-buffering"), "keeps tokens"),
-        (lambda m: m.named("Ingress", "loraretriever")["spec"].pop("tls"), "without TLS"),
-        (lambda m: route_rule(m).pop("timeouts"), "is not above max_request_s"),
-        (lambda m: route_rule(m)["backendRefs"][0].update(name="loraretriever"), "HTTPRoute: it does not lead to"),
-        (lambda m: route_rule(m).update(timeout="1s"), "timeout"),
-        (lambda m: m.named("HTTPRoute", "loraretriever")["spec"]["rules"].pop(), "cuts a long job"),
-        (lambda m: budget(m)["spec"].pop("unhealthyPodEvictionPolicy"), "not ready blocks the drain"),
-    ],
-)
-def test_a_wrong_field_is_found(change: Callable, problem: str, rendered: Callable[[str], Manifests]) -> None:
-    manifests = rendered("gpu-outside")
-    change(manifests)
-    found = [text for check in CHECKS for text in check.problems(manifests)]
-    assert any(problem in text for text in found), found
-
-
-def set_variable(manifests: Manifests, group: str, name: str, value: str) -> None:
-    [container] = manifests.group(group)["template"]["spec"]["containers"]
-    [entry] = [entry for entry in container["env"] if entry["name"] == name]
-    entry["value"] = value
-
-
-def annotations(manifests: Manifests) -> dict[str, str]:
-    found: dict[str, str] = manifests.named("Ingress", "loraretriever")["metadata"]["annotations"]
-    return found
-
-
-def budget(manifests: Manifests) -> Document:
-    return manifests.named("PodDisruptionBudget", "loraretriever-gpu")
-
-
-def route_rule(manifests: Manifests) -> Document:
-    found: Document = manifests.named("HTTPRoute", "loraretriever")["spec"]["rules"][0]
-    return found
 
 
 def test_the_root_is_the_overlay_that_runs_anywhere(kubectl: str, rendered: Callable[[str], Manifests]) -> None:
@@ -170,18 +120,16 @@ def test_a_rule_for_the_model_hub_opens_the_workers(rendered: Callable[[str], Ma
     assert rule.reaches("203.0.113.7") and rule.has_port("TCP", 443) and not rule.has_port("TCP", 80)
 
 
-def test_an_open_rule_reaches_every_metadata_service_by_ipv4_and_none_by_ipv6() -> None:
-    document = {"metadata": {"name": "p"}, "spec": {"egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}]}}
-    [rule] = egress_rules(document)
-    assert [address for address in METADATA if rule.reaches(address)] == [a for a in METADATA if ":" not in a]
-    assert rule.reaches("203.0.113.7") and not rule.reaches("2001:db8::1")
+@pytest.fixture(scope="module")
+def jobs(kubectl: str) -> dict[str, list[Document]]:
+    return {name: build(kubectl, K8S / name).documents for name in ("fetch-model", "pool-job")}
 
 
 @pytest.fixture
-def fetching(kubectl: str, rendered: Callable[[str], Manifests]) -> Manifests:
+def fetching(jobs: dict[str, list[Document]], rendered: Callable[[str], Manifests]) -> Manifests:
     """Return the GPU overlay with the Job that fills its volume."""
     manifests = rendered("gpu-s3")
-    manifests.documents += build(kubectl, K8S / "fetch-model").documents
+    manifests.documents += jobs["fetch-model"]
     return manifests
 
 
@@ -194,17 +142,17 @@ def test_the_job_that_fetches_a_model_fits_the_claim_and_the_image(fetching: Man
 
 
 def test_the_job_of_the_pool_mounts_the_claim_as_cpu_pods_do(
-    kubectl: str, rendered: Callable[[str], Manifests]
+    jobs: dict[str, list[Document]], rendered: Callable[[str], Manifests]
 ) -> None:
     manifests = rendered("cpu-pvc")
-    manifests.documents += build(kubectl, K8S / "pool-job").documents
+    manifests.documents += jobs["pool-job"]
     assert [problem for check in CHECKS for problem in check.problems(manifests)] == []
     [cpu], job = manifests.workers, manifests.pods[-1]
     assert job.name == "loraretriever-pool" and job.volume_at("/pool") == cpu.volume_at("/pool")
 
 
-def test_deleting_one_job_leaves_the_objects_of_the_other(kubectl: str) -> None:
-    fetch, pool = (build(kubectl, K8S / name).documents for name in ("fetch-model", "pool-job"))
+def test_deleting_one_job_leaves_the_objects_of_the_other(jobs: dict[str, list[Document]]) -> None:
+    fetch, pool = jobs["fetch-model"], jobs["pool-job"]
     assert len(fetch) == len(pool) == 2
     assert {document["metadata"]["name"] for document in fetch}.isdisjoint(d["metadata"]["name"] for d in pool)
 

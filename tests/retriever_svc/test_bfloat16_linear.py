@@ -100,10 +100,5 @@ def test_a_model_that_cannot_run_with_other_layers_keeps_its_own(harm: str) -> N
     assert dict(network.named_modules()) == own
 
 
-def test_float32_is_used_where_asked_for(exact: Encoder) -> None:
-    assert "Linear" in layers_of(exact)
-    assert "Bfloat16Linear" not in layers_of(exact)
-
-
 def _lines(name: str) -> list[str]:
     return (POOL / name / "lora_samples.jsonl").read_text(encoding="utf-8").splitlines()

@@ -49,21 +49,13 @@ def test_the_default_is_active_until_another_is_activated() -> None:
     assert later.loaded == ["new-model"]
 
 
-def test_a_prepared_encoder_takes_over_without_being_loaded_again() -> None:
-    models = Models()
-    encoders = EncoderRegistry(models, "default-model")
-    prepared = encoders.prepare("new-model")
-    assert encoders.load_encoder(None).identity == "default"
-    assert encoders.load_encoder(NEW) is prepared
-    assert models.loaded == ["new-model", "default-model"]
-
-
-def test_later_rounds_of_a_reindex_load_no_encoder() -> None:
+def test_a_prepared_encoder_takes_over_and_later_rounds_of_a_reindex_load_none() -> None:
     models = Models()
     encoders = EncoderRegistry(models, "default-model")
     encoders.load_encoder(None)
     first = encoders.prepare("new-model")
     assert all(encoders.prepare("new-model", first.identity) is first for _ in range(2))
+    assert encoders.load_encoder(None).identity == "default"
     assert encoders.load_encoder(NEW) is first is encoders.prepare("new-model", first.identity)
     assert models.loaded == ["default-model", "new-model"]
 

@@ -320,18 +320,6 @@ def test_the_old_generation_stays_in_service_until_the_new_encoder_loads() -> No
     assert (loaded, again.stats().num_live) == (["new-model"], 4), "the start uses the active encoder"
 
 
-def test_a_prepared_encoder_is_used_after_activation() -> None:
-    models, source = Models(), Source(*records_of(5))
-    models.new = FakeEncoder({}, dim=DIM, identity="new")
-    pools = LivePool(models, source)
-    assert pools.prepare_encoder("new-model") is models.new
-    assert pools.current.encoder is ENCODER
-    models.new = None
-    source.commit(encoder=NEW)
-    pools.catch_up()
-    assert pools.stats().encoder == "new"
-
-
 def test_a_training_that_ends_after_its_encoder_was_replaced_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     models, later = Models(), Later()
     models.new = FakeEncoder({}, dim=DIM, identity="new")

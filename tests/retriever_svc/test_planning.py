@@ -18,17 +18,14 @@ from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from lora_store.trials import Trial
 from retriever_svc import PinnedAdapter, PlanGone, Retriever, ServedBases, StaleIndex
-from retriever_svc.index import Match
 from retriever_svc.planning import (
     named_plan,
     replayed_plan,
     resolve,
-    routed_plan,
     visible_names,
     with_base,
     with_trials,
 )
-from retriever_svc.route import RouteRequest, Weighting
 from tests.retriever_svc.pool_fakes import record_of
 
 NEW, OLD, GONE = (record_of("n", None, tenant="a", version=version, template="chat") for version in ("3", "2", "1"))
@@ -193,21 +190,6 @@ def test_other_tenants_are_offered_only_what_they_may_use() -> None:
         assert len(found.trials) == offered
     same = replace(OTHER, weights_digest=OLD.weights_digest)  # weights that the plan has already
     assert named_plan(trial_pool(OLD, same), "a", [("n", 0.5), ("o", 0.5)], "mixture").trials == ()
-
-
-@pytest.mark.parametrize(
-    ("weighting", "expected"),
-    [
-        ("uniform", [1 / 3, 1 / 3, 1 / 3]),
-        ("softmax", [1 / (1 + math.exp(-1) + math.exp(-2)) * math.exp(-n) for n in range(3)]),
-        ("evidence", [0.75, 0.25 / (1 + math.exp(-1)), 0.25 / (1 + math.e)]),
-    ],
-)
-def test_only_evidence_limits_the_companions_of_a_mixture(weighting: Weighting, expected: list[float]) -> None:
-    """Scores at steps of the temperature; softmax alone gives the companions a third of the weight."""
-    matches = [Match(record_of(f"n{n}", None), 0.8 - 0.1 * n) for n in range(3)]
-    plan = routed_plan(RouteRequest("text", weighting=weighting), matches, 1, 0.1)
-    assert [adapter.weight for adapter in plan.adapters] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])

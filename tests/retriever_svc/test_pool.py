@@ -196,14 +196,6 @@ def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary
     assert match.threshold == NO_THRESHOLD
 
 
-def test_a_value_is_computed_once_per_caller() -> None:
-    cache: PerCallerCache[int] = PerCallerCache()
-    computed = []
-    for key in [("a",), ("a", "tag"), ("a",), ("a", "tag")]:
-        assert cache.get(key, lambda key=key: computed.append(key) or len(key)) == len(key)
-    assert computed == [("a",), ("a", "tag")]
-
-
 def test_ever_new_tags_do_not_fill_the_memory() -> None:
     cache: PerCallerCache[int] = PerCallerCache()
     cache.get(("kept",), lambda: -1)

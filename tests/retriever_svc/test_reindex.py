@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_store.adapter import AdapterRef, Sample
-from lora_store.errors import BlobCorrupted, StoreUnavailable
+from lora_store.errors import AdapterNotFound, BlobCorrupted, LoraStoreError, StoreUnavailable
 from lora_store.events import ActivateEncoder, Embed
 from lora_store.files import Files
 from lora_store.location import Location
@@ -66,15 +66,19 @@ def test_existing_embeddings_are_not_computed_again() -> None:
     assert list(reindex(snapshot_of(renewed), NEW, samples)) == []
 
 
-def test_unreadable_adapters_are_named_and_the_others_continue() -> None:
+@pytest.mark.parametrize("error", [AdapterNotFound("x"), BlobCorrupted("x", "y")], ids=repr)
+def test_unreadable_adapters_are_named_and_the_others_continue(
+    error: LoraStoreError, caplog: pytest.LogCaptureFixture
+) -> None:
     def source(record: AdapterRecord) -> Sequence[Sample]:
         if record.ref.name == "a1":
-            raise BlobCorrupted("x", "y")
+            raise error
         return samples(record)
 
     records = pool(3)
     [step] = reindex(snapshot_of(*records), NEW, source)
     assert step.unreadable == (records[1].ref,)
+    assert records[1].ref.digest in caplog.text and str(error) in caplog.text
     assert step.embeddings.keys() == {records[0].ref, records[2].ref}
 
 

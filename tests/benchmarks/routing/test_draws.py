@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import results_file
 from benchmarks.routing import draws
-from benchmarks.routing.draws import Market, in_other_words, measure, outcome_of
+from benchmarks.routing.draws import Market, Outcome, in_other_words, measure, outcome_of
 from benchmarks.routing.wording_pools import WordedPool, read_pools
 from retriever_svc import Encoder
 
@@ -34,10 +34,11 @@ def test_a_confirmed_adapter_is_approved_and_an_unconfirmed_one_is_not(projected
 
 def test_both_parts_are_in_one_result_file(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = read_pools("tune")[0]
-    small = WordedPool(pool.name, pool.adapters[:2], pool.of_kind("para")[:2])
+    ways = ("honest", "copies in other words")
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
     monkeypatch.setattr(draws, "Encoder", lambda **_: encoder)
-    monkeypatch.setattr(draws, "read_pools", lambda _: [small])
+    monkeypatch.setattr(draws, "read_pools", lambda _: [pool])
+    monkeypatch.setattr(draws, "measure", lambda _, pool: [Outcome(pool.name, way, 2, 1, 0.1, 0.2) for way in ways])
     for part in ("tune", "test"):
         draws.main(part)
     found = json.loads((tmp_path / "draws" / "results.json").read_text())
