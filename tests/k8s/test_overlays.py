@@ -18,7 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from gpu_worker.front.request.model_files import TEMPLATE_FILE
 from tests.k8s import general, network, placement, schemas, serving
 from tests.k8s.general import README
-from tests.k8s.manifests import Manifests
+from tests.k8s.manifests import Document, Manifests
 from tests.k8s.network import egress_rules
 from tests.k8s.rendering import ALL, K8S, OVERLAYS, build
 

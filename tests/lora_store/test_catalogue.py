@@ -15,7 +15,7 @@ from lora_store.event_table import EventTable
 from lora_store.events import Event, Fold, Publish, make_fold_table, make_table
 from lora_store.files import Files
 from lora_store.snapshot import Snapshot
-from tests.lora_store.builders import MakeRecord, embedding
+from tests.lora_store.builders import IN_A_FOLDER, MakeRecord, embedding
 
 
 def _publish(*records: AdapterRecord) -> Callable[[Snapshot], list[Event]]:
@@ -40,6 +40,7 @@ def test_a_record_comes_back_as_it_was_committed(location: Location, make_record
         travelled.records["local", "x"] = full
 
 
+@IN_A_FOLDER
 def test_no_events_and_an_error_of_the_rule_commit_nothing(location: Location, make_record: MakeRecord) -> None:
     def refuse(snapshot: Snapshot) -> list[Event]:
         raise AdapterRefused("poet", ["no"])
@@ -67,6 +68,7 @@ def test_every_generation_can_be_seen_again_after_a_compaction(location: Locatio
     assert reopened.snapshot_at(newest.generation) is newest
 
 
+@IN_A_FOLDER
 def test_rows_of_a_commit_share_its_generation_and_the_last_one_wins(
     location: Location, make_record: MakeRecord
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_stale_writer_checks_again_and_nothing_is_lost(
     assert generations == {"rival1": 1, "rival2": 2, "ours": 3}
 
 
+@IN_A_FOLDER
 def test_a_writer_that_always_loses_the_race_gives_up(location: Location, make_record: MakeRecord) -> None:
     pauses = []
     catalogue, rival = Catalogue(location, pauses.append, max_attempts=10), Catalogue(location)
@@ -113,6 +116,7 @@ def test_a_writer_that_always_loses_the_race_gives_up(location: Location, make_r
     assert max(pauses) <= 1 and len(set(pauses)) == len(pauses)  # random pauses, so that rivals separate
 
 
+@IN_A_FOLDER
 def test_a_refresh_does_not_open_files_again(location: Location, make_record: MakeRecord) -> None:
     catalogue, rival = Catalogue(location), Catalogue(location)
     catalogue.commit(_publish(make_record("old")))
@@ -142,6 +146,7 @@ def test_compaction_keeps_records_and_order_also_for_late_readers(
     assert max(generations) == 24  # one version of the table is the compaction
 
 
+@IN_A_FOLDER
 def test_a_late_compaction_does_not_bring_old_versions_back(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", digest="1" * 64)))

@@ -13,7 +13,7 @@ import pytest
 from lora_store import AdapterNotFound, AdapterRecord, Location, LoraStore, Snapshot, StoreUnavailable
 from lora_store.catalogue import Catalogue
 from lora_store.event_table import EventTable
-from lora_store.events import Event, Publish
+from lora_store.events import Event
 from lora_store.rules import publish_events, withdraw_events
 from lora_store.table_log import commit_name
 from tests.lora_store.builders import BASE, IN_A_FOLDER, NOON, ON_S3, MakeFolder, MakeRecord, OpenStore, embedding
@@ -69,19 +69,6 @@ def test_a_commit_that_did_not_land_is_still_an_error(location: Location, make_r
     with pytest.raises(StoreUnavailable):
         Catalogue(location, open_table=Failing).commit(_publish(make_record()))
     assert Catalogue(location).snapshot().generation == 0
-
-
-def test_a_rivals_commit_is_not_mistaken_for_the_own(location: Location, make_record: MakeRecord) -> None:
-    catalogue, rival = Catalogue(location, open_table=Losing), Catalogue(location)
-    asked = []
-
-    def events(snapshot: Snapshot) -> list[Event]:
-        if not asked:
-            rival.commit(_publish(make_record("rival")))
-        asked.append(snapshot.generation)
-        return [Publish(make_record("ours"))]
-
-    assert (catalogue.commit(events), asked) == (2, [0, 1])
 
 
 def test_a_call_repeated_with_its_id_happens_once(location: Location, make_record: MakeRecord) -> None:

@@ -28,6 +28,7 @@ from lora_store.events import (
     read_dated_events,
 )
 from lora_store.records import OutputProfile
+from lora_store.trials import Trial
 from tests.lora_store.builders import NOON, MakeRecord, embedding, ranking
 
 REF = AdapterRef("local", "poet", "d" * 64)
@@ -42,6 +43,7 @@ NAMED = NamedPolicy(AdapterRef("local", "support", "e" * 64), '{"temperature":0}
         Approve(REF, "boss", NOON),
         Embed(REF, embedding(1.0, 2.0)),
         ActivateEncoder("model", "identity", "me", NOON),
+        SetTrial(REF, Trial("a" * 64, 0.125, is_shadow=True), "me", NOON),
         Rank("acme", ranking(REF), True, "me", NOON),
         Rank("acme", ranking(REF), False, "me", NOON),
         SetName(NAMED),

@@ -49,6 +49,7 @@ def test_after_a_withdrawal_a_sweep_removes_its_blobs(
         store.load(goes.weights_digest)
 
 
+@IN_A_FOLDER
 def test_only_blobs_of_a_version_pushed_out_of_the_kept_three_are_swept(
     store: LoraStore, publish: PublishOne, make_folder: MakeFolder
 ) -> None:
@@ -148,6 +149,7 @@ def test_gc_keeps_parts_of_uploads_for_an_hour_or_its_longer_retention(store: Lo
         list(store.uploads.parts(upload, 4))
 
 
+@IN_A_FOLDER
 def test_gc_shrinks_the_catalogue_to_one_data_file_and_leaves_a_rivals_young_one(
     store: LoraStore, publish: PublishOne, clock: FakeClock, stored: Stored, open_store: OpenStore, location: Location
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import tracemalloc
 
@@ -47,13 +46,6 @@ def test_a_missing_key_is_an_error_or_the_default() -> None:
         with pytest.raises(KeyError):
             mapping["a"]
         assert (mapping.get("a"), mapping.get("a", 7), "a" in mapping, mapping["b"]) == (None, 7, False, 2)
-
-
-def test_it_is_immutable_and_can_be_pickled() -> None:
-    shared = PersistentMap({"a": 1})
-    with pytest.raises(TypeError):
-        shared["b"] = 2  # type: ignore[index]
-    assert pickle.loads(pickle.dumps(shared)) == shared
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -25,11 +25,6 @@ def used(snapshot: Snapshot, tenant: str = "local") -> list[Ranking]:
     return [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
 
 
-def test_json_keeps_everything_but_the_arrays() -> None:
-    given = ranking(POET, BARD)
-    assert Ranking.from_json(given.to_json(), given.encoder, given.vector, given.own_scores) == given
-
-
 def test_an_evaluation_replaces_the_rankings_of_its_tenant_alone() -> None:
     first = [Rank("local", ranking(POET), True, "me", NOON), Rank("local", ranking(BARD), False, "me", NOON)]
     snapshot = after(Snapshot(0, {}), *first, Rank("acme", ranking(POET), True, "me", NOON))

@@ -80,7 +80,9 @@ def _repaired(location: Location) -> Repaired:
     return done
 
 
-@pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.parametrize(
+    ("store_uri", "how"), [*(("folder", how) for how in BREAKS), ("s3", "cut")], indirect=["store_uri"]
+)
 def test_a_publish_with_a_broken_commit_is_restored(location: Location, table: Location, fill: Fill, how: str) -> None:
     """Its rows are whole in its data file."""
     before = fill(4).snapshot()
@@ -166,7 +168,7 @@ def test_a_broken_checkpoint_costs_nothing_while_its_commits_are_there(
     assert Catalogue(table).snapshot().records == before.records
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize(("store_uri", "num_parts"), [("folder", 1), ("folder", 2), ("s3", 2)], indirect=["store_uri"])
 def test_a_broken_fold_costs_nothing_while_the_files_that_it_replaced_are_there(
     location: Location, table: Location, fill: Fill, num_parts: int
 ) -> None:
@@ -181,6 +183,7 @@ def test_a_broken_fold_costs_nothing_while_the_files_that_it_replaced_are_there(
     assert Catalogue(table).snapshot().records == before.records
 
 
+@IN_A_FOLDER
 def test_a_broken_fold_without_them_is_reported(location: Location, table: Location, fill: Fill) -> None:
     catalogue = fill(5, min_tail=2)
     catalogue.vacuum(LATER)

@@ -96,6 +96,7 @@ def test_the_template_that_the_folder_brings_is_recorded(store: LoraStore, make_
     assert named.ref == brought.ref, "a named one and a brought one are the same version"
 
 
+@IN_A_FOLDER
 def test_only_what_differs_from_the_live_version_commits(
     store: LoraStore, open_store: OpenStore, make_folder: MakeFolder
 ) -> None:
@@ -111,6 +112,7 @@ def test_only_what_differs_from_the_live_version_commits(
     assert store.snapshot().resolve("local", "poet").encoder == "another"
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize(
     "change",
     [{"visibility": "private"}, {"tags": ["new"]}, {"template": "alpaca"}],
@@ -184,6 +186,7 @@ def test_a_stopped_endpoint_is_reported_and_the_store_continues_afterwards(make_
     endpoint.stop()
 
 
+@IN_A_FOLDER
 def test_a_commit_succeeds_although_its_leases_cannot_be_released(
     store: LoraStore, make_folder: MakeFolder, stored: Stored
 ) -> None:
@@ -197,6 +200,7 @@ def test_a_commit_succeeds_although_its_leases_cannot_be_released(
     assert len(stored("holds")) == 1
 
 
+@IN_A_FOLDER
 def test_a_refused_commit_releases_the_leases_that_it_renewed(
     store: LoraStore, location: Location, make_folder: MakeFolder, clock: FakeClock, stored: Stored
 ) -> None:
@@ -209,6 +213,7 @@ def test_a_refused_commit_releases_the_leases_that_it_renewed(
         BlobStore(location.child("blobs")).delete([staged[1].record.weights_digest])
 
 
+@IN_A_FOLDER
 def test_an_unlisted_adapter_is_withdrawn_once_its_time_is_over(
     store: LoraStore, open_store: OpenStore, make_folder: MakeFolder, clock: FakeClock
 ) -> None:

@@ -82,13 +82,6 @@ def test_a_given_field_replaces_or_clears(
     assert label(commit(store, staged)) == expected
 
 
-def test_samples_given_again_replace_the_earlier_ones(store: LoraStore, make_folder: MakeFolder) -> None:
-    commit(store, store.stage(make_folder()))
-    record = commit(store, store.stage(make_folder(seed=1, inputs=("Sing.",))))
-    assert record.samples_digest is not None
-    assert store.samples(record.samples_digest) == (Sample("Sing."),)
-
-
 def described(folder: Path, text: str) -> Path:
     (folder / DESCRIPTION_FILE).write_text(text)
     return folder

@@ -87,7 +87,7 @@ def make_large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
     return cache(lambda num_bytes: _adapter(tmp_path_factory.mktemp("large"), num_bytes, 8))
 
 
-@pytest.mark.parametrize("how", ["in parts", "in place"])
+@pytest.mark.parametrize(("store_uri", "how"), [("folder", "in place"), ("s3", "in parts")], indirect=["store_uri"])
 def test_the_memory_of_a_stage_does_not_depend_on_the_size_of_the_weights(
     how: str, store_uri: str, small: Path, make_large: Callable[[int], Path], scale: Scale
 ) -> None:

@@ -62,6 +62,7 @@ def test_there_is_a_pool_of_every_format() -> None:
     assert len(POOLS) == OURS.number and POOLS[-1].name == OURS.release
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("pool", POOLS, ids=lambda pool: pool.name)
 def test_a_pool_of_a_release_is_read_as_it_was_written(copy: Copy, pool: Path) -> None:
     store = copy(pool)
@@ -70,7 +71,9 @@ def test_a_pool_of_a_release_is_read_as_it_was_written(copy: Copy, pool: Path) -
     assert len(checks) >= 10 and {check.problem for check in checks} == {None}
 
 
-@pytest.mark.parametrize("pool", POOLS, ids=lambda pool: pool.name)
+@pytest.mark.parametrize(
+    ("store_uri", "pool"), [*(("folder", pool) for pool in POOLS), ("s3", POOLS[0])], indirect=["store_uri"]
+)
 def test_a_pool_of_a_release_is_published_to_folded_and_read_back(
     copy: Copy, location: Location, table: Location, pool: Path, make_folder: MakeFolder
 ) -> None:

@@ -26,8 +26,3 @@ def test_another_version_draws_other_requests() -> None:
     keys = [str(number) for number in range(500)]
     first, second = ([key for key in keys if Trial(digest, 0.5).includes(key)] for digest in "ab")
     assert first != second
-
-
-def test_a_trial_survives_json() -> None:
-    trial = Trial("a" * 64, 0.125, is_shadow=True)
-    assert Trial.from_json(trial.to_json()) == trial

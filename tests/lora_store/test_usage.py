@@ -155,11 +155,11 @@ def test_earlier_days_become_one_file_each_and_old_days_are_deleted(store_uri: s
 
 def test_many_segments_within_a_minute_do_not_become_many_files(files: UsageFiles, stored: Files) -> None:
     most = 0
-    for number in range(200):
+    for number in range(100):
         files.put(f"{number:032}", lines(event()), NOON, KEPT)
         most = max(most, len(stored.entries()))
     assert most <= 70
-    assert counts(files)[()][0] == 200
+    assert counts(files)[()][0] == 100
 
 
 def test_a_report_of_too_many_rows_is_cut_behind_them(files: UsageFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(rows[0], rows[-1])
     assert len(np.unique(rows.round(4), axis=0)) == len(TEXTS)
+    none = encoder.encode([])
+    assert (none.shape, none.dtype) == ((0, encoder.dim), np.float32)
 
 
 def test_rows_are_unit_for_any_model(english: Encoder, tmp_path: Path) -> None:
@@ -70,12 +72,6 @@ def test_rows_are_unit_for_any_model(english: Encoder, tmp_path: Path) -> None:
     modules = json.loads((raw / "modules.json").read_text())
     (raw / "modules.json").write_text(json.dumps(modules[:2]))  # without its Normalize module
     np.testing.assert_allclose(Encoder(raw, dtype="float32").encode(TEXTS), english.encode(TEXTS), atol=1e-5)
-
-
-def test_no_texts_give_no_rows(encoder: Encoder) -> None:
-    rows = encoder.encode([])
-    assert rows.shape == (0, encoder.dim)
-    assert rows.dtype == np.float32
 
 
 def test_a_batch_equals_its_texts_one_by_one(encoder: Encoder) -> None:

@@ -13,7 +13,7 @@ from retriever_svc.calibration import NO_THRESHOLD, leave_one_out_scores
 from retriever_svc.encoder import Vectors, unit_rows
 from retriever_svc.index import AdapterIndex, Allowed, Match
 from retriever_svc.pool import PerCallerCache, Pool, diff_records
-from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
+from tests.retriever_svc.pool_fakes import FakeEncoder, record_of, snapshot_of
 
 EAST, NORTH = (1.0, 0.0), (0.0, 1.0)
 QUERY = np.asarray([EAST], np.float32)
@@ -147,19 +147,6 @@ def test_an_adapter_is_judged_by_the_vector_of_the_match_whatever_was_judged_bef
     [own], [other] = thresholds(record), thresholds(elsewhere)
     assert own != other
     assert thresholds(elsewhere, record, elsewhere) == [other, own, other]
-
-
-def test_an_index_rebuilt_during_requests_has_newer_changes() -> None:
-    records = [record_of(f"a{n}", EAST) for n in range(5)]
-    pool = pool_of(*records)
-    index = pool.index.compacted()
-    newest = pool.after(snapshot_of(*records[1:], record_of("new", EAST), generation=2))
-    newest = newest.after(snapshot_of(*records[2:], record_of("new", NORTH, version="2"), generation=3))
-    rebuilt = pool.rebuilt(index, newest)
-    assert rebuilt.snapshot is newest.snapshot
-    assert found(rebuilt) == found(newest) == ["a2", "a3", "a4", "new"]
-    assert rebuilt.index.num_positions < newest.index.num_positions
-    assert rebuilt.encoder.identity == FAKE_IDENTITY
 
 
 def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary_ones() -> None:
