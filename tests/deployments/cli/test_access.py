@@ -44,8 +44,10 @@ def test_a_dry_run_shows_what_a_version_would_draw_and_approves_nothing(given: t
     assert DRAWS["text"] in said.out
 
 
-@pytest.mark.parametrize("draws", [DRAWS, MANY])
-@pytest.mark.parametrize(("typed", "is_approved"), [("y\n", True), ("n\n", False), ("", False)])
+@pytest.mark.parametrize(
+    ("typed", "is_approved", "draws"),
+    [("y\n", True, DRAWS), ("y\n", True, MANY), ("n\n", False, MANY), ("", False, DRAWS)],
+)
 def test_without_a_digest_the_shown_version_is_approved_after_confirmation(
     typed: str, is_approved: bool, draws: dict[str, Any]
 ) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_store import LoraStore
-from tests.deployments.scripted import run, run_alone, words
+from tests.deployments.scripted import run, words
 
 
 @pytest.fixture
@@ -69,8 +69,3 @@ def test_a_place_without_a_pool_is_refused_and_none_begins_there(rows: Path, tmp
     result = run("batch", rows, tmp_path / "out", "--store", tmp_path / "misspelt")
     assert (result.exit_code, f"{tmp_path / 'misspelt'}: there is no pool" in words(result.stderr)) == (1, True)
     assert not (tmp_path / "misspelt").exists() and not (tmp_path / "out").exists()
-
-
-def test_a_missing_input_is_refused_without_the_engines_packages(tmp_path: Path) -> None:
-    refused = run_alone(("torch", "ray.data"), ("batch", "nofile.parquet", tmp_path / "out"))
-    assert refused == [(1, "", "no parquet file at nofile.parquet", [])]

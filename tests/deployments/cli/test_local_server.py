@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,8 +34,8 @@ from deployments.cli.local_server import (
     _inherited,
     _shut_down_serve,
     causes_in,
+    printing_to,
 )
-from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
 from tests.deployments.scripted import scripted
@@ -82,13 +81,6 @@ def test_a_stop_takes_less_than_the_ten_seconds_that_containers_have() -> None:
     assert config.retriever_scaling.root["graceful_shutdown_wait_loop_s"] <= drains_s[1]
 
 
-def test_only_a_pool_that_the_start_creates_is_new(tmp_path: Path) -> None:
-    for is_new in (True, False):
-        server = Server(config_of(base_model="far/away", store_uri=str(tmp_path / "pool")), port=1)
-        server.prepare(lambda _: None)
-        assert server.has_new_pool == is_new
-
-
 def test_a_port_or_an_address_that_cannot_be_listened_at_is_named_before_ray_starts() -> None:
     port = free_port("127.0.0.1")
     assert 0 < port < 65536
@@ -106,11 +98,14 @@ def test_a_port_or_an_address_that_cannot_be_listened_at_is_named_before_ray_sta
     assert Server(config_of(), host="::1", port=8000).url == "http://[::1]:8000"
 
 
-def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
-    reported: list[str] = []
+def test_a_pool_is_new_at_its_first_start_and_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
     config = config_of(cache_dir=tmp_path / "cache", store_uri=str(tmp_path / "pool"))
-    Server(config, port=1).prepare(reported.append)
-    assert reported == ["opening the pool", "starting Ray and the deployments"]
+    for is_new in (True, False):
+        reported: list[str] = []
+        server = Server(config, port=1)
+        server.prepare(reported.append)
+        assert server.has_new_pool == is_new
+        assert reported == ["opening the pool", "starting Ray and the deployments"]
     assert not (tmp_path / "cache").exists()
     assert (tmp_path / "pool").stat().st_mode & 0o077 == 0, "no other user may read the pool"
 
@@ -118,15 +113,6 @@ def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
 def test_a_pool_that_cannot_be_opened_is_named_before_ray_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = tmp_path / "pool"
-    LoraStore(str(pool), accepts_base=[]).snapshot()
-    [commit] = (pool / "catalogue" / "_delta_log").glob("*0.json")
-    commit.write_text('{"protocol":')
-    server = Server(config_of(store_uri=str(pool)), port=1)
-    with pytest.raises(ServerFailed) as failed:
-        server.prepare(lambda _: None)
-    assert str(failed.value).startswith(f"store_uri: the pool {pool} cannot be opened: ")
-    assert str(failed.value.__cause__) in str(failed.value)
     (tmp_path / "file").touch()
     with pytest.raises(ServerFailed, match=f"the pool {tmp_path / 'file' / 'pool'} cannot be opened: "):
         Server(config_of(store_uri=str(tmp_path / "file" / "pool")), port=1).prepare(lambda _: None)
@@ -239,33 +225,28 @@ def test_requests_pass_the_proxy_only_where_it_is_needed(
     assert server._has_proxy == (num_ingresses > 1 or traces or passes_proxy)
 
 
-def test_the_output_of_a_process_that_stops_ray_goes_to_a_file_or_is_lost(tmp_path: Path) -> None:
-    """A log that cannot be written to does not end the stop. One process for all, as its imports take long."""
-    code = """
-import os, sys
-from pathlib import Path
-from deployments.cli.local_server import printing_to
-print("before", end=" ")
-with printing_to(Path(sys.argv[1])), printing_to(Path(sys.argv[1])):
-    print("of a thread")
-    print("of the log", file=sys.stderr)
-    os.write(2, b"of the C++ core\\n")
-print("after")
-os.write(2, b"again\\n")
-for file in sys.argv[2:]:
-    with printing_to(Path(file)):
-        print("a line that is lost")
-    os.write(1, b"stopped\\n")
-os._exit(0)
-"""
-    log, lost = tmp_path / "stop.log", ("/missing/stop.log", "/dev/full")
-    buffering = os.environ | {"PYTHONUNBUFFERED": ""}  # so that the text reaches the file when the block ends
-    command = [sys.executable, "-c", code, str(log), *lost]
-    ran = subprocess.run(command, capture_output=True, text=True, env=buffering, check=True)
-    assert ran.stdout == "before after\nstopped\nstopped\n"
-    first, *others = ran.stderr.splitlines()
-    assert first == "again" and len(others) == 1 and "/missing/stop.log" in others[0]
+def test_what_a_process_prints_while_it_stops_ray_goes_to_a_file_or_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log that cannot be written to does not end the stop. The text reaches the file when the block ends."""
+    buffered = [os.fdopen(number, "w", closefd=False) for number in (1, 2)]
+    for name, stream in zip(("stdout", "stderr"), buffered, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    log = tmp_path / "stop.log"
+    print("before", end=" ")
+    with printing_to(log), printing_to(log):
+        print("of a thread")
+        print("of the log", file=sys.stderr)
+        os.write(2, b"of the C++ core\n")
+    print("after")
+    os.write(2, b"again\n")
+    for lost in ("/missing/stop.log", "/dev/full"):
+        with printing_to(Path(lost)):
+            print("a line that is lost")
+        os.write(1, b"stopped\n")
+    assert capfd.readouterr() == ("before after\nstopped\nstopped\n", "again\n")
     assert sorted(log.read_text().splitlines()) == ["of a thread", "of the C++ core", "of the log"]
+    assert len(caplog.records) == 1 and "/missing/stop.log" in caplog.text
 
 
 async def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(

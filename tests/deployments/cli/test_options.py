@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from deployments.cli.options import server_url
-from tests.deployments.scripted import Outcome, refusal, run, run_with, scripted, words
+from tests.deployments.scripted import refusal, run, run_with, scripted, words
 
 NO = (404, refusal("no such model"))
 
@@ -72,16 +72,6 @@ def test_an_error_names_the_option_that_was_typed(command: tuple[str, ...], mess
 def test_the_key_is_taken_before_and_after_the_command(arguments: tuple[str, ...]) -> None:
     said = run_with(NO, *arguments)
     assert (said.code, said.server.authorizations) == (1, ["Bearer k"])
-
-
-def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def list_adapters() -> Outcome:
-        return run_with(NO, "list")
-
-    monkeypatch.setenv("LORARETRIEVER_KEY", "k2")
-    assert list_adapters().server.authorizations == ["Bearer k2"]
-    monkeypatch.delenv("LORARETRIEVER_KEY")
-    assert list_adapters().server.authorizations == [None]
 
 
 def test_after_two_dashes_the_key_is_part_of_the_prompt() -> None:

@@ -21,7 +21,6 @@ from tests.tiny import tiny_config
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "lora_alpha": 8},
     "rank-stabilised": {"r": 4, "lora_alpha": 8, "use_rslora": True},
     "patterns": {"r": 2, "lora_alpha": 4, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"up_proj": 9}},
 }

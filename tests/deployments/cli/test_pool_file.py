@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deployments.scripted import Outcome, refusal, run, run_with, words
+from tests.deployments.scripted import Outcome, refusal, run_with
 
 
 def write(folder: Path, *entries: dict[str, Any], **more: Any) -> Path:
@@ -142,7 +142,6 @@ def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
         ({"adapters": [{"source": "poet", "samples": "no.jsonl"}]}, "poet: samples: there is no file"),
         ("adapters: [", "while parsing"),
         ("adapters: [{source: poet, tags: [2026-02-30]}]", "pool.yaml: a value cannot be read"),
-        ("[" * 3000, "pool.yaml: it nests too deep"),
         (
             "adapters: [{source: poet, contract: {output_schema: {enum: [2026-01-01]}}}]",
             "adapters.0.contract: has a value that JSON does not have",
@@ -154,18 +153,3 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(content: Any, problem: 
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     said = publish((500, {}), file)
     assert (said.code, said.asked) == (1, []) and problem in said.err
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        (["--file", "pool.yaml", "folder"], "--file"),
-        (["--file", "pool.yaml", "--tag", "x"], "--file"),
-        (["folder", "--prune"], "--prune"),
-        ([], "FOLDER"),
-    ],
-)
-def test_a_file_is_not_combined_with_folders_and_options(options: list[str], problem: str) -> None:
-    result = run("publish", *options)
-    assert result.exit_code == 2
-    assert problem in words(result.stderr)

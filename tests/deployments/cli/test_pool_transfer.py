@@ -16,7 +16,7 @@ from deployments.cli.pool_transfer import ServedPool
 from deployments.publishing.contract_files import read_contract
 from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, write_peft_folder
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
-from lora_store.pool_files import PART_BYTES, ArchivedPool, PoolState, blob_file
+from lora_store.pool_files import ArchivedPool, PoolState, blob_file
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, words
 from tests.lora_store.builders import read_folder
@@ -170,15 +170,6 @@ def test_the_files_of_an_export_are_found_without_reading_the_pool_again(
     assert tenants == ["local"]
 
 
-def test_a_file_comes_in_parts(pool: LoraStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = pool.snapshot().records["local", "poet"].weights_digest
-    whole = pool.load(digest)
-    monkeypatch.setattr("lora_store.store.PART_BYTES", 100)
-    parts = [pool.pool_part(None, blob_file(digest), number) for number in range(len(whole) // 100 + 1)]
-    assert b"".join(parts) == whole
-    assert len(whole) < PART_BYTES
-
-
 def test_a_pool_goes_into_an_archive_and_from_it_into_a_store(pool: LoraStore, tmp_path: Path) -> None:
     archive, target = tmp_path / "pool.tar", tmp_path / "new"
     made = run("pool", "export", archive, "--store", tmp_path / "pool", "--json")
@@ -205,6 +196,7 @@ def test_an_import_names_the_model_names_that_it_leaves_out(pool: LoraStore, tmp
 def test_one_adapter_is_moved_and_a_wrong_name_or_place_is_said(
     pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    publish(pool, tmp_path, "poet", tenant="acme", visibility="private")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     source, target = tmp_path / "pool", tmp_path / "new"
@@ -212,6 +204,7 @@ def test_one_adapter_is_moved_and_a_wrong_name_or_place_is_said(
     assert list(LoraStore(str(target), accepts_base=[BASE]).snapshot().records) == [("acme", "secretary")]
     for given, says in (
         (("import", source, "--store", target, "--adapter", "nobody"), "no adapter 'nobody' in this pool"),
+        (("import", source, "--store", target, "--adapter", "poet"), "say acme/poet or local/poet"),
         (("import", tmp_path / "nowhere", "--store", target), "there is no pool"),
         (("export", "s3://b/x.tar", "--store", source), "s3://b/x.tar: an archive is a file on this machine"),
         (("import", "s3://b/x.tar"), "s3://b/x.tar: an archive is a file on this machine"),
@@ -308,9 +301,3 @@ def test_wrong_weights_are_refused(adapters: str) -> None:
     result = run("compose", "both", "--adapters", adapters)
     assert result.exit_code == 2
     assert "NAME=WEIGHT" in words(result.stderr)
-
-
-def test_one_name_of_two_tenants_needs_its_owner(pool: LoraStore, tmp_path: Path) -> None:
-    publish(pool, tmp_path, "poet", tenant="acme", visibility="private")
-    with pytest.raises(ValueError, match="say acme/poet or local/poet"):
-        pool.pool_state(None).find("poet")

@@ -67,13 +67,13 @@ def test_reindex_prints_since_when_the_pool_uses_the_encoder(behind: int, note: 
     assert said.out == f"the pool uses other since generation 9{note}"
 
 
-@pytest.mark.parametrize("command", [("verify",), ("reindex", "--encoder", "other"), ("doctor",), ("evaluate",)])
 @pytest.mark.parametrize(
-    ("status", "body", "says"),
+    ("command", "status", "body", "says"),
     [
-        (503, refusal("the store is down"), "the store is down"),
-        (200, lines({"done": 1, "total": 2}, refusal("it went down")), "it went down"),
-        (200, lines({"done": 1, "total": 2}), "closed the connection"),
+        (("verify",), 503, refusal("the store is down"), "the store is down"),
+        (("reindex", "--encoder", "x"), 200, lines({"done": 1, "total": 2}, refusal("it went down")), "it went down"),
+        (("doctor",), 200, lines(refusal("it went down")), "it went down"),
+        (("evaluate",), 200, lines({"done": 1, "total": 2}), "closed the connection"),
     ],
 )
 def test_a_failing_job_prints_the_reason(command: tuple[str, ...], status: int, body: Any, says: str) -> None:
@@ -177,11 +177,9 @@ def test_the_doctor_takes_real_prompts(tmp_path: Path) -> None:
     assert "the base model answers 1 other prompt coder answers 2 other prompts" in said.out
 
 
-@pytest.mark.parametrize("row", [{"prompt": 3}, {"prompt": "x", "adapter": []}, {"adapter": "poet"}])
-def test_an_invalid_prompt_for_the_doctor_is_named_by_its_line(row: Any, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps(row))
-    said = run_with((500, {}), "pool", "doctor", "--prompts", file)
+def test_an_invalid_adapter_of_a_prompt_for_the_doctor_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x", "adapter": []}')
+    said = run_with((500, {}), "pool", "doctor", "--prompts", tmp_path / "prompts.jsonl")
     assert (said.code, said.asked) == (1, []) and "prompts.jsonl:1: must be" in said.err
 
 

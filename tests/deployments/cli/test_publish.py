@@ -117,8 +117,14 @@ def test_a_contract_in_a_file_is_sent_as_json_and_a_bad_one_is_not(poet: Path, t
         (("two", "--samples", "unlabelled.jsonl"), 2, "one training file goes with one adapter folder"),
         (("two", "--name", "bard"), 2, "one name cannot be used for 2 adapters"),
         (("two", "first/a b", "second/a-b"), 2, "'a-b' would be the name of 2"),
-        (("two", "first/a b", "second/a-b", "--dry-run"), 2, "'a-b' would be the name of 2"),
         (("none", "--upload"), 1, "none: no adapter here"),
+        ((), 2, "FOLDER: is missing"),
+        (("poet", "--prune"), 2, "--prune: needs --file"),
+        (("--file", "pool.yaml", "poet"), 2, "--file: describes each adapter"),
+        (("--file", "pool.yaml", "--tag", "x"), 2, "--file: describes each adapter"),
+        (("poet", "--config", "x.yaml"), 2, "--config: needs --dry-run"),
+        (("poet", "--parity"), 2, "--parity: needs --dry-run"),
+        (("s3://bucket/poet", "--dry-run", "--config", "x.yaml"), 2, "only a server can read s3://bucket/poet"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -133,21 +139,10 @@ def test_a_wrong_call_is_refused_and_nothing_is_sent(
     assert (said.code, says in said.err) == (code, True), said.err
 
 
-@pytest.mark.parametrize("names", [("checkpoint-9",), ("checkpoint-9", "checkpoint-100", "checkpoint-20")])
-def test_a_training_run_publishes_its_last_checkpoint_under_its_own_name(
-    tmp_path: Path, names: tuple[str, ...]
-) -> None:
-    adapters(tmp_path / "my-task", *names)
-    last = tmp_path / "my-task" / max(names, key=len)
+def test_a_training_run_publishes_its_last_checkpoint_under_its_own_name(tmp_path: Path) -> None:
+    _, last, _ = adapters(tmp_path / "my-task", "checkpoint-9", "checkpoint-100", "checkpoint-20")
     for given, name in (([last.parent], "my-task"), ([last], "my-task"), ([last, "--name", "bard"], "bard")):
         assert publish(answer(name), *given).sent == [{"adapters": [{"path": str(last), "name": name}]}]
-
-
-def test_a_folder_of_training_runs_publishes_each_of_them(tmp_path: Path) -> None:
-    adapters(tmp_path / "first", "checkpoint-1", "checkpoint-2")
-    adapters(tmp_path, "second")
-    expected = [{"path": str(tmp_path / "first" / "checkpoint-2"), "name": "first"}, {"path": str(tmp_path / "second")}]
-    assert publish([answer("first"), answer("second")], tmp_path).sent == [{"adapters": expected}]
 
 
 def test_a_source_is_sent_as_its_uri_and_named_once_if_it_is_refused() -> None:

@@ -95,6 +95,7 @@ def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
         ('{"input": "a", "adapter": "poet"}\n{"input": "a"}', "prompts.jsonl:2: must be"),
         ('{"adapter": "poet"}', "prompts.jsonl:1: must be"),
         ('{"input": "", "adapter": "poet"}', "prompts.jsonl:1: must be"),
+        ('{"prompt": 3, "adapter": "poet"}', "prompts.jsonl:1: must be"),
         ('{"input": "a", "adapter": []}', "prompts.jsonl:1: must be"),
         ("[]", "prompts.jsonl:1: must be"),
         ("", "contains no prompts"),

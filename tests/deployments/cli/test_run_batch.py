@@ -144,23 +144,18 @@ def test_what_ends_an_actor_is_said_without_a_stack_trace_unless_it_is_a_mistake
     assert says in said and ('File "' in said) == isinstance(error, KeyError)
 
 
-@pytest.mark.parametrize("output", ["https://bucket/out", "s3:///out"])
-def test_an_output_that_is_no_place_is_refused_in_one_line(
-    output: str, settings: BatchSettings, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("https://bucket/out", "https://bucket/out cannot be written: "),
+        ("s3:///out", "s3:///out cannot be written: "),
+        ("{here}", "{here} is not empty and contains no resumable run"),
+    ],
+)
+def test_an_output_that_cannot_be_used_is_refused_in_one_line(
+    output: str, says: str, settings: BatchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(typer.Exit):
-        run_batch(replace(settings, output_uri=output), address=None, concurrency=1)
-    assert capsys.readouterr().err.startswith(f"{output} cannot be written: ")
-
-
-def test_a_run_that_cannot_begin_is_refused_with_the_reason(
-    settings: BatchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(typer.Exit) as ended:
-        run_batch(settings, address=None, concurrency=1)
-    assert ended.value.exit_code == 1
+        run_batch(replace(settings, output_uri=output.format(here=tmp_path)), address=None, concurrency=1)
     printed = capsys.readouterr()
-    assert printed.out == "" and str(tmp_path / "out") in printed.err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    assert (ended.value.exit_code, printed.out) == (1, "") and printed.err.startswith(says.format(here=tmp_path))

@@ -20,17 +20,12 @@ def job_of(target: Path, samples: Path) -> TrainingJob:
     return TrainingJob(target, None, "local", samples, share=1.0, seed=0, encoder=None, epochs=1)
 
 
-def test_texts_of_a_task_are_read_in_order_and_empty_lines_are_skipped(tmp_path: Path) -> None:
-    file = tmp_path / "samples.jsonl"
-    file.write_text('{"task": "b", "text": "one"}\n\n{"task": "a", "text": "x"}\n{"task": "b", "text": "two"}\n')
-    assert read_texts(file) == {"b": ["one", "two"], "a": ["x"]}
-
-
-def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
+def test_texts_of_a_task_are_read_in_order_and_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
     text = "one\u2028two\u2029three\x85four"
     file = tmp_path / "samples.jsonl"
-    file.write_bytes(f'{{"task": "a", "text": "{text}"}}\r\n{{"task": "a", "text": "x"}}\r\n'.encode())
-    assert read_texts(file) == {"a": [text, "x"]}
+    rows = (f'"b", "text": "{text}"', '"a", "text": "x"', '"b", "text": "two"')
+    file.write_bytes("\r\n\n".join(f'{{"task": {row}}}' for row in rows).encode())
+    assert read_texts(file) == {"b": [text, "two"], "a": ["x"]}
 
 
 def test_a_tenant_trains_on_visible_adapters_under_its_names_for_them(tmp_path: Path) -> None:
