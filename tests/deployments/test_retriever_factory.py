@@ -31,7 +31,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def record(encoder: Path) -> AdapterRecord:
     """Return an adapter of another tenant that is near every text."""
     own = Encoder(str(encoder), num_threads=1)

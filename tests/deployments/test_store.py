@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -29,7 +28,6 @@ from lora_store import (
     BlobCorrupted,
     Edit,
     Embedding,
-    EncoderIncomplete,
     Key,
     LoraStore,
     QuotaExceeded,
@@ -55,25 +53,25 @@ POET = ("local", "poet")
 class Stores:
     """A StoreDeployment whose references are the buffers themselves."""
 
-    def __init__(self, folder: Path, *, object_cache_bytes: int = 1 << 20, **settings: Any) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
         self.put: list[Buffer] = []
         config = config_of(store_uri=str(folder / "pool"), **settings)
-        self.deployment = StoreDeployment(config, put=self._put, object_cache_bytes=object_cache_bytes)
+        self.deployment = StoreDeployment(config, put=self._put)
 
     def _put(self, buffer: Buffer) -> Buffer:
         self.put.append(buffer)
         return buffer
 
-    def adapter(self, name: str = "poet", seed: int = 0, *, samples: bool = True) -> Path:
-        return write_random_folder(self.folder / str(seed) / name, seed, ["Rhyme.", "Sing."] if samples else [])
+    def adapter(self, name: str = "poet", seed: int = 0) -> Path:
+        return write_random_folder(self.folder / str(seed) / name, seed, ["Rhyme.", "Sing."])
 
     async def stage(self, upload: PublishItem) -> Staged:
         return await self.deployment.stage(upload, {BASE: SHAPES})
 
-    async def publish(self, *uploads: PublishItem, encoder: str = "enc") -> list[Staged]:
+    async def publish(self, *uploads: PublishItem) -> list[Staged]:
         staged = [await self.stage(upload) for upload in uploads]
-        embeddings = [Embedding(encoder, UNIT, UNIT) if item.samples else None for item in staged]
+        embeddings = [Embedding("enc", UNIT, UNIT)] * len(staged)
         await self.deployment.commit(staged, embeddings, [0.5] * len(staged), "tester")
         return staged
 
@@ -103,24 +101,19 @@ async def test_no_adapter_may_have_the_base_models_name(stores: Stores, name: st
             await stores.stage(upload)
 
 
-@pytest.mark.parametrize(
-    "upload_of",
-    [
-        lambda folder: PublishItem(folder, "poet"),
-        lambda folder: PublishItem(files=files_of(folder), name="poet"),
-        lambda folder: PublishItem(source=f"file://{folder}", name="poet"),
-    ],
-    ids=["path", "files", "source"],
-)
-async def test_a_version_does_not_depend_on_its_source(
-    tmp_path: Path, upload_of: Callable[[Path], PublishItem]
-) -> None:
+async def test_a_version_does_not_depend_on_its_source_and_keeps_its_label(tmp_path: Path) -> None:
     stores = Stores(tmp_path, source_prefixes=(f"file://{tmp_path}",))
     folder = stores.adapter("elsewhere")
-    upload = upload_of(folder)
-    staged, expected = await stores.stage(upload), await stores.stage(PublishItem(folder, "poet"))
-    assert (staged.ref, staged.samples) == (expected.ref, (Sample("Rhyme."), Sample("Sing.")))
-    assert staged.record.source == (upload.source or "poet")
+    uploads = [PublishItem(folder), PublishItem(files=files_of(folder)), PublishItem(source=f"file://{folder}")]
+    labelled = [replace(upload, name="poet", tags=("b", "a"), template="chat") for upload in uploads]
+    path, *others = [await stores.stage(upload) for upload in labelled]
+    assert (path.samples, path.record.tags, path.record.template) == (
+        (Sample("Rhyme."), Sample("Sing.")),
+        ("a", "b"),
+        "chat",
+    )
+    assert [(staged.ref, staged.samples) for staged in others] == [(path.ref, path.samples)] * 2
+    assert [staged.record.source for staged in (path, *others)] == ["poet", "poet", f"file://{folder}"]
 
 
 @pytest.mark.parametrize("prefix", [None, "file://"])
@@ -163,18 +156,6 @@ async def test_a_tenant_publishes_only_from_below_its_own_prefixes(tmp_path: Pat
         await stores.stage(replace(upload, tenant="globex"))
 
 
-async def test_missing_and_forbidden_sources_are_reported(stores: Stores) -> None:
-    with pytest.raises(SourceMissing):
-        await stores.stage(PublishItem(stores.folder / "nowhere"))
-    with pytest.raises(SourceRefused):
-        await stores.stage(PublishItem(source=f"file://{stores.adapter()}"))
-
-
-async def test_tags_and_template_are_kept(stores: Stores) -> None:
-    staged = await stores.stage(PublishItem(stores.adapter(), tags=("b", "a"), template="chat"))
-    assert (staged.record.tags, staged.record.template) == (("a", "b"), "chat")
-
-
 async def test_a_file_sent_in_parts_is_the_same_version(stores: Stores) -> None:
     folder, id = stores.adapter(), "0" * 32
     content = (folder / "adapter_model.safetensors").read_bytes()
@@ -201,14 +182,11 @@ async def test_the_settings_of_admission_bound_an_adapter_and_its_upload(tmp_pat
         await stores.stage(PublishItem(files=files, name="poet"))
 
 
-async def test_an_adapter_above_its_tenants_quota_is_refused_before_its_weights_are_stored(stores: Stores) -> None:
-    with pytest.raises(QuotaExceeded):
-        await stores.stage(PublishItem(stores.adapter(), quota=TenantQuota(max_adapters=0)))
-    assert stores.stored == set()
-
-
-async def test_a_bad_or_discarded_upload_leaves_nothing(stores: Stores) -> None:
+async def test_a_refused_or_discarded_upload_leaves_nothing(stores: Stores) -> None:
     folder = stores.adapter()
+    with pytest.raises(QuotaExceeded):
+        await stores.stage(PublishItem(folder, quota=TenantQuota(max_adapters=0)))
+    assert stores.stored == set()
     with pytest.raises(AdapterRefused, match="pickle"):
         await stores.stage(PublishItem(files=files_of(folder) | {"adapter_model.bin": b"pickle"}, name="poet"))
     assert stores.stored == set()
@@ -275,14 +253,6 @@ async def test_a_damaged_file_is_noticed_by_its_reader_and_reported_once_it_is_s
     assert decode_weights(digest, ref), "the damaged bytes were not kept"
 
 
-async def test_without_a_budget_no_weights_are_kept(tmp_path: Path) -> None:
-    stores = Stores(tmp_path, object_cache_bytes=0)
-    [staged] = await stores.publish(PublishItem(stores.adapter()))
-    for _ in range(2):
-        await stores.deployment.fetch(staged.weights_digest)
-    assert len(stores.put) == 2
-
-
 async def test_verify_reads_every_blob_again(stores: Stores) -> None:
     assert [verified async for verified in stores.deployment.verify("local")] == []
     [staged] = await stores.publish(PublishItem(stores.adapter()))
@@ -296,27 +266,10 @@ async def test_verify_reads_every_blob_again(stores: Stores) -> None:
     assert problems[staged.record.samples_digest or ""] is None
 
 
-async def test_gc_removes_unreferenced_blobs(stores: Stores) -> None:
-    [staged] = await stores.publish(PublishItem(stores.adapter()))
-    stray = stores.folder / "pool" / "blobs" / "ff" / ("f" * 64)
-    stray.parent.mkdir(exist_ok=True)
-    stray.write_bytes(b"stray")
-    assert (await stores.deployment.gc(1000.0)).num_blobs == 0
-    collected = await stores.deployment.gc(0.0)
-    assert (collected.num_blobs, collected.num_bytes) == (1, 5)
-    assert stores.stored == set(staged.record.blobs)
-
-
-async def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Stores) -> None:
-    poet, _ = await stores.publish(PublishItem(stores.adapter()), PublishItem(stores.adapter("bare", 1, samples=False)))
-    store = stores.deployment
-    assert await store.active_encoder() is None
-    with pytest.raises(EncoderIncomplete) as caught:
-        await store.activate_encoder("model", "new", "tester")
-    assert caught.value.missing == (poet.ref,)
-    await store.add_embeddings({poet.ref: Embedding("new", UNIT, UNIT)})
-    await store.activate_encoder("model", "new", "tester")
-    assert await store.active_encoder() == "new"
+async def test_the_encoder_that_was_activated_is_known(stores: Stores) -> None:
+    assert await stores.deployment.active_encoder() is None
+    await stores.deployment.activate_encoder("model", "new", "tester")
+    assert await stores.deployment.active_encoder() == "new"
 
 
 async def test_tenants_with_applied_outcomes_are_found(stores: Stores) -> None:

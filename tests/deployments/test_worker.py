@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib
 import logging
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -28,7 +29,7 @@ from deployments.observability import worker_metrics
 from deployments.observability.metrics import SERVE
 from deployments.observability.worker_metrics import shadow_tenant
 from deployments.scaling.residency import ResidencyReport
-from deployments.worker import WorkerDeployment
+from deployments.worker import WorkerDeployment, import_engine
 from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
 from gpu_worker.front.request.request import Delta, Job
 from gpu_worker.model.base_model import BaseModel
@@ -84,15 +85,14 @@ async def started(*args: Any, **options: Any) -> WorkerDeployment:
     return worker
 
 
-def test_the_objects_of_the_engines_modules_are_not_looked_at_for_garbage() -> None:
-    code = """
-import gc
-from deployments.worker import import_engine
-import_engine(is_native=True)
-print(gc.get_freeze_count() > 100_000, gc.isenabled())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "True True"
+def test_the_objects_of_the_engines_modules_are_not_looked_at_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[tuple[str, bool]] = []
+    monkeypatch.delitem(sys.modules, "gpu_worker.start", raising=False)
+    monkeypatch.setattr(importlib, "import_module", lambda name: imported.append((name, gc.isenabled())))
+    gc.unfreeze()
+    import_engine(is_native=True)
+    assert imported == [("deployments.transformers_import", False), ("gpu_worker.start", False)]
+    assert gc.get_freeze_count() > 100_000 and gc.isenabled()
 
 
 async def test_a_worker_counts_its_own_usable_cpus(
