@@ -456,7 +456,8 @@ void linears_by_kind(const Linear* const* layers, int64_t num_layers, const void
     end = first + 1;
     while (end < num_layers && are_alike(*layers[first], *layers[end])) ++end;
     const auto compute = layers[first]->bits == 16 ? linears<bf16> : linears_of_integers;
-    compute(layers + first, end - first, x, numbers, num_rows, y + first, num_threads, first == 0 ? preparation : nullptr);
+    const Preparation* of_first = first == 0 ? preparation : nullptr;
+    compute(layers + first, end - first, x, numbers, num_rows, y + first, num_threads, of_first);
   }
 }
 
