@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -16,32 +17,23 @@ from tests.gpu_worker.engine_driver import MakeEngine, Start, by_digest, run
 MANY = 1 << 20  # values: torch uses its threads for this many
 
 
-def computing_threads() -> int:
+def computing_threads() -> set[str]:
     """Return the threads of this process after the caller has made torch use as many as allowed."""
     torch.ones(MANY).neg()
-    return num_threads()
+    return threads()
 
 
-def num_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def threads() -> set[str]:
+    """Return the system's numbers of this process's threads. Those of earlier tests may end at any time."""
+    return set(os.listdir("/proc/self/task"))
 
 
-def settled_threads() -> int:
-    """Return the number of threads once it has not changed for a moment."""
-    found, since = num_threads(), time.monotonic()
-    while time.monotonic() - since < 0.05:
-        if (now := num_threads()) != found:
-            found, since = now, time.monotonic()
-        os.sched_yield()
-    return found
-
-
-def settled(expected: int) -> bool:
-    """Wait until this many threads are left: the system removes them a moment after they were joined."""
+def ended(new: set[str]) -> bool:
+    """Wait until none of these is left: the system removes threads a moment after they were joined."""
     deadline = time.monotonic() + 120
-    while num_threads() != expected and time.monotonic() < deadline:
+    while new & threads() and time.monotonic() < deadline:
         os.sched_yield()
-    return num_threads() == expected
+    return not new & threads()
 
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted through /proc")
@@ -52,14 +44,13 @@ def two_threads(request: pytest.FixtureRequest) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     request.addfinalizer(lambda: torch.set_num_threads(before))
-    settled_threads()  # none of an earlier test is counted
 
 
 def test_a_short_lived_thread_leaves_no_team(two_threads: None) -> None:
     before = computing_threads()  # includes this thread's own team
-    inside = run_on_short_lived_thread(computing_threads)
-    assert inside == before + 2, "it has a thread and a team of two, its own included, while it runs"
-    assert settled(before)
+    new = run_on_short_lived_thread(computing_threads) - before
+    assert len(new) == 2, "it has a thread and a team of two, its own included, while it runs"
+    assert ended(new)
     with pytest.raises(ZeroDivisionError):
         run_on_short_lived_thread(lambda: 1 / 0)
 
@@ -67,7 +58,7 @@ def test_a_short_lived_thread_leaves_no_team(two_threads: None) -> None:
 def test_loads_use_one_thread_and_other_work_is_unaffected(two_threads: None) -> None:
     before = computing_threads()
     with load_executor(1) as executor:
-        assert executor.submit(computing_threads).result() == before + 1
+        assert len(executor.submit(computing_threads).result() - before) == 1
         assert executor.submit(torch.get_num_threads).result() == 1
     assert torch.get_num_threads() == 2
 
@@ -78,13 +69,13 @@ def test_an_ended_team_is_started_again(two_threads: None) -> None:
     def rounds() -> list[tuple[int, bool]]:
         end_team, found = thread_team_releaser(), []
         for _ in range(3):
-            with_team = computing_threads()
+            team = computing_threads() - alone
             end_team()
-            found.append((with_team - alone, settled(alone)))
+            found.append((len(team), ended(team)))
         return found
 
     with ThreadPoolExecutor(1) as executor:
-        alone = executor.submit(num_threads).result()
+        alone = executor.submit(threads).result()
         assert executor.submit(rounds).result() == [(1, True)] * 3
 
 
@@ -94,10 +85,11 @@ def test_a_waiting_engine_has_no_team(
     engine = make_engine(by_digest())
     native = start(engine)
     monkeypatch.setattr(engine, "status", computing_threads)  # on the engine's thread
-    before = num_threads()
+    before = threads()
     for _ in range(3):
-        assert run(native.status()) == before + 1
-        assert settled(before)
+        team = cast("set[str]", run(native.status())) - before
+        assert len(team) == 1
+        assert ended(team)
 
 
 def test_a_library_without_the_function_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
