@@ -45,6 +45,12 @@ async def here(tmp_path: Path) -> AsyncIterator[Served]:
         yield started
 
 
+@pytest.fixture
+def reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the half second between two reads of the catalogue, which another test measures."""
+    monkeypatch.setattr("deployments.retriever._READ_EVERY_S", 0.0)
+
+
 async def test_a_replica_is_at_the_newest_generation_before_it_is_ready(here: Served) -> None:
     assert await here.replica.catch_up(here.publish(*await here.embedded("german", "sums"))) == 1
     async with served(Path(here.uri)) as second:
@@ -166,6 +172,7 @@ async def test_adapters_are_embedded_together_with_the_neighbours_that_their_ten
     assert [candidate.ref.name for candidate in others] == ["sums"]
 
 
+@pytest.mark.usefixtures("reads_at_once")
 @pytest.mark.parametrize("read", ["plan_named", "page", "record", "map", "place"])
 async def test_a_read_with_min_generation_catches_up_first(here: Served, read: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
@@ -261,6 +268,7 @@ async def test_reads_of_a_future_generation_read_the_catalogue_at_intervals(
     assert len(calls) == before + 1, "a publish does not wait"
 
 
+@pytest.mark.usefixtures("reads_at_once")
 async def test_a_plan_from_the_pool_that_this_one_was_copied_from_is_replayed(here: Served) -> None:
     [sums] = await here.embedded("sums")
     here.publish(sums)
@@ -353,6 +361,7 @@ async def test_an_outcome_names_the_live_version_before_the_replica_was_told_of_
     assert [[item.ref for item in ranking.adapters] for ranking in learnt.rankings] == [[newer.ref]]
 
 
+@pytest.mark.usefixtures("reads_at_once")
 async def test_the_draws_of_a_version_are_measured_on_the_pool(here: Served) -> None:
     german, sums = await here.embedded("german", "sums")
     copy = replace(german, ref=AdapterRef("mallory", "copy", german.ref.digest), weights_digest="c" * 64)
@@ -366,6 +375,7 @@ async def test_the_draws_of_a_version_are_measured_on_the_pool(here: Served) -> 
         await here.replica.draws("acme", "mallory/copy", generation + 1)
 
 
+@pytest.mark.usefixtures("reads_at_once")
 async def test_a_version_that_another_encoder_embedded_is_not_listed_as_found(here: Served) -> None:
     german, sums = await here.embedded("german", "sums")
     assert german.embedding is not None
@@ -376,6 +386,7 @@ async def test_a_version_that_another_encoder_embedded_is_not_listed_as_found(he
     assert shown.embedding is None
 
 
+@pytest.mark.usefixtures("reads_at_once")
 @pytest.mark.parametrize("has_embedding", [True, False])
 async def test_a_version_that_waits_for_a_reindex_is_not_said_to_draw_nothing(
     has_embedding: bool, here: Served

@@ -140,7 +140,7 @@ def test_commands_import_only_what_they_need_and_print_whole_lines_to_a_pipe(fol
     """Each of them takes seconds to import. The lightest commands come first in the one process."""
     os.unsetenv("COLUMNS")  # readline sets it for other processes
     of_servers = ("torch", "ray", "ray.data", "transformers", "fastapi", "huggingface_hub")
-    row = {"id": "x" * 60, "digest": "d" * 64, "ranks": [2, 4], "num_bytes": 9, "num_samples": 0}
+    row: dict[str, Any] = {"id": "x" * 60, "digest": "d" * 64, "ranks": [2, 4], "num_bytes": 9, "num_samples": 0}
     row |= {"found_by_auto": False, "tags": ["fun", "short"]}
     with listener() as port, scripted((200, {"generation": 1, "data": [row], "has_more": False})) as server:
         version, listed, no_model, no_port, settings, dry, no_rows = run_alone(
