@@ -220,7 +220,7 @@ void attend_task(const Decodes& d, const StridedHeads& query, const Cache& cache
 template <class E>
 void attend(const Decodes& d, const StridedHeads& query, const Cache& cache, E* out) {
   const int64_t num_tasks = d.num * cache.num_heads;
-  if (num_tasks == 1) return attend_task(d, query, cache, 0, out);
+  if (num_tasks == 1) return attend_task(d, query, cache, 0, out);  // also in a `Preparation`, which has no team
 #pragma omp parallel for schedule(dynamic) num_threads(d.num_threads)
   for (int64_t task = 0; task < num_tasks; ++task) attend_task(d, query, cache, task, out);
 }

@@ -51,9 +51,10 @@ extern "C" struct Step {
 
 namespace {
 
-// Calls `prepare`, which sets x from `num_values` values, and then sets the outputs to the projections of x.
+// Calls `prepare`, which sets x, and then sets the outputs to the projections of x. `by_one_thread`: prepares in the team
+// of the products, where the other threads fetch weights meanwhile.
 template <int M, class Prepare>
-void project(const Kernels& kernels, const Step& step, int64_t num_values, const Prepare& prepare, const bf16* x,
+void project(const Kernels& kernels, const Step& step, bool by_one_thread, const Prepare& prepare, const bf16* x,
              const Projection (&projections)[M], const InputPlace* place, bf16* const (&outputs)[M]) {
   const Linear* linears[M];
   void* y[M];
@@ -65,10 +66,9 @@ void project(const Kernels& kernels, const Step& step, int64_t num_values, const
     y[m] = outputs[m];
     if (of.place->is_used) used[num_used++] = {of.place, outputs[m], of.linear->num_out};
   }
-  const Preparation by_one{[](const void* of) { (*static_cast<const Prepare*>(of))(); }, &prepare};
-  const bool is_large = num_values > kAlone;  // for a team
-  if (is_large) prepare();
-  kernels.linears(linears, M, x, step.num_tokens, y, step.num_threads, is_large ? nullptr : &by_one);
+  const Preparation preparation{[](const void* of) { (*static_cast<const Prepare*>(of))(); }, &prepare};
+  if (!by_one_thread) prepare();
+  kernels.linears(linears, M, x, step.num_tokens, y, step.num_threads, by_one_thread ? &preparation : nullptr);
   if (step.pairs != nullptr && num_used > 0) kernels.add_adapters(step.pairs, place, x, step.h, used, num_used);
 }
 
@@ -118,8 +118,8 @@ void project_heads(const Kernels& kernels, const Layer& layer, const Step& step,
     prepare();
     normalise(kernels, step, layer.before_attention, x, at.width, at.normed);
   };
-  project<3>(kernels, step, step.num_tokens * at.width, normalised, at.normed, {layer.query, layer.key, layer.value},
-             layer.attention_input, {at.query, at.key, at.value});
+  project<3>(kernels, step, is_small(step.num_tokens * at.width), normalised, at.normed,
+             {layer.query, layer.key, layer.value}, layer.attention_input, {at.query, at.key, at.value});
 }
 
 void rotate(const Kernels& kernels, const Layer& layer, const Step& step) {
@@ -129,22 +129,22 @@ void rotate(const Kernels& kernels, const Layer& layer, const Step& step) {
   kernels.rotate(&queries, &keys, &step.angles, step.num_tokens, layer.head_dim, step.num_threads);
 }
 
-// Sets y (N, H) to x and what the attention (N, query width) adds to it. Leaves in the scratch memory what the MLP adds,
-// for `add_mlp`. `prepare`: sets the attention from `num_values` values.
+// Sets y (N, H) to x and what the attention (N, query width) adds to it. Leaves what the MLP adds in the scratch
+// memory, for `add_mlp`. `prepare` sets the attention.
 template <class Prepare>
-void project_attended(const Kernels& kernels, const Layer& layer, const Step& step, int64_t num_values,
+void project_attended(const Kernels& kernels, const Layer& layer, const Step& step, bool by_one_thread,
                       const Prepare& prepare, const bf16* x, const bf16* attended, bf16* y) {
   const Places at(layer, step);
-  project<1>(kernels, step, num_values, prepare, attended, {layer.output}, layer.output_input, {at.change});
+  project<1>(kernels, step, by_one_thread, prepare, attended, {layer.output}, layer.output_input, {at.change});
   const auto normalised = [&] {
     add(kernels, step, layer.after_attention, x, at.change, at.width, y);
     normalise(kernels, step, layer.before_mlp, y, at.width, at.normed);
   };
-  project<2>(kernels, step, step.num_tokens * at.width, normalised, at.normed, {layer.gate, layer.up}, layer.mlp_input,
-             {at.gate, at.up});
+  project<2>(kernels, step, is_small(step.num_tokens * at.width), normalised, at.normed, {layer.gate, layer.up},
+             layer.mlp_input, {at.gate, at.up});
   const int64_t num_gated = step.num_tokens * at.mlp_width;
   const auto gated = [&] { kernels.gated(at.gate, at.up, num_gated, layer.is_silu, at.gate, step.num_threads); };
-  project<1>(kernels, step, num_gated, gated, at.gate, {layer.down}, layer.down_input, {at.change});
+  project<1>(kernels, step, is_small(num_gated), gated, at.gate, {layer.down}, layer.down_input, {at.change});
 }
 
 void add_mlp(const Kernels& kernels, const Layer& layer, const Step& step, bf16* y) {
@@ -180,7 +180,7 @@ namespace {
 
 constexpr int32_t kDone = 0, kNoSuchId = 1, kNoSuchPosition = 2;
 
-// Computes a layer but for `add_mlp`. `prepare` sets x.
+// Computes a layer except `add_mlp`, which the preparation of the next layer calls. `prepare` sets x.
 template <class Prepare>
 void compute_layer(const Kernels& kernels, const LayerCall& call, const Prepare& prepare, const bf16* x, bf16* y) {
   const Layer& layer = *call.layer;
@@ -195,13 +195,8 @@ void compute_layer(const Kernels& kernels, const LayerCall& call, const Prepare&
     kernels.write_kv(&key, &value, step.slots, step.num_tokens, &cache, step.num_threads);
     kernels.attend(step.decodes, &query, &cache, at.attended);
   };
-  const bool is_for_team = step.num_tokens * cache.num_heads > 1;
-  if (is_for_team) {
-    attend();
-    project_attended(kernels, layer, step, 0, [] {}, x, at.attended, y);
-  } else {
-    project_attended(kernels, layer, step, step.num_tokens * at.query_width, attend, x, at.attended, y);
-  }
+  const bool needs_no_team = step.num_tokens * cache.num_heads == 1;  // as in `attend`
+  project_attended(kernels, layer, step, needs_no_team, attend, x, at.attended, y);
 }
 
 // Sets y (N, H) to the embeddings of the ids.
@@ -251,8 +246,8 @@ void before_attention_bf16(const Kernels* kernels, const Layer* layer, const Ste
 void after_attention_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const void* x,
                           const void* attended, void* y) {
   bf16* sum = static_cast<bf16*>(y);
-  project_attended(*kernels, *layer, *step, 0, [] {}, static_cast<const bf16*>(x), static_cast<const bf16*>(attended),
-                   sum);
+  project_attended(*kernels, *layer, *step, false, [] {}, static_cast<const bf16*>(x),
+                   static_cast<const bf16*>(attended), sum);
   add_mlp(*kernels, *layer, *step, sum);
 }
 
@@ -264,8 +259,9 @@ void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* 
   add_mlp(*kernels, *layer, *step, static_cast<bf16*>(y));
 }
 
-// Sets y (N, H) to the decoder's output for N tokens. First sets the angles, which the steps of the calls refer to,
-// unless there are no positions. Returns kNoSuchId or kNoSuchPosition, and sets nothing, if any is out of range.
+// Sets y (N, H) to the output of a decoder of at least one layer for N tokens. First sets the angles, which the steps of
+// the calls refer to, unless there are no positions. Returns kNoSuchId or kNoSuchPosition, and sets nothing, if any is
+// out of range.
 int32_t decoder_bf16(const Kernels* kernels, const Decoder* decoder, const int64_t* ids, const int64_t* positions,
                      int64_t num_tokens, void* angles, const LayerCall* calls, int64_t num_layers, void* y,
                      int32_t num_threads) {
@@ -275,7 +271,7 @@ int32_t decoder_bf16(const Kernels* kernels, const Decoder* decoder, const int64
   }
   bf16* hidden = static_cast<bf16*>(y);
   for (int64_t l = 0; l < num_layers; ++l) {
-    const auto prepare = [&] {
+    const auto prepare = [&] {  // includes the end of the layer before, which is too small for a team
       if (l > 0) return add_mlp(*kernels, *calls[l - 1].layer, *calls[l - 1].step, hidden);
       embed(*kernels, *decoder, ids, num_tokens, num_threads, hidden);
       if (positions != nullptr) read_angles(*decoder, positions, num_tokens, static_cast<bf16*>(angles));

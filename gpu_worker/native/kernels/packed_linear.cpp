@@ -22,12 +22,18 @@
 #include <immintrin.h>
 #endif
 
+#ifdef _OPENMP
+extern "C" int omp_get_thread_num();
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
 namespace {
 
 constexpr int64_t kBlock = 2 * kLanes;
 constexpr int64_t kTasksPerThread = 8;  // a thread that shares its core takes fewer
 constexpr int64_t kPartsPerTask = 8;
-constexpr int64_t kFetchedBytes = 256 * 1024;  // by a thread that waits: half of a small second-level cache
+constexpr int64_t kMostBytesFetched = 128 * 1024;  // ahead: a part of a small second-level cache
 
 // The rows of y that get the results.
 struct Rows {
@@ -268,13 +274,13 @@ class Panels {
     return m;
   }
 
-  // Asks for the panel's weights, line by line, while `goes_on`. Returns their size.
+  // Asks for the panel's first weights, up to `most` bytes, while `goes_on`. Returns their size.
   template <class GoesOn>
-  int64_t fetch(int64_t panel, const GoesOn& goes_on) const {
+  int64_t fetch(int64_t panel, int64_t most, const GoesOn& goes_on) const {
     constexpr int64_t kBetweenLooks = 4096;
     const Linear& layer = *layers_[find(panel)];
-    const int64_t num_bytes = quantized::panel_bytes(layer);
-    const char* weights = static_cast<const char*>(layer.panels) + panel * num_bytes;
+    const int64_t panel_bytes = quantized::panel_bytes(layer), num_bytes = std::min(panel_bytes, most);
+    const char* weights = static_cast<const char*>(layer.panels) + panel * panel_bytes;
     for (int64_t j = 0; j < num_bytes && goes_on(); j += kBetweenLooks) {
       const int64_t end = std::min(j + kBetweenLooks, num_bytes);
       for (int64_t line = j; line < end; line += 64) __builtin_prefetch(weights + line, 0, 2);
@@ -289,9 +295,9 @@ class Panels {
   int64_t num_ = 0;
 };
 
-// Hands out panels to the threads of a team, some adjacent ones at a time. Each thread has a range of them, and then takes
-// those of the others: one that shares its core multiplies fewer. A thread that waits for the inputs fetches the weights
-// of its first panels into its second-level cache.
+// Hands out adjacent panels to the threads of a team. Each thread has a range of its own, and then takes panels from
+// those of the others, so a thread that shares its core multiplies fewer. A thread that waits for the inputs fetches the
+// first weights of its range into its second-level cache.
 class PanelQueue {
  public:
   PanelQueue(const Panels& panels, int32_t num_threads)
@@ -305,18 +311,16 @@ class PanelQueue {
     }
   }
 
-  // Returns the number of the calling thread's range.
-  int64_t enter() { return num_entered_.fetch_add(1, std::memory_order_relaxed) % num_ranges_; }
-
   void set_inputs_ready() { has_inputs_.store(true, std::memory_order_release); }
 
-  void wait_for_inputs(int64_t own) {
-    const auto waits = [&] { return !has_inputs_.load(std::memory_order_acquire); };
-    const int64_t end = end_of(ranges_[own].end - 1);
-    int64_t panel = ranges_[own].next.load(std::memory_order_relaxed) * at_once_, num_bytes = 0, num_turns = 0;
-    while (waits()) {
-      if (panel < end && num_bytes < kFetchedBytes) {
-        num_bytes += panels_.fetch(panel++, waits);
+  void wait_for_inputs() {
+    const auto is_waiting = [&] { return !has_inputs_.load(std::memory_order_acquire); };
+    const Range& own = ranges_[own_range()];
+    const int64_t end = find_end(own.end - 1);
+    int64_t panel = own.next.load(std::memory_order_relaxed) * at_once_, left = kMostBytesFetched, num_turns = 0;
+    while (is_waiting()) {
+      if (panel < end && left > 0) {
+        left -= panels_.fetch(panel++, left, is_waiting);
       } else {
         wait_a_little(num_turns);
       }
@@ -325,13 +329,13 @@ class PanelQueue {
 
   // Calls multiply(panel) for panels that no other thread has, until there are none left.
   template <class Multiply>
-  void for_each_panel(int64_t own, const Multiply& multiply) {
+  void for_each_panel(const Multiply& multiply) {
     for (int64_t r = 0; r < num_ranges_; ++r) {
-      Range& range = ranges_[(own + r) % num_ranges_];
-      while (true) {
+      Range& range = ranges_[(own_range() + r) % num_ranges_];
+      while (range.next.load(std::memory_order_relaxed) < range.end) {
         const int64_t part = range.next.fetch_add(1, std::memory_order_relaxed);
         if (part >= range.end) break;
-        for (int64_t panel = part * at_once_; panel < end_of(part); ++panel) multiply(panel);
+        for (int64_t panel = part * at_once_; panel < find_end(part); ++panel) multiply(panel);
       }
     }
   }
@@ -339,17 +343,19 @@ class PanelQueue {
  private:
   static constexpr int64_t kMostRanges = 64;
 
-  struct alignas(64) Range {  // of parts; has a line of the caches for itself
+  // Some parts. In a cache line of its own, because other threads write to the others.
+  struct alignas(64) Range {
     std::atomic<int64_t> next;
     int64_t end;
   };
 
-  int64_t end_of(int64_t part) const { return std::min((part + 1) * at_once_, panels_.num()); }
+  int64_t own_range() const { return omp_get_thread_num() % num_ranges_; }
+
+  int64_t find_end(int64_t part) const { return std::min((part + 1) * at_once_, panels_.num()); }
 
   const Panels& panels_;
   const int64_t at_once_, num_ranges_;
   Range ranges_[kMostRanges];
-  std::atomic<int64_t> num_entered_{0};
   std::atomic<bool> has_inputs_{false};
 };
 
@@ -363,21 +369,20 @@ void linears_of_integers(const Linear* const* layers, int64_t num_layers, const 
   const auto set_row = [&](int64_t r) { inputs.set_row(r, static_cast<const bf16*>(x) + r * first_layer.num_in); };
 #pragma omp parallel num_threads(num_threads)
   {
-    const int64_t own = queue.enter();
 #pragma omp master
     {
       if (preparation != nullptr) preparation->run(preparation->of);
       if (num_rows == 1) set_row(0);
       queue.set_inputs_ready();
     }
-    queue.wait_for_inputs(own);
+    queue.wait_for_inputs();
     if (num_rows > 1) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < num_rows; ++r) set_row(r);
     }
     quantized::Products products(first_layer, num_rows);
     const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
-    queue.for_each_panel(own, [&](int64_t p) {
+    queue.for_each_panel([&](int64_t p) {
       const int64_t m = panels.find(p), num_out = layers[m]->num_out;
       for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
@@ -421,16 +426,15 @@ void linears(const Linear* const* layers, int64_t num_layers, const void* x, con
   if (preparation == nullptr) queue.set_inputs_ready();
 #pragma omp parallel num_threads(num_threads)
   {
-    const int64_t own = queue.enter();
 #pragma omp master
     if (preparation != nullptr) {
       preparation->run(preparation->of);
       queue.set_inputs_ready();
     }
-    queue.wait_for_inputs(own);
+    queue.wait_for_inputs();
     Products<T> products(num_in);
     const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
-    queue.for_each_panel(own, [&](int64_t p) {
+    queue.for_each_panel([&](int64_t p) {
       const int64_t m = panels.find(p);
       const Linear& layer = *layers[m];
       for (int64_t g = 0; g < num_groups; ++g) {

@@ -19,7 +19,8 @@ extern "C" struct Linear {
   int32_t has_offsets;  // whether groups have offsets too
 };
 
-// Work of one thread that makes the inputs of a linear layer. The other threads fetch weights meanwhile.
+// Work of one thread that makes the inputs of a linear layer. The other threads fetch weights meanwhile. It must not
+// throw, start a team or multiply integers, whose inputs have the same memory.
 extern "C" struct Preparation {
   void (*run)(const void* of);
   const void* of;

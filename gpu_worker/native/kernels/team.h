@@ -1,4 +1,4 @@
-// Loops of a team of threads, or of one thread where a team would take longer to start than to compute.
+// Loops that a team of threads or one thread computes, and how a thread of a team waits for another one.
 #pragma once
 
 #include <sched.h>
@@ -7,12 +7,13 @@
 
 namespace {
 
-constexpr int64_t kAlone = 32 * 1024;  // up to so many values one thread is faster than a team
+// Whether one thread computes this many values faster than a team starts.
+inline bool is_small(int64_t num_values) { return num_values <= 32 * 1024; }
 
 // Calls compute(i) for each i from 0 to num - 1. `num_values`: of all calls.
 template <class Compute>
 void for_each(int64_t num, int64_t num_values, int num_threads, const Compute& compute) {
-  if (num_values <= kAlone) {  // not by `if` in the pragma, which makes a team of one
+  if (is_small(num_values)) {  // an `if` clause would still start a team, of one thread
     for (int64_t i = 0; i < num; ++i) compute(i);
     return;
   }
@@ -20,9 +21,10 @@ void for_each(int64_t num, int64_t num_values, int num_threads, const Compute& c
   for (int64_t i = 0; i < num; ++i) compute(i);
 }
 
-// One turn of a loop that waits for another thread.
+// One turn of a loop that waits for another thread. Yields the core only after a millisecond or so: next to a busy
+// process it would be lost for longer than most work takes.
 inline void wait_a_little(int64_t& num_turns) {
-  constexpr int64_t kTurnsToYield = 1024;  // some ten microseconds
+  constexpr int64_t kTurnsToYield = 64 * 1024;
   if (++num_turns % kTurnsToYield == 0) {
     sched_yield();
     return;
@@ -30,7 +32,7 @@ inline void wait_a_little(int64_t& num_turns) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
-  asm volatile("yield");
+  asm volatile("isb");  // `yield` takes no time on most processors
 #endif
 }
 

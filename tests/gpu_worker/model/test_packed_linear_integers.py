@@ -10,6 +10,7 @@ import itertools
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -196,36 +197,61 @@ def test_some_rows_and_panels_are_those_of_the_whole_product(kind: str, num_in: 
     assert (layer.some(x, whole[:0], parts[:0]) == -torch.inf).all()
 
 
+Run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class Preparation(ctypes.Structure):
     """The struct `Preparation` of the sources."""
 
-    _fields_ = (("run", ctypes.CFUNCTYPE(None, ctypes.c_void_p)), ("of", ctypes.c_void_p))
+    _fields_ = (("run", Run), ("of", ctypes.c_void_p))
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def linears_of(
+    layers: Sequence[KernelLinear],
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    num_threads: int,
+    prepare: Callable[[], object],
+) -> None:
+    """Set the outputs by one call of the kernel, in which one thread calls `prepare` first."""
+    library = load_library(LinearKernel.library_name, DEFAULT_CACHE_DIR)
+    assert library is not None
+    addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+    places = (ctypes.c_void_p * len(layers))(*(y.data_ptr() for y in outputs))
+    preparation = Preparation(run=Run(lambda _: prepare()), of=None)
+    sizes = ctypes.c_int64(len(x)), places, ctypes.c_int32(num_threads), ctypes.byref(preparation)
+    library.linears_bf16(addresses, ctypes.c_int64(len(layers)), ctypes.c_void_p(x.data_ptr()), *sizes)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5, 65])
 @pytest.mark.parametrize("num_rows", [1, 7])
 @pytest.mark.parametrize("kind", ["bfloat16", *KINDS])
 @torch.inference_mode()
 def test_threads_that_wait_for_inputs_multiply_those(
     kind: str, num_rows: int, num_threads: int, kernel: LinearKernel
 ) -> None:
-    """Each fetches the first of its panels meanwhile. Every panel of both layers is multiplied once."""
-    [one, given], [other, _] = (layer_of(kind, 96, num_out, num_rows, kernel) for num_out in (2400, 1300))
-    expected, x = [one(given), other(given)], torch.zeros_like(given)
-    found = [torch.full_like(y, 7) for y in expected]
+    """Each fetches the first weights of its panels meanwhile, which are more or fewer than the threads."""
+    for numbers_of_outputs in ((2400, 1300), (33,)):
+        made = [layer_of(kind, 96, num_out, num_rows, kernel) for num_out in numbers_of_outputs]
+        layers, given = [layer for layer, _ in made], made[0][1]
+        expected, x = [layer(given) for layer in layers], torch.zeros_like(given)
+        found = [torch.full_like(y, 7) for y in expected]
 
-    def prepare(_: object) -> None:
-        time.sleep(0.01)
-        x.copy_(given)
+        def prepare(x: Tensor = x, given: Tensor = given) -> None:
+            time.sleep(0.005)
+            x.copy_(given)
 
-    preparation = Preparation(run=Preparation._fields_[0][1](prepare), of=None)
-    library = load_library(LinearKernel.library_name, DEFAULT_CACHE_DIR)
-    assert library is not None
-    layers = (ctypes.c_void_p * 2)(one.address, other.address)
-    outputs = (ctypes.c_void_p * 2)(*(y.data_ptr() for y in found))
-    sizes = ctypes.c_int64(num_rows), outputs, ctypes.c_int32(num_threads), ctypes.byref(preparation)
-    library.linears_bf16(layers, ctypes.c_int64(2), ctypes.c_void_p(x.data_ptr()), *sizes)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        linears_of(layers, x, found, num_threads, prepare)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@torch.inference_mode()
+def test_the_panels_of_threads_that_are_missing_are_multiplied_too(kernel: LinearKernel) -> None:
+    """Within the team of another call there is only one thread."""
+    (layer, x), (outer, of_outer) = (layer_of("bfloat16", 96, num_out, 3, kernel) for num_out in (2400, 32))
+    found, other = torch.full((3, 2400), 7).bfloat16(), torch.empty(3, 32).bfloat16()
+    linears_of([outer], of_outer, [other], 2, lambda: linears_of([layer], x, [found], 5, lambda: None))
+    assert torch.equal(found, layer(x)) and torch.equal(other, outer(of_outer))
 
 
 def test_rounded_weights_change_the_products_little(kernel: LinearKernel) -> None:

@@ -29,10 +29,17 @@ from tests.soak import Scale
 from tests.tiny import FAMILIES, SHAPE, TinyFolders, byte_tokenizer, linear_shapes, plan_of, random_adapter, tiny_config
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_layers_give_the_logits_of_their_parts(
-    family: str, make_bf16: MakeBf16, pool: list[AdapterWeights], calls: list[int], halves: list[tuple[str, int]]
+    family: str,
+    num_threads: int,
+    make_bf16: MakeBf16,
+    pool: list[AdapterWeights],
+    calls: list[int],
+    halves: list[tuple[str, int]],
 ) -> None:
+    torch.set_num_threads(num_threads)
     engine = make_bf16(by_digest(*pool), family)
     calls.clear()  # the engine checks the model
     halves.clear()
@@ -70,18 +77,50 @@ def test_every_family_answers_alike_with_compiled_layers(
     assert are_compiled <= were_compiled <= are_compiled | dense_layers_of_experts
 
 
+def save_gemma3(folder: Path, **settings: Any) -> Path:
+    """Save a new model with these settings and a tokenizer."""
+    Gemma3ForCausalLM(Gemma3TextConfig(**{**SHAPE, "head_dim": 8, "sliding_window": 12, **settings})).save_pretrained(
+        folder
+    )
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(("mlp_width", "head_dim"), [(16, 8), (160, 8), (48, 16)])
 def test_layers_whose_widths_differ(
     mlp_width: int, head_dim: int, tmp_path: Path, make_bf16: MakeBf16, calls: list[int]
 ) -> None:
     """The widest part of the scratch memory is in the attention or in the MLP."""
-    settings = {**SHAPE, "intermediate_size": mlp_width, "head_dim": head_dim, "sliding_window": 12}
-    Gemma3ForCausalLM(Gemma3TextConfig(**settings)).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    save_gemma3(tmp_path, intermediate_size=mlp_width, head_dim=head_dim)
     shapes = linear_shapes(load_base_model(tiny_config(tmp_path)))
     pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
     assert_as_parts(make_bf16, pool, jobs_of(pool), base=tmp_path)
     assert calls
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_one_thread_attends_for_a_single_row_of_one_head(
+    num_threads: int, tmp_path: Path, make_bf16: MakeBf16, calls: list[int]
+) -> None:
+    """The others fetch the weights of the projection meanwhile, with and without an adapter of it."""
+    save_gemma3(tmp_path, num_key_value_heads=1)
+    pool = [random_adapter(linear_shapes(load_base_model(tiny_config(tmp_path))), 1, rank=3)]
+    torch.set_num_threads(num_threads)
+    for plan in (BASE_PLAN, only(pool[0])):
+        assert_as_parts(make_bf16, pool, [greedy("the quick brown fox", plan, num_new=8)], base=tmp_path)
+    assert 1 in calls and torch.get_num_threads() == num_threads
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_many_rows_are_prepared_by_a_team(
+    num_threads: int, tmp_path: Path, make_bf16: MakeBf16, calls: list[int]
+) -> None:
+    """They have more than 32 768 values, up to which one thread prepares a product."""
+    save_gemma3(tmp_path, hidden_size=256, initializer_range=0.05)
+    torch.set_num_threads(num_threads)
+    jobs = [greedy(f"{number}", request_id=number, num_new=3) for number in range(129)]
+    assert_as_parts(make_bf16, [], jobs, base=tmp_path, max_batch_size=129, max_step_tokens=256)
+    assert 129 in calls and torch.get_num_threads() == num_threads
 
 
 @pytest.mark.parametrize("parts", [("q_proj", "down_proj"), ("v_proj", "up_proj"), ("o_proj",)])
