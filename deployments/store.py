@@ -89,7 +89,6 @@ class StoreDeployment:
         self,
         config: AppConfig,
         put: Callable[[Buffer], Awaitable[Buffer]] = ray.put,
-        object_cache_bytes: int = _OBJECT_CACHE_BYTES,
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
@@ -117,7 +116,7 @@ class StoreDeployment:
         self._reports = FairThreads(
             "report", num_threads=1, max_calls=64, full="too many reports of usage are being made; retry later"
         )
-        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
+        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, _OBJECT_CACHE_BYTES)
 
     async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         """Validate an adapter, store its blobs and lease them until `commit` or `discard`.
