@@ -40,7 +40,7 @@ def completion(**fields: Any) -> CompletionRequest:
     return CompletionRequest.model_validate({"prompt": "Hi", **fields})
 
 
-def text_of(request: ChatCompletionRequest | CompletionRequest) -> str | None:
+def read_text(request: ChatCompletionRequest | CompletionRequest) -> str | None:
     [question] = request.questions()
     return question.text
 
@@ -196,9 +196,9 @@ def test_top_p_of_0_leaves_one_id_of_any_vocabulary() -> None:
 
 def test_retrieval_reads_the_last_user_message() -> None:
     turns = [USER, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Rhyme."}]
-    assert text_of(chat(messages=[*turns, {"role": "assistant", "content": "Well,"}])) == "Rhyme."
-    assert text_of(chat(messages=[{"role": "system", "content": "Be brief."}])) == "Be brief."
-    assert text_of(completion(prompt="Once")) == "Once"
+    assert read_text(chat(messages=[*turns, {"role": "assistant", "content": "Well,"}])) == "Rhyme."
+    assert read_text(chat(messages=[{"role": "system", "content": "Be brief."}])) == "Be brief."
+    assert read_text(completion(prompt="Once")) == "Once"
 
 
 def test_developer_is_system_and_parts_are_joined() -> None:

@@ -51,7 +51,7 @@ async def test_a_row_has_the_template_of_the_base_model_that_answers(two_bases: 
     assert found == [("first", "auto"), ("second", "chat"), ("second", "chat")]
 
 
-def planner_of(place: Place, plan: Plan) -> Planner:
+def make_planner(place: Place, plan: Plan) -> Planner:
     """Return a planner that finds this plan for every named model."""
 
     class Found(BatchRouting):
@@ -66,7 +66,7 @@ SEA = (PlannedAdapter(LIVE, "w", 1.0),)
 
 
 async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
-    planner = planner_of(place, Plan("selection", SEA, contract='{"instruction":"Sing: {input}"}'))
+    planner = make_planner(place, Plan("selection", SEA, contract='{"instruction":"Sing: {input}"}'))
     for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
         asked = await ask_planner(planner, place.config.served_models, "local", "row-0", body)
@@ -75,7 +75,7 @@ async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> No
 
 async def test_a_row_is_answered_by_a_version_under_trial_as_a_request_with_its_id_is(place: Place) -> None:
     trial = Trial(TRIED.digest, 0.5)
-    planner = planner_of(place, Plan("selection", SEA, trials=(TrialVersion(LIVE, TRIED, "v", trial),)))
+    planner = make_planner(place, Plan("selection", SEA, trials=(TrialVersion(LIVE, TRIED, "v", trial),)))
     names = [f"run-row-{number}" for number in range(16)]
     for name in names:
         body = {"prompt": "Hi", "model": "sea"}

@@ -22,20 +22,20 @@ from tests.deployments.adapter_records import BASE, adapter
 from tests.deployments.batching import DEFAULTS, Place, prompts, write_rows
 
 
-def settings_of(folder: Path, **settings: Any) -> BatchSettings:
+def make_settings(folder: Path, **settings: Any) -> BatchSettings:
     """Return a run of two rows over the pool of this folder."""
     write_rows(folder / "in.parquet", [{"prompt": "one"}, {"prompt": "two"}])
     config = AppConfig(store_uri=str(folder / "store"), **settings)
     return BatchSettings(config, str(folder / "in.parquet"), str(folder / "out"))
 
 
-def catalogue_of(settings: BatchSettings) -> Catalogue:
+def open_catalogue(settings: BatchSettings) -> Catalogue:
     return Catalogue(Location(settings.config.store_uri).child("catalogue"))
 
 
 def test_a_collected_generation_that_no_run_kept_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, accepts_base=(BASE,))
-    catalogue = catalogue_of(settings)
+    settings = make_settings(tmp_path, accepts_base=(BASE,))
+    catalogue = open_catalogue(settings)
     catalogue.commit(lambda _: [Publish(adapter("poet"))])
     assert begin(settings).generation == 1
     catalogue.commit(lambda _: [Publish(adapter("poet", version="2"))])
@@ -47,13 +47,13 @@ def test_a_collected_generation_that_no_run_kept_is_refused_with_the_remedy(tmp_
 
 
 def test_a_run_counts_the_adapters_of_other_bases_apart_and_keeps_its_bases(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, accepts_base=(BASE,))
+    settings = make_settings(tmp_path, accepts_base=(BASE,))
     records = [adapter("poet"), replace(adapter("old"), base_model="org/old")]
-    catalogue_of(settings).commit(lambda _: [Publish(item) for item in records])
+    open_catalogue(settings).commit(lambda _: [Publish(item) for item in records])
     run = begin(settings)
     assert (run.num_adapters, run.unserved) == (1, (("org/old", 1),))
     with pytest.raises(BatchRefused, match=r"accepts_base was \['tiny-base'\], is \[\]"):
-        begin(settings_of(tmp_path))
+        begin(make_settings(tmp_path))
 
 
 @pytest.mark.parametrize("are_several", [False, True])
@@ -63,9 +63,9 @@ def test_a_run_is_not_continued_with_the_text_of_another_chat_template(are_sever
 
     def settings(file: Path | None) -> BatchSettings:
         own: dict[str, Any] = {"base_model": "org/a", "chat_template": file}
-        return settings_of(tmp_path, **({"models": [own]} if are_several else own))
+        return make_settings(tmp_path, **({"models": [own]} if are_several else own))
 
-    catalogue_of(settings(None)).commit(lambda _: [Publish(adapter("poet"))])
+    open_catalogue(settings(None)).commit(lambda _: [Publish(adapter("poet"))])
     begin(settings(template))
     begin(settings(template))
     with pytest.raises(BatchRefused, match=r"chat_template.*None"):

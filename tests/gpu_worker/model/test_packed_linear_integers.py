@@ -206,7 +206,7 @@ class Preparation(ctypes.Structure):
     _fields_ = (("run", Run), ("of", ctypes.c_void_p))
 
 
-def linears_of(
+def multiply_prepared(
     layers: Sequence[KernelLinear],
     x: Tensor,
     outputs: Sequence[Tensor],
@@ -241,7 +241,7 @@ def test_threads_that_wait_for_inputs_multiply_those(
             time.sleep(0.005)
             x.copy_(given)
 
-        linears_of(layers, x, found, num_threads, prepare)
+        multiply_prepared(layers, x, found, num_threads, prepare)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -250,7 +250,7 @@ def test_the_panels_of_threads_that_are_missing_are_multiplied_too(kernel: Linea
     """Within the team of another call there is only one thread."""
     (layer, x), (outer, of_outer) = (layer_of("bfloat16", 96, num_out, 3, kernel) for num_out in (2400, 32))
     found, other = torch.full((3, 2400), 7).bfloat16(), torch.empty(3, 32).bfloat16()
-    linears_of([outer], of_outer, [other], 2, lambda: linears_of([layer], x, [found], 5, lambda: None))
+    multiply_prepared([outer], of_outer, [other], 2, lambda: multiply_prepared([layer], x, [found], 5, lambda: None))
     assert torch.equal(found, layer(x)) and torch.equal(other, outer(of_outer))
 
 

@@ -76,7 +76,7 @@ def adapter_of(rank: int, *names: str) -> dict[str, DeviceModule]:
     return found
 
 
-def step_of(modules: dict[str, DeviceModule], *of_token: float) -> ExpertMapping:
+def make_step(modules: dict[str, DeviceModule], *of_token: float) -> ExpertMapping:
     """Return a step in which each token has one adapter with its weight."""
     return ExpertMapping([modules], torch.tensor([of_token]), torch.zeros(len(of_token), dtype=torch.bool))
 
@@ -144,7 +144,7 @@ def test_the_activation_is_the_layers(activation: MoEActivation) -> None:
     layer = ExpertLayer(0, made, CONTAINER)
     x, chosen, shares = torch.randn(1, WIDTH), torch.tensor([[1]]), torch.ones(1, 1)
     y = torch.zeros(1, WIDTH)
-    layer.adapt(y, x, shares, chosen, step_of(modules, 1.0))
+    layer.adapt(y, x, shares, chosen, make_step(modules, 1.0))
     both, down = (base[n][1] + modules[name].bt[1].T @ modules[name].a[1] for n, name in enumerate((GATE_UP, DOWN)))
     gate, up = (both @ x[0]).chunk(2)
     approximate = "tanh" if activation == MoEActivation.GELU_TANH else "none"
@@ -166,7 +166,7 @@ def test_the_parts_of_two_processes_add_up() -> None:
         ends.append(layer.ends)
         local = {name: layer.share.of(name, module) for name, module in modules.items()}
         y = torch.zeros(4, WIDTH)
-        layer.adapt(y, x, shares, chosen, step_of(local, *[1.0] * 4))
+        layer.adapt(y, x, shares, chosen, make_step(local, *[1.0] * 4))
         found += y
     expected = [slow(x[n], chosen[n], shares[n], (gate_up, down), [(1.0, modules)]) for n in range(4)]
     torch.testing.assert_close(found, torch.stack(expected).float(), atol=1e-4, rtol=0)
