@@ -49,7 +49,7 @@ STREAM_INTERVAL_MS = 25.0
 
 
 def import_engine(*, is_native: bool) -> None:
-    """Import the engine, and no scipy for the native one.
+    """Import the engine, the native one without scipy, and check the libraries that it uses.
 
     Garbage collection is off meanwhile, which saves a quarter of the time. Later collections skip the objects of the
     modules, which stay.
@@ -60,6 +60,7 @@ def import_engine(*, is_native: bool) -> None:
     try:
         if is_native:
             importlib.import_module("deployments.transformers_import")  # before anything else imports transformers
+        check_libraries(of_engine=True)
         importlib.import_module("gpu_worker.start")
     finally:
         gc.freeze()
@@ -85,7 +86,6 @@ class WorkerDeployment:
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
-        check_libraries(of_engine=True)
         import_engine(is_native=isinstance(config, NativeWorkerConfig))
         from gpu_worker.bank.load_threads import load_executor, use_one_thread
         from gpu_worker.start import start_engine
