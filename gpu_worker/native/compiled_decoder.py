@@ -38,6 +38,8 @@ _PROBE_TOKENS, _PROBE_IDS = 5, 64
 _FAR = 1 << 24  # a position beyond every model's context
 _FEWEST_KEPT, _MOST_KEPT = 1 << 10, 1 << 15  # positions
 _NO_SUCH_ID, _NO_SUCH_POSITION = 1, 2  # results of the kernel
+# What a model's code may raise on parts that stand for its own.
+PROBE_ERRORS = AssertionError, AttributeError, BaseModelUnsupported, LookupError, RuntimeError, TypeError, ValueError
 _POSITIONS, _HIDDEN = object(), object()  # places of tensors among the arguments of a call
 
 
@@ -158,6 +160,7 @@ class CompiledDecoder:
         self._own: Callable[..., Any] = own.forward
         self._layers = [cast("CompiledLayer", layer.forward) for layer in layers]
         self._recipe, self._kernel = recipe, kernel
+        self.make_output = recipe.output
         embedding = recipe.embedding
         # The embedding may read the weight of the output head, whose hooks do not concern the decoder.
         inner = [module for module in own.modules() if module is not own and module is not embedding.rows]
@@ -177,12 +180,17 @@ class CompiledDecoder:
             norm=recipe.norm.struct,
         )
 
-    def __call__(self, *arguments: Any, **others: Any) -> Any:
-        output = None if arguments else self._compiled(others)
-        return self._own(*arguments, **others) if output is None else output
+    @property
+    def width(self) -> int:
+        """Return the hidden size."""
+        return self._recipe.embedding.width
 
-    def _compiled(self, others: dict[str, Any]) -> Any:
-        """Return the decoder's output, or None if the kernel cannot compute this step.
+    def __call__(self, *arguments: Any, **others: Any) -> Any:
+        hidden = None if arguments else self.hidden(others)
+        return self._own(*arguments, **others) if hidden is None else self.make_output(last_hidden_state=hidden)
+
+    def hidden(self, others: dict[str, Any]) -> Tensor | None:
+        """Return the decoder's output (1, N, H), or None if the kernel cannot compute this step.
 
         Raises: IndexError for a token that the embedding lacks.
         """
@@ -213,7 +221,7 @@ class CompiledDecoder:
             context.plan_attention(layer.index)
         y = torch.empty(1, num_tokens, self._recipe.embedding.width, dtype=torch.bfloat16)
         self._compute(ids, positions, table.calls, y)
-        return self._recipe.output(last_hidden_state=y)
+        return y
 
     def _compute(self, ids: Tensor, positions: Tensor, calls: NDArray[np.int64], y: Tensor) -> None:
         """Set y (1, N, H) to the decoder's output. Raises: IndexError."""
@@ -304,14 +312,14 @@ def _record(decoder: Any, layers: nn.ModuleList) -> _Recipe | None:
         return seen[-1][2]
 
     computed = [(layer, partial(compute_layer, place)) for place, layer in enumerate(layers)]
-    with _replaced([*computed, (rotary, compute_angles)]):
+    with replaced([*computed, (rotary, compute_angles)]):
         try:
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False, step=step)
-        except (AssertionError, AttributeError, BaseModelUnsupported, LookupError, RuntimeError, TypeError, ValueError):
+        except PROBE_ERRORS:
             return None
     if len(inputs) != len(layers) or not _is_chain(hidden, outputs, [x for x, _ in inputs]):
         return None
-    if not _is_same(getattr(output, "last_hidden_state", None), norm(outputs[-1])):
+    if not is_same(getattr(output, "last_hidden_state", None), norm(outputs[-1])):
         return None
     angles = []
     for _, others in inputs:
@@ -353,7 +361,7 @@ def _read_embedding(embed: Any) -> _Embedding | None:
     factors = [float(value) for value in embed.buffers() if value.numel() == 1]
     for factor in (1.0, *factors):
         scale = float(torch.tensor(factor, dtype=torch.bfloat16))
-        if found.dtype == torch.bfloat16 and _is_same(read(ids) * scale, found):
+        if found.dtype == torch.bfloat16 and is_same(read(ids) * scale, found):
             return _Embedding(rows, num_ids, found.shape[1], scale)
     return None
 
@@ -381,7 +389,7 @@ def _are_angles(result: Any, num_tokens: int) -> bool:
 
 
 @contextmanager
-def _replaced(forwards: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+def replaced(forwards: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
     """Let these modules compute something else within the block."""
     own = [(module, vars(module).get("forward")) for module, _ in forwards]
     try:
@@ -398,7 +406,7 @@ def _replaced(forwards: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
 def _is_chain(hidden: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> bool:
     """Return whether the first layer reads `hidden`, and each other one the output of the layer before it."""
     expected = [hidden, *outputs[:-1]]
-    return all(_is_same(x, y) for x, y in zip(inputs, expected, strict=True))
+    return all(is_same(x, y) for x, y in zip(inputs, expected, strict=True))
 
 
 def _is_readable(x: Any, num_tokens: int) -> TypeGuard[Tensor]:
@@ -407,10 +415,10 @@ def _is_readable(x: Any, num_tokens: int) -> TypeGuard[Tensor]:
 
 
 def _are_same(angles: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(_is_same(*pair) for pair in zip(angles, others, strict=True))
+    return all(is_same(*pair) for pair in zip(angles, others, strict=True))
 
 
-def _is_same(x: Any, y: Tensor) -> bool:
+def is_same(x: Any, y: Tensor) -> bool:
     return isinstance(x, Tensor) and x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y)
 
 
@@ -427,6 +435,6 @@ def _make_call(
 
 def _placed(value: Any, hidden: Tensor, positions: Tensor) -> Any:
     for tensor, place in ((hidden, _HIDDEN), (positions, _POSITIONS)):
-        if _is_same(value, tensor):
+        if is_same(value, tensor):
             return place
     return value

@@ -21,6 +21,7 @@ from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.native.compiled_decoder import compile_decoders
 from gpu_worker.native.compiled_layer import compile_layers, load_layer_kernel
+from gpu_worker.native.compiled_model import compile_model
 from gpu_worker.native.fused import Choices, FusedKernel, fuse
 from lora_store.adapter import Shapes
 
@@ -69,6 +70,7 @@ def inject_adapters(
     layer_kernel = None if linear_kernel is None else load_layer_kernel(config.cache_dir)
     if layer_kernel is not None and compile_layers(model, layer_kernel, choices):
         compile_decoders(model, layer_kernel)
+        compile_model(model)
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig, choices: Choices) -> None:
