@@ -185,6 +185,11 @@ class CompiledDecoder:
         """Return the hidden size."""
         return self._recipe.embedding.width
 
+    @property
+    def num_ids(self) -> int:
+        """Return the number of token ids."""
+        return self._recipe.embedding.num_ids
+
     def __call__(self, *arguments: Any, **others: Any) -> Any:
         hidden = None if arguments else self.hidden(others)
         return self._own(*arguments, **others) if hidden is None else self.make_output(last_hidden_state=hidden)

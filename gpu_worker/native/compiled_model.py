@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gpu_worker.model.packed_attention import unknown_arguments
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.compiled_decoder import PROBE_ERRORS, CompiledDecoder, is_same, replaced
 
-_PROBE_TOKENS, _PROBE_LOGITS = 5, 7
+_PROBE_TOKENS = 5
+_GIVEN = {"input_ids", "position_ids", "use_cache", "step"}  # the arguments of a decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class Logits:
 class CompiledModel:
     """The `forward` of a causal model: its decoder and its head where the kernel computes the decoder, else its own."""
 
-    def __init__(self, own: nn.Module, decoder: nn.Module, compiled: CompiledDecoder, head: nn.Module) -> None:
-        self._own: Callable[..., Any] = own.forward
-        self._compiled, self._head = compiled, head
-        self._hooks = decoder._forward_hooks, decoder._forward_pre_hooks
+    def __init__(self, model: PreTrainedModel, compiled: CompiledDecoder) -> None:
+        self._own: Callable[..., Any] = model.forward
+        self._find_head, self._compiled = model.get_output_embeddings, compiled  # a head may be replaced later
+        self._hooks = model.base_model._forward_hooks, model.base_model._forward_pre_hooks
 
     def __call__(self, *arguments: Any, **others: Any) -> Any:
         hidden = None
@@ -44,7 +44,7 @@ class CompiledModel:
             hidden = self._compiled.hidden({name: value for name, value in others.items() if name != "logits_to_keep"})
         if hidden is None:
             return self._own(*arguments, **others)
-        return Logits(self._head(hidden[:, kept] if isinstance(kept, Tensor) else hidden))
+        return Logits(self._find_head()(hidden[:, kept] if isinstance(kept, Tensor) else hidden))
 
 
 @torch.inference_mode()
@@ -59,13 +59,14 @@ def compile_model(model: PreTrainedModel) -> bool:
         return False
     if not _only_calls(model, decoder, compiled, head):
         return False
-    model.forward = CompiledModel(model, decoder, compiled, head)
+    model.forward = CompiledModel(model, compiled)
     return True
 
 
 def _only_calls(model: nn.Module, decoder: nn.Module, compiled: CompiledDecoder, head: nn.Module) -> bool:
     """Return whether the model passes what it is given to the decoder, and the kept states to the head."""
-    ids, positions = torch.arange(_PROBE_TOKENS)[None], torch.arange(3, 3 + _PROBE_TOKENS)[None]
+    ids = torch.linspace(0, compiled.num_ids - 1, _PROBE_TOKENS).long()[None]
+    positions = torch.arange(3, 3 + _PROBE_TOKENS)[None]
     step, generator = StepContext(), torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _PROBE_TOKENS, compiled.width, generator=generator).bfloat16()
     called, read = list[dict[str, Any]](), list[Tensor]()
@@ -80,8 +81,8 @@ def _only_calls(model: nn.Module, decoder: nn.Module, compiled: CompiledDecoder,
 
     for kept in (0, torch.tensor([3, 1])):
         expected = hidden[:, kept] if isinstance(kept, Tensor) else hidden
-        num_logits = expected.shape[1], _PROBE_LOGITS
-        logits = torch.randn(1, *num_logits, generator=generator).bfloat16() * 100  # a model that caps them is seen
+        size = 1, expected.shape[1], compiled.num_ids
+        logits = torch.randn(size, generator=generator).bfloat16() * 100  # so large that a cap changes them
         called.clear()
         read.clear()
         with replaced([(decoder, compute_decoder), (head, compute_head)]):
@@ -89,7 +90,8 @@ def _only_calls(model: nn.Module, decoder: nn.Module, compiled: CompiledDecoder,
                 output = model(input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False, step=step)
             except PROBE_ERRORS:
                 return False
-        if [unknown_arguments(given) for given in called] != [["input_ids", "step"]] or len(read) != 1:
+        names = [{name for name, value in given.items() if value is not None} for given in called]
+        if names != [_GIVEN] or len(read) != 1:
             return False
         given, found = called[0], getattr(output, "logits", None)
         pairs = (given["input_ids"], ids), (given.get("position_ids"), positions), (read[0], expected), (found, logits)
