@@ -1,6 +1,6 @@
 """Compute a causal model's decoder and head without transformers' code around them, where it adds nothing.
 
-That code makes and unpacks two results, which takes a step of one row 3 % of its time.
+That code makes and unpacks two results, which takes 2 % of the time of a step of one row of 4 bits.
 
 Dims: N tokens, K of them with logits, H hidden size, V vocabulary.
 """
