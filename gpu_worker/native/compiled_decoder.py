@@ -424,6 +424,7 @@ def _are_same(angles: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def is_same(x: Any, y: Tensor) -> bool:
+    """Return whether x is a tensor of the same type, shape and numbers as y."""
     return isinstance(x, Tensor) and x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y)
 
 
