@@ -35,7 +35,10 @@ _LEAST_COSINE = 0.999  # to the vectors of torch in float32
 _LONG = "Translate to French: the cat sleeps on the old sofa in the kitchen. "
 _PROBES = ["", "Is it so?", _LONG], [20 * _LONG]  # a batch with padding, and a text of all tokens that are read
 _REASON_CHARS = 400  # of an error, on one line; OpenVINO names the place in its sources first
-_MAX_KERNELS = 1024  # that are kept: each length of a text needs its own; 1,024 take about 200 MB
+# Texts are padded to a multiple of this many tokens, so that there are few lengths. For the first text of a length
+# OpenVINO makes kernels, which takes 5 ms, and every change of the length takes 1 ms.
+_LENGTHS = 16
+_MAX_KERNELS = 1024  # that are kept: each number of texts of each length needs its own; 1,024 take about 200 MB
 _MAKERS = ("openvino", "sentence-transformers", "tokenizers", "transformers")  # libraries that the result depends on
 SUFFIX = ".openvino-2"  # of the folder; another number makes the files again after a change of their format
 _RECORD, _FACTS, _NETWORK, _TOKENIZER, _VECTORS = "record.json", "facts.json", "network.xml", "tokenizer.json", "v.npy"
@@ -51,7 +54,8 @@ class SavedEncoder:
         self.max_seq_length: int = min(max_tokens, facts["max_seq_length"])
         self._dim, self._names = facts["dim"], facts["names"]
         load = UnigramTokenizer if (place / RULES).exists() else _OtherTokenizer
-        self._tokenizer = load(place, self.max_seq_length, facts["pad"])
+        self._pad: int = facts["pad"]
+        self._tokenizer = load(place, self.max_seq_length, self._pad)
         network = import_openvino().Core().read_model(place / _NETWORK)
         self._run = compiled(network, num_threads or _num_cpus(), is_exact=is_exact)
 
@@ -60,12 +64,18 @@ class SavedEncoder:
 
     def encode(self, texts: Sequence[str], *, prompt: str, **_: object) -> Vectors:
         """Return the mean of each text's tokens as unit rows (N, D). Other options have their values in `Encoder`."""
-        ids, mask = self._tokenizer.encode([prompt + text for text in texts])
+        ids, mask = self._widened(*self._tokenizer.encode([prompt + text for text in texts]))
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         [tokens] = self._run([inputs[name] for name in self._names]).values()  # (N, T, D)
         means = np.einsum("ntd,nt->nd", tokens, mask.astype(np.float32)) / mask.sum(axis=1, keepdims=True)
         rows: Vectors = (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
         return rows
+
+    def _widened(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Tokens:
+        """Return tokens (N, T) with padding up to one of a few lengths."""
+        length = ids.shape[1]
+        extra = min(-length % _LENGTHS, max(self.max_seq_length - length, 0))
+        return np.pad(ids, ((0, 0), (0, extra)), constant_values=self._pad), np.pad(mask, ((0, 0), (0, extra)))
 
 
 class _OtherTokenizer:

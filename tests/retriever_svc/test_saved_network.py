@@ -6,10 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from retriever_svc import saved_network
 from retriever_svc.encoder import Encoder
@@ -62,6 +65,22 @@ def test_a_saved_encoder_in_float32_gives_a_text_the_same_vector_alone_and_in_a_
     together, alone = saved.encode(TEXTS), np.concatenate([saved.encode([text]) for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=2e-6)
     np.testing.assert_allclose(together, torchs.encode(TEXTS), atol=5e-4)  # the tiny weights are saved in 16 bits
+
+
+def test_texts_of_many_lengths_reach_the_network_in_few(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, lengths = Encoder(made), set[int]()
+    model = saved._model
+    assert isinstance(model, SavedEncoder)
+    run = model._run
+
+    def recorded(inputs: list[NDArray[np.int64]]) -> Mapping[Any, NDArray[np.float32]]:
+        lengths.add(inputs[0].shape[1])
+        return run(inputs)
+
+    monkeypatch.setattr(model, "_run", recorded)
+    for number in range(1, model.max_seq_length + 8):
+        saved.encode(["cake2 " * number])
+    assert lengths == {*range(16, model.max_seq_length, 16), model.max_seq_length}
 
 
 def test_the_first_start_in_float32_saves_the_network_too(folder: Path) -> None:
