@@ -73,6 +73,7 @@ class FakeStore:
     refused: Collection[str] = ()
     missing: Collection[str] = ()
     without_samples: Collection[str] = ()
+    without_shapes: Collection[str] = ()  # served base models whose workers have not told the shapes yet
     taken: Collection[str] = ()
     ranked: list[tuple[str, Sequence[Ranking]]] = field(default_factory=list)
     usage_files: UsageFiles | None = None
@@ -84,7 +85,7 @@ class FakeStore:
     async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         self._fail("stage")
         name = upload.adapter_name
-        if upload.base_model and upload.base_model not in shapes_by_model:
+        if upload.base_model in self.without_shapes and upload.base_model not in shapes_by_model:
             raise ShapesUnknown(upload.base_model)
         if name in self.refused:
             raise AdapterRefused(name, ["it is bad"])

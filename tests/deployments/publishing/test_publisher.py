@@ -271,6 +271,7 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
 def test_a_publish_asks_only_the_workers_of_its_own_base_model() -> None:
     publishing, other = Publishing(), FakeHandle(FakeWorker())
     publishing.workers["other"] = BaseWorkers(serve_worker(other), 60.0)
+    publishing.pool.without_shapes = BASE, "other"
     uploads = [PublishItem(Path("folders", name), base_model=BASE) for name in ("poet", "bard")]
     assert len(live(publishing.run(lambda publisher: publisher.publish(uploads, "tester")))) == 2
     assert [call.name for call in publishing.worker.calls] == ["module_shapes", "module_shapes", "probe_many"]
@@ -286,6 +287,7 @@ class Absent(FakeWorker):
 def test_an_adapter_of_a_base_model_without_a_worker_does_not_stop_the_others() -> None:
     publishing, other = Publishing(), FakeHandle(Absent())
     publishing.workers["other"] = BaseWorkers(serve_worker(other), 0.01)
+    publishing.pool.without_shapes = BASE, "other"
     names = (("poet", BASE), ("bard", "other"), ("scribe", "other"))
     uploads = [PublishItem(Path("folders", name), base_model=base_model) for name, base_model in names]
     published, *refused = publishing.run(lambda publisher: publisher.publish(uploads, "tester"))
