@@ -47,8 +47,8 @@ class Admission:
     A row brings all its adapters into the bank or none, and does not block others while it waits. A row that was passed
     `_MAX_PASSES` times reserves its part of the bank: until it runs, no other row pins adapters there. A row that
     has its adapters but does not fit the KV cache blocks all rows behind it. A row whose prompt begins like one that is
-    being computed waits for those blocks. Both wait only for running rows, which wait for nothing, so there is no
-    deadlock.
+    being computed waits for those blocks, and rows behind it start before it. Both wait only for running rows, which
+    wait for nothing, so there is no deadlock.
     """
 
     def __init__(self, loader: AdapterLoader, residency: Pins, kv_cache: RowPlaces, window: PrefetchWindow) -> None:
@@ -58,6 +58,7 @@ class Admission:
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
         self._refused: list[Row] = []  # rows of this walk that the bank had no room for
+        self._waiting_for_blocks: set[Row] = set()  # rows of this walk whose prompt's beginning is being computed
         self._is_full = False  # the KV cache has no room for the next row
         self._num_joined = 0  # rows appended, requeued or removed
         self._seen: tuple[int, ...] | None = None  # state when no row could start; None: search again
@@ -120,13 +121,14 @@ class Admission:
         self._is_full = self._kv_cache.num_free == 0
         self._window.refresh()
         self._refused.clear()
+        self._waiting_for_blocks.clear()
         for row in self.waiting.requeued:
             if not self._is_full:
                 self._try_start(row)
         for row in list(self._reserving.values()):
             if self._is_reserved(row) and not self._is_full:
                 self._try_start(row)
-        for row in self.waiting.turns():
+        for row in self.waiting.turns(self._waiting_for_blocks):
             if self._is_full:
                 if not self._window.has_room:
                     break
@@ -157,7 +159,10 @@ class Admission:
 
     def _try_start(self, row: Row) -> None:
         """Start the row, fail it, or let it wait."""
-        if not self._has_weights(row) or self._kv_cache.is_coming(len(row.tokens), row.prefix):
+        if not self._has_weights(row):
+            return
+        if self._kv_cache.is_coming(len(row.tokens), row.prefix):
+            self._waiting_for_blocks.add(row)
             return
         try:
             self._pin(row)

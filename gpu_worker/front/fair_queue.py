@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from gpu_worker.errors import EngineFull
@@ -22,6 +23,7 @@ class Queued(Protocol):
 Item = TypeVar("Item", bound=Queued)
 # The rows of each adapter set in order of arrival, and the sets in order of turn.
 _Sets: TypeAlias = dict[tuple[str, ...], dict[Item, None]]
+_MOST_SKIPPED = 16  # rows of a set, because every row behind them is compared with them
 
 
 class FairQueue(Generic[Item]):
@@ -122,10 +124,11 @@ class FairQueue(Generic[Item]):
         """Add a dequeued row again, before all others."""
         self._requeued[row] = None
 
-    def turns(self) -> Iterator[Item]:
+    def turns(self, skipped: Collection[Item] = ()) -> Iterator[Item]:
         """Yield the requeued rows, then the first row of each set, in turn.
 
-        If that row leaves the queue meanwhile, the next row of its set follows later.
+        If that row leaves the queue meanwhile, the next row of its set follows later. If the caller adds it to
+        `skipped`, the next row follows at once, but not behind many.
         A tenant's turn lasts until one of its rows is dequeued, so sets that cannot start do not cost it its turn.
         """
         yield from self.requeued
@@ -134,16 +137,18 @@ class FairQueue(Generic[Item]):
             for tenant, sets in list(pending.items()):
                 while sets:
                     adapter_set = sets.popleft()
-                    row = self._first(tenant, adapter_set)
+                    row = self._first(tenant, adapter_set, skipped)
                     if row is None:
                         continue
                     yield row
-                    if row not in self:
+                    if row in skipped:
+                        sets.appendleft(adapter_set)
+                    elif row not in self:
                         sets.append(adapter_set)
                         break
                 if not sets:
                     del pending[tenant]
 
-    def _first(self, tenant: str, adapter_set: tuple[str, ...]) -> Item | None:
-        rows = self._tenants.get(tenant, {}).get(adapter_set)
-        return next(iter(rows)) if rows else None
+    def _first(self, tenant: str, adapter_set: tuple[str, ...], skipped: Collection[Item]) -> Item | None:
+        rows = self._tenants.get(tenant, {}).get(adapter_set, {})
+        return next((row for row in islice(rows, _MOST_SKIPPED + 1) if row not in skipped), None)

@@ -43,9 +43,10 @@ class Places:
     def __init__(self) -> None:
         self.num_free, self.num_freed = NUM_PLACES, 0
         self.forgotten: set[str] = set()
+        self.coming: Prefix | None = None  # rows with this one wait
 
     def is_coming(self, num_tokens: int, prefix: Prefix | None) -> bool:
-        return False
+        return prefix is not None and prefix is self.coming
 
     def fits(self, num_tokens: int, prefix: Prefix | None) -> bool:
         return self.num_free > 0
@@ -122,6 +123,30 @@ def test_rows_start_in_turn_while_there_are_places() -> None:
     assert world.queue.admit() == []
     world.end(rows[0])
     assert world.queue.admit() == [rows[2]]
+
+
+def test_rows_behind_those_that_wait_for_blocks_start_before_them() -> None:
+    world = World()
+    prefix = Prefix([1, 2], b"", "", 1)
+    world.places.coming = prefix
+    rows = [world.submit() for _ in range(4)]
+    for row in rows[:2]:
+        row.prefix = prefix
+    assert world.queue.admit() == rows[2:]
+    assert list(world.queue.waiting) == rows[:2]
+    world.places.coming = None
+    world.end(rows[2])
+    assert world.queue.admit() == rows[:1]
+
+
+def test_only_some_rows_that_wait_for_blocks_are_passed() -> None:
+    world = World()
+    world.places.coming = prefix = Prefix([1, 2], b"", "", 1)
+    for _ in range(17):
+        world.submit().prefix = prefix
+    world.submit()
+    other = world.submit(tenant="other")
+    assert world.queue.admit() == [other]
 
 
 def test_a_full_queue_displaces_the_newest_row_of_the_tenant_with_most() -> None:
