@@ -24,7 +24,7 @@ class TokenBytes:
         """Return the token's bytes, or b"" for an id that only pads the model's output."""
         if token_id in self._added:
             content: str = self._added[token_id]
-            return content.encode()
+            return (content if self._byte_of is not None else content.replace(_SPACE, " ")).encode()
         piece = self._tokenizer.id_to_token(token_id) or ""
         if self._byte_of is not None:
             return bytes(self._byte_of[character] for character in piece if character in self._byte_of)

@@ -27,9 +27,12 @@ def test_pieces_of_a_sentencepiece_vocabulary_are_their_text() -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=False)])  # as Gemma's tokenizers have runs of spaces
     token_bytes = TokenBytes(tokenizer)
     assert [token_bytes(i) for i in (0xE4, 256, 257, 258, 259)] == [b"\xe4", b" ", b"a", b" the", "é".encode()]
     assert token_bytes(tokenizer.token_to_id("<end>")) == b"<end>"
+    spaces = tokenizer.token_to_id("▁▁")
+    assert token_bytes(spaces) == tokenizer.decode([spaces, spaces]).encode()[:2] == b"  "
 
 
 @pytest.mark.parametrize("token_id", [259, 299, 10**6])
