@@ -18,7 +18,7 @@ from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.bank.residency import Residency
 from gpu_worker.config import NativeWorkerConfig
-from gpu_worker.errors import EngineStopped, RequestFailed
+from gpu_worker.errors import EngineStopped, GrammarFailed, RequestFailed
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.fair_queue import FairQueue
 from gpu_worker.front.logprobs import Scored
@@ -298,8 +298,10 @@ class Engine:
     ) -> Delta | Exception | None:
         """Append the token to the row and return the event for its client."""
         if token is None or row.has_unsound_prompt:
-            self.kv_cache.distrust(row.kv_row)  # its keys and values may not be finite
-            return row.failure
+            failure = row.failure
+            if row.has_unsound_prompt or not isinstance(failure, GrammarFailed):
+                self.kv_cache.distrust(row.kv_row)  # its keys and values may not be finite
+            return failure
         if row.captures_next_logits and logits is not None:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gpu_worker.errors import GrammarFailed
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.attention.kv_cache import KvShape
@@ -164,6 +165,21 @@ def test_a_row_whose_logits_are_not_finite_leaves_no_blocks(make_engine: MakeEng
     [answer] = run_together(engine, [job_of("x", only(broken))])
     assert answer.error is not None
     assert engine.kv_cache.num_cached_tokens == before
+    assert_nothing_held(engine)
+
+
+def test_a_grammar_that_fails_takes_no_blocks_from_others(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    run_together(engine, [job_of("what?")])
+    grammar = SamplingParams(max_tokens=16, temperature=0, grammar=Grammar("regex", "[a-h]{9}"))
+    failing = ask(engine, job_of("why?", sampling=grammar))
+    engine.step()
+    assert failing.row.grammar is not None
+    failing.row.grammar.error = RuntimeError("too complex")
+    engine.run_until_idle()
+    assert isinstance(failing.error, GrammarFailed)
+    [later] = run_together(engine, [job_of("where?")])
+    assert later.row.num_cached_tokens >= len(PROMPT) // PAGE * PAGE
     assert_nothing_held(engine)
 
 
