@@ -19,7 +19,7 @@ from deployments.cli import access, batch, compose, keys, name, pool, pool_upkee
 from deployments.cli.client import ServerFailed, call, check_free, open_client
 from deployments.cli.client import check as check_answer
 from deployments.cli.options import DEFAULT_URL, Json, Key, KeyAnywhere, Options, Strategy, Url, Version, read_options
-from deployments.cli.output import counted, err, fail, join_lines, out, print_json, say, show_controls, show_warning
+from deployments.cli.output import counted, err, fail, join_lines, out, print_json, say, show_warning, write
 from deployments.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -191,9 +191,9 @@ def _stream(url: str, body: JsonObject, *, is_quiet: bool = False) -> str:
             for choice in event["choices"]:
                 parts.append(choice["delta"].get("content") or "")
                 if not is_quiet:
-                    out.print(show_controls(parts[-1]), end="", markup=False, highlight=False)
+                    write(parts[-1])
         if not is_quiet:
-            out.print()
+            write("\n")
             nearest = _find_nearest(client, body) if lora.get("abstained") else []
             err.print(_plan_line(lora, nearest), style="dim")
     return "".join(parts)

@@ -23,7 +23,7 @@ _PIPE_WIDTH = 1000  # of what is no terminal: no name, message or row of a table
 
 def _console(stream: TextIO, *, stderr: bool = False) -> Console:
     is_narrow = stream.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_narrow else _PIPE_WIDTH, stderr=stderr)
+    return Console(width=None if is_narrow else _PIPE_WIDTH, stderr=stderr, emoji=False)
 
 
 out = _console(sys.stdout)
@@ -65,7 +65,13 @@ def print_json(answer: JsonObject) -> None:
 
 def say(text: str) -> None:
     """Print a line for people as it is, however long."""
-    out.print(show_controls(text), markup=False, highlight=False, soft_wrap=True)
+    write(f"{text}\n")
+
+
+def write(text: str) -> None:
+    """Print a part of a text as it is. Rich would change tabs and break long lines."""
+    out.file.write(show_controls(text))
+    out.file.flush()
 
 
 def show_controls(text: str) -> str:

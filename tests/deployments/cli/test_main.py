@@ -224,6 +224,14 @@ def test_ask_streams_the_text_and_prints_the_adapters() -> None:
     assert (sent["messages"], sent["lora"]) == ([{"role": "user", "content": "Hi there"}], {"abstain": "never"})
 
 
+def test_ask_and_route_print_a_text_for_a_file_as_it_is() -> None:
+    text = f"all:\n\tcc a.c\rb :bug: 12:100:30 [b] {'x' * 3000} {'y ' * 1500}."
+    for parts in ([text], list(text)):
+        assert run_with(make_stream(*parts), "ask", "Hi").stdout == f"{text}\n"
+    plan = BASE_PLAN | {"generation": 4, "candidates": [], "why": text}
+    assert run_with({"data": [plan]}, "route", "Hi").stdout == f"{text}\n"
+
+
 @pytest.mark.parametrize("short", [False, True])
 def test_ask_sends_a_system_message_and_options_and_prints_the_whole_answer_as_json(short: bool) -> None:
     answer = {"choices": [{"message": {"content": "é"}}], "lora": BASE_PLAN}
