@@ -28,7 +28,8 @@ Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
 
 def _as_texts(value: object) -> object:
     if isinstance(value, list) and any(isinstance(item, int | list) for item in value[: MAX_INPUTS + 1]):
-        raise unsupported("", "token ids as an input")
+        remedy = "send texts, from LangChain's OpenAIEmbeddings with check_embedding_ctx_length=False"
+        raise unsupported("", f"token ids as an input: {remedy}")
     return [value] if isinstance(value, str) else value
 
 

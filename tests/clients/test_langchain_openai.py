@@ -120,6 +120,11 @@ def test_model_names(server_url: str, model_name: str) -> None:
 def test_embeddings(server_url: str) -> None:
     """embeddings with `check_embedding_ctx_length=False`"""
     model = langchain_openai.OpenAIEmbeddings(
-        model="multilingual-e5-small-tasks", base_url=server_url, api_key="none", check_embedding_ctx_length=False
+        model="multilingual-e5-small-tasks",
+        base_url=server_url,
+        api_key="none",
+        check_embedding_ctx_length=False,
+        chunk_size=256,
     )
     assert model.embed_documents(["a", "bcd"]) == [[1.0, 0.5], [3.0, 0.5]]
+    assert len(model.embed_documents(["a"] * 300)) == 300, "the server takes 256 in a request"

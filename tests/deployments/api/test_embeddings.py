@@ -56,3 +56,10 @@ def test_a_value_that_is_not_served_is_refused_by_its_path(
         request_of(**fields)
     error = validation_error(caught.value)
     assert isinstance(error, kind) and error.param == param
+
+
+def test_token_ids_are_refused_with_what_to_send_instead() -> None:
+    with pytest.raises(ValidationError) as caught:
+        request_of(input=[[1], [2]])
+    said = str(validation_error(caught.value))
+    assert "token ids as an input yet; send texts" in said and "check_embedding_ctx_length=False" in said
