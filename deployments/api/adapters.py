@@ -18,7 +18,7 @@ from retriever_svc import AskedPrompt
 
 MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
-MAX_DOCTOR_PROMPTS = 10_000
+MAX_DOCTOR_PROMPTS = 4_000  # with an adapter each, a body of more has too many JSON values
 MAX_TAGS = 32
 MAX_EDITED_SAMPLES = 10_000  # the Store refuses more than its limit with a better reason
 MAX_TAG_CHARS = 256

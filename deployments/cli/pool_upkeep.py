@@ -213,7 +213,11 @@ def doctor(
     """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
     body: JsonObject = {}
     if prompts is not None:
+        from deployments.api.adapters import MAX_DOCTOR_PROMPTS  # it imports Ray, which takes a second
+
         rows = read_labelled(prompts, needs_adapter=False)
+        if len(rows) > MAX_DOCTOR_PROMPTS:
+            fail(f"--prompts: at most {MAX_DOCTOR_PROMPTS} lines, {prompts} has {len(rows)}")
         if any(row.adapters for row in rows):
             require_known(prompts, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
         body = {"prompts": [_asked(row) for row in rows]}

@@ -33,6 +33,7 @@ def request_limits() -> str:
         ("choices of one prompt (`n`)", completions.MAX_CHOICES),
         ("rows of one request: prompts times `n`", completions.MAX_ROWS),
         ("prompts of one `/v1/route`", completions.MAX_QUERIES),
+        ("prompts of one `/v1/pool/doctor`", adapters.MAX_DOCTOR_PROMPTS),
         ("messages of one chat", completions.MAX_MESSAGES),
         ("text parts of one message", messages.MAX_PARTS),
         ("tools of one chat, and calls of one message", messages.MAX_TOOLS),

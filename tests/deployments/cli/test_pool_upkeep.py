@@ -183,6 +183,13 @@ def test_an_invalid_adapter_of_a_prompt_for_the_doctor_is_named_by_its_line(tmp_
     assert (said.code, said.asked) == (1, []) and "prompts.jsonl:1: must be" in said.err
 
 
+def test_more_prompts_than_the_doctor_takes_are_not_sent(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(lines({"prompt": "a verse", "adapter": "poet"}) * 4001)
+    said = run_with((500, {}), "pool", "doctor", "--prompts", file)
+    assert (said.code, said.asked, said.err) == (1, [], f"--prompts: at most 4000 lines, {file} has 4001")
+
+
 @pytest.fixture
 def pool(tmp_path: Path, make_record: MakeRecord) -> Path:  # noqa: F811
     """Return the folder of a pool with two adapters."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deployments.api.adapters import MAX_DOCTOR_PROMPTS
 from deployments.publishing import maintenance
 from lora_store import StoreUnavailable
 from retriever_svc import AskedReport, DoctorReport, DoctorStep, EncoderUnusable
@@ -91,6 +92,16 @@ def test_the_doctor_reports_who_answers_real_prompts() -> None:
 def test_an_invalid_prompt_for_the_doctor_is_named(prompt: dict[str, Any]) -> None:
     response = post("/v1/pool/doctor", {"prompts": [prompt]}, retriever=FakeRetriever())
     assert (response.status_code, error_of(response)["param"].partition(".")[0]) == (400, "prompts")
+
+
+def test_a_body_has_room_for_as_many_labelled_prompts_as_the_doctor_takes() -> None:
+    prompts = [{"prompt": "a verse", "adapters": ["poet"]}] * MAX_DOCTOR_PROMPTS
+    steps = [[DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))]]
+    retriever = FakeRetriever(steps=steps)
+    assert post("/v1/pool/doctor", {"prompts": prompts}, retriever=retriever).status_code == 200
+    assert len(retriever.asked[0]) == MAX_DOCTOR_PROMPTS
+    response = post("/v1/pool/doctor", {"prompts": [*prompts, prompts[0]]}, retriever=FakeRetriever())
+    assert (response.status_code, error_of(response)["param"]) == (400, "prompts")
 
 
 async def test_prompts_for_the_doctor_are_charged_to_the_key_by_their_views(tmp_path: Path) -> None:
