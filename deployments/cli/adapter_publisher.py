@@ -1,4 +1,4 @@
-"""Send many adapters in few requests, and retry those that the server had no room for."""
+"""Send many adapters in few requests, and send again what met a full server or a limit of the key."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import io
 import json
 import os
 import re
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import BinaryIO
 
 import httpx
 
-from deployments.cli.client import find_message
+from deployments.cli.client import find_message, find_wait
 from deployments.cli.output import counted, describe_problem, err
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_files, linked_files
 
 _BATCH = 64
 _REQUESTS_AT_ONCE = 2
-_PAUSES_S = (1.0, 2.0, 4.0)
-_UNAVAILABLE = 503
+_MAX_PAUSE_S = 4.0  # unless the server asks for more
+_RETRIES = {429: 30, 503: 3}  # a limit of the key passes, unless others use all of it
+_WAIT = "wait_s"  # of a refusal: how long the server asks to wait
 SAMPLES_FILE = "lora_samples.jsonl"
 SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
@@ -73,7 +76,8 @@ class AdapterPublisher:
     fields: JsonObject
     params: dict[str, str]
     sent: Callable[[int], object] = lambda _: None
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], object] | None = None  # default: wait, unless the command is interrupted
+    interrupted: Event = field(default_factory=Event)
 
     def by_path(self, items: Sequence[Item]) -> Iterator[Answered]:
         """Let the server read the folders and sources, many per commit, with up to two requests at once.
@@ -87,6 +91,9 @@ class AdapterPublisher:
         try:
             for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_places)), batches):
                 yield from answered
+        except BaseException:
+            self.interrupted.set()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupted command stops sending
 
@@ -98,21 +105,27 @@ class AdapterPublisher:
     def _until_done(
         self, items: Sequence[Item], post: Callable[[Sequence[Item]], Sequence[JsonObject]]
     ) -> Iterator[Answered]:
-        """Yield the last answer for every item. Items that got a 503 are sent again after a pause."""
-        for pause_s in (*_PAUSES_S, None):
+        """Yield the last answer for every item. Items that got a 429 or a 503 are sent again after a pause."""
+        times: Counter[int] = Counter()
+        for attempt in count():
             answered = list(zip(items, post(items), strict=True))
-            again = [item for item, answer in answered if answer["status"] == _UNAVAILABLE and pause_s is not None]
+            wait_s = max(answer.pop(_WAIT, 0.0) for _, answer in answered)
+            times.update({answer["status"] for _, answer in answered})
+            passing = {status for status, retries in _RETRIES.items() if times[status] <= retries}
+            again = [item for item, answer in answered if answer["status"] in passing]
             yield from ((item, answer) for item, answer in answered if item not in again)
-            if not again or pause_s is None:
+            if not again:
                 return
-            self.sleep(pause_s)
+            (self.sleep or self.interrupted.wait)(max(wait_s, min(2.0**attempt, _MAX_PAUSE_S)))
+            if self.interrupted.is_set():
+                return
             items = again
 
     def _post_places(self, items: Sequence[Item]) -> list[JsonObject]:
         adapters = [item.as_json() | self.fields | dict(item.fields) for item in items]
         response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
         if response.is_error:
-            return [_refusal(response.status_code, find_message(response))] * len(items)
+            return [_refusal_of(response) for _ in items]
         answers: list[JsonObject] = response.json()["data"]
         return answers
 
@@ -148,7 +161,7 @@ class AdapterPublisher:
             data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         if response.is_error:
-            return _refusal(response.status_code, find_message(response))
+            return _refusal_of(response)
         return {"status": response.status_code, **response.json()}
 
 
@@ -172,6 +185,10 @@ def open_without_links(path: str, flags: int) -> int:
 
 def _refusal(status: int, message: str) -> JsonObject:
     return {"status": status, "error": {"message": message}}
+
+
+def _refusal_of(response: httpx.Response) -> JsonObject:
+    return _refusal(response.status_code, find_message(response)) | {_WAIT: find_wait(response)}
 
 
 def samples_from(file: Path) -> bytes:

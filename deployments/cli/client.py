@@ -24,6 +24,7 @@ REMEDY = f"start `loraretriever serve`, or set its address with --url or {URL_VA
 _ANSWER_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 5.0
 _UNAUTHORIZED = 401
+_MAX_WAIT_S = 60.0  # a limit of a key is counted by the minute
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # to connections, from the first to the last
 _FIRST_PORT, _TRIED_PORTS = 20_000, 20  # `ray start` uses 10,001 to 19,999
 
@@ -127,6 +128,12 @@ def find_message(response: httpx.Response) -> str:
     if re.fullmatch(r"no adapter '[^']*'", message):
         message += "; `loraretriever list --search WORDS` finds names by a part of them"
     return message
+
+
+def find_wait(response: httpx.Response) -> float:
+    """Return how many seconds the server asks to wait before the next try, at most a minute; 0 if it does not say."""
+    text = response.headers.get("retry-after", "")
+    return min(float(text), _MAX_WAIT_S) if re.fullmatch("[0-9]+", text) else 0.0
 
 
 def lora_path(name: str) -> str:

@@ -21,7 +21,8 @@ from deployments.cli.main import cli
 
 COMMAND: Any = get_command(cli)  # built once, which takes longer than most commands, for lines without CHOICES
 CHOICES = {"-h", "--help", "--strategy", "--weights"}  # a command fills them in before its first use only
-Answer = tuple[int, Any]  # status; JSON body, text body, or a function of the JSON that was sent
+# Status; JSON body, text body, or a function of the JSON that was sent; perhaps headers.
+Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
 @dataclass
@@ -51,10 +52,10 @@ class _Handler(BaseHTTPRequestHandler):
         script.authorizations.append(self.headers.get("authorization"))
         script.content_types.append(self.headers.get("content-type") or "")
         script.bodies.append(self.rfile.read(int(self.headers.get("content-length") or 0)))
-        status, body = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
+        status, body, *more = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
         body = body(json.loads(script.bodies[-1])) if callable(body) else body
         self.send_response(status)
-        for name, value in script.headers.items():
+        for name, value in [item for headers in (script.headers, *more) for item in headers.items()]:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())

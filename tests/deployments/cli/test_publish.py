@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from deployments.cli import adapter_publisher
 from deployments.cli.adapter_publisher import AdapterPublisher, Item, open_without_links
 from deployments.cli.client import is_this_machine
 from deployments.publishing import adapter_folders
-from tests.deployments.scripted import Outcome, refusal, run_with, scripted
+from tests.deployments.scripted import Answer, Outcome, refusal, run_with, scripted
 
 
 def answer(name: str, **changes: Any) -> dict[str, Any]:
@@ -240,7 +243,7 @@ def test_equal_reasons_are_printed_once_and_whole_with_the_names(tmp_path: Path)
     assert said.endswith("refused: one, two, run, other"), "a checkpoint is named as its run"
 
 
-def send(method: str, folders: list[Path], *answers: tuple[int, Any], **fields: Any) -> tuple[Any, Any, list[float]]:
+def send(method: str, folders: list[Path], *answers: Answer, **fields: Any) -> tuple[Any, Any, list[float]]:
     """Return what a publisher got for each folder, the requests, and its pauses."""
     waits: list[float] = []
     with scripted(*answers) as server, httpx.Client(base_url=server.url) as client:
@@ -263,6 +266,42 @@ def test_a_server_that_is_always_overloaded_is_given_up(poet: Path) -> None:
     [(place, row)], server, waits = send("by_path", [poet], (207, batch(refused(503, "the store is down"))))
     assert (place, row["error"]["message"]) == (poet, "the store is down")
     assert (len(server.asked), waits) == (4, [1.0, 2.0, 4.0])
+
+
+def test_a_limit_of_the_key_is_waited_for(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, "one", "two")
+    limited = 429, refusal("the key's limit of 1 requests per minute is exceeded"), {"Retry-After": "20"}
+    done = 201, answer("one")
+    rows, server, waits = send("by_upload", folders, done, *[limited] * 6, done)
+    assert [row["status"] for _, row in rows] == [201, 201] and len(server.asked) == 8
+    assert waits == [20.0] * 6
+
+
+@pytest.mark.parametrize(("asked", "waits"), [("7", 7), ("900", 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 1), ("0", 1)])
+def test_the_server_says_how_long_to_wait_up_to_a_minute(poet: Path, asked: str, waits: float) -> None:
+    busy = 503, refusal("overloaded"), {"Retry-After": asked}
+    assert send("by_path", [poet], busy, (207, batch(answer("poet"))))[2] == [waits]
+
+
+def test_a_limit_that_others_use_up_ends_the_retries(poet: Path) -> None:
+    [(_, row)], server, waits = send("by_path", [poet], (429, refusal("the limit is exceeded"), {"Retry-After": "60"}))
+    assert row == refused(429, "the limit is exceeded")
+    assert (len(server.asked), waits) == (31, [60.0] * 30)
+
+
+def test_an_interrupted_command_does_not_wait_for_a_limit(poet: Path) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt(_: Any) -> dict[str, Any]:
+        signal.pthread_kill(main, signal.SIGINT)
+        return refusal("the limit is exceeded")
+
+    with scripted((429, interrupt, {"Retry-After": "60"})) as server, httpx.Client(base_url=server.url) as client:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            list(AdapterPublisher(client, {}, {}).by_path([Item(poet)]))
+        assert time.monotonic() - began < 30 and len(server.asked) == 1
 
 
 def test_uploads_send_one_folder_per_request(tmp_path: Path) -> None:
