@@ -130,6 +130,15 @@ def find_message(response: httpx.Response) -> str:
     return message
 
 
+def find_param(response: httpx.Response) -> str | None:
+    """Return the field that an error response names."""
+    try:
+        param: str | None = response.json()["error"]["param"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return param
+
+
 def find_wait(response: httpx.Response) -> float:
     """Return how many seconds the server asks to wait before the next try, at most a minute; 0 if it does not say."""
     text = response.headers.get("retry-after", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import httpx
 from rich.progress import track
 from rich.table import Table
 
-from deployments.cli.client import check, open_client, pages
+from deployments.cli.client import check, find_param, find_wait, open_client, pages
 from deployments.cli.output import counted, describe_problem, err, fail, out, print_json, show_error
 from deployments.json_types import JsonObject
 
 _RANKS = (1, 3, 5, 8)
 _BATCH = 32
+_INVALID, _LIMITED = 400, 429
+_MAX_WAITS = 30  # for one request; others may use all of the key's limit
 _AUROC = "AUROC of the confidence"
 _POINTS = (0.01, 0.03, 0.08, 0.15, 0.25)
 _BAR_CHARS = 20
@@ -183,7 +186,21 @@ def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Lab
 
 
 def _routed(client: httpx.Client, rows: Sequence[Labelled], options: JsonObject) -> list[JsonObject]:
-    response = client.post("/v1/route", json={"prompt": [row.prompt for row in rows], "lora": options})
+    """Return the plan of every row. Rows that are too many for the key are sent in halves."""
+    response = _post(client, {"prompt": [row.prompt for row in rows], "lora": options})
+    if len(rows) > 1 and response.status_code == _INVALID and find_param(response) == "prompt":
+        middle = len(rows) // 2
+        return [plan for half in (rows[:middle], rows[middle:]) for plan in _routed(client, half, options)]
     check(response)
     data: list[JsonObject] = response.json()["data"]
     return data
+
+
+def _post(client: httpx.Client, body: JsonObject) -> httpx.Response:
+    """Return the answer to the request, which is sent again after a limit of the key has passed."""
+    for _ in range(_MAX_WAITS):
+        response = client.post("/v1/route", json=body)
+        if response.status_code != _LIMITED:
+            return response
+        time.sleep(max(1.0, find_wait(response)))
+    return client.post("/v1/route", json=body)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.cli import routing
 from deployments.cli.routing import auroc, read_labelled
 from tests.deployments.scripted import lines, refusal, run, run_with, words
 
@@ -85,6 +87,42 @@ def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
     said = run_with([pool("poet"), *answers], "route", "--file", file_of(tmp_path, *rows))
     assert [len(body["prompt"]) for body in said.sent[1:]] == [32, 32, 1, 1]
     assert shares(said.stdout)["hit@1"] == "100.0%"
+
+
+def test_prompts_that_are_too_many_for_the_key_are_sent_in_halves(tmp_path: Path) -> None:
+    rows = [{"input": str(number), "adapter": "poet" if number % 2 else "bard"} for number in range(7)]
+
+    def plans(sent: dict[str, Any]) -> dict[str, Any]:
+        return {"data": [plan("poet" if int(text) % 2 else "bard") for text in sent["prompt"]]}
+
+    many = 400, {"error": {"message": "prompt: the request has 7 rows", "param": "prompt"}}
+    halves = [many, (200, plans), many, (200, plans), (200, plans)]  # of 7: 3 and 4, and of 4: 2 and 2
+    said = run_with([pool("poet", "bard"), *halves, *halves], "route", "--file", file_of(tmp_path, *rows))
+    assert said.code == 0, said.err
+    assert [len(body["prompt"]) for body in said.sent[1:]] == [7, 3, 4, 2, 2] * 2
+    assert shares(said.stdout)["hit@1"] == "100.0%"
+
+
+@pytest.mark.parametrize(("param", "num_rows"), [("prompt", 1), ("lora", 2), (None, 2)])
+def test_another_wrong_request_is_not_sent_in_halves(tmp_path: Path, param: str | None, num_rows: int) -> None:
+    file = file_of(tmp_path, *[{"input": "a", "adapter": "poet"}] * num_rows)
+    error = {"message": "it is wrong"} | ({} if param is None else {"param": param})
+    said = run_with([pool("poet"), (400, {"error": error})], "route", "--file", file)
+    assert (said.code, said.err, len(said.asked)) == (1, "it is wrong", 2)
+
+
+def test_a_limit_of_the_key_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(routing, "time", SimpleNamespace(sleep=waits.append))
+    file = file_of(tmp_path, {"input": "a", "adapter": "poet"})
+    limited = 429, refusal("the key's limit is exceeded")
+    routed = 200, {"data": [plan("poet")]}
+    answers = [pool("poet"), routed, (*limited, {"Retry-After": "20"}), limited, routed]
+    said = run_with(answers, "route", "--file", file)
+    assert (said.code, waits, shares(said.stdout)["hit@1"]) == (0, [20.0, 1.0], "100.0%")
+    waits.clear()
+    spent = run_with([pool("poet"), limited], "route", "--file", file)
+    assert (spent.code, spent.err, len(waits)) == (1, "the key's limit is exceeded", 30)
 
 
 @pytest.mark.parametrize(
