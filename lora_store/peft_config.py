@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ _MAX_PATTERN_LEN = 256
 _MAX_MODULE_LEN = 256
 _MAX_REPEATS = 2
 _MAX_GROUPS = 2
+_MAX_ALTERNATIVES = 8  # of |: one fewer than the alternatives that it separates
 _MAX_TABLE_REPEATS = 64
+_MAX_TABLE_ALTERNATIVES = 256
 _REPEAT = re.compile(r"[*+?{]")
+_WORDS = re.compile(r"(?<!\\)\(((?:\w|\\\.)+(?:\|(?:\w|\\\.)+)+)\)")  # a group whose alternatives are plain words
 _DANGEROUS = re.compile(r"\)[*+?{]|\(\?|\\[0-9]")  # a repeated group, look-around or flags, a back-reference
 
 
@@ -270,17 +274,39 @@ def pattern_problems(patterns: Mapping[str, object], max_patterns: int) -> list[
         return [f"has {len(patterns)} patterns, at most {max_patterns}"]
     if sum(len(_REPEAT.findall(pattern)) for pattern in patterns) > _MAX_TABLE_REPEATS:
         return [f"uses * + ? {{ more than {_MAX_TABLE_REPEATS} times in all its patterns together"]
+    if sum(pattern.count("|") for pattern in patterns) > _MAX_TABLE_ALTERNATIVES:
+        return [f"uses | more than {_MAX_TABLE_ALTERNATIVES} times in all its patterns together"]
     return [f"pattern {pattern[:100]!r} {problem}" for pattern in patterns if (problem := _problem(pattern))]
 
 
 def _problem(pattern: str) -> str | None:
     if len(pattern) > _MAX_PATTERN_LEN:
         return f"has {len(pattern)} characters, at most {_MAX_PATTERN_LEN}"
-    too_many = len(_REPEAT.findall(pattern)) > _MAX_REPEATS or pattern.count("(") > _MAX_GROUPS
+    num_repeats = len(_REPEAT.findall(pattern))
+    too_many = num_repeats > _MAX_REPEATS or pattern.count("(") > _MAX_GROUPS or pattern.count("|") > _MAX_ALTERNATIVES
     if too_many or _DANGEROUS.search(pattern):
-        return f"is too complex: at most {_MAX_REPEATS} of * + ? {{, at most {_MAX_GROUPS} groups, no repeated group"
+        return (
+            f"is too complex: at most {_MAX_REPEATS} of * + ? {{, at most {_MAX_GROUPS} groups, at most"
+            f" {_MAX_ALTERNATIVES} of |, no repeated group"
+        )
+    if num_repeats > 1 and _multiplies_matches(pattern):
+        return (
+            "is too complex: beside two of * + ? {, | may only separate plain words in a group, none of which begins"
+            " another"
+        )
     try:
         re.compile(pattern)
     except re.error as exc:
         return f"is not a valid regular expression: {exc}"
     return None
+
+
+def _multiplies_matches(pattern: str) -> bool:
+    """Return whether several alternatives of a group may match at one place, so that what follows is tried for each."""
+    rest = _WORDS.sub(lambda group: group[0] if _has_prefix(group[1].split("|")) else "", pattern)
+    return "(" in rest and "|" in rest
+
+
+def _has_prefix(words: list[str]) -> bool:
+    """Return whether one of the words begins another, or is one twice."""
+    return any(word.startswith(before) for before, word in pairwise(sorted(words)))

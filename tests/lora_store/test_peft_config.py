@@ -103,6 +103,12 @@ def test_patterns_are_resolved_as_by_peft(patterns: list[str], module: str) -> N
         ("(a+)+", "too complex"),
         ("(a|a)(a|a)(a|a)x", "too complex"),
         (".*.*.*x", "too complex"),
+        ("(" + "|" * 118 + ")(" + "|" * 118 + ").*.*[~!]", "at most 8 of |"),
+        ("|".join("abcdefghij"), "at most 8 of |"),
+        ("(.|.).*.*[~!]", "plain words"),
+        (".*.*(|)[~!]", "plain words"),
+        (r".*\.(gate|gate_up)_proj.*", "plain words"),
+        (r"\((m|mo).*.*", "plain words"),
         ("(?=a)", "too complex"),
         (r"(a)\1", "too complex"),
         ("(", "is not a valid regular expression"),
@@ -117,3 +123,20 @@ def test_a_pattern_that_could_take_too_long_is_refused(pattern: str, problem: st
 def test_a_table_of_many_patterns_is_refused() -> None:
     assert pattern_problems({f"m{n}": 1 for n in range(11)}, 10) == ["has 11 patterns, at most 10"]
     assert re.search("more than 64 times", pattern_problems({f".*m{n}.*": 1 for n in range(40)}, 100)[0])
+    assert re.search("more than 256 times", pattern_problems({f"{n}(|||||||)": 1 for n in range(40)}, 100)[0])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(q|k|v|o|gate|up|down)_proj",
+        r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+        r"layers\.(0|1|2|10|11)\..*(q|v)_proj",
+        r"layers\.\d+\..*\.(q|k|v|o)_proj",
+        r".*layers.*(self_attn\.q|mlp\.up|mlp\.down)_proj",
+        "q_proj|k_proj|v_proj",
+        ".*q_proj|.*v_proj",
+    ],
+)
+def test_a_pattern_with_ordinary_alternatives_is_accepted(pattern: str) -> None:
+    assert pattern_problems({f"layers.{number}.{pattern}": 1 for number in range(30)}, max_patterns=100) == []
