@@ -296,7 +296,7 @@ def _problem(pattern: str) -> str | None:
         )
     try:
         re.compile(pattern)
-    except re.error as exc:
+    except (re.error, OverflowError) as exc:  # the latter for a number of repeats that is too large
         return f"is not a valid regular expression: {exc}"
     return None
 

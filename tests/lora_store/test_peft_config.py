@@ -112,6 +112,7 @@ def test_patterns_are_resolved_as_by_peft(patterns: list[str], module: str) -> N
         ("(?=a)", "too complex"),
         (r"(a)\1", "too complex"),
         ("(", "is not a valid regular expression"),
+        ("q{4294967295}", "is not a valid regular expression: the repetition number is too large"),
         ("a" * 257, "has 257 characters"),
     ],
 )
