@@ -109,6 +109,8 @@ def _successor(
     record: AdapterRecord, live: AdapterRecord, precondition: Precondition, *, keeps_visibility: bool
 ) -> AdapterRecord:
     """Return the version with what it takes over from the live one of its name. Raises: AdapterRefused."""
+    if precondition == "kept":
+        record = replace(record, expires_at=live.expires_at)
     if record.is_unlisted and not live.is_unlisted:
         reason = "a listed adapter has this name: choose another one for an unlisted adapter"
         raise AdapterRefused(record.ref.name, [reason])
@@ -116,7 +118,7 @@ def _successor(
         record = replace(record, visibility=live.visibility)
     if not record.is_offered and live.ref == record.ref:
         record = replace(record, trial=live.trial)
-    return replace(record, expires_at=live.expires_at) if precondition == "kept" else record
+    return record
 
 
 def _dated(record: AdapterRecord, live: AdapterRecord | None, kept: Iterable[AdapterRecord]) -> AdapterRecord:

@@ -242,6 +242,14 @@ def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
     assert store.snapshot().records["local", "poet"].trial == Trial(live.ref.digest, 0.5)
 
 
+def test_a_rollback_to_a_version_that_was_unlisted_is_listed(store: LoraStore, publish: PublishOne) -> None:
+    first, live = publish(seed=0, ttl_s=60.0), publish(seed=1)
+    assert (first.record.is_unlisted, live.record.is_unlisted) == (True, False)
+    store.commit([store.restage(first.record)], [None], [1.0], "me", "kept")
+    now = store.snapshot().records["local", "poet"]
+    assert (now.ref, now.expires_at) == (first.ref, None)
+
+
 def test_an_approved_version_that_is_tried_again_stays_approved(store: LoraStore, publish: PublishOne) -> None:
     first = publish(seed=0)
     store.approve([first.ref], "admin")
