@@ -70,10 +70,10 @@ def unreadable(keys: Collection[str], read: Mapping[str, Spelling]) -> Iterator[
     num = Counter(read[key].name if key in read else key for key in keys)
     for name in sorted(name for name, count in num.items() if count > 1)[:_NUM_SHOWN]:
         both = sorted(key for key in keys if (read[key].name if key in read else key) == name)
-        yield f"{WEIGHTS_FILE}: {' and '.join(repr(key[:200]) for key in both)} are the same tensor: keep one of them"
+        yield f"{WEIGHTS_FILE}: {_list_names(both, ' and ')} are the same tensor: keep one of them"
     adapters = {read[key].adapter if key in read else None for key in keys if split_key(key) or key in read}
     if len(adapters) > 1:
-        names = ", ".join(sorted(repr(name or "no name") for name in adapters))
+        names = _list_names([name or "no name" for name in adapters])
         yield f"{WEIGHTS_FILE}: has tensors of several adapters ({names}): save one adapter a folder"
 
 
@@ -117,11 +117,9 @@ def vocabulary_tensors(keys: Collection[str], modules: Collection[str] | None) -
 def explain_vocabulary(keys: Collection[str]) -> Iterator[str]:
     """Yield the reason why these tensors are refused, if there are any."""
     if keys:
-        shown = ", ".join(repr(key[:200]) for key in sorted(keys)[:_NUM_SHOWN])
-        rest = f" and {len(keys) - _NUM_SHOWN} more" if len(keys) > _NUM_SHOWN else ""
         yield (
-            f"the adapter adds or changes vocabulary ({shown}{rest}), which is not supported: leave the embedding and"
-            " the output head out of target_modules and modules_to_save"
+            f"the adapter adds or changes vocabulary ({_list_names(keys)}), which is not supported: leave the embedding"
+            " and the output head out of target_modules and modules_to_save"
         )
 
 
@@ -154,6 +152,12 @@ def explain_names(misnamed: dict[str, str], num_tensors: int) -> Iterator[str]:
         f"{WEIGHTS_FILE}: {count} tensor names {what}: {key!r} must be {wanted!r}. Save the adapter with"
         " PEFT's save_pretrained, or rename its tensors"
     )
+
+
+def _list_names(names: Collection[str], separator: str = ", ") -> str:
+    """Return the first of these names in their order, and how many others there are."""
+    shown = separator.join(repr(name[:200]) for name in sorted(names)[:_NUM_SHOWN])
+    return shown + (f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else "")
 
 
 def _is_known(key: str, modules: Collection[str] | None) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_store import AdapterRefused, LoraStore, ModuleWeights, check_folder
 from lora_store.peft_files import MLX_WEIGHTS_FILE, WEIGHTS_FILE, write_peft_folder
-from lora_store.tensor_names import read_names
+from lora_store.tensor_names import read_names, unreadable
 from lora_store.validation import CheckedFolder
 from lora_store.weights_blob import WeightsBlob
 from tests.bad_uploads import config
@@ -187,6 +187,15 @@ def test_two_tensors_that_are_one_of_pefts_or_of_two_adapters_are_refused(make_f
     respell(folder, lambda key: key.replace(".weight", ".b.weight" if "layers.1" in key else ".a.weight"))
     [reason] = reasons(folder)
     assert "has tensors of several adapters ('a', 'b'): save one adapter a folder" in reason
+
+
+def test_a_reason_shows_three_of_many_tensors_and_adapters() -> None:
+    keys = [KEY.replace(".weight", f".a{number}.weight") for number in range(10_000)]
+    same, several = unreadable(keys, read_names(keys, SHAPES))
+    assert same.endswith(
+        f"{keys[0]!r} and {keys[1]!r} and {keys[10]!r} and 9997 more are the same tensor: keep one of them"
+    )
+    assert "has tensors of several adapters ('a0', 'a1', 'a10' and 9997 more): save one" in several
 
 
 def test_torchtunes_own_format_is_read_where_no_rows_are_reordered() -> None:
