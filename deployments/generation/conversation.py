@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu_worker.front.request.prompts import Message
+from retriever_svc.views import LONG_CHARS
 
 MAX_JOINED = 4  # user turns, including the last
 MAX_SYSTEM_CHARS = 500  # read of a system text
@@ -113,11 +114,15 @@ def _texts(users: Sequence[str]) -> list[str]:
 
 
 def _joined(users: Sequence[str]) -> str:
-    """Join the last turn with those before it, back to the first complete one."""
+    """Join the last turn with those before it, back to the first complete one.
+
+    Blank lines join what is long enough to have views, so that the last turn is one and is read behind any long turn.
+    """
     start = len(users) - 1
     while start > 0 and len(users) - start < MAX_JOINED and (start == len(users) - 1 or _depends(users[start])):
         start -= 1
-    return "\n".join(users[start:])
+    joined = "\n\n".join(users[start:])
+    return joined if len(joined) >= LONG_CHARS else "\n".join(users[start:])
 
 
 def _depends(text: str) -> bool:

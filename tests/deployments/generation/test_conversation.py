@@ -17,6 +17,7 @@ from deployments.generation.conversation import (
 )
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.tools import ToolCall
+from retriever_svc.views import LONG_CHARS, split_views
 
 TASK = "Negate the statement: the chemists have loved shopping"
 OTHER = "Turn this statement into a question: the florists learn maths"
@@ -53,6 +54,25 @@ def test_a_turn_is_read_alone_if_it_is_complete_and_with_earlier_ones_otherwise(
     """An elliptic turn is joined back to a complete one, and a short turn is tried alone first."""
     earlier = tuple((text,) if isinstance(text, str) else text for text in previous)
     assert choose_texts(said(*turns)) == RoutingTexts(tuple(texts), previous=earlier)
+
+
+@pytest.mark.parametrize("num_chars", [LONG_CHARS, 1_700, 20_000])
+def test_a_follow_up_after_a_long_turn_is_a_view_of_its_own(num_chars: int) -> None:
+    """The encoder reads the beginning of a text, so it would not reach the end of one long paragraph."""
+    passage = ("The river rises in the hills and flows past three old mills. " * 400)[:num_chars].strip()
+    for follow_up in ("Now translate this into German, please", "the long night"):
+        text = choose_texts(said(passage, follow_up)).texts[-1]
+        assert text == f"{passage}\n\n{follow_up}"
+        assert split_views(text)[1:] == [follow_up, passage]
+
+
+def test_a_blank_line_joins_turns_only_where_views_are_made_of_them() -> None:
+    follow_up = "Now translate this into German, please"
+    room = LONG_CHARS - len(follow_up)
+    for num_chars, between in ((room - 3, "\n"), (room - 2, "\n\n")):
+        [text] = choose_texts(said("x" * num_chars, follow_up)).texts
+        assert text == "x" * num_chars + between + follow_up
+        assert len(split_views(text)) == (1 if between == "\n" else 3)
 
 
 def test_no_more_than_the_bound_is_joined() -> None:
