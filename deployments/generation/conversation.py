@@ -3,7 +3,8 @@
 The rule, in this order:
 
 1. A client's housekeeping prompt, such as "Generate a concise title for this chat", finds no adapter: the base model
-   answers. Adapters are trained on tasks, not on a client's chores.
+   answers. Adapters are trained on tasks, not on a client's chores. A system text is such a prompt only where there is
+   one user turn, or as the last message.
 2. The last user turn is the text.
 3. An elliptic last turn, such as "and for coffee?", means nothing alone: earlier user turns are joined to it, back to
    the first one that is complete, at most `MAX_JOINED`.
@@ -46,9 +47,14 @@ _ORDER = re.compile(
     r"|\bsummari[sz]e (this|the|our) (chat|conversation|discussion)\b[^\n]{0,100}\bfuture context\b",
     re.IGNORECASE,
 )
-_ABOUT_CHAT = re.compile(
-    r"\b(this|the|our|entire) (chat|conversation|discussion|dialog|dialogue)\b|\bchat[ _]history\b", re.IGNORECASE
+_ABOUT_CHAT = re.compile(  # but not about one that has a subject of its own, or follows in the prompt
+    r"\b(for|from|of|given?|based on|next in|find|(summari[sz]|categori[sz]|describ|captur|reflect)(e|es|s|ing))"
+    r" (this|the|our)( entire)? (chat|conversation|discussion)\b"
+    r"(?! (about|among|below|between|on|over|app|board|bot|culture|forum|group|paper|room|section)\b|:\s*\n)"
+    r"|\b(chat|conversation|dialog(ue)?)[ _]history\b",
+    re.IGNORECASE,
 )
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s(?![a-z\d])|(?<=\n)")  # not behind "max." or "e.g."
 _AUTOCOMPLETION = re.compile(r"\s*#+ ?task:\s+you are an autocompletion system\b", re.IGNORECASE)
 _DESCRIPTION = re.compile(  # with a bounded gap, as an unbounded one would be searched again from each "i am"
     r"(you are|you're|act as|i am|my name is)\b[^.\n]{0,200}\b(assistant|chatbot|ai|model)\b[^.\n]*[.\n]?",
@@ -73,7 +79,8 @@ def choose_texts(messages: Sequence[Message]) -> RoutingTexts:
     """Return the texts of a conversation of at least one message. Without a user turn, read the last message."""
     users = [message.content for message in messages if message.role == "user"] or [messages[-1].content]
     system = "\n".join(message.content for message in messages if message.role == "system")
-    if is_housekeeping(users[-1]) or is_housekeeping(system):
+    closing = messages[-1].content if messages[-1].role == "system" else ""
+    if is_housekeeping(users[-1]) or is_housekeeping(system if len(users) == 1 else closing):
         return RoutingTexts((users[-1],), is_housekeeping=True)
     texts = _texts(users)
     order = _DESCRIPTION.sub("", system.strip()[:_MOST_SEARCHED_CHARS], count=1).strip()[:MAX_SYSTEM_CHARS]
@@ -84,11 +91,15 @@ def choose_texts(messages: Sequence[Message]) -> RoutingTexts:
 
 
 def is_housekeeping(text: str) -> bool:
-    """Return whether a client asks for its own use: a title, tags, follow-up questions or search queries of a chat."""
+    """Return whether a client asks for its own use: a title, tags, follow-up questions or search queries of a chat.
+
+    One sentence gives the order and names the chat. A task may speak of a conversation elsewhere.
+    """
     if _AUTOCOMPLETION.match(text):
         return True
     windows = (text[:_WINDOW], text[-_WINDOW:])
-    return any(_ORDER.search(window) and _ABOUT_CHAT.search(window) for window in windows)
+    sentences = [sentence for window in windows for sentence in _SENTENCE_ENDS.split(window.strip())]
+    return any(_ORDER.search(sentence) and _ABOUT_CHAT.search(sentence) for sentence in sentences)
 
 
 def is_elliptic(text: str) -> bool:

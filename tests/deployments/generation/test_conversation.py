@@ -133,6 +133,11 @@ def test_without_a_user_turn_the_last_message_is_read(role: str) -> None:
         "Please generate a four to five word title summarizing our conversation without any lead-in or punctuation.",
         "Based on the text above, give this conversation a name.",
         "Summarize the discussion briefly in 200 words or less to use as a prompt for future context.",
+        "Based on the chat history, give this conversation a name.\nKeep it short. Here it is:\n```\nUser: hi\n```",
+        "Given the conversation above, generate a title that describes it in 3.5 words or less.",
+        "Generate a title for this conversation:\n",
+        "Write a short title (max. 5 words) for this conversation",
+        "Suggest 3-5 relevant follow-up questions that the user might naturally ask next in this conversation.",
         "User: hi\nAI: hello\n" * 400 + "Reply with a title for the chat that is 3-4 words in length.",
     ],
 )
@@ -140,6 +145,12 @@ def test_a_clients_housekeeping_finds_no_adapter(text: str) -> None:
     assert is_housekeeping(text)
     assert choose_texts(said(TASK, text)).is_housekeeping
     assert choose_texts([Message("system", text), *said("User: hi")]).is_housekeeping
+
+
+PRODUCTS = (
+    "You are a product writer. Write a title for each product that the user describes. "
+    "Keep to the products of this conversation."
+)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +162,37 @@ def test_a_clients_housekeeping_finds_no_adapter(text: str) -> None:
         "What is the title of the book that they mention in this conversation?",
         "### Task:\nRespond to the user query using the provided context, with citations.\n<context>Dogs</context>",
         "Create a search query language in Python",
+        "Write a title for this dialogue:\nAnna: Are you coming?\nBen: Yes, at 8.",
+        "Write a title for this conversation:\nAnna: Are you coming?\nBen: Yes, at 8.",
+        "Generate a follow-up question for the conversation below.\nQ: Who are you?\nA: The cook.",
+        "Suggest a title for my blog post about the discussion culture in Germany.",
+        "Suggest a title for my blog post on the conversation.",
+        "Suggest tags for my article about the discussion on climate policy.",
+        "Write a title for the discussion section of my thesis",
+        "Write a title for each product. The customer is a friend of the conversation.",
+        PRODUCTS,
         TASK,
     ],
 )
 def test_a_prompt_of_a_task_is_not_housekeeping(text: str) -> None:
     assert not is_housekeeping(text)
     assert not choose_texts(said(text)).is_housekeeping
+    assert not choose_texts([Message("system", text), *said("wool socks, grey")]).is_housekeeping
+
+
+def test_a_system_text_is_housekeeping_only_with_one_turn_or_behind_all_turns() -> None:
+    system, turns = Message("system", "Generate a concise title for this chat"), said(TASK, OTHER)
+    assert choose_texts([system, *said(TASK)]).is_housekeeping
+    assert not choose_texts([system, *turns]).is_housekeeping
+    assert choose_texts([*turns, Message("assistant", "Done."), system]).is_housekeeping
+
+
+@pytest.mark.parametrize("repeated", ["write title ", "write ", "title ", "title for the chat on ", " ", "\n", "a. "])
+def test_no_text_takes_long_to_be_found_no_housekeeping(repeated: str) -> None:
+    text = "write " + repeated * (1_000_000 // len(repeated)) + "x"
+    began = time.thread_time()
+    assert not is_housekeeping(text)
+    assert time.thread_time() - began < 0.2
 
 
 @pytest.mark.parametrize("text", ["android", "notable", "oranges", "butterfly", "", "c a t"])
