@@ -39,7 +39,7 @@ from retriever_svc.vector_cache import SAMPLES_OWNER
 
 NEAR_COPY = 0.95
 OWN_PER_ACCEPTED = 3  # rows of the publisher for each accepted one, which is at most a quarter of all
-MAX_OUTCOMES = 64  # of one tenant that apply, the newest ones
+MAX_OUTCOMES = 64  # of one tenant that apply
 MAX_LOST = 0.01  # of the publishers' samples that no longer find their adapter
 MAX_ANSWERED = 0.02  # of ordinary prompts that an adapter answers
 _NUM_CHECKED = 16  # nearest adapters of each changed one whose samples are asked
@@ -172,17 +172,15 @@ def learn(
     `refused`: the outcomes that this tenant's earlier call refused, which are not checked again until an applied one is
     withdrawn. It is updated.
     """
-    chosen = list(_bounded(outcomes))
+    said = {outcome: tuple(_said(pool, tenant, outcome)) for outcome in outcomes}
+    chosen = _bounded(outcome for outcome in outcomes if said[outcome] or outcome.adapter is None)
     vectors = _encoded(pool, [outcome.text for outcome in chosen], tenant)
     none = np.empty(0, np.float32)
     rankings = []
     for outcome, vector in zip(chosen, vectors, strict=True):
-        adapters = tuple(
-            RankedAdapter(ref, outcome.score, 1, is_beaten) for ref, is_beaten in _said(pool, tenant, outcome)
-        )
-        if adapters or outcome.adapter is None:
-            anchor = AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "")
-            rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
+        adapters = tuple(RankedAdapter(ref, outcome.score, 1, is_beaten) for ref, is_beaten in said[outcome])
+        anchor = AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "")
+        rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
     check = _Check(pool, tenant, abstain, min_score, samples)
     refused = set() if refused is None else refused
     ranks = pool.snapshot.rankings.get(tenant, ())
@@ -223,17 +221,23 @@ def _split_harmful(
     return kept, harmful
 
 
-def _bounded(outcomes: Iterable[Feedback]) -> Iterator[Feedback]:
-    """Yield the outcomes that may apply, at most `MAX_PER_KEY` of a key for an adapter."""
+def _bounded(outcomes: Iterable[Feedback]) -> list[Feedback]:
+    """Return the outcomes that may apply, at most `MAX_PER_KEY` of a key for an adapter, in the given order.
+
+    The keys take turns at the places, each with its newest outcome that has none.
+    """
     counts: Counter[tuple[str, str | None]] = Counter()
-    for outcome in outcomes:
+    turns: Counter[str] = Counter()
+    waiting = list[tuple[int, int, Feedback]]()
+    for number, outcome in enumerate(outcomes):
         says_nothing = outcome.score == 0 or (outcome.adapter is None and outcome.score < 0)
         if says_nothing or counts[outcome.key_id, outcome.adapter] == MAX_PER_KEY:
             continue
         counts[outcome.key_id, outcome.adapter] += 1
-        yield outcome
-        if counts.total() == MAX_OUTCOMES:
-            return
+        waiting.append((turns[outcome.key_id], number, outcome))
+        turns[outcome.key_id] += 1
+    chosen = sorted((number, outcome) for _, number, outcome in sorted(waiting)[:MAX_OUTCOMES])
+    return [outcome for _, outcome in chosen]
 
 
 def _said(pool: Pool, tenant: str, outcome: Feedback) -> Iterator[tuple[AdapterRef, bool]]:

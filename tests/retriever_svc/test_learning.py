@@ -14,7 +14,7 @@ from lora_store.adapter import Sample, is_valid_name
 from lora_store.bounded_files import Limits
 from lora_store.events import Rank
 from lora_store.feedback import MAX_PER_KEY, Feedback
-from lora_store.rankings import Ranking
+from lora_store.rankings import OUTCOME, Ranking
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc import IndexSettings, Retriever
@@ -235,6 +235,33 @@ def test_one_key_has_few_outcomes_for_an_adapter_and_a_tenant_has_a_bounded_numb
     assert len(learnt(*flood, outcome("odd", "coder", 1, key="quiet")).rankings) == MAX_PER_KEY + 1
 
 
+def test_outcomes_about_adapters_that_are_gone_or_may_not_be_found_take_no_place() -> None:
+    strange = record("strange", POET_TEXTS, tenant="rival")
+    pool = Pool.of(snapshot_of(POET, CODER, strange), ENCODER, IndexSettings(requires_approval=True))
+    gone = [outcome("odd", f"gone{number}", 1) for number in range(MAX_OUTCOMES)]
+    hidden = [outcome("odd", "rival/strange", 1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
+    found = learnt(*gone, *hidden, outcome("odd", "coder", 1), pool=pool)
+    assert [item.ref.name for ranking in found.rankings for item in ranking.adapters] == ["coder"]
+
+
+def test_keys_take_turns_at_a_tenants_places() -> None:
+    """A single key may have all places. Beside others it keeps its newest outcomes, and the order is not changed."""
+    axes = np.eye(24, dtype=np.float32)
+    records = [record_of(f"adapter{place}", axes[place], num_samples=1) for place in range(23)]
+    encoder = FakeEncoder({"odd": axes[23], **{row.ref.name: axes[place] for place, row in enumerate(records)}}, dim=24)
+    pool = Pool.of(snapshot_of(*records), encoder, IndexSettings())
+    loud = [outcome("odd", f"adapter{place // 3}", 1, key="loud", number=place) for place in range(66)]
+    quiet = [outcome("odd", "adapter22", 1, key=key, number=number) for key in ("a", "b") for number in range(2)]
+
+    def ids(*said: Feedback) -> list[str]:
+        found = learn(pool, "local", said, lambda r: [Sample(r.ref.name)], "balanced")
+        assert (found.num_refused, found.num_left) == (0, 0)
+        return [ranking.anchor.name.removeprefix(OUTCOME) for ranking in found.rankings]
+
+    assert ids(*loud) == [said.id for said in loud[:MAX_OUTCOMES]]
+    assert ids(*loud, *quiet) == [said.id for said in [*loud[: MAX_OUTCOMES - 4], *quiet]]
+
+
 def test_an_outcome_that_takes_a_publishers_samples_away_is_left_out_and_others_apply() -> None:
     found = learnt(outcome("poem 0", "poet", -1), outcome("odd", "coder", 1))
     assert ([ranking.adapters[0].ref.name for ranking in found.rankings], found.num_refused) == (["coder"], 1)
@@ -311,7 +338,7 @@ def test_the_checks_of_one_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
 def test_outcomes_that_apply_stay_while_later_harmful_ones_are_looked_for() -> None:
     said = [outcome("odd", "coder", 1, key=f"k{number}") for number in range(MAX_OUTCOMES)]
     pool = Pool.of(with_applied(learnt(*said), POET, CODER), ENCODER, IndexSettings())
-    harmful = [outcome("poem 0", "poet", -1), outcome("code 0", "coder", -1)]
+    harmful = [outcome("poem 0", "poet", -1, key="a"), outcome("code 0", "coder", -1, key="b")]
     found = learnt(harmful[0], *said[:31], harmful[1], *said[31:], pool=pool)
     assert (len(found.rankings), found.num_refused, found.num_left) == (MAX_OUTCOMES - 2, 2, 0)
 
