@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +55,8 @@ _MAX_PATTERN_LEN = 256
 _MAX_MODULE_LEN = 256
 _MAX_REPEATS = 2
 _MAX_GROUPS = 2
-_MAX_ALTERNATIVES = 8  # of |: one fewer than the alternatives that it separates
+# Of |: one fewer than the alternatives that it separates. The latter between plain words beside at most one repeat.
+_MAX_ALTERNATIVES, _MAX_WORDS = 8, 64
 _MAX_TABLE_REPEATS = 64
 _MAX_TABLE_ALTERNATIVES = 256
 _REPEAT = re.compile(r"[*+?{]")
@@ -283,13 +284,14 @@ def _problem(pattern: str) -> str | None:
     if len(pattern) > _MAX_PATTERN_LEN:
         return f"has {len(pattern)} characters, at most {_MAX_PATTERN_LEN}"
     num_repeats = len(_REPEAT.findall(pattern))
-    too_many = num_repeats > _MAX_REPEATS or pattern.count("(") > _MAX_GROUPS or pattern.count("|") > _MAX_ALTERNATIVES
-    if too_many or _DANGEROUS.search(pattern):
+    has_words = num_repeats < 2 and not _multiplies_matches(pattern, _has_prefix_beside_numbers)
+    too_many = num_repeats > _MAX_REPEATS or pattern.count("(") > _MAX_GROUPS
+    if too_many or pattern.count("|") > (_MAX_WORDS if has_words else _MAX_ALTERNATIVES) or _DANGEROUS.search(pattern):
         return (
             f"is too complex: at most {_MAX_REPEATS} of * + ? {{, at most {_MAX_GROUPS} groups, at most"
-            f" {_MAX_ALTERNATIVES} of |, no repeated group"
+            f" {_MAX_ALTERNATIVES} of |, or {_MAX_WORDS} between plain words beside one of * + ? {{, no repeated group"
         )
-    if num_repeats > 1 and _multiplies_matches(pattern):
+    if num_repeats > 1 and _multiplies_matches(pattern, _has_prefix):
         return (
             "is too complex: beside two of * + ? {, | may only separate plain words in a group, none of which begins"
             " another"
@@ -301,10 +303,19 @@ def _problem(pattern: str) -> str | None:
     return None
 
 
-def _multiplies_matches(pattern: str) -> bool:
-    """Return whether several alternatives of a group may match at one place, so that what follows is tried for each."""
-    rest = _WORDS.sub(lambda group: group[0] if _has_prefix(group[1].split("|")) else "", pattern)
+def _multiplies_matches(pattern: str, match_together: Callable[[list[str]], bool]) -> bool:
+    """Return whether many alternatives of a group may match at one place, so that what follows is tried for each.
+
+    `match_together`: whether plain words may.
+    """
+    rest = _WORDS.sub(lambda group: group[0] if match_together(group[1].split("|")) else "", pattern)
     return "(" in rest and "|" in rest
+
+
+def _has_prefix_beside_numbers(words: list[str]) -> bool:
+    """Return whether one of the words is there twice or begins another. Numbers of layers may begin others."""
+    others = [word for word in words if not word.isdecimal() or len(word) > 3]
+    return len({*words}) < len(words) or _has_prefix(others)
 
 
 def _has_prefix(words: list[str]) -> bool:

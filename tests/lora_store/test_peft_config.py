@@ -104,7 +104,9 @@ def test_patterns_are_resolved_as_by_peft(patterns: list[str], module: str) -> N
         ("(a|a)(a|a)(a|a)x", "too complex"),
         (".*.*.*x", "too complex"),
         ("(" + "|" * 118 + ")(" + "|" * 118 + ").*.*[~!]", "at most 8 of |"),
-        ("|".join("abcdefghij"), "at most 8 of |"),
+        ("|".join(map(str, range(70))), "at most 8 of |"),
+        (f"({'|'.join('m' * number for number in range(1, 12))}).*[~!]", "at most 8 of |"),
+        (f"({'|'.join(map(str, [*range(12), 3]))})x", "at most 8 of |"),
         ("(.|.).*.*[~!]", "plain words"),
         (".*.*(|)[~!]", "plain words"),
         (r".*\.(gate|gate_up)_proj.*", "plain words"),
@@ -134,10 +136,11 @@ def test_a_table_of_many_patterns_is_refused() -> None:
         r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
         r"layers\.(0|1|2|10|11)\..*(q|v)_proj",
         r"layers\.\d+\..*\.(q|k|v|o)_proj",
+        rf"layers\.({'|'.join(map(str, range(48)))})\.self_attn\..*_proj",
         r".*layers.*(self_attn\.q|mlp\.up|mlp\.down)_proj",
         "q_proj|k_proj|v_proj",
         ".*q_proj|.*v_proj",
     ],
 )
 def test_a_pattern_with_ordinary_alternatives_is_accepted(pattern: str) -> None:
-    assert pattern_problems({f"layers.{number}.{pattern}": 1 for number in range(30)}, max_patterns=100) == []
+    assert pattern_problems({f"layers.{number}.{pattern}": 1 for number in range(5)}, max_patterns=100) == []
