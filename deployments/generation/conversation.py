@@ -4,7 +4,7 @@ The rule, in this order:
 
 1. A client's housekeeping prompt, such as "Generate a concise title for this chat", finds no adapter: the base model
    answers. Adapters are trained on tasks, not on a client's chores. A system text is such a prompt only where there is
-   one user turn, or as the last message.
+   one user turn, or as the last message, and an earlier user turn only directly before the last one.
 2. The last user turn is the text.
 3. An elliptic last turn, such as "and for coffee?", means nothing alone: earlier user turns are joined to it, back to
    the first one that is complete, at most `MAX_JOINED`.
@@ -49,8 +49,8 @@ _ORDER = re.compile(
 )
 _ABOUT_CHAT = re.compile(  # but not about one that has a subject of its own, or follows in the prompt
     r"\b(for|from|of|given?|based on|next in|find|(summari[sz]|categori[sz]|describ|captur|reflect)(e|es|s|ing))"
-    r" (this|the|our)( entire)? (chat|conversation|discussion)\b"
-    r"(?! (about|among|below|between|on|over|app|board|bot|culture|forum|group|paper|room|section)\b|:\s*\n)"
+    r" (this|the|our)( entire)? (chat|(conversation|discussion)(?!:\s*\n))\b"
+    r"(?! (about|among|below|between|on|over|app|board|bot|culture|forum|group|paper|room|section)\b)"
     r"|\b(chat|conversation|dialog(ue)?)[ _]history\b",
     re.IGNORECASE,
 )
@@ -79,8 +79,7 @@ def choose_texts(messages: Sequence[Message]) -> RoutingTexts:
     """Return the texts of a conversation of at least one message. Without a user turn, read the last message."""
     users = [message.content for message in messages if message.role == "user"] or [messages[-1].content]
     system = "\n".join(message.content for message in messages if message.role == "system")
-    closing = messages[-1].content if messages[-1].role == "system" else ""
-    if is_housekeeping(users[-1]) or is_housekeeping(system if len(users) == 1 else closing):
+    if any(map(is_housekeeping, [users[-1], *_orders(messages)])):
         return RoutingTexts((users[-1],), is_housekeeping=True)
     texts = _texts(users)
     order = _DESCRIPTION.sub("", system.strip()[:_MOST_SEARCHED_CHARS], count=1).strip()[:MAX_SYSTEM_CHARS]
@@ -88,6 +87,18 @@ def choose_texts(messages: Sequence[Message]) -> RoutingTexts:
         texts.append(f"{order}\n{texts[0]}")
     earlier = range(len(users) - 1, max(0, len(users) - 1 - MAX_JOINED), -1)
     return RoutingTexts(tuple(texts), tuple(tuple(_texts(users[:place])) for place in earlier))
+
+
+def _orders(messages: Sequence[Message]) -> list[str]:
+    """Return the texts beside the last user turn that may order housekeeping.
+
+    They are the system texts beside the only user turn, the last message, and a user turn directly before the last one:
+    some clients send their order first and then the turn that it is about.
+    """
+    is_only_turn = sum(message.role == "user" for message in messages) == 1
+    last = messages[-1:] if len(messages) < 2 or messages[-2].role != "user" else messages[-2:]
+    systems = [message for message in messages if message.role == "system"] if is_only_turn else []
+    return [message.content for message in (*systems, *last) if message.role in ("system", "user")]
 
 
 def is_housekeeping(text: str) -> bool:

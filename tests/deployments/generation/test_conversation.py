@@ -137,6 +137,7 @@ def test_without_a_user_turn_the_last_message_is_read(role: str) -> None:
         "Given the conversation above, generate a title that describes it in 3.5 words or less.",
         "Generate a title for this conversation:\n",
         "Write a short title (max. 5 words) for this conversation",
+        "Write a short title for this chat:\nUser: hi\nAssistant: hello",
         "Suggest 3-5 relevant follow-up questions that the user might naturally ask next in this conversation.",
         "User: hi\nAI: hello\n" * 400 + "Reply with a title for the chat that is 3-4 words in length.",
     ],
@@ -185,6 +186,13 @@ def test_a_system_text_is_housekeeping_only_with_one_turn_or_behind_all_turns() 
     assert choose_texts([system, *said(TASK)]).is_housekeeping
     assert not choose_texts([system, *turns]).is_housekeeping
     assert choose_texts([*turns, Message("assistant", "Done."), system]).is_housekeeping
+
+
+def test_an_earlier_turn_is_housekeeping_only_directly_before_the_last_one() -> None:
+    order, answer = Message("user", "Generate a title for this conversation:\n"), Message("assistant", "Cats")
+    assert choose_texts([order, *said(TASK)]).is_housekeeping
+    assert choose_texts([Message("system", "You name chats."), order, *said(TASK)]).is_housekeeping
+    assert not choose_texts([order, answer, *said(TASK)]).is_housekeeping
 
 
 @pytest.mark.parametrize("repeated", ["write title ", "write ", "title ", "title for the chat on ", " ", "\n", "a. "])
