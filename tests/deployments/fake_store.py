@@ -85,8 +85,9 @@ class FakeStore:
     async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         self._fail("stage")
         name = upload.adapter_name
-        if upload.base_model in self.without_shapes and upload.base_model not in shapes_by_model:
-            raise ShapesUnknown(upload.base_model)
+        base_model = upload.base_model or ""
+        if base_model in self.without_shapes and base_model not in shapes_by_model:
+            raise ShapesUnknown(base_model)
         if name in self.refused:
             raise AdapterRefused(name, ["it is bad"])
         if name in self.missing:
