@@ -38,7 +38,7 @@ _PARTS = {
     **{_GATE_UP: (_GATE_UP, 0), "gate_proj": (_GATE_UP, 0), "up_proj": (_GATE_UP, 1), _DOWN: (_DOWN, 0)},
     **{"w1": (_GATE_UP, 0), "w3": (_GATE_UP, 1), "w2": (_DOWN, 0)},  # Mixtral's names
 }
-_MOST_MATCHES = 100_000  # of a pattern and a path of a single expert's layer: a crafted pattern takes 0.5 ms
+_MOST_MATCHES = 100_000  # patterns times paths of single experts' layers; a crafted pattern takes 0.5 ms for a path
 _BLOCKS = {"mlp", "block_sparse_moe", "feed_forward", "moe"}  # families' names for what holds the experts
 
 

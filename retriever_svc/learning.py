@@ -39,7 +39,7 @@ from retriever_svc.vector_cache import SAMPLES_OWNER
 
 NEAR_COPY = 0.95
 OWN_PER_ACCEPTED = 3  # rows of the publisher for each accepted one, which is at most a quarter of all
-MAX_OUTCOMES = 64  # of one tenant that apply
+MAX_OUTCOMES = 64  # more of a tenant have no effect
 MAX_LOST = 0.01  # of the publishers' samples that no longer find their adapter
 MAX_ANSWERED = 0.02  # of ordinary prompts that an adapter answers
 _NUM_CHECKED = 16  # nearest adapters of each changed one whose samples are asked

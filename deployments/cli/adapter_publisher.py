@@ -27,7 +27,7 @@ _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _MAX_PAUSE_S = 4.0  # unless the server asks for more
 _RETRIES = {429: 30, 503: 3}  # a limit of the key passes, unless others use all of it
-_WAIT = "wait_s"  # of a refusal: how long the server asks to wait
+_WAIT = "wait_s"  # the field of a refusal that says how long to wait before the next try
 SAMPLES_FILE = "lora_samples.jsonl"
 SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
@@ -125,7 +125,7 @@ class AdapterPublisher:
         adapters = [item.as_json() | self.fields | dict(item.fields) for item in items]
         response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
         if response.is_error:
-            return [_refusal_of(response) for _ in items]
+            return [_read_refusal(response) for _ in items]
         answers: list[JsonObject] = response.json()["data"]
         return answers
 
@@ -161,7 +161,7 @@ class AdapterPublisher:
             data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         if response.is_error:
-            return _refusal_of(response)
+            return _read_refusal(response)
         return {"status": response.status_code, **response.json()}
 
 
@@ -187,7 +187,8 @@ def _refusal(status: int, message: str) -> JsonObject:
     return {"status": status, "error": {"message": message}}
 
 
-def _refusal_of(response: httpx.Response) -> JsonObject:
+def _read_refusal(response: httpx.Response) -> JsonObject:
+    """Return the refusal with the pause that the server asks for."""
     return _refusal(response.status_code, find_message(response)) | {_WAIT: find_wait(response)}
 
 

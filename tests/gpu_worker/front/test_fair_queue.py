@@ -57,6 +57,15 @@ def test_dequeuing_all_rows_in_one_pass_keeps_the_order() -> None:
     assert order == drain(filled()) and not queue
 
 
+def test_behind_a_skipped_row_the_next_of_its_set_follows_before_other_sets() -> None:
+    queue, skipped, order = queue_of(*rows("a", "t", 3), *rows("b", "t", 1)), set[Row](), list[str]()
+    for each in queue.turns(skipped):
+        order.append(each.request_id)
+        if each.request_id in ("t/a0", "t/a1"):
+            skipped.add(each)
+    assert order == ["t/a0", "t/a1", "t/a2", "t/b0"]
+
+
 def test_a_set_that_cannot_start_costs_its_tenant_no_turn() -> None:
     queue = queue_of(row("x", "t"), *rows("a", "t", 3), *rows("a", "u", 3))
     assert drain(queue, blocked="x") == ["t/a0", "u/a0", "t/a1", "u/a1", "t/a2", "u/a2"]
