@@ -68,9 +68,7 @@ def test_a_saved_encoder_in_float32_gives_a_text_the_same_vector_alone_and_in_a_
 
 
 def test_texts_of_many_lengths_reach_the_network_in_few(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved, lengths = Encoder(made, max_tokens=40), set[int]()
-    model = saved._model
-    assert isinstance(model, SavedEncoder)
+    model, lengths = SavedEncoder(place_of(made), 40, 1, is_exact=False), set[int]()
     run = model._run
 
     def recorded(inputs: list[NDArray[np.int64]]) -> Mapping[Any, NDArray[np.float32]]:
@@ -79,7 +77,7 @@ def test_texts_of_many_lengths_reach_the_network_in_few(made: Path, monkeypatch:
 
     monkeypatch.setattr(model, "_run", recorded)
     for number in range(1, model.max_seq_length + 8):
-        saved.encode(["cake2 " * number])
+        model.encode(["cake2 " * number], prompt="")
     assert lengths == {16, 32, 40}  # and no more than it reads
 
 
