@@ -85,6 +85,16 @@ def test_the_rules_of_a_scrape_drop_no_metric_in_use_and_keep_processes_apart(pr
     assert relabelled({"__name__": "ray_grpc_server_req_new_total"}, found) is None
 
 
+def replicas(application: str, deployment: str, num: int, starts: str, healthy: str) -> dict[str, str]:
+    """Return the series that Ray has for each of this many replicas: its start, and whether it is healthy."""
+    series: dict[str, str] = {}
+    for n in range(num):
+        labels = f'{{application="{application}",deployment="{deployment}",replica="{n} {starts}"}}'
+        series[f"ray_serve_deployment_replica_starts_total{labels}"] = starts
+        series[f"ray_serve_deployment_replica_healthy{labels}"] = healthy
+    return series
+
+
 # What makes each alert fire for the application `a` after 30 minutes: series, their values minute by minute.
 FIRING: dict[str, dict[str, str]] = {
     "LoraRetrieverQueueWait": {
@@ -98,8 +108,11 @@ FIRING: dict[str, dict[str, str]] = {
     },
     "LoraRetrieverWorkerWedged": {'ray_loraretriever_step_age_seconds{application="a",replica="r"}': "0+60x30"},
     "LoraRetrieverKernelsOff": {'ray_loraretriever_missing_kernels{application="a",replica="r"}': "4x30"},
+    # A Worker ends a minute after its start, and is replaced.
     "LoraRetrieverReplicaRestarts": {
-        'ray_serve_deployment_replica_starts_total{application="a",deployment="Worker"}': "0+1x30"
+        name: values
+        for minute in range(1, 40)
+        for name, values in replicas("a", "Worker", 1, f"_x{minute} 1x40", f"_x{minute} 1 stale").items()
     },
     "LoraRetrieverDown": {
         'ray_serve_deployment_replica_healthy{application="a",deployment="Worker",replica="r"}': "1x20 0x20"
@@ -134,7 +147,12 @@ QUIET = {
     'ray_loraretriever_requests_total{application="b",status="503"}': "0+1x40",
     'ray_loraretriever_step_age_seconds{application="b",replica="r"}': "1x40",
     'ray_loraretriever_missing_kernels{application="b",replica="r"}': "0x40",
-    'ray_serve_deployment_replica_starts_total{application="b",deployment="Worker"}': "3x40",
+    # Ingresses were added. A deploy replaced all Workers. Retrievers ended before a gap in the scrapes.
+    **replicas("b", "Ingress", 20, starts="_x22 1x20", healthy="_x23 1x20"),
+    **replicas("b", "Worker", 8, starts="1x40", healthy="1x23 stale"),
+    **replicas("b", "Worker", 8, starts="_x22 1x20", healthy="_x23 1x20"),
+    **replicas("b", "Retriever", 8, starts="1x3 _x14 1x25", healthy="1x2 stale"),
+    **replicas("b", "Retriever", 1, starts="1x40", healthy="1x40"),
     'ray_serve_deployment_replica_healthy{application="b",deployment="Ingress",replica="r"}': "1x40",
     'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="old"}': "1x10 0x2 _x28",
     'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="new"}': "_x12 1x28",

@@ -108,6 +108,20 @@ def test_the_rules_of_a_scrape_make_series_fewer_and_never_equal(live: Live) -> 
     assert ours and not any({"WorkerId", "SessionName"} & labels.keys() for labels in ours)
 
 
+def test_every_healthy_replica_has_a_start_with_the_same_label(live: Live) -> None:
+    """The alert about restarts matches the two."""
+    replica = re.compile(r'ray_serve_deployment_replica_(healthy|starts_total)\{.*replica="(\w+)"')
+    seen: dict[str, set[str]] = {"healthy": set(), "starts_total": set()}
+
+    def matches() -> bool:
+        for name in series():  # Ray's export drops gauges between reports
+            if found := replica.match(name):
+                seen[found[1]].add(found[2])
+        return len(seen["healthy"]) >= 6 and seen["healthy"] <= seen["starts_total"]
+
+    eventually(matches)
+
+
 def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:
     request_id = f"followed-{secrets.token_hex(4)}"
     response = httpx.post(
