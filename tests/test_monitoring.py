@@ -168,6 +168,9 @@ QUIET = {
     # Something is published every minute. The second replica is always sampled a generation earlier.
     'ray_loraretriever_catalogue_generation{application="b",replica="r"}': "8+1x40",
     'ray_loraretriever_catalogue_generation{application="b",replica="s"}': "7+1x40",
+    # A new RayCluster with another store starts beside the old one.
+    'ray_loraretriever_catalogue_generation{application="b",ray_io_cluster="old",replica="o"}': "500x40",
+    'ray_loraretriever_catalogue_generation{application="b",ray_io_cluster="new",replica="n"}': "_x10 40x30",
     'ray_loraretriever_catalogue_read_age_seconds{application="b",replica="r"}': "3x40",
     'ray_loraretriever_routes_total{application="b",outcome="chosen"}': "0+10x40",
     'ray_loraretriever_routes_total{application="b",outcome="abstained"}': "0+1x40",
