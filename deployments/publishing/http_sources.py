@@ -73,9 +73,12 @@ def copy_over_http(
     `take` is called with the number of bytes before files are copied, and may wait.
     Raises: SourceRefused, SourceMissing, SourceUnavailable; AdapterRefused above `max_bytes`.
     """
-    server = _hub(uri, environment, resolve) if place.scheme == HUB else _mlflow(uri, environment)
-    with _translate_errors(uri), server as client:
-        list_files = _hub_files if place.scheme == HUB else _mlflow_files
+    is_hub = place.scheme == HUB
+    with (
+        _translate_errors(uri),
+        _hub(uri, environment, resolve) if is_hub else _mlflow(uri, environment) as client,
+    ):
+        list_files = _hub_files if is_hub else _mlflow_files
         files = list_files(uri, place, client, environment)
         if not files:
             raise SourceMissing(uri)
@@ -91,17 +94,30 @@ def copy_over_http(
 
 @contextmanager
 def _translate_errors(uri: str) -> Iterator[None]:
-    """Translate errors of HTTP."""
+    """Translate errors of HTTP. Neither the new error nor its traceback quotes a URL or a header of a request.
+
+    Both are logged, and URLs and headers may have credentials.
+    """
     try:
         yield
     except httpx.HTTPStatusError as exc:
-        if exc.response.status_code in _MISSING:
-            raise SourceMissing(uri) from exc
-        if exc.response.status_code in _REFUSED:
-            raise SourceRefused(uri, "cannot be read with this server's credentials") from exc
-        raise SourceUnavailable(uri, str(exc)) from exc
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, KeyError, TypeError) as exc:
+        answer = exc.response
+        if answer.status_code in _MISSING:
+            raise SourceMissing(uri) from None
+        if answer.status_code in _REFUSED:
+            raise SourceRefused(uri, "cannot be read with this server's credentials") from None
+        cause = f"{exc.request.url.host} answered {answer.status_code} {answer.reason_phrase}".rstrip()
+        raise SourceUnavailable(uri, cause) from None
+    except (httpx.LocalProtocolError, httpx.InvalidURL, UnicodeEncodeError) as exc:  # their texts quote what was sent
+        remedy = "check the address and the credentials in the server's environment"
+        raise SourceUnavailable(uri, f"{type(exc).__name__}: {remedy}") from None
+    except (httpx.HTTPError, OSError, ValueError, KeyError, TypeError) as exc:
         raise SourceUnavailable(uri, f"{type(exc).__name__}: {exc}") from exc
+
+
+def _read_variable(environment: Mapping[str, str], name: str) -> str:
+    """Return a variable without the space around it, such as the last newline of a file; "" if it is not set."""
+    return environment.get(name, "").strip()
 
 
 def _hub(uri: str, environment: Mapping[str, str], resolve: Resolve) -> httpx.Client:
@@ -110,7 +126,7 @@ def _hub(uri: str, environment: Mapping[str, str], resolve: Resolve) -> httpx.Cl
     Each hop is checked before it is sent. Over http the checked address replaces the name, as in `pin_public_address`.
     A proxy that the environment names resolves names itself, so that it decides where they may lead.
     """
-    token = environment.get("HF_TOKEN")
+    token = _read_variable(environment, "HF_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     hub = _host_and_port(httpx.URL(_endpoint(environment)))
 
@@ -126,7 +142,7 @@ def _hub(uri: str, environment: Mapping[str, str], resolve: Resolve) -> httpx.Cl
 
 
 def _endpoint(environment: Mapping[str, str]) -> str:
-    return environment.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    return (_read_variable(environment, "HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def _host_and_port(url: httpx.URL) -> tuple[str, int]:
@@ -163,13 +179,17 @@ def _hub_files(
 
 def _mlflow(uri: str, environment: Mapping[str, str]) -> httpx.Client:
     """Return a client of the MLflow server. It follows no redirect. Raises: SourceRefused."""
-    address = environment.get("MLFLOW_TRACKING_URI", "")
+    address = _read_variable(environment, "MLFLOW_TRACKING_URI")
     if not address.startswith(("http://", "https://")):
         raise SourceRefused(uri, "needs an MLflow server: the operator sets MLFLOW_TRACKING_URI to its http(s) address")
-    token, user = environment.get("MLFLOW_TRACKING_TOKEN"), environment.get("MLFLOW_TRACKING_USERNAME")
+    url = httpx.URL(address.rstrip("/"))
+    token = _read_variable(environment, "MLFLOW_TRACKING_TOKEN")
+    user = _read_variable(environment, "MLFLOW_TRACKING_USERNAME")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    auth = (user, environment.get("MLFLOW_TRACKING_PASSWORD", "")) if user and not token else None
-    return httpx.Client(base_url=address.rstrip("/"), headers=headers, auth=auth, timeout=_TIMEOUT)
+    auth = (url.username, url.password) if url.userinfo else None
+    if user and not token:
+        auth = user, _read_variable(environment, "MLFLOW_TRACKING_PASSWORD")
+    return httpx.Client(base_url=url.copy_with(userinfo=b""), headers=headers, auth=auth, timeout=_TIMEOUT)
 
 
 def _mlflow_files(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import traceback
 from pathlib import Path
 
 import httpx
@@ -9,11 +11,12 @@ import pytest
 
 from deployments.cli.client import free_port
 from deployments.config.source_prefixes import SourceUri
-from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
+from deployments.errors import DeploymentsError, SourceMissing, SourceRefused, SourceUnavailable
 from deployments.publishing.http_sources import copy_over_http
 from deployments.publishing.ssrf_guard import Resolve, resolve_by_system
 from lora_store import AdapterRefused
 from tests.deployments.publishing.local_hub import COMMIT, LocalHub, local_hub
+from tests.deployments.scripted import scripted
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 100, "lora_samples.jsonl": b"s"}
 OTHER = {"optimizer.pt": b"o" * 5000, "README.md": b"r"}
@@ -111,6 +114,50 @@ def test_mlflow_gets_its_token(tmp_path: Path) -> None:
         assert copied(hub, "runs:/r1", tmp_path / "with", MLFLOW_TRACKING_TOKEN="secret") == FILES
         with pytest.raises(SourceRefused, match="credentials"):
             copied(hub, "runs:/r1", tmp_path / "without", MLFLOW_TRACKING_USERNAME="me")
+
+
+@pytest.mark.parametrize(("uri", "variable"), [("hf://acme/sql", "HF_TOKEN"), ("runs:/r1", "MLFLOW_TRACKING_TOKEN")])
+def test_a_token_is_sent_without_the_space_around_it(tmp_path: Path, uri: str, variable: str) -> None:
+    """A token from a file often ends with a line feed, which no header can carry."""
+    with local_hub(repositories={"acme/sql@main": FILES}, runs={"r1": FILES}, token="secret") as hub:
+        assert copied(hub, uri, tmp_path / "work", **{variable: " secret\n"}) == FILES
+
+
+@pytest.mark.parametrize("in_address", [True, False])
+def test_mlflow_gets_the_user_and_password_of_its_address_or_variables(tmp_path: Path, in_address: bool) -> None:
+    with scripted((404, {})) as server, pytest.raises(SourceMissing):
+        given = {"MLFLOW_TRACKING_URI": server.url.replace("//", "//a%40b:c%2Fd@")}
+        if not in_address:
+            given = {"MLFLOW_TRACKING_USERNAME": "a@b\n", "MLFLOW_TRACKING_PASSWORD": "c/d\n"}
+        copied(LocalHub(url=server.url), "runs:/r1", tmp_path / "work", **given)
+    assert server.authorizations == [f"Basic {base64.b64encode(b'a@b:c/d').decode()}"]
+
+
+@pytest.mark.parametrize("status", [401, 404, 502])
+@pytest.mark.parametrize(
+    ("uri", "variable", "value"),
+    [
+        ("hf://acme/sql", "HF_TOKEN", "pa55\nword"),
+        ("hf://acme/sql", "HF_ENDPOINT", "http://me:pa55word@{host}"),
+        ("hf://acme/sql", "HF_ENDPOINT", "http://me:pa55/word@{host}"),
+        ("runs:/r1", "MLFLOW_TRACKING_TOKEN", "pa55\nword"),
+        ("runs:/r1", "MLFLOW_TRACKING_TOKEN", "pa55wörd"),
+        ("runs:/r1", "MLFLOW_TRACKING_URI", "http://me:pa55word@{host}"),
+        ("runs:/r1", "MLFLOW_TRACKING_URI", "http://me:pa55/word@{host}"),
+    ],
+)
+def test_no_error_quotes_a_credential(tmp_path: Path, uri: str, variable: str, value: str, status: int) -> None:
+    with scripted((status, {})) as server, pytest.raises(DeploymentsError) as caught:
+        given = {variable: value.format(host=server.url.removeprefix("http://"))}
+        copied(LocalHub(url=server.url), uri, tmp_path / "work", **given)
+    logged = "".join(traceback.format_exception(caught.value))
+    assert uri in logged and "pa55" not in logged and "wörd" not in logged
+
+
+def test_the_log_names_the_host_and_status_of_a_server_that_fails(tmp_path: Path) -> None:
+    with scripted((502, {})) as server, pytest.raises(SourceUnavailable) as caught:
+        copied(LocalHub(url=server.url), "runs:/r1", tmp_path / "work")
+    assert str(caught.value) == "the source 'runs:/r1' cannot be read: 127.0.0.1 answered 502 Bad Gateway"
 
 
 @pytest.mark.parametrize(
