@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,16 +72,18 @@ def check_adapters(
             ]
     except (ValueError, OSError) as exc:
         fail(str(exc))
+    if parity and outcomes[0]["is_fit"]:
+        folder = found[0].path.resolve()
+        model = settings.served_models.made_for(label.base_model or read_base_model(folder, limits))
+        outcomes = [_add_parity(outcomes[0], folder, settings.by_model[model.name].worker_config(), limits)]
     if as_json:
         print_json({"data": outcomes})
     else:
         _print_outcomes(outcomes)
     if not all(outcome["is_fit"] for outcome in outcomes):
         raise typer.Exit(1)
-    if parity and not as_json:
-        folder = found[0].path.resolve()
-        model = settings.served_models.made_for(label.base_model or read_base_model(folder, limits))
-        _check_parity(folder, settings.by_model[model.name].worker_config(), limits)
+    if parity:
+        _check_parity(outcomes[0]["parity"], as_json=as_json)
 
 
 def folder_problem(folder: Path) -> str:
@@ -130,7 +133,7 @@ def _outcome(
             samples_folder=samples_folder,
         )
     except AdapterRefused as exc:
-        return {"name": label.name, "is_fit": False, "reasons": list(exc.reasons)}
+        return _refusal(label.name, exc)
     file = samples_folder / SAMPLES_FILE
     return {
         "name": label.name,
@@ -140,6 +143,10 @@ def _outcome(
         "num_lines": count_samples(file.read_bytes()) if has_samples and file.is_file() else 0,
         "warnings": list(admitted.warnings),
     }
+
+
+def _refusal(name: str, error: AdapterRefused) -> JsonObject:
+    return {"name": name, "is_fit": False, "reasons": list(error.reasons)}
 
 
 def _read_contract(name: str, data: bytes, context: int) -> tuple[str, tuple[str, ...]]:
@@ -178,21 +185,33 @@ def _summary(outcome: JsonObject) -> str:
     return f"{', '.join(parts)}, fit to publish{hint}"
 
 
-def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits) -> None:
-    """Print the differences from PEFT. Exit with 1 if one is too large."""
-    from deployments.cli.peft_parity import TOLERANCE, parity_with_peft  # transformers takes seconds to import
+def _add_parity(
+    outcome: JsonObject, folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, limits: Limits
+) -> JsonObject:
+    """Return the outcome with the differences from PEFT, None for one that is no number. Exit if there are none."""
+    from deployments.cli.peft_parity import parity_with_peft  # transformers takes seconds to import
 
     try:
-        with out.status("loading the base model twice"):
+        with err.status("loading the base model twice"):
             differences = parity_with_peft(folder, config, limits)
     except AdapterRefused as exc:  # the shapes of the base model's layers were not known before
-        fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
+        return _refusal(outcome["name"], exc)
     except GpuWorkerError as exc:
         fail(str(exc))
+    numbers = {strategy: value if math.isfinite(value) else None for strategy, value in differences.items()}
+    return outcome | {"parity": numbers}
+
+
+def _check_parity(differences: Mapping[str, float | None], *, as_json: bool) -> None:
+    """Print the differences from PEFT as a table, unless `as_json`. Exit with 1 if one is too large."""
+    from deployments.cli.peft_parity import TOLERANCE
+
     title = f"log probabilities compared with PEFT in float32, at most {TOLERANCE:g}"
     table = Table("strategy", "largest difference", title=title)
     for strategy, difference in differences.items():
-        table.add_row(strategy, f"{difference:.1e}")
-    out.print(table)
-    if failed := [strategy for strategy, difference in differences.items() if not difference <= TOLERANCE]:
+        table.add_row(strategy, "not a number" if difference is None else f"{difference:.1e}")
+    if not as_json:
+        out.print(table)
+    failed = [name for name, difference in differences.items() if difference is None or difference > TOLERANCE]
+    if failed:
         fail(f"{', '.join(failed)} differ from PEFT by more than {TOLERANCE:g}")

@@ -163,6 +163,26 @@ def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
     assert (said.code, "mixture differ from PEFT" in said.err) == (apart, apart)
 
 
+@pytest.mark.parametrize(("mixture", "shown", "code"), [(1e-6, 1e-6, 0), (2e-3, 2e-3, 1), (float("nan"), None, 1)])
+def test_parity_is_part_of_the_json_and_fails_above_its_tolerance(
+    mixture: float, shown: float | None, code: int, folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft_parity, "parity_with_peft", lambda *_: {"selection": 3e-6, "mixture": mixture})
+    said = check(folder, "--parity", "--json")
+    [outcome] = said.json["data"]
+    assert (said.code, outcome["is_fit"], outcome["parity"]) == (code, True, {"selection": 3e-6, "mixture": shown})
+    assert ("mixture differ from PEFT" in said.err) == bool(code)
+
+
+def test_what_only_the_comparison_refuses_is_refused_in_the_json(
+    folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = AdapterRefused("poet", ["q_proj maps 8 to 9"])
+    monkeypatch.setattr(peft_parity, "parity_with_peft", Mock(side_effect=refused))
+    said = check(folder, "--parity", "--json")
+    assert (said.code, said.json["data"]) == (1, [{"name": "poet", "is_fit": False, "reasons": [*refused.reasons]}])
+
+
 def test_parity_has_the_limits_of_the_settings(
     folder: Path, config: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
