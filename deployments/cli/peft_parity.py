@@ -28,6 +28,7 @@ from lora_store import (
     LOCAL_TENANT,
     AdapterRef,
     AdapterWeights,
+    Label,
     Limits,
     ModuleWeights,
     Plan,
@@ -53,6 +54,7 @@ def parity_with_peft(
 ) -> dict[str, float]:
     """Return the largest difference from PEFT of a likely token's log probability, by strategy.
 
+    Only the weights and their configuration matter, not the folder's name, samples or base model's name.
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
     PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
     PEFT has no combination of adapters on experts, so there the concatenation is an adapter as well. Neither rounds the
@@ -96,7 +98,14 @@ def _in_pefts_names(
     if config.engine == "vllm":
         shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     named = read_config(folder, limits).base_model or ""
-    adapter = check_folder(folder, accepts_base={named}, module_shapes=shapes, limits=limits).modules
+    adapter = check_folder(
+        folder,
+        label=Label("adapter", base_model=named),
+        accepts_base={named},
+        module_shapes=shapes,
+        limits=limits,
+        samples_folder=copies,  # without any
+    ).modules
     weights = folder / WEIGHTS_FILE
     is_named = weights.exists() and pair_tensors(read_tensors(weights, limits)).keys() == adapter.keys()
     if is_named and not _has_experts(adapter):

@@ -79,6 +79,16 @@ def test_an_adapter_above_the_limits_is_refused(tiny_folders: Mapping[str, Path]
         parity_with_peft(folder, tiny_config(model, num_threads=1), Limits(max_rank=3))
 
 
+def test_what_options_replace_in_the_folder_does_not_matter(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """`--name`, `--samples` and `--base-name` replace the folder's name, its samples and its base model."""
+    model = tiny_folders["llama"]
+    folder = trained(model, tmp_path / "tickets (v2)", r=4, lora_alpha=8)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    (folder / "lora_samples.jsonl").write_text("[]\n")
+    assert max(parity_with_peft(folder, tiny_config(model, num_threads=1)).values()) < TOLERANCE / 10
+
+
 def test_other_names_are_compared_as_pefts(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     """The adapter's own name in the keys, for which PEFT alone would leave its weights at random values."""
     model = tiny_folders["llama"]
