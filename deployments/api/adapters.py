@@ -84,10 +84,13 @@ class PublishItem:
 
 
 def _find_name(source: str) -> str:
-    """Return the last part of a URI without its revision, for `models:/NAME/…` the model's name."""
+    """Return the last part of a URI, for `models:/NAME/…` the model's name. Without the revision of either."""
     if source.startswith("models:/"):
         return source.removeprefix("models:/").partition("/")[0].partition("@")[0]
-    return source.rstrip("/").rpartition("/")[2].partition("@")[0]
+    whole = source.rstrip("/")
+    last = whole.rpartition("/")[2]
+    is_repository = whole.startswith("hf://") and whole.count("/") == 3  # hf://owner/repository@revision
+    return last.partition("@")[0] if is_repository else last
 
 
 def _as_object(value: object) -> object:

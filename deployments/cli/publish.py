@@ -140,7 +140,7 @@ def publish(
         return
     assert places
     items = [item for place in places for item in _find_items(place)]
-    names = Counter(item.label for item in items)
+    names = Counter(_published_name(item) for item in items) if len(items) > 1 else Counter()
     if twice := next((label for label, count in names.items() if count > 1), None):
         problem = f"{twice!r} would be the name of {names[twice]} adapters: publish them one by one, with --name"
         raise typer.BadParameter(problem, param_hint="FOLDER")
@@ -197,6 +197,15 @@ def _find_items(place: str) -> list[Item]:
     except OSError as exc:
         fail(describe_problem(exc))
     return found or [Item(Path(place))]
+
+
+def _published_name(item: Item) -> str:
+    """Return the name that the server publishes the adapter under."""
+    if item.name is not None or not item.is_source:
+        return item.label
+    from deployments.api.adapters import PublishItem  # it imports Ray, which takes seconds
+
+    return PublishItem(source=str(item.place)).adapter_name
 
 
 def _contract_from(file: Path) -> JsonObject:

@@ -146,6 +146,7 @@ async def publish(
     if isinstance(body, AdapterSource):
         return await _publish_one(services, caller, make_item(services, body.upload(), caller, http), is_dry=dry_run)
     items = [make_item(services, adapter.upload(), caller, http) for adapter in body.adapters]
+    _check_names(items)
     outcomes = await publish_items(services, caller, items, is_dry=dry_run)
     answer = batch_object(outcomes)
     failed = any(isinstance(outcome, Exception) for outcome in outcomes)
@@ -337,6 +338,18 @@ async def _publish_one(
     if isinstance(outcome, Exception):
         raise outcome
     return JSONResponse(published_object(outcome), choose_status(outcome))
+
+
+def _check_names(items: Sequence[PublishItem]) -> None:
+    """Refuse several places under one name: of these only the last one would stay live. Raises: RequestInvalid."""
+    places: dict[str, str] = {}
+    for number, item in enumerate(items):
+        name, place = item.adapter_name, str(item.path or item.source).rstrip("/")
+        other = places.setdefault(name, place)
+        if other != place:
+            param = f"adapters.{number}.name"
+            text = f"{name[:100]!r} is also the name of {other[:200]!r}; give {place[:200]!r} another one"
+            raise RequestInvalid(f"{param}: {text}", param)
 
 
 def _parse(data: object) -> AdapterSource | PublishBatch:

@@ -38,6 +38,9 @@ def test_an_upload_is_exactly_one_thing(given: dict[str, object]) -> None:
         (PublishItem(source="s3://bucket/poet", name="bard"), "bard"),
         (PublishItem(source="hf://acme/sql@v2"), "sql"),
         (PublishItem(source="hf://acme/many@v2/sql"), "sql"),
+        (PublishItem(source="hf://acme/many@v2/sql@old"), "sql@old"),  # only the repository has a revision
+        (PublishItem(source="s3://bucket/poet@old"), "poet@old"),
+        (PublishItem(source="runs:/0af3/sql@old"), "sql@old"),
         (PublishItem(source="runs:/0af3/model/peft"), "peft"),
         (PublishItem(source="models:/sql/3"), "sql"),
         (PublishItem(source="models:/sql@champion/peft"), "sql"),

@@ -106,6 +106,28 @@ async def test_a_batch_is_one_commit_with_a_result_for_each_adapter() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"source": "hf://acme/many@v1/poet"}, {"source": "hf://acme/many@v2/poet"}),
+        ({"path": "/a/poet"}, {"source": "s3://b/poet"}),
+        ({"path": "/a/poet"}, {"path": "/a/bard", "name": "poet"}),
+    ],
+)
+async def test_a_batch_with_two_places_of_one_name_is_refused(first: dict[str, str], second: dict[str, str]) -> None:
+    """Only the second would stay live, while both were reported so."""
+    response, staged = await staged_by({"json": {"adapters": [{"path": "/a/other"}, first, second]}})
+    error = error_of(response)
+    assert (response.status_code, error["param"], staged) == (400, "adapters.2.name", [])
+    places = [item.get("path") or item["source"] for item in (first, second)]
+    assert all(repr(place) in error["message"] for place in places)
+
+
+async def test_a_batch_may_name_one_place_twice() -> None:
+    response, staged = await staged_by({"json": {"adapters": [{"path": "/a/poet"}, {"path": "/a/poet/"}]}})
+    assert (response.status_code, len(staged)) == (201, 2)
+
+
+@pytest.mark.parametrize(
     "sent",
     [{"json": {"path": "/a/one"}}, upload(), {"json": {"adapters": [{"path": "/a/one"}, {"path": "/a/two"}]}}],
     ids=["source", "files", "batch"],
