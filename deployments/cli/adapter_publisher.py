@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import httpx
 
-from deployments.cli.client import find_message, find_wait
+from deployments.cli.client import find_message, find_param, find_wait
 from deployments.cli.output import counted, describe_problem, err
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_files, linked_files
@@ -29,6 +29,7 @@ _MAX_PAUSE_S = 4.0  # unless the server asks for more
 _RETRIES = {429: 30, 503: 3}  # a limit of the key passes, unless others use all of it
 _WAIT = "wait_s"  # the field of a refusal that says how long to wait before the next try
 SAMPLES_FILE = "lora_samples.jsonl"
+_ENTRY = re.compile(r"^adapters\.([0-9]+)(?:[.:] ?|$)")  # how the server names an entry of a request, before its field
 SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
 
@@ -122,12 +123,19 @@ class AdapterPublisher:
             items = again
 
     def _post_places(self, items: Sequence[Item]) -> list[JsonObject]:
+        """Let the server read these places. If it refuses the request for one entry, send the others again."""
         adapters = [item.as_json() | self.fields | dict(item.fields) for item in items]
         response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
-        if response.is_error:
+        if not response.is_error:
+            answers: list[JsonObject] = response.json()["data"]
+            return answers
+        named = _ENTRY.match(find_param(response) or "")
+        place = int(named[1]) if named else len(items)
+        if place >= len(items):
             return [_read_refusal(response) for _ in items]
-        answers: list[JsonObject] = response.json()["data"]
-        return answers
+        others = [*items[:place], *items[place + 1 :]]
+        answers = self._post_places(others) if others else []
+        return [*answers[:place], _read_refusal(response), *answers[place:]]
 
     def _post_files(self, items: Sequence[Item]) -> list[JsonObject]:
         try:
@@ -188,8 +196,9 @@ def _refusal(status: int, message: str) -> JsonObject:
 
 
 def _read_refusal(response: httpx.Response) -> JsonObject:
-    """Return the refusal with the pause that the server asks for."""
-    return _refusal(response.status_code, find_message(response)) | {_WAIT: find_wait(response)}
+    """Return the refusal, without the number of an entry, and the pause that the server asks for."""
+    message = _ENTRY.sub("", find_message(response))
+    return _refusal(response.status_code, message) | {_WAIT: find_wait(response)}
 
 
 def samples_from(file: Path) -> bytes:

@@ -107,6 +107,16 @@ def test_only_prune_withdraws_what_is_not_listed(dry: bool, tmp_path: Path) -> N
     assert (("DELETE", "/v1/loras/stray") in said.asked) == (not dry)
 
 
+def test_a_malformed_entry_does_not_affect_the_others(tmp_path: Path) -> None:
+    problem = "contract.sampling.temperature: must be a number, got 'hot'"
+    wrong = 400, {"error": {"message": f"adapters.1.{problem}", "param": "adapters.1.contract.sampling.temperature"}}
+    hot = {"source": "hot", "contract": {"sampling": {"temperature": "hot"}}}
+    file = write(tmp_path, {"source": "bard"}, hot, {"source": "poet"})
+    said = publish([listing(), wrong, answers(published("bard"), published("poet"))], file)
+    assert said.code == 1 and said.out.endswith("2 new, 0 changed, 0 unchanged, 1 refused")
+    assert said.err.endswith(f"{tmp_path / 'hot'}: {problem}") and "adapters.1" not in said.err
+
+
 def test_a_refused_adapter_stops_the_withdrawal(tmp_path: Path) -> None:
     file = write(tmp_path, {"source": "poet"}, {"source": "bard"})
     rows = [{"status": 400, **refusal(f"adapter {name!r} refused: it is bad")} for name in ("poet", "bard")]

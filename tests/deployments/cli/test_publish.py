@@ -235,6 +235,29 @@ def test_a_server_that_refuses_the_request_refuses_every_folder(tmp_path: Path) 
     assert said.err.startswith("2 adapters refused: publishing is off one, two")
 
 
+def malformed(place: int, problem: str) -> Answer:
+    """Return the answer to a request whose entry at this place has a wrong field."""
+    return 400, {"error": refusal(f"adapters.{place}.{problem}")["error"] | {"param": f"adapters.{place}.name"}}
+
+
+def test_a_malformed_entry_is_refused_alone_and_the_others_are_sent_again(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, *"abcd")
+    wrong = "name: must have at most 64 characters"
+    answers = malformed(1, wrong), malformed(2, wrong), (207, batch(answer("a"), refused(404, "it is gone")))
+    rows, server, waits = send("by_path", folders, *answers)
+    sent = [[Path(adapter["path"]).name for adapter in body["adapters"]] for body in server.sent]
+    assert sent == [["a", "b", "c", "d"], ["a", "c", "d"], ["a", "c"]] and waits == []
+    named = [(place.name, row["status"], row.get("error", {}).get("message")) for place, row in rows]
+    assert named == [("a", 201, None), ("b", 400, wrong), ("c", 404, "it is gone"), ("d", 400, wrong)]
+
+
+def test_entries_that_are_all_malformed_end_the_requests(tmp_path: Path) -> None:
+    rows, server, _ = send("by_path", adapters(tmp_path, *"abc"), malformed(0, "name: is wrong"))
+    assert [row["error"]["message"] for _, row in rows] == ["name: is wrong"] * 3 and len(server.asked) == 3
+    rows, server, _ = send("by_path", adapters(tmp_path / "other", *"abc"), malformed(7, "name: is wrong"))
+    assert [row["status"] for _, row in rows] == [400] * 3 and len(server.asked) == 1, "there is no such entry"
+
+
 def test_equal_reasons_are_printed_once_and_whole_with_the_names(tmp_path: Path) -> None:
     folders = adapters(tmp_path, "one", "two")
     folders += adapters(tmp_path / "run", "checkpoint-5") + adapters(tmp_path, "other")
