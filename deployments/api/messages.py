@@ -109,7 +109,9 @@ class ChatMessage(TolerantRequest):
 
     def message(self) -> Message:
         role = "system" if self.role == "developer" else self.role
-        calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()]
+        calls = [
+            ToolCall(call.id, call.function.name, call.function.arguments or "{}") for call in self.tool_calls or ()
+        ]
         return Message(role, self.text, tuple(calls), name=self.name or "")
 
 

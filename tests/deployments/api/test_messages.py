@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from deployments.api.anthropic_request import MessagesRequest
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.error_table import validation_error
 from deployments.api.messages import MAX_TOOLS
+from deployments.api.responses_request import ResponsesRequest
 from deployments.calls.catalogue_clients import serve_retriever
 from deployments.errors import RequestInvalid, Unsupported
 from deployments.generation.planner import Planner
@@ -75,6 +77,29 @@ def test_calls_and_results_are_turns_of_the_conversation() -> None:
         Message("assistant", "", (ToolCall("c1", "get_weather", '{"city": "Rome"}'),)),
         Message("tool", "Rain", (), "c1", "get_weather"),
     )
+
+
+@pytest.mark.parametrize("given", [{}, {"arguments": ""}, {"arguments": "{}"}], ids=["none", "empty", "an object"])
+def test_a_call_without_arguments_has_an_empty_object_as_in_other_apis(given: dict[str, str]) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "now", **given}}
+    items = [{"type": "function_call", "call_id": "c1", "name": "now", "arguments": ""}]
+    items.append({"type": "function_call_output", "call_id": "c1", "output": "Rain"})
+    blocks = [{"type": "tool_use", "id": "c1", "name": "now"}]
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "Rain"}]}
+    requests = (
+        chat(messages=[USER, ASSISTANT | {"tool_calls": [call]}, RESULT]),
+        ResponsesRequest.model_validate({"input": [USER, *items]}),
+        MessagesRequest.model_validate(
+            {"messages": [USER, {"role": "assistant", "content": blocks}, result], "max_tokens": 9}
+        ),
+    )
+    for request in requests:
+        [question] = request.questions()
+        assert question.prompt == (
+            Message("user", "Hi"),
+            Message("assistant", "", (ToolCall("c1", "now", "{}"),)),
+            Message("tool", "Rain", (), "c1", "now"),
+        )
 
 
 @pytest.mark.parametrize(
