@@ -12,6 +12,7 @@ from deployments.api.base import (
     NOT_SERVED_IN_STRUCTURED,
     Label,
     Passing,
+    Text,
     TolerantRequest,
     at_most,
     check_goes_with,
@@ -30,7 +31,7 @@ class JsonSchemaFormat(TolerantRequest):
     """A schema of the OpenAI API. It is always enforced, whatever `strict` says."""
 
     name: Label | None = None
-    description: Label | None = None
+    description: Text | None = None
     schema_: Schema = Field(alias="schema")
     strict: bool | None = None
 

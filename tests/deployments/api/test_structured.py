@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from deployments.api.base import NOT_SERVED_IN_STRUCTURED, ignored_fields
+from deployments.api.anthropic_request import MessagesRequest
+from deployments.api.base import MAX_LABEL_CHARS, NOT_SERVED_IN_STRUCTURED, ignored_fields
 from deployments.api.completions import parse
+from deployments.api.responses_request import ResponsesRequest
 from deployments.errors import RequestInvalid, Unsupported
 from gpu_worker.errors import GrammarInvalid, SamplingInvalid
 from gpu_worker.front.request.grammar import MAX_GRAMMAR_CHARS, Grammar
@@ -56,6 +58,19 @@ def test_both_spellings_give_a_grammar_that_names_its_field(
     found = asked(**fields)
     assert found == Grammar(*grammar)
     assert found is not None and found.param.startswith(param)
+
+
+def test_a_schema_may_have_a_long_description_in_every_spelling() -> None:
+    """Clients send the docstring of a class as the description."""
+    described = {"name": "a", "description": "d" * (MAX_LABEL_CHARS + 1), "schema": SCHEMA}
+    form = {"type": "json_schema", **described}
+    requests = (
+        parse(CHAT | with_schema(**described)),
+        ResponsesRequest.model_validate({"input": "Hi", "text": {"format": form}}),
+        MessagesRequest.model_validate(CHAT | {"max_tokens": 9, "output_config": {"format": form}}),
+    )
+    for request in requests:
+        assert request.sampling().grammar == Grammar("json_schema", json.dumps(SCHEMA))
 
 
 @pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"structured_outputs": None}])
