@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -21,6 +22,9 @@ from deployments.api.base import (
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMAR_CHARS, Grammar
 
+MAX_SCHEMA_DEPTH = (
+    128  # about what the compiler of grammars reads; answers of `/v1/responses` repeat it in other objects
+)
 _MAX_KEYS = 1000  # at the top level of a schema
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 Schema = Annotated[dict[str, Any], Field(max_length=_MAX_KEYS), BeforeValidator(at_most(_MAX_KEYS))]
@@ -119,12 +123,24 @@ def of_schema(schema: Mapping[str, Any] | str, param: str) -> Grammar:
 
 
 def dump_schema(schema: Mapping[str, Any], param: str) -> str:
-    """Return a schema as JSON text. Raises: GrammarInvalid for what JSON cannot hold."""
+    """Return a schema as JSON text. Raises: GrammarInvalid for a deep one, and for what JSON cannot hold."""
+    if _is_deep(schema):
+        problem = f"it is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels are allowed; flatten it"
+        raise GrammarInvalid(problem, param=param)
     try:
         text = json.dumps(schema, allow_nan=False)
         if "\\ud" in text:  # half of a surrogate pair, or a whole one
             json.dumps(schema, ensure_ascii=False).encode()
-    except (RecursionError, ValueError) as exc:
-        problem = "it is nested too deeply, or has numbers or lone surrogates (\\ud800) that JSON lacks"
+    except ValueError as exc:
+        problem = "it has numbers or lone surrogates (\\ud800) that JSON lacks"
         raise GrammarInvalid(problem, param=param) from exc
     return text
+
+
+def _is_deep(schema: Mapping[str, Any]) -> bool:
+    """Return whether a schema has more than `MAX_SCHEMA_DEPTH` levels of objects and lists."""
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        items = chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for item in items if isinstance(item, (dict, list))]
+    return bool(level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.api import adapters, base, completions, messages
+from deployments.api import adapters, base, completions, messages, structured
 from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
 from deployments.config.parts import AdmissionSettings
 from docs.generate.markdown import code, table
@@ -37,6 +37,7 @@ def request_limits() -> str:
         ("messages of one chat", completions.MAX_MESSAGES),
         ("text parts of one message", messages.MAX_PARTS),
         ("tools of one chat, and calls of one message", messages.MAX_TOOLS),
+        ("levels of objects and lists in one JSON schema", structured.MAX_SCHEMA_DEPTH),
         ("characters of one text", MAX_TEXT_CHARS),
         ("characters of `user`, `safety_identifier`, `prompt_cache_key` and a message's `name`", MAX_LABEL_CHARS),
         ("entries of `metadata`", completions.MAX_METADATA),

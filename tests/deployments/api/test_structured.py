@@ -11,6 +11,7 @@ from deployments.api.anthropic_request import MessagesRequest
 from deployments.api.base import MAX_LABEL_CHARS, NOT_SERVED_IN_STRUCTURED, ignored_fields
 from deployments.api.completions import parse
 from deployments.api.responses_request import ResponsesRequest
+from deployments.api.structured import MAX_SCHEMA_DEPTH
 from deployments.errors import RequestInvalid, Unsupported
 from gpu_worker.errors import GrammarInvalid, SamplingInvalid
 from gpu_worker.front.request.grammar import MAX_GRAMMAR_CHARS, Grammar
@@ -142,11 +143,23 @@ def test_fields_of_a_grammar_that_request_nothing_or_are_unknown_are_accepted() 
     assert ignored_fields(parse(CHAT | {"structured_outputs": given})) == ("structured_outputs.backend",)
 
 
+def deep_schema(num_levels: int) -> dict[str, Any]:
+    """Return a schema with this many levels, objects and lists in turn."""
+    schema: dict[str, Any] = {} if num_levels % 2 else {"enum": []}
+    for _ in range((num_levels - 1) // 2):
+        schema = {"anyOf": [schema]}
+    return schema
+
+
+def test_a_schema_of_the_most_levels_is_not_refused() -> None:
+    for num_levels in (MAX_SCHEMA_DEPTH - 1, MAX_SCHEMA_DEPTH):
+        schema = deep_schema(num_levels)
+        assert asked(**with_schema(schema=schema)) == Grammar("json_schema", json.dumps(schema))
+
+
 def test_a_large_or_deep_schema_is_refused_before_it_is_sent_to_a_worker() -> None:
-    deep: dict[str, Any] = {}
-    for _ in range(10_000):
-        deep = {"items": deep}
-    for schema in ({"enum": ["x" * MAX_GRAMMAR_CHARS]}, deep):
+    deep = [deep_schema(num_levels) for num_levels in (MAX_SCHEMA_DEPTH + 1, MAX_SCHEMA_DEPTH + 2, 20_000)]
+    for schema in ({"enum": ["x" * MAX_GRAMMAR_CHARS]}, *deep):
         with pytest.raises(GrammarInvalid) as refused:
             asked(**with_schema(schema=schema))
         assert refused.value.param == "response_format.json_schema.schema"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from deployments.api.structured import MAX_SCHEMA_DEPTH
 from tests.deployments.app_fakes import http_of, serve_plainly
-from tests.deployments.asking import error_of, post, request
+from tests.deployments.asking import asked, error_of, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
 
 PATH = "/v1/responses"
@@ -88,6 +89,33 @@ def test_a_schema_that_the_answer_could_not_repeat_is_refused(value: Any) -> Non
         response = request("POST", PATH, sent=given)
         assert (response.status_code, error_of(response)["param"]) == (400, param)
         assert "lone surrogates" in error_of(response)["message"]
+
+
+SCHEMA_IN: dict[str, dict[str, Any]] = {
+    "tools.0.parameters": {"tools": [{"type": "function", "name": "f", "parameters": "HERE"}]},
+    "text.format.schema": {"text": {"format": {"type": "json_schema", "name": "x", "schema": "HERE"}}},
+}
+
+
+@pytest.mark.parametrize("param", SCHEMA_IN)
+@pytest.mark.parametrize(
+    "more", [{}, {"stream": True}, {"top_logprobs": 1}, {"top_logprobs": 1, "stream": True}], ids=str
+)
+async def test_a_deep_schema_is_repeated_or_refused_by_its_field(param: str, more: dict[str, Any]) -> None:
+    """The deepest are near the interpreter's bound on recursion, which the answer may reach before the body does."""
+    statuses = []
+    async with asked(headers={"content-type": "application/json"}) as (client, _):
+        for depth in (MAX_SCHEMA_DEPTH - 1, MAX_SCHEMA_DEPTH, 400, 800, *range(900, 1000, 4)):
+            schema = '{"items": ' * depth + "{}" + "}" * depth
+            body = json.dumps({"input": "Hi", **SCHEMA_IN[param], **more}).replace('"HERE"', schema)
+            response = await client.post(PATH, content=body)
+            statuses.append(response.status_code)
+            if depth < MAX_SCHEMA_DEPTH:
+                assert '"items"' in response.text and '"error":{' not in response.text.replace(" ", "")
+            else:
+                assert "nested too deeply" in error_of(response)["message"], depth
+                assert error_of(response)["param"] == param or depth > 900, "then the body itself is too deep"
+    assert statuses == [200] + [400] * (len(statuses) - 1)
 
 
 def test_whole_surrogate_pairs_are_repeated() -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from deployments.api.names import NamePolicy
+from deployments.api.structured import MAX_SCHEMA_DEPTH
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy, names
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -382,8 +383,8 @@ def nested(depth: int) -> dict[str, Any]:
         ("x", {"stop_token_ids": [-5]}, 400, "invalid_request", "stop_token_ids.0: must be at least 0"),
         ("x", {"logit_bias": {"-5": 1}}, 400, "invalid_request", "logit_bias.-5: must be at least 0"),
         ("x", {"structured_outputs": {"regex": "(["}}, 400, "invalid_request", "structured_outputs.regex cannot be"),
-        ("x", nested(200), 400, "invalid_request", "cannot be compiled: recursion limit"),
-        ("x", nested(260), 400, "invalid_request", "the policy is nested too deeply"),
+        ("x", nested(MAX_SCHEMA_DEPTH - 1), 400, "invalid_request", "cannot be compiled: recursion limit"),
+        ("x", nested(260), 400, "invalid_request", "it is nested too deeply: at most 128 levels"),
         (
             "x",
             {"stop": ["s" * 256] * 16, "structured_outputs": {"regex": "a" * 30_000}},
