@@ -25,14 +25,14 @@ from deployments.weights import StoredWeights, WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import InferenceEngine
-from gpu_worker.errors import AdapterLoadFailed, AdapterLost, EngineStopped, GpuWorkerError
+from gpu_worker.errors import AdapterLoadFailed, AdapterLost, EngineFull, EngineStopped, GpuWorkerError
 from gpu_worker.front.request.request import Completion, Job
 from gpu_worker.start import start_engine
 from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
 
 PARTS_AT_ONCE = 2  # the next part keeps the batch full while the last rows of one end
-FETCH_PAUSES_S = (1.0, 5.0, 20.0, 60.0, 120.0)  # before rows are repeated whose weights could not be fetched
+REPEAT_PAUSES_S = (1.0, 5.0, 20.0, 60.0, 120.0)  # before rows are repeated; from the first again after an answer
 _MAX_TRIES = 2  # after the first: memory on a shared device may have been short for a moment
 
 
@@ -74,7 +74,7 @@ class OfflineEngine:
         self._executor.shutdown(wait=False)
 
     async def complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        """Answer all rows at once, then repeat those whose weights could not be fetched or whose engine step failed.
+        """Answer all rows at once, then repeat those that may be answered later and those whose engine step failed.
 
         Raises: EngineStopped.
         """
@@ -97,14 +97,17 @@ class OfflineEngine:
 
     async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         outcomes = await self.engine.generate(jobs)
-        for pause_s in FETCH_PAUSES_S:
-            waiting = [place for place, outcome in enumerate(outcomes) if _may_be_fetched(outcome)]
-            if not waiting:
-                break
+        waiting = [place for place, outcome in enumerate(outcomes) if _may_be_answered_later(outcome)]
+        pauses_s = iter(REPEAT_PAUSES_S)
+        while waiting and (pause_s := next(pauses_s, None)) is not None:
             await asyncio.sleep(pause_s)
             again = await self.engine.generate([jobs[place] for place in waiting])
             for place, outcome in zip(waiting, again, strict=True):
                 outcomes[place] = outcome
+            left = [place for place in waiting if _may_be_answered_later(outcomes[place])]
+            if len(left) < len(waiting):
+                pauses_s = iter(REPEAT_PAUSES_S)
+            waiting = left
         return [
             await self._again(job) if isinstance(outcome, EngineStopped) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
@@ -186,11 +189,12 @@ class PartAnswerer(OfflineEngines):
     async def answer(self, planned: PlannedPart) -> dict[str, int]:
         """Answer and write one part. Return its numbers of rows and errors.
 
-        Raises: AdapterLoadFailed if weights cannot be fetched now; EngineStopped, StoreUnavailable.
+        Raises: AdapterLoadFailed if weights cannot be fetched now; EngineFull if grammars cannot be compiled now;
+        EngineStopped, StoreUnavailable.
         """
         jobs = [asked.job for asked in planned.asked if asked.job is not None]
         found = await self.complete(jobs)
-        for failed in filter(_may_be_fetched, found):
+        for failed in filter(_may_be_answered_later, found):
             raise failed
         answers = iter(found)
         outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
@@ -216,6 +220,9 @@ class PartAnswerer(OfflineEngines):
             self._usage.put(segment, b"".join(lines), datetime.now(UTC), kept=None)
 
 
-def _may_be_fetched(outcome: Completion | Exception) -> TypeGuard[AdapterLoadFailed]:
-    """Return whether the row only lacks weights that the store may give later."""
-    return isinstance(outcome, AdapterLoadFailed) and not isinstance(outcome, AdapterLost)
+def _may_be_answered_later(outcome: Completion | Exception) -> TypeGuard[AdapterLoadFailed | EngineFull]:
+    """Return whether the row only lacks weights that the store may give later, or a place in a queue of the engine.
+
+    A row has no place if too many other rows wait for grammars of their own to be compiled.
+    """
+    return isinstance(outcome, AdapterLoadFailed | EngineFull) and not isinstance(outcome, AdapterLost)

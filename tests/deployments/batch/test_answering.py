@@ -12,6 +12,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ import torch
 from deployments.batch.answering import PartAnswerer
 from deployments.batch.offline import LoraRetriever
 from deployments.batch.planning import PartPlanner
+from deployments.batch.rows import Asked
 from deployments.batch.run import BatchRun
 from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
 from deployments.weights import RetryPolicy
 from gpu_worker.config import VllmSettings
-from gpu_worker.errors import AdapterLoadFailed, BaseModelUnsupported, WorkerConfigInvalid
+from gpu_worker.errors import AdapterLoadFailed, BaseModelUnsupported, EngineFull, WorkerConfigInvalid
+from gpu_worker.front.grammar.compiler import GrammarCompiler
+from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
 from lora_store import STRATEGIES, AdapterNotFound, GenerationGone, Location, LoraStore, StoreUnavailable
@@ -203,7 +207,7 @@ async def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place)
 async def test_rows_wait_for_weights_and_a_part_that_never_gets_them_is_not_written(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.batch.answering.FETCH_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("deployments.batch.answering.REPEAT_PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr("deployments.weights.RetryPolicy", lambda: RetryPolicy(max_tries=1))
     store = LoraStore(place.config.store_uri, accepts_base=[BASE])
     lost = store.snapshot().records["local", "wild-bees"].weights_digest
@@ -225,6 +229,34 @@ async def test_rows_wait_for_weights_and_a_part_that_never_gets_them_is_not_writ
         failures += ["no route"] * 2
         await answer(run, answerer)
     assert [row["error"] and row["error"]["code"] for row in place.written()] == [None, "unavailable"]
+
+
+def choose_word(asked: Asked, word: str) -> Asked:
+    """Return the planned row with a grammar of its own, which allows this word only."""
+    assert asked.job is not None
+    sampling = replace(asked.job.sampling, grammar=Grammar.of_choices([word], "structured_outputs"))
+    return replace(asked, job=replace(asked.job, sampling=sampling))
+
+
+@pytest.mark.parametrize("max_pending", [0, 2])
+async def test_rows_wait_for_the_compiler_and_a_part_that_gets_no_place_is_not_written(
+    max_pending: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.batch.answering.REPEAT_PAUSES_S", (0.0, 0.0))
+    compiler = partial(GrammarCompiler, max_pending=max_pending)
+    monkeypatch.setattr("gpu_worker.front.preprocess.GrammarCompiler", compiler)
+    words = [f"word{n}" for n in range(7)]
+    run = place.begin([{"prompt": word, "model": BASE} for word in words])
+    planned = await PartPlanner(run).plan(run.parts[0])
+    planned = replace(planned, asked=tuple(map(choose_word, planned.asked, words)))
+    with closing(PartAnswerer(run)) as answerer:
+        if max_pending:
+            assert await answerer.answer(planned) == {"num_rows": len(words), "num_errors": 0}
+            assert [row["text"] for row in place.written()] == words
+        else:
+            with pytest.raises(EngineFull, match="0 grammars are waiting for the compiler; retry later"):
+                await answerer.answer(planned)
+            assert not list((place.folder / "out").glob("part-*"))
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
