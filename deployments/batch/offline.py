@@ -24,6 +24,7 @@ from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import LOCAL_TENANT
 
 _MAX_PROMPTS = 1_000_000  # of one call; they wait in the engine's queue
+_PLANNED_AT_ONCE = 64  # prompts; an interrupted call ends when those that are being encoded are done
 _NOT_RETURNED = (
     "stream",
     "stream_options",
@@ -144,15 +145,15 @@ class LoraRetriever:
 
     async def _answer(self, bodies: Sequence[JsonObject]) -> list[Generated]:
         await asyncio.to_thread(self._pools.catch_up)
-        call = uuid4().hex
-        asked: list[Asked] = await asyncio.gather(
-            *[
-                ask_planner(self._planner, self._config.served_models, self._tenant, f"{call}-prompt-{number}", body)
-                for number, body in enumerate(bodies)
-            ]
-        )
+        call, asked = uuid4().hex, list[Asked]()
+        for start in range(0, len(bodies), _PLANNED_AT_ONCE):
+            together = enumerate(bodies[start : start + _PLANNED_AT_ONCE], start)
+            asked += await asyncio.gather(*[self._ask(f"{call}-prompt-{number}", body) for number, body in together])
         outcomes = iter(await self._engines.complete([item.job for item in asked if item.job is not None]))
         return [Generated(**make_columns(item, None if item.job is None else next(outcomes))) for item in asked]
+
+    async def _ask(self, name: str, body: JsonObject) -> Asked:
+        return await ask_planner(self._planner, self._config.served_models, self._tenant, name, body)
 
 
 def _refuse_lost_results(fields: JsonMapping) -> None:

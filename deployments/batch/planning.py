@@ -103,7 +103,10 @@ class BatchRouting(RoutingClient):
         return await answer
 
     def _answer(self) -> None:
-        asked, self._asked = self._asked, []
+        asked = [(requests, answer) for requests, answer in self._asked if not answer.cancelled()]
+        self._asked = []
+        if not asked:
+            return
         together = [request for requests, _ in asked for request in requests]
         try:
             routes: Iterator[Route | Exception] = iter(self._retriever.route(together))

@@ -25,7 +25,8 @@ from gpu_worker.front.request.request import Completion, Job
 from lora_store import LoraStore
 from lora_store.pool_copy import ArchiveTarget, export_pool, import_pool
 from lora_store.pool_files import ArchivedPool, StoredPool
-from retriever_svc import embed_groups
+from retriever_svc import Retriever, RouteRequest, embed_groups
+from retriever_svc.retriever import RouteAnswer
 from tests.deployments.batching import BASE, TOPICS, TOPICS_OF, VERBS, Place, prompts
 
 SHORT = {"max_tokens": 6, "temperature": 0}
@@ -174,6 +175,29 @@ def test_an_interrupted_call_ends_its_rows(offline: LoraRetriever, monkeypatch: 
         signal.signal(signal.SIGINT, handler)
     assert offline.generate("Explain the sea", **SHORT)[0].num_new_tokens == 6  # calls take turns
     assert cancelled == [64]
+
+
+def test_an_interrupted_call_plans_no_more_prompts(offline: LoraRetriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    route, routed, raised = Retriever.route, list[int](), threading.Event()
+
+    def interrupted(self: Retriever, requests: Sequence[RouteRequest]) -> list[RouteAnswer]:
+        routed.append(len(requests))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert raised.wait(60)
+        return route(self, requests)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    texts = [f"Explain number {n}" for n in range(1000)]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Retriever, "route", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                offline.generate(texts, max_tokens=1)
+            raised.set()
+            assert offline.generate("Hello", model=BASE, **SHORT)[0].error is None  # calls take turns
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(routed) == 1 and routed[0] < len(texts)
 
 
 def test_a_text_is_a_message_of_a_chat_unless_it_is_taken_as_it_is(offline: LoraRetriever) -> None:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from deployments.batch.planning import BatchRouting, PartPlanner, ask_planner
 from deployments.config.app import AppConfig
 from deployments.generation.planner import Planner
@@ -85,23 +87,41 @@ async def test_a_row_is_answered_by_a_version_under_trial_as_a_request_with_its_
     assert {trial.includes(f"{name}/0") for name in names} == {True, False}
 
 
+class Counting:
+    """A Retriever that notes the texts of each call. No adapter fits the text "odd"."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def route(self, requests: list[RouteRequest]) -> list[Any]:
+        self.calls.append([request.text for request in requests])
+        return [
+            NoAdapterMatched(0.1, 0.5)
+            if r.text == "odd"
+            else Route(Plan("base", (), number), (), number, abstained=True)
+            for number, r in enumerate(requests)
+        ]
+
+
 async def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
-    calls: list[list[str]] = []
-
-    class Counting:
-        def route(self, requests: list[RouteRequest]) -> list[Any]:
-            calls.append([request.text for request in requests])
-            return [
-                NoAdapterMatched(0.1, 0.5)
-                if r.text == "odd"
-                else Route(Plan("base", (), number), (), number, abstained=True)
-                for number, r in enumerate(requests)
-            ]
-
-    retriever = BatchRouting(Counting())  # type: ignore[arg-type]
+    counting = Counting()
+    retriever = BatchRouting(counting)  # type: ignore[arg-type]
     asked = [retriever.route([RouteRequest(text)]) for text in ("one", "odd", "two")]
     together = await asyncio.gather(*asked, return_exceptions=True)
     one, odd, two, later = [*together, await retriever.route([RouteRequest("later"), RouteRequest("last")])]
-    assert calls == [["one", "odd", "two"], ["later", "last"]]
+    assert counting.calls == [["one", "odd", "two"], ["later", "last"]]
     assert [[route.generation for route in routes] for routes in (one, two, later)] == [[0], [2], [0, 1]]
     assert isinstance(odd, NoAdapterMatched)
+
+
+@pytest.mark.parametrize("staying", [[], ["two"]])
+async def test_prompts_of_callers_that_left_are_not_encoded(staying: list[str]) -> None:
+    counting = Counting()
+    retriever = BatchRouting(counting)  # type: ignore[arg-type]
+    asked = [asyncio.create_task(retriever.route([RouteRequest(text)])) for text in ("one", *staying, "three")]
+    await asyncio.sleep(0)
+    asked[0].cancel()
+    asked[-1].cancel()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [isinstance(item, asyncio.CancelledError) for item in found] == [True, *[False] * len(staying), True]
+    assert counting.calls == ([staying] if staying else [])
