@@ -119,6 +119,33 @@ def test_an_upload_that_keeps_its_rate_may_take_longer_than_one_window() -> None
     run_in_virtual_time(run())
 
 
+@pytest.mark.parametrize("charset", ["punycode", "undefined", "'", '"utf-16"', "utf-8; charset=idna", ""])
+async def test_a_charset_other_than_utf8_is_refused_before_anything_is_read(charset: str) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=b; Charset={charset}"}
+
+    async def never_read() -> AsyncIterator[bytes]:
+        pytest.fail("the body was read")
+        yield b""
+
+    async with http_of(serve_plainly()) as client:
+        refused = await client.post("/v1/loras", content=never_read(), headers=headers)
+    assert refused.status_code == 400, refused.text
+    assert error_of(refused)["code"] == "invalid_request"
+    assert "charset of an upload must be utf-8" in error_of(refused)["message"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", '"UTF-8"', "utf8"])
+async def test_fields_of_an_upload_are_read_as_utf8(charset: str) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
+    form: dict[str, Any] = {"files": [("files", ("x.txt", b"x"))], "data": {"name": "novel", "tags": "naïve"}}
+    served = serve_plainly()
+    async with http_of(served) as client:
+        published = await client.post("/v1/loras", headers=headers, **form)
+    assert published.status_code == 201, published.text
+    [(item, _)] = served.store.called("stage")
+    assert item.tags == ("naïve",)
+
+
 class HeldStore(FakeStore):
     """Stages when the test permits."""
 
