@@ -23,7 +23,16 @@ _CHECKED_IDS = 20  # the most likely ids after a token, as many as vLLM returns
 _HIGHEST_TEMPERATURE = 2.0  # that vLLM accepts
 
 
-def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
+class RowParams(SamplingParams):  # type: ignore[misc]
+    """The parameters of a row, whose end ids are all in `stop_token_ids`."""
+
+    def update_from_generation_config(
+        self, generation_config: Mapping[str, Any], eos_token_id: int | None = None
+    ) -> None:
+        """Add no end id of the model. `min_tokens` would forbid it even if the row ignores it."""
+
+
+def sampling_params(row: Row, vocab_size: int) -> RowParams:
     """Return vLLM's parameters. Text and stop strings are the front end's: vLLM sees token ids only.
 
     Raises: SamplingInvalid.
@@ -32,9 +41,9 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
     if given.temperature > _HIGHEST_TEMPERATURE:
         limit = f"temperature must be between 0 and {_HIGHEST_TEMPERATURE:g} with the engine 'vllm'"
         raise SamplingInvalid(f"{limit}, got {given.temperature:g}", "temperature")
-    return SamplingParams(
+    return RowParams(
         max_tokens=max(row.max_new_tokens, 1),  # vLLM computes one for a row without new tokens
-        min_tokens=given.min_tokens if row.end_ids else 0,  # it forbids the model's end ids, also with `ignore_eos`
+        min_tokens=given.min_tokens,
         temperature=given.temperature if given.temperature >= GREEDY_BELOW else 0,  # vLLM would raise it to 0.01
         top_p=given.top_p,
         top_k=min(given.top_k, vocab_size),
@@ -48,7 +57,6 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
         logprob_token_ids=probed_ids(vocab_size) if row.capture_first_logits else None,
         seed=given.seed,
         stop_token_ids=sorted(row.end_ids),
-        ignore_eos=True,  # `end_ids` has the ids that end the answer
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         structured_outputs=None if given.grammar is None else structured_outputs(given.grammar),

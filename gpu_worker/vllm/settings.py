@@ -32,6 +32,7 @@ from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLi
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
 from vllm.v1 import structured_output
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.structured_output.backend_guidance import GuidanceBackend
@@ -65,6 +66,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (vllm_logger, "configure_logging_if_needed", ("config",)),
     (structured_output, "GuidanceBackend", ("vllm_config", "tokenizer", "vocab_size")),
     (GuidanceBackend, "_build_ll_tokenizer", ("tokenizer", "vocab_size")),
+    (SamplingParams, "update_from_generation_config", ("self", "generation_config", "eos_token_id")),
     (Sampler, "compute_logprobs", ("logits",)),
     (Sampler, "gather_specific_token_logprobs", ("self", "logprobs", "logprob_token_ids", "sampled")),
     (GPUModelRunner, "_get_prompt_logprobs_dict", ("self", "hidden_states", "num_scheduled_tokens")),

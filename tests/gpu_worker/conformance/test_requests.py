@@ -67,8 +67,9 @@ def test_min_tokens_forbids_the_stop_ids_before_it(hosted: HostedEngine) -> None
     assert tokens_of(whole)[0] not in tokens_of(answer)[:3]
 
 
-def test_min_tokens_forbids_no_end_id_that_is_ignored(hosted: HostedEngine) -> None:
-    sampling = greedy(min_tokens=6, max_tokens=6, logit_bias=((EOS_ID, 100.0),))
+@pytest.mark.parametrize("stops", [(), (_IDS[b"a"],)], ids=["no stop id", "another stop id"])
+def test_min_tokens_forbids_no_end_id_that_is_ignored(stops: tuple[int, ...], hosted: HostedEngine) -> None:
+    sampling = greedy(min_tokens=6, max_tokens=6, logit_bias=((EOS_ID, 100.0),), stop_token_ids=stops)
     [answer] = hosted.answers(job("unending", sampling=sampling))
     assert tokens_of(answer) == [b"<eos>"] * 6
 

@@ -18,7 +18,7 @@ from gpu_worker.vllm.settings import (
 
 
 def test_the_installed_vllm_has_every_extension_point() -> None:
-    assert len(EXTENSION_POINTS) == 21 and len(LAYER_ATTRIBUTES) == 21
+    assert len(EXTENSION_POINTS) == 22 and len(LAYER_ATTRIBUTES) == 21
     check_vllm()
 
 
