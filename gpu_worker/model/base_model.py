@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -212,7 +212,7 @@ def load_base_model(config: NativeWorkerConfig, source: str | None = None) -> Ba
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=find_end_ids(model.generation_config.eos_token_id, tokenizer, hf_config.vocab_size),
         num_layers=hf_config.num_hidden_layers,
         num_kv_heads=_num_kv_heads(hf_config),
         head_dim=head_dim,
@@ -412,7 +412,19 @@ def config_setting(config: Any, name: str) -> Any:
         ) from exc
 
 
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    declared = model.generation_config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+def find_end_ids(declared: int | Sequence[int] | None, tokenizer: Any, vocab_size: int) -> frozenset[int]:
+    """Return the ids that end an answer: those that the model's files declare, and the tokenizer's.
+
+    Ids that the model cannot choose are left out, with a warning: its logits have no such place.
+    """
+    ids = declared if isinstance(declared, Sequence) else [declared]
+    found = {token_id for token_id in (*ids, tokenizer.eos_token_id) if token_id is not None}
+    outside = {token_id for token_id in found if not 0 <= token_id < vocab_size}
+    if outside:
+        logger.warning(
+            "the end ids %s are ignored: the base model has ids from 0 to %d; check eos_token_id in"
+            " generation_config.json and config.json, and the tokenizer's end token",
+            ", ".join(map(str, sorted(outside))),
+            vocab_size - 1,
+        )
+    return frozenset(found - outside)

@@ -17,6 +17,7 @@ from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.model.base_model import (
     config_setting,
+    find_end_ids,
     first_line,
     load_config,
     load_tokenizer,
@@ -103,11 +104,12 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     heads = config_setting(text_config, "num_key_value_heads") or text_config.num_attention_heads
     _check_size(config.tensor_parallel_size, text_config, heads, linears)
     head_dim = _head_dim(text_config)
+    declared = _declared_end_ids(source, (hf_config, text_config))
     return FrontModel(
         source=source,
         model_type=hf_config.model_type,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(source, (hf_config, text_config), tokenizer),
+        eos_token_ids=find_end_ids(declared, tokenizer, text_config.vocab_size),
         vocab_size=text_config.vocab_size,
         num_embeddings=min(text_config.vocab_size, language_part(model).get_input_embeddings().weight.shape[0]),
         max_position=text_config.max_position_embeddings,
@@ -290,12 +292,9 @@ def _mlp_widths(linears: Mapping[str, nn.Linear], hidden_size: int) -> list[int]
     return sorted({linear.in_features for linear in downs})
 
 
-def _eos_token_ids(source: str, configs: Sequence[Any], tokenizer: Any) -> frozenset[int]:
+def _declared_end_ids(source: str, configs: Sequence[Any]) -> Any:
+    """Return the one or several ids that the model's files declare, or None."""
     try:
-        declared = GenerationConfig.from_pretrained(source).eos_token_id
+        return GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:  # the model has no such file
-        declared = next(
-            (found for each in configs if (found := config_setting(each, "eos_token_id")) is not None), None
-        )
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+        return next((found for each in configs if (found := config_setting(each, "eos_token_id")) is not None), None)

@@ -26,7 +26,10 @@ TOLERANCE = {"native": 1e-4, "vllm": 1e-3}
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a random Gemma-3 that both engines can serve, with a special token for calls and two that end answers."""
+    """Save a random Gemma-3 that both engines can serve, with a special token for calls and two that end answers.
+
+    Its files declare an end id outside its vocabulary of 300 too.
+    """
     torch.manual_seed(0)
     model = gemma3_with_wide_heads()
     with torch.no_grad():
@@ -39,7 +42,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": [MARKER, TURN_END]})
     tokenizer.chat_template = MISTRAL_TEMPLATE
     tokenizer.save_pretrained(folder)
-    change_json(folder / "generation_config.json", {"eos_token_id": [257, TURN_END_ID]})
+    change_json(folder / "generation_config.json", {"eos_token_id": [257, TURN_END_ID, 300]})
     return folder
 
 

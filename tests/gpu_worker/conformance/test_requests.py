@@ -74,6 +74,16 @@ def test_min_tokens_forbids_no_end_id_that_is_ignored(stops: tuple[int, ...], ho
     assert tokens_of(answer) == [b"<eos>"] * 6
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+@pytest.mark.parametrize("stops", [(), (5,)], ids=["no stop id", "a stop id"])
+def test_a_declared_end_id_outside_the_vocabulary_fails_no_job(
+    stops: tuple[int, ...], ignore_eos: bool, hosted: HostedEngine
+) -> None:
+    sampling = greedy(min_tokens=3, max_tokens=3, stop_token_ids=stops, ignore_eos=ignore_eos)
+    [answer] = hosted.answers(job("outside", sampling=sampling))
+    assert answer.num_new_tokens == 3
+
+
 def test_a_stop_string_ends_the_answer_before_it(hosted: HostedEngine) -> None:
     biased = greedy(max_tokens=12, logit_bias=((_IDS[b"a"], 90.0),), frequency_penalty=2.0)
     [whole] = hosted.answers(job("stop string", sampling=biased))

@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.model import base_model
 from gpu_worker.model.base_model import (
+    BaseModel,
     load_base_model,
     load_config,
     load_tokenizer,
@@ -26,7 +29,7 @@ from gpu_worker.model.base_model import (
     sampling_defaults,
 )
 from gpu_worker.model.packed_attention import ATTENTION_NAME
-from gpu_worker.vllm.front_model import load_front_model
+from gpu_worker.vllm.front_model import FrontModel, load_front_model
 from tests.gpu_worker.families import REFUSED_UNLOADED, Settings
 from tests.gpu_worker.model.test_checkpoint import copy_with, without
 from tests.tiny import FAMILIES, TinyBase, TinyFolders, byte_tokenizer, change_json, tiny_config
@@ -193,6 +196,22 @@ def test_every_declared_end_ends_an_answer(tmp_path: Path, tiny_folders: TinyFol
     base.model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert load_base_model(tiny_config(tmp_path)).eos_token_ids == {257, 250}
+
+
+@pytest.mark.parametrize("load", [load_base_model, load_front_model])
+def test_an_end_id_outside_the_vocabulary_is_left_out(
+    load: Callable[[Any], BaseModel | FrontModel],
+    tiny_folders: TinyFolders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    config = tiny_config(folder, engine="native" if load is load_base_model else "vllm")
+    assert load(config).eos_token_ids == {257} and not caplog.messages
+    change_json(folder / "generation_config.json", {"eos_token_id": [257, 299, 300, -1]})
+    assert load(config).eos_token_ids == {257, 299}
+    [message] = caplog.messages
+    assert "the end ids -1, 300 " in message and "from 0 to 299" in message and "generation_config.json" in message
 
 
 @pytest.mark.parametrize("text", ['{"eos_token_id": [257, 2', "[257]", b"\xff"], ids=["cut", "a list", "no text"])
