@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -42,6 +42,9 @@ from lora_store.sample_files import parse_samples
 ARCHIVE = ".tar"
 POOL_FILE = "pool.yaml"
 _MISSING = 404
+_NOTHING = "there is no adapter to export"
+_UNLISTED = "unlisted adapters expire, and would not if they were published again"
+_NO_OWN = "a key copies the adapters of its tenant, which has none; --store STORE copies those of all tenants"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +78,16 @@ class ServedPool:
 
 def export_to(target: str, names: Sequence[str], store: str | None, url: str, *, as_peft: bool, as_json: bool) -> None:
     """Export to a new archive, store, or folder of PEFT folders. On an error, print it and exit."""
+    num_unlisted = 0
     with open_pool(store, url) as source, _progress("copying") as copied:
         if as_peft:
             if "://" in target:
                 raise ValueError(f"{target}: PEFT folders are written on this machine; give a folder")
-            state = source.state().named(names)
-            _write_peft(source, state, Path(target))
+            whole = source.state().named(names)
+            if not whole.snapshot.records:
+                raise ValueError(f"{_NOTHING}: {_NO_OWN if store is None else 'the pool has none'}")
+            state = _write_peft(source, whole, Path(target))
+            num_unlisted = len(whole.snapshot.records) - len(state.snapshot.records)
         elif target.endswith(ARCHIVE):
             with ArchiveTarget(_archive_path(target)) as archive:
                 state = export_pool(source, archive, names, copied)
@@ -88,12 +95,13 @@ def export_to(target: str, names: Sequence[str], store: str | None, url: str, *,
             state = export_pool(source, StoreTarget(target), names, copied)
     snapshot, num_bytes = state.snapshot, sum(size or 0 for size in state.blobs().values())
     if not snapshot.records and store is None and not as_json:
-        show_warning(
-            "a key copies the adapters of its tenant, which has none; --store STORE copies those of all tenants"
-        )
+        show_warning(_NO_OWN)
+    if num_unlisted and not as_json:
+        show_warning(f"{counted(num_unlisted, 'adapter')} left out: {_UNLISTED}")
     facts = {"target": target, "generation": snapshot.generation, "num_adapters": len(snapshot.records)}
     said = f"{counted(len(snapshot.records), 'adapter')} as of generation {snapshot.generation} are in {target}"
-    report({**facts, "num_bytes": num_bytes}, said, as_json=as_json)
+    left_out = {"num_left_out": num_unlisted} if as_peft else {}
+    report({**facts, "num_bytes": num_bytes, **left_out}, said, as_json=as_json)
 
 
 def import_from(
@@ -178,16 +186,19 @@ def _make_place(names: Sequence[str]) -> str:
     return "/".join([f"{top}~" if top == POOL_FILE else top, *rest])
 
 
-def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
-    """Write the live versions as PEFT folders, below their owners' if there are several, and a file that lists them."""
+def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> PoolState:
+    """Write the listed live versions as PEFT folders and a file that lists them. Return the state of what is written.
+
+    The folders are below their owners' if there are several. Raises: ValueError if there is nothing to write.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty; name a new folder")
-    records = state.snapshot.records
+    records = {key: record for key, record in state.snapshot.records.items() if not record.is_unlisted}
+    if not records:
+        raise ValueError(f"{_NOTHING}: {_UNLISTED}")
     has_owners = len({tenant for tenant, _ in records}) > 1
     entries = []
     for (tenant, name), record in sorted(records.items()):
-        if record.is_unlisted:
-            continue  # published again, it would not expire
         place = _make_place([tenant, name] if has_owners else [name])
         digest = record.samples_digest
         samples = () if digest is None else parse_samples(b"".join(read_checked(source, blob_file(digest))))
@@ -201,3 +212,4 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
             write_contract(folder / place, record.contract)
         entries.append(entry | ({"owner": tenant} if has_owners else {}))
     (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))
+    return replace(state, snapshot=replace(state.snapshot, records=records, previous={}))

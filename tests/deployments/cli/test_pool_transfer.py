@@ -173,7 +173,8 @@ def test_the_files_of_an_export_are_found_without_reading_the_pool_again(
 def test_a_pool_goes_into_an_archive_and_from_it_into_a_store(pool: LoraStore, tmp_path: Path) -> None:
     archive, target = tmp_path / "pool.tar", tmp_path / "new"
     made = run("pool", "export", archive, "--store", tmp_path / "pool", "--json")
-    assert json.loads(made.stdout)["num_adapters"] == 2
+    counts = json.loads(made.stdout)
+    assert counts["num_adapters"] == 2 and "num_left_out" not in counts
     dry = run("pool", "import", archive, "--store", target, "--dry-run")
     assert "2 new" in words(dry.stdout)
     assert not target.exists()
@@ -233,6 +234,37 @@ def test_peft_folders_are_the_same_versions_when_they_are_published_again(pool: 
         assert staged.ref == pool.snapshot().records[entry["owner"], entry["name"]].ref
     assert [(entry["owner"], entry["name"]) for entry in listed] == [("acme", "secretary"), ("local", "poet")]
     assert run("pool", "export", out, "--store", tmp_path / "pool", "--peft").exit_code == 1
+
+
+def test_an_export_of_peft_folders_counts_what_it_wrote(tmp_path: Path) -> None:
+    store = LoraStore(str(tmp_path / "pool"), accepts_base=[BASE])
+    for name, tenant, ttl_s in (("poet", "us", None), ("step-1", "us", 900), ("step-2", "them", 900)):
+        publish(store, tmp_path, name, tenant=tenant, ttl_s=ttl_s, visibility="private")
+    publish(store, tmp_path, "poet", rank=3, tenant="us")
+    export = ("pool", "export", "--peft", "--store", tmp_path / "pool")
+    said, shown = run(*export, tmp_path / "out"), run(*export, tmp_path / "again", "--json")
+    assert words(said.stdout).startswith("1 adapter as of generation 4 are in")
+    assert words(said.stderr).startswith("2 adapters left out: unlisted adapters expire")
+    [entry] = yaml.safe_load((tmp_path / "out" / "pool.yaml").read_text())["adapters"]
+    assert (entry["source"], "owner" in entry) == ("poet", False), "one tenant's adapters are written"
+    counts = {"num_adapters": 1, "num_left_out": 2, "num_bytes": store.snapshot().records["us", "poet"].num_bytes}
+    assert json.loads(shown.stdout).items() > counts.items()
+
+
+def test_an_export_of_no_peft_folder_says_why_and_writes_nothing(
+    pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(pool, tmp_path, "step", ttl_s=900)
+    LoraStore(str(tmp_path / "empty"), accepts_base=[BASE])
+    monkeypatch.setattr("deployments.cli.pool_transfer.open_client", lambda url: serve(pool, "platform"))
+    for options, why in (
+        (("--store", tmp_path / "pool", "--adapter", "step"), "unlisted adapters expire"),
+        (("--store", tmp_path / "empty"), "the pool has none"),
+        ((), "a key copies the adapters of its tenant, which has none"),
+    ):
+        said = run("pool", "export", "--peft", tmp_path / "out", *options)
+        assert (said.exit_code, (tmp_path / "out").exists()) == (1, False)
+        assert words(said.stderr).startswith(f"there is no adapter to export: {why}")
 
 
 def test_a_pool_of_one_tenant_names_no_owner(tmp_path: Path) -> None:
