@@ -260,9 +260,11 @@ class ResponsesRequest(GenerationRequest):
 
     @property
     def text_format(self) -> JsonObject:
-        """The format of the text, as the response repeats it."""
-        given = self._format
-        return {"format": {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)}
+        """The format that the text has, in whichever field the request gives it."""
+        given, other = self._format, self.structured_outputs or self.response_format
+        if other is not None and (given is None or given.type == "text"):
+            return {"format": other.as_text_format()}
+        return {"format": {"type": "text"} if given is None else given.shown()}
 
     @property
     def limit_field(self) -> str:

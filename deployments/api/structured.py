@@ -19,6 +19,7 @@ from deployments.api.base import (
     check_goes_with,
     problem,
 )
+from deployments.json_types import JsonObject
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMAR_CHARS, Grammar
 
@@ -38,6 +39,10 @@ class JsonSchemaFormat(TolerantRequest):
     description: Text | None = None
     schema_: Schema = Field(alias="schema")
     strict: bool | None = None
+
+    def shown(self) -> JsonObject:
+        """Return the fields that are set, as a response repeats them."""
+        return self.model_dump(by_alias=True, exclude_none=True)
 
 
 class ResponseFormat(TolerantRequest):
@@ -64,6 +69,12 @@ class ResponseFormat(TolerantRequest):
         if self.json_schema is not None:
             return of_schema(self.json_schema.schema_, "response_format.json_schema.schema")
         return Grammar("json_schema", ANY_OBJECT, "response_format") if self.type == "json_object" else None
+
+    def as_text_format(self) -> JsonObject:
+        """Return this format as `text.format` of `/v1/responses`."""
+        if self.schema_ is not None:
+            return {"type": "json_schema", "schema": self.schema_}
+        return {"type": self.type} | ({} if self.json_schema is None else self.json_schema.shown())
 
 
 class TextFormat(JsonSchemaFormat):
@@ -115,6 +126,12 @@ class StructuredOutputs(TolerantRequest):
         if self.json_ is not None:
             return of_schema(self.json_, f"{path}.json")
         return Grammar("json_schema", ANY_OBJECT, f"{path}.json_object")
+
+    def as_text_format(self) -> JsonObject:
+        """Return the format as `text.format` of `/v1/responses`, which names JSON only. Leave out a schema as text."""
+        if self.json_ is None:
+            return {"type": "json_object" if self.json_object else "text"}
+        return {"type": "json_schema"} | ({} if isinstance(self.json_, str) else {"schema": self.json_})
 
 
 def of_schema(schema: Mapping[str, Any] | str, param: str) -> Grammar:

@@ -104,6 +104,37 @@ def test_the_format_of_the_text_is_the_grammar_and_is_repeated(given: dict[str, 
     assert ignored_fields(request) == ()
 
 
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"response_format": {"type": "text"}}, {"type": "text"}),
+        ({"response_format": {"type": "json_object"}}, {"type": "json_object"}),
+        ({"text": {"format": {"type": "text"}}, "response_format": {"type": "json_object"}}, {"type": "json_object"}),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, {"type": "json_schema", "schema": SCHEMA}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "strict": True, "schema": SCHEMA},
+                }
+            },
+            {"type": "json_schema", "name": "a", "strict": True, "schema": SCHEMA},
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, {"type": "json_schema", "schema": SCHEMA}),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, {"type": "json_schema"}),
+        ({"structured_outputs": {"json_object": True}}, {"type": "json_object"}),
+        (
+            {"response_format": {"type": "text"}, "structured_outputs": {"json_object": True}},
+            {"type": "json_object"},
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, {"type": "text"}),
+    ],
+    ids=str,
+)
+def test_the_response_shows_the_format_of_the_other_fields_too(fields: dict[str, Any], shown: dict[str, Any]) -> None:
+    assert asked(**fields).text_format == {"format": shown}
+
+
 def test_a_request_without_a_format_has_no_grammar_unless_in_another_spelling() -> None:
     assert asked().sampling().grammar is None
     assert asked().text_format == {"format": {"type": "text"}}

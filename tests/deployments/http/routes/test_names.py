@@ -182,6 +182,18 @@ async def test_every_route_answers_by_the_policy(path: str, body: dict[str, Any]
     assert response.json().get("temperature", 0.25) == 0.25  # responses repeat it
 
 
+@pytest.mark.parametrize(
+    ("body", "shown"), [({}, "json_object"), ({"text": {"format": {"type": "text"}}}, "text")], ids=["policy", "own"]
+)
+async def test_a_response_shows_the_format_of_the_policy_unless_it_has_its_own(
+    body: dict[str, Any], shown: str
+) -> None:
+    sent = {"input": "Hi", "model": "support", **body}
+    response, job, _ = await answered(JSON_OBJECT, sent, "/v1/responses")
+    assert response.json()["text"] == {"format": {"type": shown}}
+    assert (job.sampling.grammar is not None) == (shown == "json_object")
+
+
 async def test_tokenize_uses_the_template_of_the_policy() -> None:
     async with named() as (say, _):
         await say("PUT", "/v1/names/support", {"template": "alpaca"})
