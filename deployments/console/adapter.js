@@ -42,13 +42,14 @@ export async function open(name) {
 
 const reload = () => open(shown.id);
 
-/** Forgets the adapter, which another key may not see, and reads it again if its page is shown. */
+/** Forgets the adapter, which another key may not see, except its name. */
 export function forget() {
-  const name = byId("adapter-title").textContent;
   numLoads += 1;
-  clear(name);
-  if (!byId("view-adapter").hidden) open(name);
+  clear(byId("adapter-title").textContent);
 }
+
+/** Shows the adapter of the same name again. */
+export const refresh = () => open(byId("adapter-title").textContent);
 
 function clear(name) {
   shown = null;

@@ -46,6 +46,15 @@ export function prepare(names, prompt = "") {
   for (const tick of ticksOf()) tick.checked = false;
 }
 
+/** Stops a comparison, and forgets its prompts and answers. */
+export function forget() {
+  running?.abort();
+  running = null;
+  for (const id of ["compared", "tabled"]) byId(id).replaceChildren();
+  byId("tabled").hidden = byId("compare-stop").disabled = true;
+  say("compare-status", "");
+}
+
 /** Returns the ways that are ticked, and one for each adapter, version or policy that is named. */
 function chosenWays() {
   const ticked = ticksOf().filter(({ checked }) => checked).map(({ value }) => offered[value]);
@@ -111,6 +120,7 @@ function whyNot(error) {
 const compareFile = (file) => compare(async (ways, signal) => {
   const { rows, problem } = await file.text().then(promptsOf, () => ({ problem: "the browser cannot read the file" }));
   if (problem) return problem;
+  if (signal.aborted) return "stopped";
   const right = ways.map(() => 0), waiting = rows.map((row) => ({ row, cells: ways.map(() => element("td", {}, "…")) }));
   const sums = ways.map(() => element("td", {}));
   const outputs = rows.filter(({ output }) => output !== undefined).length;

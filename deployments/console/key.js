@@ -6,8 +6,11 @@ import { byId, say } from "./dom.js";
 let isNeeded = false; // the server has refused a request for want of a key
 let acceptedKey = "";
 
-/** Connects the dialog. Calls `onChange` when the key changes, and before that `onForget` when it is forgotten. */
-export function start(onChange, onForget) {
+/**
+ * Connects the dialog. When the key changes, calls `onForget`, then `onClear` if no key replaces it, and in the end
+ * `onChange`, which may load with the new key.
+ */
+export function start({ onForget, onClear, onChange }) {
   const dialog = byId("key-dialog");
   byId("key-button").addEventListener("click", () => open(""));
   document.addEventListener("key-accepted", ({ detail }) => { acceptedKey = detail.key; mark(); });
@@ -23,7 +26,8 @@ export function start(onChange, onForget) {
     if ((choice === "use" && typed) || choice === "forget") {
       setKey(choice === "use" ? typed : "");
       mark();
-      if (choice === "forget") await onForget();
+      onForget();
+      if (choice === "forget") await onClear();
       onChange();
     }
   });

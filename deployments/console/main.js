@@ -91,14 +91,21 @@ adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { co
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
 usage.start();
 stats.start({ onGeneration: followServer });
-key.start(() => {
-  for (const part of [adapter, map, pool, stats, usage]) part.forget(); // what another key may not see
-  newest = 0; // each tenant has its own
-  offerStrategies();
-  showAll();
-  stats.refresh();
-  if (!byId("view-status").hidden) usage.refresh();
-}, ask.offerToClear);
+key.start({
+  onForget: () => {
+    for (const part of [adapter, compare, map, pool, publish, stats, usage]) part.forget(); // what another key may not see
+    newest = 0; // each tenant has its own
+  },
+  onClear: ask.offerToClear,
+  onChange: () => {
+    offerStrategies();
+    showAll();
+    publish.refresh();
+    stats.refresh();
+    if (!byId("view-adapter").hidden) adapter.refresh();
+    if (!byId("view-status").hidden) usage.refresh();
+  },
+});
 addEventListener("hashchange", () => {
   show();
   const heading = document.querySelector(".view:not([hidden]) h2");

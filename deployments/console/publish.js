@@ -9,6 +9,7 @@ import { adapterLink } from "./plan.js";
 const NUM_SHOWN = 3; // samples of a folder
 let cards = [];
 let isSending = false;
+let numForgotten = 0; // keys before the present one
 let handlers = { onChange: () => {}, onDrop: () => {}, onTry: () => {} };
 
 export function start(callbacks) {
@@ -34,6 +35,24 @@ export function start(callbacks) {
   byId("check-button").addEventListener("click", () => sendTicked(true));
   byId("no-tags").addEventListener("change", (event) => { byId("tags").disabled = event.target.checked; });
   byId("preview-clear").addEventListener("click", () => { cards = []; byId("previews").replaceChildren(); follow(); });
+}
+
+/** Stops after the folder that is being sent. Forgets those that are published, and what the server said of the others. */
+export function forget() {
+  numForgotten += 1;
+  cards = cards.filter(({ done }) => !done);
+  byId("previews").replaceChildren(...cards.map(({ node }) => node));
+  for (const { info, node, notes, state } of cards) {
+    node.className = info.problems.length ? "preview bad" : "preview";
+    notes.replaceChildren();
+    state.textContent = "";
+  }
+  follow();
+}
+
+/** Checks all folders again. */
+export function refresh() {
+  for (const card of cards) check(card);
 }
 
 /** Shows the folders, or promised ones. If there are none, says `whyNone`. */
@@ -100,7 +119,7 @@ function cardOf(folder, info) {
 /** Shows what publishing the card would do. Nothing is sent but its samples, which are routed as prompts. */
 async function check(card) {
   const { info, notes, name } = card;
-  const wanted = name.value.trim();
+  const wanted = name.value.trim(), number = numForgotten;
   const lines = info.problems.map((problem) => element("li", { class: "problem" }, problem));
   if (!info.problems.length) {
     try {
@@ -113,7 +132,7 @@ async function check(card) {
       lines.push(element("li", {}, `not compared with the pool: ${error.message}`));
     }
   }
-  if (wanted === name.value.trim()) notes.replaceChildren(...lines);
+  if (number === numForgotten && wanted === name.value.trim()) notes.replaceChildren(...lines);
 }
 
 /** Returns the caller's own live adapter of this name, or null. */
@@ -143,11 +162,13 @@ async function neighbours({ info, name }, isVersion) {
   return [line];
 }
 
-/** Publishes the cards one by one that are ticked when their turn comes; if `isDry` the server checks them and publishes nothing. */
+/** Publishes the cards one by one that are ticked when their turn comes; if `isDry` the server checks them and publishes nothing. Stops when the key changes. */
 async function sendTicked(isDry) {
+  const number = numForgotten;
   isSending = true;
   follow();
   for (const card of [...cards]) {
+    if (number !== numForgotten) break;
     if (!cards.includes(card) || !card.tick.checked) continue;
     try {
       await send(card, isDry);
@@ -163,7 +184,7 @@ async function sendTicked(isDry) {
 }
 
 async function send(card, isDry) {
-  const { folder, info, node, name, typed, state } = card;
+  const { folder, info, node, name, typed, state } = card, number = numForgotten;
   const progress = element("progress", { max: 1, value: 0, "aria-label": `Upload of ${name.value}` });
   state.before(progress);
   node.className = "preview";
@@ -174,12 +195,18 @@ async function send(card, isDry) {
       state.textContent = share < 1 ? `uploading, ${percent(share)} of ${bytes(info.size)}` : "the server checks it…";
     });
     node.className = "preview good";
+    if (!isDry) {
+      card.done = true;
+      for (const part of node.querySelectorAll("input, textarea, button")) part.disabled = true;
+    }
+    if (number !== numForgotten) { // the answer names what another key may not see
+      state.textContent = `${isDry ? "fit to publish" : "published"} with the key before`;
+      return;
+    }
     if (isDry) {
       state.textContent = outcome(made, "fit to publish");
       return;
     }
-    card.done = true;
-    for (const part of node.querySelectorAll("input, textarea, button")) part.disabled = true;
     state.replaceChildren(outcome(made, `live at generation ${whole(made.generation)}`), " ", ...next(made, info.samples[0]));
     handlers.onChange(made.generation);
   } finally {

@@ -10,7 +10,7 @@ from playwright.async_api import Page, Request, Response, Route, expect
 
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
-from tests.deployments.console_fakes import MappedRetriever
+from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import entry, write
 from tests.deployments.looking import (
@@ -190,6 +190,88 @@ async def test_late_examples_of_the_key_before_are_not_shown(browsing: Browsing,
         await expect(names).to_have_text(["theirs"])
         await expect(models).to_have_count(0)
         await expect(page.locator("#examples-note")).to_be_hidden()
+
+
+async def test_another_key_stops_a_comparison_and_empties_it(browsing: Browsing, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("first"), entry("second", "globex"))
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"prompt {number}" for number in range(9)))
+    goes_on = asyncio.Event()
+    async with look(browsing, keys_file=keys, worker=CountingWorker(goes_on=goes_on)) as (page, _):
+        asked: list[Request] = []
+        page.on("request", lambda request: asked.append(request) if request.url.endswith("completions") else None)
+        answers, status = page.locator("#compared > li, #tabled tr"), page.locator("#compare-status")
+        await use(page, "first")
+        await go(page, "Compare")
+        await page.get_by_label("Adapters, versions or policies").fill("poet")
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(answers).to_have_count(10)
+        await page.locator("#key-button").click()
+        await use(page, "second")
+        await expect(page.locator("#key-button")).to_have_text("API key ✓")
+        goes_on.set()
+        await wait_frames(page, 20)
+        assert asked and {await one.header_value("authorization") for one in asked} == {"Bearer first"}
+        await expect(answers).to_have_count(0)
+        await expect(status).to_have_text("")
+        await expect(page.locator("#compare-stop")).to_be_disabled()
+        await go(page, "Ask")
+        await ask_and_wait(page)
+        await go(page, "Compare")
+        goes_on.clear()
+        await page.get_by_label("Prompt to compare").fill("A verse, please.")
+        await page.get_by_role("button", name="Compare").click()
+        await expect(answers).not_to_have_count(0)
+        num_asked = len(asked)
+        await page.locator("#key-button").click()
+        await page.get_by_role("button", name="Forget").click()
+        await expect(page.locator("#confirm-title")).to_contain_text("The key is forgotten.")
+        await expect(answers).to_have_count(0)
+        goes_on.set()
+        await page.locator("#confirm-no").click()
+        await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
+        await expect(status).to_have_text("")
+        assert len(asked) == num_asked
+
+
+async def test_another_key_stops_a_publish_and_the_rest_waits(browsing: Browsing, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("first"), entry("second", "globex"))
+    for name in ("one", "three", "two"):
+        folder_of(tmp_path / "all", name, ["A verse."])
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            waits.set()
+            await goes_on.wait()
+        await route.continue_()
+
+    async with look(browsing, keys_file=keys) as (page, served):
+        button, cards = page.locator("#publish-button"), page.locator("#previews > li")
+        await use(page, "first")
+        await page.route("**/v1/loras", hold)
+        await drop_folder(page, tmp_path / "all")
+        await expect(page.locator("#previews .notes li")).to_have_count(6)
+        await button.click()
+        await waits.wait()
+        await page.locator("#key-button").click()
+        async with page.expect_request("**/v1/loras/two") as checked:
+            await use(page, "second")
+        assert await (await checked.value).header_value("authorization") == "Bearer second"
+        await expect(button).to_be_disabled()
+        goes_on.set()
+        await expect(button).to_have_text("Publish 2 adapters")
+        await expect(button).to_be_enabled()
+        await expect(cards.locator(".state")).to_have_text(["published with the key before", "", ""])
+        await expect(page.locator("#previews .notes li")).to_have_count(6)
+        await publish(page, 2)
+        staged = [upload for (upload, _) in served.store.called("stage")]
+        assert [upload.tenant for upload in staged] == ["acme", "globex", "globex"]
+        assert sorted(upload.name for upload in staged) == ["one", "three", "two"]
+        await page.locator("#key-button").click()
+        await use(page, "first")
+        await expect(cards).to_have_count(0)
+        await expect(page.locator("#publish-form")).to_be_hidden()
 
 
 async def test_a_browser_that_keeps_no_data_of_sites_has_the_whole_console(browsing: Browsing) -> None:
