@@ -8,8 +8,8 @@ import { adapterLink, trialLabel, trialText } from "./plan.js";
 const PAGE = 15;
 const FIELDS = { search: "search", tag: "pool-tag", owner: "pool-owner", base: "pool-base", sort: "pool-sort" };
 const seen = { "pool-tags": new Set(), "pool-owners": new Set(), "pool-bases": new Set() }; // what the filters suggest
-let before = []; // the last id of each previous page
-let lastId = null; // of the current page
+let before = []; // the last id of each page before the shown one
+let lastId = null; // of the shown page
 let shown = 0; // the generation of the rows
 let loading = null; // the one that is being read
 let numLoads = 0;
@@ -17,13 +17,12 @@ let numLoads = 0;
 export function start() {
   const choose = soon(() => {
     if (!byId("view-adapters").hidden) history.replaceState(null, "", `#adapters?${chosen()}`);
-    before = [];
-    load();
+    loadFirst();
   });
   for (const id of Object.values(FIELDS)) byId(id).addEventListener("input", choose);
   byId("pool-filters").addEventListener("submit", (event) => event.preventDefault());
-  byId("page-back").addEventListener("click", () => { before.pop(); load(); });
-  byId("page-on").addEventListener("click", () => { before.push(lastId); load(); });
+  byId("page-back").addEventListener("click", () => load(0, before.slice(0, -1)));
+  byId("page-on").addEventListener("click", () => load(0, [...before, lastId]));
   byId("pool-rows").addEventListener("keydown", step);
   byId("pool-rows").addEventListener("focusin", ({ target }) => { for (const link of links()) link.tabIndex = link === target ? 0 : -1; });
 }
@@ -43,7 +42,13 @@ export function enter(address) {
   const query = new URLSearchParams(address);
   if (query.toString() === chosen().toString()) return;
   for (const [name, id] of Object.entries(FIELDS)) byId(id).value = query.getAll(name).join(", ");
+  loadFirst();
+}
+
+/** Shows the first page of what the fields choose. Until it is shown no other page can be opened: the rows are of another choice. */
+function loadFirst() {
   before = [];
+  byId("page-back").disabled = byId("page-on").disabled = true;
   load();
 }
 
@@ -63,17 +68,18 @@ export function follow(wanted) {
   if (loading === null && wanted > shown) load(wanted);
 }
 
-/** Shows the page at generation `wanted` or later. */
-export async function load(wanted = 0) {
+/** Shows the page that follows the pages with these last ids, at generation `wanted` or later. */
+export async function load(wanted = 0, pages = before) {
   const number = ++numLoads;
   const generation = loading = Math.max(shown, loading, wanted);
   const query = chosen();
   byId("adapter-back").href = `#adapters?${query}`;
-  for (const [name, value] of Object.entries({ limit: PAGE, after: before.at(-1) ?? "", min_generation: generation })) query.set(name, value);
+  for (const [name, value] of Object.entries({ limit: PAGE, after: pages.at(-1) ?? "", min_generation: generation })) query.set(name, value);
   try {
     const page = await read(`v1/loras?${query}`);
     if (number !== numLoads) return; // a newer load has started
-    if (!page.data.length && before.length) { before.pop(); load(); return; }
+    if (!page.data.length && pages.length) { load(0, pages.slice(0, -1)); return; }
+    before = pages;
     show(page);
     shown = Math.max(generation, page.generation);
     sayOrHide("pool-error", page.unserved.map(({ text }) => `${text}.`).join(" "));

@@ -193,6 +193,44 @@ async def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
         )
 
 
+async def test_pages_follow_the_rows_that_are_shown_while_others_are_read(browsing: Browsing) -> None:
+    retriever = MappedRetriever([adapter(f"task-{number:02}") for number in range(60)])
+    goes_on, fails = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await goes_on.wait()
+        if fails.is_set():
+            await route.fulfill(status=503, json={"error": {"message": "starting"}})
+        else:
+            await route.continue_()
+
+    async with look(browsing, retriever=retriever) as (page, _):
+        count, rows = page.locator("#pool-count"), page.locator("#pool-rows .name")
+        back, on = (page.get_by_role("button", name=f"{which} page") for which in ("Previous", "Next"))
+        await go(page, "Adapters")
+        await expect(count).to_have_text("1–15 of 60")
+        await page.route("**/v1/loras?*", hold)
+        await on.dblclick()
+        goes_on.set()
+        await expect(count).to_have_text("16–30 of 60")
+        await expect(rows.first).to_have_text("task-15")
+        fails.set()
+        await on.click()
+        await expect(page.locator("#pool-error")).to_have_text("starting")
+        fails.clear()
+        await on.click()
+        await expect(count).to_have_text("31–45 of 60")
+        await expect(rows.first).to_have_text("task-30")
+        goes_on.clear()
+        async with page.expect_request("**/v1/loras?*search=task-3*"):
+            await page.get_by_label("Search").fill("task-3")
+        await expect(back).to_be_disabled()
+        await expect(on).to_be_disabled()
+        goes_on.set()
+        await expect(count).to_have_text("1–10 of 10")
+        await page.unroute_all(behavior="wait")
+
+
 class GeneratingWorker(CountingWorker):
     """Has 100 tokens more each time that it is asked for its state."""
 
