@@ -16,9 +16,9 @@ export function showPlan(plan, note = "") {
   sayOrHide("plan-note", plan ? reasonOf(plan) : note);
   byId("plan-note").classList.toggle("notice", Boolean(plan?.abstained));
   byId("plan").replaceChildren(...used.map(usedRow));
-  const digests = used.map((adapter) => adapter.digest);
+  const names = used.map(({ name }) => name); // digests differ where a version under trial answers
   byId("considered").hidden = !candidates.length;
-  byId("considered-list").replaceChildren(...candidates.map((candidate) => candidateRow(candidate, digests.indexOf(candidate.digest))));
+  byId("considered-list").replaceChildren(...candidates.map((candidate) => candidateRow(candidate, names.indexOf(candidate.name))));
   const changes = plan ? changesOf(plan) : [];
   byId("changes").hidden = !changes.length;
   byId("changes-list").replaceChildren(...changes.map((change) => element("li", {}, ...change)));
@@ -76,8 +76,9 @@ function changesOf({ abstained, adapters, candidates = [], reason }) {
     return [["Abstain ", code("never"), ", or the name of an adapter as the model: ", askButton(best.name)]];
   }
   if (reason !== "fits" || !adapters.length) return [];
-  const [first, ...others] = candidates.filter((one) => adapters[0].digest === one.digest || !adapters.some((used) => used.digest === one.digest));
-  const next = others.reduce((found, one) => (!found || one.score > found.score ? one : found), null);
+  const names = adapters.map(({ name }) => name), first = candidates.find(({ name }) => name === names[0]);
+  if (!first) return [];
+  const next = candidates.filter(({ name }) => !names.includes(name)).reduce((found, one) => (!found || one.score > found.score ? one : found), null);
   const above = (Math.floor(first.score * 1000) + 1) / 1000;
   const changes = [["A ", code(`lora.min_score`), ` of ${above.toFixed(3)} or more turns ${first.name} away.`]];
   if (next) changes.push([`${next.name} is ${Math.abs(first.score - next.score).toFixed(3)} ${next.score > first.score ? "nearer" : "farther"}: `, askButton(next.name)]);

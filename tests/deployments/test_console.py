@@ -151,6 +151,35 @@ async def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing
         await expect(page.locator("#plan li")).to_have_count(0)
 
 
+async def test_the_explanation_is_about_the_adapter_that_answers(browsing: Browsing) -> None:
+    """The nearest candidate misses its threshold, and the one that answers does so with a version under trial."""
+    scores = {"far": 0.5, "nearest": 0.9, "poet": 0.8}
+    thresholds = {"far": 0.6, "nearest": 0.95, "poet": 0.7}
+    candidates = [
+        {"name": name, "digest": name * 8, "score": score, "threshold": thresholds[name], "confidence": 0.5}
+        for name, score in scores.items()
+    ]
+    used = {"name": "poet", "digest": "trial", "weight": 1.0}
+    plan = {"strategy": "selection", "why": "", "abstained": False, "reason": "fits"}
+    show = """async (plan) => {
+      const { src } = document.querySelector("script[type=module]");
+      (await import(new URL("plan.js", src))).showPlan(plan);
+    }"""
+    async with look(browsing) as (page, _):
+        await page.evaluate(show, {**plan, "adapters": [used], "candidates": candidates})
+        verdicts = [re.compile(f"^{verdict} ·") for verdict in ("not used", "not used", "used")]
+        await expect(page.locator("#considered-list .verdict")).to_have_text(verdicts)
+        await expect(page.locator("#changes-list li")).to_have_text(
+            [
+                "A lora.min_score of 0.801 or more turns poet away.",
+                "nearest is 0.100 nearer: Answer with nearest",
+            ]
+        )
+        await page.evaluate(show, {**plan, "adapters": [{**used, "name": "another"}], "candidates": candidates})
+        await expect(page.locator("#considered")).to_be_visible()
+        await expect(page.locator("#changes")).to_be_hidden()
+
+
 async def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
     """Publishers choose names and tags, and the model writes the answer, so neither can be trusted."""
     hostile = replace(adapter(HOSTILE), tags=(HOSTILE,))
