@@ -11,7 +11,7 @@ const NUM_SAMPLES = 8; // those that differ most in their words
 const MAX_SAMPLES = 200; // that the server shows
 let shown = null; // the adapter, as the server describes it
 let numLoads = 0;
-let handlers = { onAsk: () => {}, onChange: () => {}, onCompare: () => {} };
+let handlers = { onAsk: () => {}, onChange: () => {}, onCompare: () => {}, onRename: () => {} };
 
 export function start(callbacks) {
   handlers = callbacks;
@@ -33,6 +33,10 @@ export async function open(name) {
   try {
     const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}&varied=true&evaluation=true`);
     if (number !== numLoads) return; // another one was opened meanwhile, or with another key
+    if (found.id !== name) { // such as TENANT/NAME of its owner, or NAME@VERSION
+      say("adapter-title", found.id);
+      handlers.onRename(found.id);
+    }
     show(found);
     await Promise.all([showRouted(found), showProposed(found), showUses(found)]);
   } catch (error) {

@@ -57,11 +57,20 @@ function show() {
     else link.removeAttribute("aria-current");
   }
   const title = current === "adapter" ? decoded(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
-  document.title = `${title} · LoraRetriever`;
+  entitle(title);
   follow(newest);
   if (current === "adapters") pool.enter(query);
   if (current === "adapter") adapter.open(title);
   if (current === "status") usage.refresh();
+}
+
+const entitle = (text) => { document.title = `${text} · LoraRetriever`; };
+
+/** Names the adapter that is shown by its id, in the address and the title of the page. */
+function rename(id) {
+  if (byId("view-adapter").hidden) return;
+  history.replaceState(null, "", `#adapter/${encodeURIComponent(id)}`);
+  entitle(id);
 }
 
 /** Returns the text of a part of the address. */
@@ -87,7 +96,7 @@ ask.start({ onPlan: (prompt, chosen) => map.place(prompt, chosen?.adapters.map((
 compare.start();
 offerStrategies();
 pool.start();
-adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; } });
+adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; }, onRename: rename });
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
 usage.start();
 stats.start({ onGeneration: followServer });

@@ -141,11 +141,11 @@ class FakeRetriever:
         return 7, [record, adapter(record.ref.name, version="older", generation=0)]
 
     async def evaluation(self, tenant: str, name: str) -> Ranking | None:
-        record = self._snapshot.resolve(tenant, name)
+        record = resolve_version(self._snapshot, tenant, name)
         return self.evaluated if self.evaluated is not None and self.evaluated.anchor == record.ref else None
 
     async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
-        record = self._snapshot.resolve(tenant, name)
+        record = resolve_version(self._snapshot, tenant, name)
         is_own = record.ref.tenant == tenant and record.num_samples > 0
         return [Sample(f"A sample of {name}."), Sample("Another one.", "Its output.")] if is_own else []
 

@@ -512,6 +512,23 @@ async def test_a_dialog_closes_with_the_page_that_it_asks_about(browsing: Browsi
         assert served.store.called("withdraw") == served.store.called("restage") == []
 
 
+async def test_an_adapter_that_is_opened_by_another_name_is_shown_by_its_id(browsing: Browsing) -> None:
+    refused = {"error": {"message": "the trial was refused"}}
+    async with look(browsing) as (page, _):
+        await page.route("**/v1/loras/poet/share", lambda route: route.fulfill(status=409, json=refused))
+        for name in ("local/poet", f"poet@{adapter('poet').ref.digest[:12]}"):
+            await page.evaluate("(name) => { location.hash = `adapter/${encodeURIComponent(name)}`; }", name)
+            await expect(page).to_have_url(re.compile(r"#adapter/poet$"))
+            await expect(page.locator("#adapter-title")).to_have_text("poet")
+            await expect(page).to_have_title("poet · LoraRetriever")
+            await page.get_by_role("button", name="Edit", exact=True).click()
+            await expect(page.get_by_label("Tags", exact=True)).to_be_visible()
+            await page.get_by_role("button", name="Start trial").click()
+            await expect(page.locator("#adapter-error")).to_have_text("the trial was refused")
+        await page.go_back()
+        await expect(page.locator("#view-adapter")).to_be_visible()
+
+
 async def test_a_late_answer_changes_nothing_on_the_page_of_another_adapter(browsing: Browsing) -> None:
     waits, goes_on = asyncio.Event(), asyncio.Event()
 
