@@ -12,7 +12,6 @@ from vllm import SamplingParams
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, StructuredOutputsParams
 
 from gpu_worker.errors import SamplingInvalid
-from gpu_worker.front.draw import GREEDY_BELOW
 from gpu_worker.front.grammar.library import lark_of_calls, with_json_options
 from gpu_worker.front.logprobs import Scored
 from gpu_worker.front.request.grammar import Grammar
@@ -21,6 +20,7 @@ from gpu_worker.model.eager_check import DECODE_STEPS
 
 _CHECKED_IDS = 20  # the most likely ids after a token, as many as vLLM returns
 _HIGHEST_TEMPERATURE = 2.0  # that vLLM accepts
+_LOWEST_TEMPERATURE = 0.01  # that vLLM draws with: it raises a lower one to this, with a warning for each request
 
 
 class RowParams(SamplingParams):  # type: ignore[misc]
@@ -44,7 +44,7 @@ def sampling_params(row: Row, vocab_size: int) -> RowParams:
     return RowParams(
         max_tokens=max(row.max_new_tokens, 1),  # vLLM computes one for a row without new tokens
         min_tokens=given.min_tokens,
-        temperature=given.temperature if given.temperature >= GREEDY_BELOW else 0,  # vLLM would raise it to 0.01
+        temperature=given.temperature if given.temperature >= _LOWEST_TEMPERATURE else 0,
         top_p=given.top_p,
         top_k=min(given.top_k, vocab_size),
         min_p=given.min_p,

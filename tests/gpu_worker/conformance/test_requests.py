@@ -123,6 +123,15 @@ def test_only_a_seed_makes_sampling_repeatable_in_any_batch(hosted: HostedEngine
     assert len({tuple(tokens_of(answer)) for answer in hosted.answers(*[job("n", sampling=DRAWN)] * 5)}) > 1
 
 
+def test_a_low_temperature_takes_the_more_likely_of_two_close_tokens(hosted: HostedEngine) -> None:
+    [known] = hosted.answers(job("close", sampling=greedy(max_tokens=1)))
+    (best, highest), (other, lower) = known.logprobs[0].top[:2]
+    closer = ((_IDS[other], highest - lower - 0.005),)
+    cold = greedy(max_tokens=1, temperature=1e-4, logit_bias=closer)
+    answers = hosted.answers(*[job("close", sampling=cold)] * 20)  # at 0.01 the other has 38 %
+    assert [tokens_of(answer) for answer in answers] == [[best]] * 20
+
+
 @pytest.mark.parametrize(
     ("extreme", "is_greedy"),
     [

@@ -60,8 +60,12 @@ def test_every_parameter_reaches_vllm(tiny_base: TinyBase) -> None:
     unending = sampling_params(row_of(base, replace(GIVEN, ignore_eos=True)), 300)
     assert set(unending.stop_token_ids) == {5}
     assert sampling_params(row_of(base, replace(GIVEN, top_k=2**80)), 300).top_k == 300, "its messages hold 64 bits"
-    cold = sampling_params(row_of(base, replace(GIVEN, temperature=1e-8)), 300)
-    assert cold.temperature == 0, "it would draw with 0.01"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(1e-300, 0), (1e-4, 0), (0.0099, 0), (0.01, 0.01), (0.02, 0.02)])
+def test_a_temperature_below_vllms_own_limit_is_greedy(given: float, expected: float, tiny_base: TinyBase) -> None:
+    found = sampling_params(row_of(tiny_base(), replace(GIVEN, temperature=given)), 300)
+    assert found.temperature == expected, "vLLM would draw with 0.01"
 
 
 def test_a_temperature_above_vllms_own_limit_is_refused_by_name(tiny_base: TinyBase) -> None:
