@@ -95,13 +95,14 @@ def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
 def converted_folder(kind: str, files: Sequence[Path], cache_dir: Path, convert: Callable[[Path, Path], None]) -> Path:
     """Return the folder of the cache into which `convert` has written the model, once for each state of these files.
 
+    A state has both times of change: archives and images give files of other weights the same modification time.
     `convert` gets the first one and a folder. Another `CONVERTER` converts them again, into a folder of its own.
     Folders of earlier states of the first file are removed then.
     """
     facts: list[object] = [CONVERTER]
     for file in files:
         found = file.resolve().stat()
-        facts += [file.resolve(), found.st_size, found.st_mtime_ns]
+        facts += [file.resolve(), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
     name = f"{kind}-{files[0].stem}-{_digest(files[0].resolve())}"
     folder = cache_dir / f"{name}-{_digest(*facts)}"
     cache_dir.mkdir(parents=True, exist_ok=True)

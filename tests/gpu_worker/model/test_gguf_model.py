@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -322,6 +323,21 @@ def test_only_the_last_state_of_a_file_stays_in_the_cache(tmp_path: Path) -> Non
     second = gguf_folder(file, cache)
     assert second != first
     assert {folder for folder in cache.iterdir() if folder.is_dir()} == {other, second}
+
+
+def test_other_weights_with_the_same_size_and_modification_time_are_converted(tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0")
+    before = file.stat()
+    first = load_file(gguf_folder(file, tmp_path / "cache") / "model.safetensors")
+    reader = gguf.GGUFReader(file, "r+")
+    for tensor in reader.tensors:
+        if tensor.name == "output_norm.weight":
+            tensor.data[:] *= 2
+    reader.data.flush()
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    second = load_file(gguf_folder(file, tmp_path / "cache") / "model.safetensors")
+    assert second["model.norm.weight"].equal(2 * first["model.norm.weight"])
 
 
 @pytest.mark.parametrize("engine", ["native", "vllm"])

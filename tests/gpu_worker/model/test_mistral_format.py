@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,16 @@ def test_both_engines_read_the_language_model_that_was_written(
     assert load_tokenizer(config)("Héllo").input_ids == [1, *(4 + each for each in "Héllo".encode())]
 
 
-def test_a_file_that_changes_is_converted_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_file_that_changes_is_converted_again(keeps_time: bool, tmp_path: Path) -> None:
     params = save(tmp_path / "whole", FAMILY) / MISTRAL / "params.json"
     first = converted_mistral(params, tmp_path / "cache")
     assert converted_mistral(params, tmp_path / "cache") == first
     weights = params.with_name("consolidated.safetensors")
-    tensors = load_file(weights)
+    tensors, before = load_file(weights), weights.stat()
     save_file(tensors | {"norm.weight": 2 * tensors["norm.weight"]}, weights)
+    if keeps_time:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     changed = AutoModelForCausalLM.from_pretrained(converted_mistral(params, tmp_path / "cache"))
     assert changed.model.norm.weight.equal(2 * torch.ones(128))
 
