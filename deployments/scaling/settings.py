@@ -94,7 +94,8 @@ def with_defaults(given: JsonMapping, defaults: JsonMapping) -> JsonObject:
     """Return the given options with the defaults of what they leave out, also inside of Serve's mappings.
 
     `num_replicas` is the default, and a given `autoscaling_config` replaces it. Scaling from zero begins with one
-    replica, so that a model that cannot be loaded is noticed at once.
+    replica, so that a model that cannot be loaded is noticed at once. Serve begins again with this number when the
+    options or the version change; `initial_replicas: None` keeps the number that runs.
     """
     given = {name: value for name, value in given.items() if value is not None}
     replaced = "num_replicas" if AUTOSCALING in given else AUTOSCALING

@@ -4,6 +4,11 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.config import DeploymentConfig, ReplicaConfig
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.config import AutoscalingConfig
 
 from deployments.scaling.settings import ServeOptions, default_options, with_defaults
 
@@ -27,6 +32,31 @@ def test_initial_replicas_are_one_if_the_minimum_is_zero(least: int, initial: in
     given = {"min_replicas": least, "max_replicas": 3} | ({} if initial is None else {"initial_replicas": initial})
     options = with_defaults({"autoscaling_config": given}, DEFAULTS)
     assert options["autoscaling_config"].get("initial_replicas") == started
+
+
+@pytest.mark.parametrize(
+    ("given", "started", "after_change"),
+    [
+        ({"min_replicas": 0}, 1, 1),
+        ({"min_replicas": 0, "initial_replicas": None}, 0, 6),
+        ({"min_replicas": 1}, 1, 6),
+    ],
+)
+def test_a_change_begins_with_the_initial_replicas_again(
+    given: dict[str, int | None], started: int, after_change: int
+) -> None:
+    options = ServeOptions(with_defaults({"autoscaling_config": given | {"max_replicas": 8}}, DEFAULTS))
+    serves = DeploymentAutoscalingState(DeploymentID("Worker", "app"))
+
+    def deploy(version: str, *, num_running: int) -> int:
+        """Return the number of replicas that Serve aims at."""
+        config = DeploymentConfig(autoscaling_config=AutoscalingConfig(**options.root["autoscaling_config"]))
+        replica = ReplicaConfig.create(object)
+        info = DeploymentInfo(config, replica, start_time_ms=0, deployer_job_id="", version=version)
+        return serves.register(info, num_running)
+
+    assert deploy("args", num_running=0) == started
+    assert deploy("other args", num_running=6) == after_change
 
 
 def test_bounds_and_resources_are_read_from_serves_options() -> None:
