@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -102,7 +102,7 @@ class LoraRetriever:
         """
         _refuse_lost_results(fields)
         given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if any(isinstance(prompt, Mapping) for prompt in given):
+        if isinstance(prompts, Mapping) or any(isinstance(prompt, Mapping) for prompt in given):
             raise ValueError("prompts: a conversation is a list of messages: send a list of conversations")
         options = list(lora) if isinstance(lora, Sequence) else [lora] * len(given)
         if len(options) != len(given):
@@ -110,7 +110,7 @@ class LoraRetriever:
                 f"lora: {len(options)} options for {len(given)} prompts: give one for each, or one for all"
             )
         bodies = [
-            {"model": model, **fields, **({} if own is None else {"lora": dict(own)}), **_asking(prompt, as_is)}
+            {"model": model, **fields, **({} if own is None else {"lora": _as_dict(own)}), **_asking(prompt, as_is)}
             for prompt, own in zip(given, options, strict=True)
         ]
         running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
@@ -165,8 +165,15 @@ def _refuse_lost_results(fields: JsonMapping) -> None:
         raise ValueError(f"{', '.join(lost)}: an answer here is one text; send such requests to a server")
 
 
-def _asking(prompt: Prompt, as_is: bool) -> JsonObject:
-    """Return the field of a request that has the prompt."""
-    if not isinstance(prompt, str):
-        return {"messages": [dict(message) for message in prompt]}
-    return {"prompt": prompt} if as_is else {"messages": [{"role": "user", "content": prompt}]}
+def _asking(prompt: object, as_is: bool) -> JsonObject:
+    """Return the field of a request that has the prompt. The request refuses what is no text or conversation."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt} if as_is else {"messages": [{"role": "user", "content": prompt}]}
+    if isinstance(prompt, Iterable):
+        return {"messages": [_as_dict(message) for message in prompt]}
+    return {"prompt": prompt}
+
+
+def _as_dict(value: object) -> object:
+    """Return a mapping as the dictionary that a request has, and any other value as it is."""
+    return dict(value) if isinstance(value, Mapping) else value

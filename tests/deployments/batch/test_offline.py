@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -129,8 +130,10 @@ def test_options_apply_to_all_prompts_or_to_each(offline: LoraRetriever) -> None
     assert offline.generate("Hello", model=BASE, **SHORT)[0].strategy == "base"
     with pytest.raises(ValueError, match="2 options for 3 prompts"):
         offline.generate(texts, lora=[None, None])
-    with pytest.raises(ValueError, match="send a list of conversations"):
-        offline.generate([{"role": "user", "content": "Hi"}], **SHORT)  # type: ignore[list-item]
+    message = {"role": "user", "content": "Hi"}
+    for conversation in (message, [message]):
+        with pytest.raises(ValueError, match="send a list of conversations"):
+            offline.generate(conversation, **SHORT)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +221,26 @@ def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(offline: LoraRe
     assert bad.text == ""
     [unknown] = offline.generate(["Hi"], model="nobody")
     assert unknown.error is not None and unknown.error["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("as_is", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [(None, "prompt"), (float("nan"), "prompt"), (7, "prompt"), (["Hi"], "messages.0"), ([], "messages")],
+)
+def test_what_is_no_prompt_is_refused_by_name_and_the_others_are_answered(
+    prompt: Any, param: str, as_is: bool, offline: LoraRetriever
+) -> None:
+    bad, good = offline.generate([prompt, "Explain the sea"], as_is=as_is, **SHORT)
+    assert good.error is None and good.num_new_tokens == 6
+    assert bad.error is not None and (bad.error["code"], bad.error["param"]) == ("invalid_request", param)
+
+
+@pytest.mark.parametrize("options", ["k", 7, [["k", 1]]])
+def test_options_that_are_no_object_are_refused_for_their_prompt(options: Any, offline: LoraRetriever) -> None:
+    good, bad = offline.generate(["Explain the sea"] * 2, lora=[{"k": 1}, options], **SHORT)
+    assert good.error is None and len(good.adapters) == 1
+    assert bad.error is not None and (bad.error["code"], bad.error["param"]) == ("invalid_request", "lora")
 
 
 def test_a_place_without_a_pool_is_refused_and_none_begins_there(pool: AppConfig, tmp_path: Path) -> None:
