@@ -153,7 +153,7 @@ class LoraRetriever:
         return [Generated(**make_columns(item, None if item.job is None else next(outcomes))) for item in asked]
 
     async def _ask(self, name: str, body: JsonObject) -> Asked:
-        return await ask_planner(self._planner, self._config.served_models, self._tenant, name, body)
+        return await ask_planner(self._planner, self._config, self._tenant, name, body)
 
 
 def _refuse_lost_results(fields: JsonMapping) -> None:

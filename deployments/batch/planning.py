@@ -11,12 +11,13 @@ from functools import partial
 import pyarrow as pa
 
 from deployments.api import error_table
+from deployments.api.base import refuse_ignored
 from deployments.api.contract import applied_contract
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, make_bodies, make_request
 from deployments.batch.run import BatchRun, Part, pool_of_run
 from deployments.calls.catalogue_clients import RoutingClient
-from deployments.config.served_model import ServedModels
+from deployments.config.app import AppConfig
 from deployments.generation.completions import make_jobs
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
@@ -60,26 +61,28 @@ class PartPlanner:
     async def _ask(self, number: int, body: JsonObject) -> Asked:
         return await ask_planner(
             self._planner,
-            self._settings.config.served_models,
+            self._settings.config,
             self._settings.tenant,
             f"{self._run}-row-{number}",
             body,
         )
 
 
-async def ask_planner(planner: Planner, models: ServedModels, tenant: str, name: str, body: JsonObject) -> Asked:
+async def ask_planner(planner: Planner, config: AppConfig, tenant: str, name: str, body: JsonObject) -> Asked:
     """Plan one row as the Ingress plans the same body. An error becomes the row's error.
 
     `name`: the id of the row's request, which also draws the versions of names under trial.
     """
     try:
         request = make_request(body)
+        if config.strict_fields:
+            refuse_ignored(request)
         request, sampling, questions, bound = await planner.apply_policy(request, tenant)
         plans = await planner.plan_all(questions, tenant, RequestContext(name, "batch"))
         [planned] = plans if bound is None else bound.explain(plans)
         contract = applied_contract(planned.plan, questions[0], sampling, request.set_fields)
         planned = replace(planned, contract=contract)
-        template = models.by_name[planned.plan.base_model].template
+        template = config.served_models.by_name[planned.plan.base_model].template
         [job] = make_jobs(name, tenant, sampling, questions, [planned], [template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])

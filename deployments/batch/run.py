@@ -24,7 +24,7 @@ from retriever_svc import BaseCounts
 
 # Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
 _OF_MODEL = ("base_model", "base_model_name", "accepts_base", "template", "generation_config", "sampling_defaults")
-_OF_APP = (*_OF_MODEL, "store_uri", "max_new_tokens", "public_requires_approval")
+_OF_APP = (*_OF_MODEL, "store_uri", "max_new_tokens", "public_requires_approval", "strict_fields")
 _OTHERS_OF_RETRIEVAL = ("encoder_threads", "encoder_dtype", "max_waiting")
 _OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows", "quantization")  # the last of the native engine
 _POOL = "_pool"  # a file of the output, which readers of parquet folders skip

@@ -32,6 +32,18 @@ async def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place
     assert {asked.job.sampling.max_tokens for asked in first.asked if asked.job is not None} == {6}, "the run's default"
 
 
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_a_row_with_an_unknown_field_is_refused_where_the_settings_are_strict(
+    is_strict: bool, place: Place
+) -> None:
+    messages = [{"role": "user", "content": "Explain the sea", "cache_contrl": {}}]
+    config = place.config.model_copy(update={"strict_fields": is_strict})
+    run = place.begin([{"messages": json.dumps(messages)}], config=config)
+    [asked] = (await PartPlanner(run).plan(run.parts[0])).asked
+    assert (asked.job is None) == is_strict
+    assert (asked.error and asked.error["param"]) == ("messages.0.cache_contrl" if is_strict else None)
+
+
 async def test_a_run_of_another_base_uses_no_adapter_and_names_it_where_a_row_does(place: Place) -> None:
     other = AppConfig.model_validate(place.config.model_dump() | {"base_model_name": "another-base"})
     run = place.begin([{"prompt": "The sea", "model": "auto"}, {"prompt": "The sea", "model": "the-sea"}], config=other)
@@ -71,7 +83,7 @@ async def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> No
     planner = make_planner(place, Plan("selection", SEA, contract='{"instruction":"Sing: {input}"}'))
     for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
-        asked = await ask_planner(planner, place.config.served_models, "local", "row-0", body)
+        asked = await ask_planner(planner, place.config, "local", "row-0", body)
         assert asked.job is not None and asked.job.prompt == content
 
 
@@ -81,7 +93,7 @@ async def test_a_row_is_answered_by_a_version_under_trial_as_a_request_with_its_
     names = [f"run-row-{number}" for number in range(16)]
     for name in names:
         body = {"prompt": "Hi", "model": "sea"}
-        asked = await ask_planner(planner, place.config.served_models, "local", name, body)
+        asked = await ask_planner(planner, place.config, "local", name, body)
         assert asked.job is not None
         assert asked.job.plan.adapters[0].ref == (TRIED if trial.includes(f"{name}/0") else LIVE)
     assert {trial.includes(f"{name}/0") for name in names} == {True, False}

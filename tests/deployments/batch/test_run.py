@@ -106,6 +106,7 @@ def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> 
         (rows, {"part_rows": 9}, "part_rows was 8, is 9"),
         (rows, {"defaults": DEFAULTS | {"max_tokens": 7}}, r"defaults\.max_tokens was 6, is 7"),
         (rows, {"config": place.config.model_copy(update={"learning": "apply"})}, "apply was False, is True"),
+        (rows, {"config": place.config.model_copy(update={"strict_fields": True})}, "strict_fields was False, is True"),
         (rows, {"config": changed("retrieval", abstain="strict")}, "retrieval.abstain was 'balanced', is 'strict'"),
         (rows, {"config": changed("worker", dtype="bfloat16")}, "worker.dtype was 'float32', is 'bfloat16'"),
         (
