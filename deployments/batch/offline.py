@@ -14,10 +14,12 @@ from uuid import uuid4
 
 from deployments.batch.answering import OfflineEngines
 from deployments.batch.planning import BatchRouting, ask_planner
-from deployments.batch.rows import Asked, make_columns
+from deployments.batch.rows import Asked, make_columns, make_request
 from deployments.batch.run import check_devices, open_pool
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
+from deployments.errors import RequestInvalid, Unsupported
+from deployments.field_problems import did_you_mean
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonMapping, JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
@@ -97,10 +99,12 @@ class LoraRetriever:
         request's `lora` object, for all prompts or one for each. `fields`: other fields of a request, such as
         `max_tokens`, `temperature` and `seed`. An interrupt, such as Ctrl-C, ends the call and its rows.
 
-        Raises: ValueError for fields that ask for more than `Generated` returns; EngineStopped, StoreUnavailable; of
-        several base models, what keeps one that a prompt needs from being served.
+        Raises: ValueError for fields that would be ignored, such as a misspelt one, or that ask for more than
+        `Generated` returns; EngineStopped, StoreUnavailable; of several base models, what keeps one that a prompt needs
+        from being served.
         """
         _refuse_lost_results(fields)
+        _refuse_ignored(fields, as_is)
         given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if isinstance(prompts, Mapping) or any(isinstance(prompt, Mapping) for prompt in given):
             raise ValueError("prompts: a conversation is a list of messages: send a list of conversations")
@@ -159,10 +163,24 @@ class LoraRetriever:
 def _refuse_lost_results(fields: JsonMapping) -> None:
     """Raises: ValueError for fields that ask for more than `Generated` returns."""
     lost = [name for name in _NOT_RETURNED if fields.get(name) is not None and fields[name] is not False]
-    if fields.get("n", 1) != 1:
+    if fields.get("n") not in (None, 1):
         lost.append("n")
     if lost:
         raise ValueError(f"{', '.join(lost)}: an answer here is one text; send such requests to a server")
+
+
+def _refuse_ignored(fields: JsonMapping, as_is: bool) -> None:
+    """Raises: ValueError for fields that would have no effect on a text. Wrong values are errors of each prompt."""
+    if given := [name for name in ("prompt", "messages") if name in fields]:
+        raise ValueError(f"{given[0]}: send texts and conversations in prompts")
+    if fields.get("timeout_s") is not None:
+        raise ValueError("timeout_s: answers here have no deadline; leave it out, or send such requests to a server")
+    try:
+        request = make_request({**fields, **_asking("Hi", as_is)})
+    except (RequestInvalid, Unsupported):
+        return
+    for name in request.model_extra or ():
+        raise ValueError(f"{name}: unknown field{did_you_mean(name, request.keys())}")
 
 
 def _asking(prompt: object, as_is: bool) -> JsonObject:

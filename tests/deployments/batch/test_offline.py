@@ -157,6 +157,22 @@ def test_fields_whose_results_would_be_lost_are_refused_by_name(
         offline.generate("Hi", **SHORT, **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"max_token": 1}, "max_token: unknown field; did you mean 'max_tokens'"),
+        ({"skip_special_tokens": False}, "skip_special_tokens: unknown field"),
+        ({"max_completion_tokens": 1, "as_is": True}, "max_completion_tokens: unknown field"),
+        ({"timeout_s": 5}, "timeout_s: answers here have no deadline"),
+        ({"messages": [{"role": "user", "content": "Hello"}]}, "messages: send texts and conversations in prompts"),
+        ({"prompt": "Hello", "as_is": True}, "prompt: send texts and conversations in prompts"),
+    ],
+)
+def test_fields_without_effect_are_refused_by_name(fields: Any, says: str, offline: LoraRetriever) -> None:
+    with pytest.raises(ValueError, match=f"^{says}"):
+        offline.generate("Hi", **fields)
+
+
 def test_an_interrupted_call_ends_its_rows(offline: LoraRetriever, monkeypatch: pytest.MonkeyPatch) -> None:
     complete, cancelled = OfflineEngine.complete, list[int]()
 
@@ -213,9 +229,13 @@ def test_a_text_is_a_message_of_a_chat_unless_it_is_taken_as_it_is(offline: Lora
     assert as_is.num_prompt_tokens < text.num_prompt_tokens
 
 
-def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(offline: LoraRetriever) -> None:
-    asks_for_nothing_more = {"n": 1, "stream": False, "logprobs": False, "tools": None}
-    good, bad = offline.generate(["Explain the sea", "x" * 600], **SHORT, **asks_for_nothing_more)
+@pytest.mark.parametrize("num_answers", [1, None])
+def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(
+    num_answers: int | None, offline: LoraRetriever
+) -> None:
+    nothing_more: dict[str, Any] = {"stream": False, "logprobs": False, "tools": None, "timeout_s": None}
+    nothing_more |= {"n": num_answers, "skip_special_tokens": True}
+    good, bad = offline.generate(["Explain the sea", "x" * 600], **SHORT, **nothing_more)
     assert good.error is None and good.num_new_tokens == 6
     assert bad.error is not None and bad.error["code"] == "context_length_exceeded"
     assert bad.text == ""
