@@ -11,7 +11,7 @@ from typing import Literal, NotRequired, cast
 from typing_extensions import TypedDict
 
 from deployments.api.completion_responses import ChatAnswer, TextAnswer, split_calls
-from deployments.api.completions import GenerationRequest
+from deployments.api.completions import MAX_ANSWER_LOGPROBS, GenerationRequest
 from deployments.api.logprobs import ChatToken
 from deployments.api.responses import PlanObject
 from deployments.api.responses_request import ResponsesRequest
@@ -109,6 +109,8 @@ class ResponseForm:
     """Gives one chat the shape of a response. It belongs to one request, whose fields the response repeats.
 
     The answer is a list of items: a message, then calls. One item is open at a time; the last ones are complete.
+    Log probabilities are in the event of their text, and again in the events that repeat whole texts, unless there are
+    more of them than a whole answer may have.
     """
 
     def __init__(self, request: ResponsesRequest, request_id: str) -> None:
@@ -116,6 +118,7 @@ class ResponseForm:
         self._defaults: Mapping[str, float] = {}
         self._created_at = int(time.time())
         self._num_events = 0
+        self._num_logprobs = 0
         self._items: list[OutputMessage | OutputCall] = []
         self._is_open = False
         self._reason = ""
@@ -193,8 +196,17 @@ class ResponseForm:
             yield from self._open_message()
         part = cast(OutputMessage, self._items[-1])["content"][0]
         part["text"] += text
-        part["logprobs"] += logprobs
+        self._keep_logprobs(part, logprobs)
         yield self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
+
+    def _keep_logprobs(self, part: OutputText, logprobs: list[ChatToken]) -> None:
+        """Add log probabilities to a text; once there are too many to be repeated, leave them out of all texts."""
+        self._num_logprobs += sum(1 + len(token["top_logprobs"]) for token in logprobs)
+        part["logprobs"] += logprobs
+        if self._num_logprobs > MAX_ANSWER_LOGPROBS:
+            for item in self._items:
+                if item["type"] == "message":
+                    item["content"][0]["logprobs"] = []
 
     def _add_call(self, call: JsonMapping) -> Iterator[JsonObject]:
         function = call["function"]

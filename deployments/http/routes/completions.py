@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
@@ -165,7 +165,7 @@ async def _respond(
         whole = answer if form is None else form.whole(answer)
         if not started.answer.has_logprobs:
             return JSONResponse(whole, headers=headers)
-        body = await asyncio.to_thread(_encode_in_parts, whole)
+        body = await asyncio.to_thread(_encode_in_parts, whole, _encode)
         return Response(body, media_type="application/json", headers=headers)
 
     async def chunks() -> AsyncGenerator[JsonObject]:
@@ -207,28 +207,28 @@ async def events(
                 if chunk is None:
                     break
                 has_begun = True
-                yield _event(chunk)
+                yield await _event(chunk)
     except Exception as exc:
         if not has_begun:
             raise
         body = error_body(exc, context)
         for event in [body] if form is None else form.failed(body["error"]):
-            yield _event(event)
+            yield await _event(event)
         return
     if form is None:  # the others end with the event that says so
         yield _DONE
 
 
-def _encode_in_parts(value: object) -> str:
+def _encode_in_parts(value: object, encode: Callable[[object], str]) -> str:
     """Return the JSON of a large answer. The encoder is called for small parts, as all threads wait during a call."""
     if isinstance(value, dict):
-        return f"{{{','.join(f'{_encode(name)}:{_encode_in_parts(item)}' for name, item in value.items())}}}"
+        return f"{{{','.join(f'{encode(name)}:{_encode_in_parts(item, encode)}' for name, item in value.items())}}}"
     if not isinstance(value, list):
-        return _encode(value)
+        return encode(value)
     if len(value) <= MAX_ROWS:
-        return f"[{','.join(map(_encode_in_parts, value))}]"
+        return f"[{','.join(_encode_in_parts(item, encode) for item in value)}]"
     parts = (value[place : place + MAX_ROWS] for place in range(0, len(value), MAX_ROWS))
-    return f"[{','.join(_encode(part)[1:-1] for part in parts)}]"
+    return f"[{','.join(encode(part)[1:-1] for part in parts)}]"
 
 
 async def _next(chunks: AsyncGenerator[JsonObject]) -> JsonObject | None:
@@ -259,6 +259,24 @@ async def _continue(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator
             yield event
 
 
-def _event(chunk: JsonObject) -> bytes:
-    """Return a server-sent event. Typed events have their type as its name."""
+async def _event(chunk: JsonObject) -> bytes:
+    """Return a server-sent event. Typed events have their type as its name. A large one is encoded in a thread."""
+    if _is_large(chunk):
+        return await asyncio.to_thread(_large_event, chunk)
     return format_sse_event(data_str=json.dumps(chunk), event=chunk.get("type"))
+
+
+def _is_large(value: object) -> bool:
+    """Return whether a list in this value, such as that of a text's log probabilities, is a long one.
+
+    An object with `bytes` is one token, whose lists are short.
+    """
+    if isinstance(value, list):
+        return len(value) > MAX_ROWS or any(map(_is_large, value))
+    return isinstance(value, dict) and "bytes" not in value and any(map(_is_large, value.values()))
+
+
+def _large_event(chunk: JsonObject) -> bytes:
+    """Return a large event. JSON has no line breaks, and `format_sse_event` would stop all threads to look for them."""
+    name = f"event: {chunk['type']}\n" if "type" in chunk else ""
+    return f"{name}data: {_encode_in_parts(chunk, json.dumps)}\n\n".encode()

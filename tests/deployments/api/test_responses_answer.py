@@ -11,6 +11,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from deployments.api.completion_responses import Answer
+from deployments.api.completions import MAX_ANSWER_LOGPROBS
 from deployments.api.responses import Planned
 from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import LOGPROBS, ResponsesRequest
@@ -195,6 +196,24 @@ def test_the_last_event_has_the_response_that_a_request_without_stream_gets(
     found = whole(deltas, form_of(**fields))
     assert last["response"] | {"created_at": 0} == found | {"created_at": 0}
     assert read_parts(found)[3] == tokens
+
+
+@pytest.mark.parametrize("num_more", [0, 1], ids=["at the bound", "above it"])
+def test_log_probabilities_above_the_bound_of_a_whole_answer_are_only_in_deltas(num_more: int) -> None:
+    """They are in two messages with a call between them. Each token has one alternative, so that it counts twice."""
+    num_tokens = MAX_ANSWER_LOGPROBS // 4
+    half = Delta("a", 5, 1, logprobs=(logprob("a"),) * num_tokens)
+    more = Delta("b", 5, 4, "length", logprobs=(logprob("b"),) * num_more)
+    events = streamed((half, CALLS[1], half, more), form_of(include=[LOGPROBS]))
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [len(event["logprobs"]) for event in deltas][:2] == [num_tokens] * 2
+    assert sum(len(event["logprobs"]) for event in deltas) == 2 * num_tokens + num_more
+    response, kept = events[-1]["response"], 0 if num_more else num_tokens
+    messages = [item["content"][0] for item in response["output"] if item["type"] == "message"]
+    assert [len(part["logprobs"]) for part in messages] == [kept, kept]
+    assert "".join(part["text"] for part in messages).startswith("aa")
+    [_, done] = [event for event in events if event["type"] == "response.output_text.done"]
+    assert len(done["logprobs"]) == kept and EVENT.validate_python(done).type == done["type"]
 
 
 def read_parts(response: Any) -> tuple[str, list[tuple[str, str, str]], str, list[Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from deployments.api.structured import MAX_SCHEMA_DEPTH
+from gpu_worker.front.request.request import Delta, TokenLogprob
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import asked, error_of, post, request
 from tests.deployments.fake_worker import BROKEN, FakeWorker
@@ -66,6 +67,21 @@ def test_an_error_after_the_first_token_ends_the_stream_as_a_failure() -> None:
     events = events_of(post(PATH, {"input": "Hi", "stream": True}, worker=FakeWorker(BROKEN)).text)
     assert [name for name, _ in events[-2:]] == ["response.failed", "error"]
     assert events[-1][1]["error"]["code"] == "unavailable"
+
+
+def test_a_long_stream_ends_with_the_response_that_a_request_without_stream_gets() -> None:
+    entry = TokenLogprob("\u2028".encode(), -1.0, ((b"b", -2.0),), 0)
+    deltas = [Delta("\u2028" * 200, 5, 200 * place, logprobs=(entry,) * 200) for place in (1, 2)]
+    body = {"input": "Hi", "top_logprobs": 1}
+    answers = [
+        post(PATH, body | more, worker=FakeWorker([*deltas, Delta("", 5, 401, "length")]))
+        for more in ({}, {"stream": True})
+    ]
+    events = events_of(answers[1].text)
+    assert [name for name, data in events if name != data["type"]] == []
+    whole, last = answers[0].json(), events[-1][1]["response"]
+    assert whole["output"][0]["content"] == last["output"][0]["content"]
+    assert len(whole["output"][0]["content"][0]["logprobs"]) == 400
 
 
 def test_refusals_name_the_field_of_this_api() -> None:

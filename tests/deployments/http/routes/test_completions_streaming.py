@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 from fastapi import Request
 
-from deployments.api.completions import parse
+from deployments.api.completions import MAX_ROWS, parse
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S
 from deployments.errors import RequestInvalid
 from deployments.http.dependencies import PROXY_HEADERS, is_loopback
@@ -42,6 +43,39 @@ async def test_chunks_are_events_and_the_last_event_is_done() -> None:
         b'data: {"text": "a\\nb"}\n\n',
         b"data: [DONE]\n\n",
     ]
+
+
+class Noting(dict[str, Any]):
+    """An object that notes in which threads its items are read, as an encoder does."""
+
+    def __init__(self, *items: Any) -> None:
+        super().__init__(*items)
+        self.threads: set[threading.Thread] = set()
+
+    def items(self) -> Any:
+        self.threads.add(threading.current_thread())
+        return super().items()
+
+
+TOKEN = {"token": "\u2028", "logprob": -1.0, "bytes": [226, 128, 168], "top_logprobs": []}
+
+
+@pytest.mark.parametrize("name", [None, "response.output_text.done"])
+@pytest.mark.parametrize(("num_tokens", "in_loop"), [(1, True), (MAX_ROWS, True), (MAX_ROWS + 1, False)])
+async def test_an_event_with_many_log_probabilities_is_encoded_in_a_thread(
+    name: str | None, num_tokens: int, *, in_loop: bool
+) -> None:
+    chunk = Noting({"choices": [{"logprobs": {"content": [TOKEN] * num_tokens}}]} | ({"type": name} if name else {}))
+
+    async def source() -> AsyncGenerator[dict[str, Any]]:
+        yield chunk
+
+    [event, _] = [event.decode() async for event in events(source(), CONTEXT)]
+    assert {thread is threading.current_thread() for thread in chunk.threads} == {in_loop}
+    *names, data, end, _ = event.split("\n")
+    assert names == ([f"event: {name}"] if name else []) and end == ""
+    assert data.isascii(), "some clients end a line at U+2028"
+    assert json.loads(data.removeprefix("data: ")) == chunk
 
 
 @pytest.mark.parametrize(("keep_alive_s", "num_comments"), [(2.9, 2), (5.9, 1), (6.1, 0)])
