@@ -11,6 +11,7 @@ const NUM_SAMPLES = 8; // those that differ most in their words
 const MAX_SAMPLES = 200; // that the server shows
 let shown = null; // the adapter, as the server describes it
 let numLoads = 0;
+let numForgotten = 0; // keys before the present one
 let handlers = { onAsk: () => {}, onChange: () => {}, onCompare: () => {}, onRename: () => {} };
 
 export function start(callbacks) {
@@ -49,6 +50,7 @@ const reload = () => open(shown.id);
 /** Forgets the adapter, which another key may not see, except its name. */
 export function forget() {
   numLoads += 1;
+  numForgotten += 1;
   clear(byId("adapter-title").textContent);
 }
 
@@ -260,12 +262,14 @@ async function withdraw() {
   await change(async () => (await (await send("DELETE", url)).json()).generation, () => { if (!byId("view-adapter").hidden) location.hash = "adapters"; });
 }
 
-/** Changes the adapter by `work`, then calls `then`, unless another one is shown by now. */
+/** Changes the adapter by `work`, then calls `then`, unless another one is shown or another key is used by now. */
 async function change(work, then) {
-  const name = byId("adapter-title").textContent, isShown = () => shown?.id === name;
+  const name = byId("adapter-title").textContent, number = numForgotten;
+  const isOfKey = () => number === numForgotten, isShown = () => isOfKey() && shown?.id === name;
   sayOrHide("adapter-error", "");
   try {
-    handlers.onChange(await work());
+    const generation = await work();
+    if (isOfKey()) handlers.onChange(generation); // each tenant has its own
     if (!isShown()) return;
     await then();
     if (document.activeElement === document.body) byId("adapter-title").focus(); // its button is gone

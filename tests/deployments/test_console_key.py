@@ -20,6 +20,7 @@ from tests.deployments.looking import (
     go,
     last_turn,
     look,
+    open_adapter,
     poll,
     publish,
     report_generation,
@@ -272,6 +273,35 @@ async def test_another_key_stops_a_publish_and_the_rest_waits(browsing: Browsing
         await use(page, "first")
         await expect(cards).to_have_count(0)
         await expect(page.locator("#publish-form")).to_be_hidden()
+
+
+async def test_a_late_generation_of_the_key_before_is_not_waited_for(browsing: Browsing, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("first", "local"), entry("second", "globex"))
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def answer_late(route: Route) -> None:
+        waits.set()
+        await goes_on.wait()
+        await route.fulfill(json={"generation": 900})
+
+    async with look(browsing, keys_file=keys) as (page, _):
+        await use(page, "first")
+        await page.route("**/v1/loras/poet/rollback", answer_late)
+        await open_adapter(page, "poet")
+        await page.get_by_role("button", name="Make live").click()
+        await page.locator("#confirm-yes").click()
+        await waits.wait()
+        await page.locator("#key-button").click()
+        await use(page, "second")
+        await expect(page.locator("#key-button")).to_have_text("API key ✓")
+        async with page.expect_response("**/rollback"):
+            goes_on.set()
+        await wait_frames(page, 5)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        await go(page, "Adapters")
+        await poll(page)
+        assert asked and [url for url in asked if "min_generation=900" in url] == []
 
 
 async def test_a_browser_that_keeps_no_data_of_sites_has_the_whole_console(browsing: Browsing) -> None:
