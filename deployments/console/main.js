@@ -68,7 +68,7 @@ const entitle = (text) => { document.title = `${text} · LoraRetriever`; };
 
 /** Names the adapter that is shown by its id, in the address and the title of the page. */
 function rename(id) {
-  if (byId("view-adapter").hidden) return;
+  if (!location.hash.startsWith("#adapter/")) return; // the user has left it
   history.replaceState(null, "", `#adapter/${encodeURIComponent(id)}`);
   entitle(id);
 }
