@@ -70,7 +70,8 @@ Wheels = Mapping[str, tuple[str, str]]  # version and sha256, by the package's n
 
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["local"]]
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["local"], *extras["trace"]]
     wanted += project["build-system"]["requires"]
     here = {name: wheel for name, wheel in _resolve(wanted, []).items() if name != LEFT_OUT}
     there = _resolve([f"{name}=={version}" for name, (version, _) in here.items()], _aarch64())

@@ -37,6 +37,8 @@ from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, Instruction, bases, copied
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 IGNORED = (IMAGE / "Dockerfile.dockerignore").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+OF_THE_IMAGE = [*PROJECT["project"]["dependencies"], *EXTRAS["local"], *EXTRAS["trace"]]
 LOCK = (IMAGE / "requirements.txt").read_text()
 LOCK_VLLM = (IMAGE / "requirements-vllm.txt").read_text()
 RUNS = [i.rest for i in instructions(DOCKERFILE) if i.keyword == "RUN"]
@@ -131,8 +133,7 @@ def test_the_lock_of_vllm_has_the_tested_versions_and_replaces_no_package_of_the
 
 def test_the_lock_satisfies_the_projects_requirements() -> None:
     """In the image's build `pip check` does the same for the requirements of these packages."""
-    project = PROJECT["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["local"], *PROJECT["build-system"]["requires"]]
+    asked = [*OF_THE_IMAGE, *PROJECT["build-system"]["requires"]]
     constraints = pins((ROOT / "constraints.txt").read_text())
     locked = pins(LOCK) | {lock.LEFT_OUT: constraints[lock.LEFT_OUT]}  # a constraint installs nothing
     for requirement in map(Requirement, asked):
@@ -146,8 +147,7 @@ def test_the_lock_has_all_that_its_packages_require(processor: str) -> None:
     """In the image's build `pip check` does the same for the builder's processor, without optional parts."""
     locked = pins(LOCK)
     here = {"platform_machine": processor, "python_version": "3.11", "python_full_version": "3.11.14"}
-    project = PROJECT["project"]
-    waiting = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["local"])]
+    waiting = [Requirement(text) for text in OF_THE_IMAGE]
     walked: set[str] = set()
     while waiting:
         requirement = waiting.pop()
