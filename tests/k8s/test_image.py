@@ -115,6 +115,20 @@ def test_the_lock_has_the_constraints_versions_and_a_hash_for_every_package() ->
     assert "://" not in LOCK and "--index-url" not in LOCK
 
 
+def test_a_package_with_compiled_files_has_a_wheel_for_each_processor() -> None:
+    lines = dict(re.findall(r"^([A-Za-z0-9._-]+)==(.*)$", LOCK, re.MULTILINE))
+    compiled = {name for name in lines if "Root-Is-Purelib: false" in wheel_of(name)}
+    assert len(compiled) > 30
+    assert {name for name in compiled if lines[name].count("--hash=") != 2} == set()
+
+
+def wheel_of(package: str) -> str:
+    """Return what the installed package's wheel says about itself, or "" where it is not installed."""
+    with suppress(PackageNotFoundError):
+        return distribution(package).read_text("WHEEL") or ""
+    return ""
+
+
 def test_the_lock_of_vllm_has_the_tested_versions_and_replaces_no_package_of_the_image() -> None:
     tested = pins(lock.TESTED_VLLM.read_text())
     locked = pins(LOCK_VLLM)
