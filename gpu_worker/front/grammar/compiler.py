@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from gpu_worker.errors import EngineFull, GrammarInvalid
 from gpu_worker.front.fair_threads import FairThreads
-from gpu_worker.front.grammar.library import compile_matcher
+from gpu_worker.front.grammar.library import compile_matcher, finds_first_mask
 from gpu_worker.front.grammar.state import GrammarState
 from gpu_worker.front.request.grammar import Grammar
 from lora_store.lru_cache import LruCache
@@ -34,8 +34,8 @@ MAX_PASSED = 4096
 _NUM_THREADS = 2
 _LONGEST_CHECK_S = 20.0  # the process limits its own CPU time; this is for a machine that gives it none
 _TOO_COMPLEX = "it needs too much time or memory; make it simpler"
-_TOO_SLOW = "an earlier answer failed because the next token took too long to find; make it simpler"
-_SLOW_FOR_S = 600.0  # how long a grammar that used too much CPU time is refused
+_TOO_SLOW = "an earlier answer failed because its next token needed too much time or memory; make it simpler"
+_SLOW_FOR_S = 600.0  # how long a grammar that needed too much time or memory is refused
 
 
 def _start() -> subprocess.Popen[str]:
@@ -108,7 +108,7 @@ class GrammarCompiler:
     milliseconds, without a process. A pool may have more schemas in contracts than there are entries.
 
     Refused grammars are remembered, so that a repeated one costs nothing: invalid ones until `max_refused` others came
-    later, and those that used too much CPU time, also while an answer was generated, for ten minutes.
+    later, and those that needed too much time or memory, also while an answer was generated, for ten minutes.
     """
 
     def __init__(
@@ -158,7 +158,8 @@ class GrammarCompiler:
         try:
             matcher = entry.compiled.result().deep_copy()
             slow = partial(self._refuse, key, entry, GrammarInvalid(_TOO_SLOW), _SLOW_FOR_S)
-            return GrammarState(matcher, tokens, num_prompt_tokens, vocabulary, when_slow=slow)
+            renew = partial(self._renew, key, grammar, entry)
+            return GrammarState(matcher, tokens, num_prompt_tokens, vocabulary, when_slow=slow, renew=renew)
         except GrammarInvalid as exc:
             raise GrammarInvalid(exc.message, exc.pointer, grammar.param) from None
         finally:
@@ -238,7 +239,8 @@ class GrammarCompiler:
             if not has_passed:
                 entry.check.run(grammar)
             matcher = compile_matcher(grammar.kind, grammar.text, self._known_vocabulary())
-            if not _finds_first_mask(matcher):
+            # Here the first mask delays no row but those of this grammar; in a step it would delay all.
+            if not finds_first_mask(matcher):
                 raise GrammarInvalid(_TOO_COMPLEX)
         except GrammarInvalid as exc:
             self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
@@ -247,22 +249,19 @@ class GrammarCompiler:
             self._passed.put(key, True)
         return matcher
 
+    def _renew(self, key: bytes, grammar: Grammar, entry: _Entry) -> LLMatcher:
+        """Compile the grammar for one answer, after the answers of this entry have used up the lexer that they share.
+
+        The entry is dropped, so that the next request compiles the grammar again.
+        """
+        with self._lock:
+            self._forget(key, entry)
+        return compile_matcher(grammar.kind, grammar.text, self._known_vocabulary())
+
     def _known_vocabulary(self) -> LLTokenizer:
         with self._vocabulary_lock:
             self._vocabulary = self._vocabulary or self._make_vocabulary()
             return self._vocabulary
-
-
-def _finds_first_mask(matcher: LLMatcher) -> bool:
-    """Return whether the library finds what may begin an answer, with the model's vocabulary.
-
-    Here it delays no row but those of this grammar; in a step it would delay all.
-    """
-    if matcher.is_error():
-        return False
-    answer = matcher.deep_copy()
-    answer.compute_bitmask()
-    return not answer.is_error()
 
 
 def _make_key(grammar: Grammar, tenant: str) -> bytes:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Between JSON tokens, at most one space: `{"a":1}` and `{"a": 1}`, which models write by habit, are both possible. An
 # indented line would let a model that samples spend max_tokens on spaces.
 _WHITE_SPACE = " "
-_MAX_LEXER_STATES = 20_000  # for one grammar; each takes about 2 kB
+_MAX_LEXER_STATES = 20_000  # of a compiled grammar, in all its copies together; each takes up to 2 kB
 _STEP_FUEL = 75_000  # limits the library's lexer for one mask; an enum with 2,500 values needs 70,000
 # They override a schema's `x-guidance`.
 _JSON_OPTIONS = {
@@ -49,6 +49,18 @@ def compile_matcher(kind: str, text: str, vocabulary: LLTokenizer) -> LLMatcher:
     else:
         source = grammar_from(kind, text)
     return LLMatcher(vocabulary, source, limits=limits(), log_level=0)
+
+
+def finds_first_mask(matcher: LLMatcher) -> bool:
+    """Return whether the library finds what may begin an answer.
+
+    It does not after the matcher's lexer has reached a limit. Copies of a matcher share its lexer.
+    """
+    if matcher.is_error():
+        return False
+    answer = matcher.deep_copy()
+    answer.compute_bitmask()
+    return not answer.is_error()
 
 
 def lark_of_calls(text: str) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.front.grammar.library import finds_first_mask
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
@@ -50,9 +52,12 @@ class GrammarState:
         num_prompt_tokens: int,
         vocabulary: int,
         when_slow: Callable[[], None] = lambda: None,
+        renew: Callable[[], LLMatcher] | None = None,
     ) -> None:
         """`when_slow` is called if updates take too much processor time or the library gives up.
 
+        `renew` compiles the grammar again. Copies of a matcher share a lexer, whose states are limited. When the
+        answers with copies of `matcher` have used them up, this one goes on with a matcher that it does not share.
         `allowed`: the mask for the token behind the row's last one and `run`.
         """
         self._fresh, self._matcher = matcher, matcher.deep_copy()
@@ -64,7 +69,7 @@ class GrammarState:
         self._following: list[int] = []  # those behind `_mask_at` tokens
         self.allowed: Mask = np.zeros(num_words(vocabulary), np.uint32)
         self.error: str | None = None
-        self._when_slow = when_slow
+        self._when_slow, self._renew = when_slow, renew
         self._spent_s = 0.0  # CPU time of the updates that have ended
         self._running: tuple[int, float] | None = None  # of an update: its thread's CPU clock, and when it began
 
@@ -84,7 +89,11 @@ class GrammarState:
         """
         answer = self._tokens[self._start :]
         matcher = self._fresh.deep_copy()
-        if matcher.try_consume_tokens(answer) == len(answer) - 1 and not matcher.is_accepting():
+        num_allowed = matcher.try_consume_tokens(answer)
+        if num_allowed < len(answer) and self._renew_exhausted():
+            matcher = self._fresh.deep_copy()
+            num_allowed = matcher.try_consume_tokens(answer)
+        if num_allowed == len(answer) - 1 and not matcher.is_accepting():
             self.fail()
 
     def fail(self) -> None:
@@ -124,13 +133,9 @@ class GrammarState:
         self._running = time.pthread_getcpuclockid(threading.get_ident()), began
         answer = [*self._tokens[self._start :], *self.run]
         if self._num_consumed > len(answer):  # the row has lost tokens: follow the remaining ones again
-            self._matcher = self._fresh.deep_copy()
-            self._num_consumed = 0
-        is_valid = self._matcher.consume_tokens(answer[self._num_consumed :])
-        if is_valid:
-            self._num_consumed = len(answer)
-            self._matcher.unsafe_compute_mask_ptr(self.allowed.ctypes.data, self.allowed.nbytes)
-        if not is_valid or self._matcher.is_error() or not self.allowed.any():
+            self._begin_again()
+        is_followed = self._follow(answer) or (self._renew_exhausted() and self._follow(answer))
+        if not is_followed or not self.allowed.any():
             self.error = _GAVE_UP
             if self._matcher.is_error():
                 self._when_slow()
@@ -140,6 +145,26 @@ class GrammarState:
         if self.error is None and self._is_slow():
             self.give_up("it takes too long to find the tokens that may follow")
         self._mask_at = len(answer)
+
+    def _follow(self, answer: Sequence[int]) -> bool:
+        """Consume the answer's new tokens and set `allowed` for the next one. Return whether the library could."""
+        if not self._matcher.consume_tokens(answer[self._num_consumed :]):
+            return False
+        self._num_consumed = len(answer)
+        self._matcher.unsafe_compute_mask_ptr(self.allowed.ctypes.data, self.allowed.nbytes)
+        return not self._matcher.is_error()
+
+    def _renew_exhausted(self) -> bool:
+        """Take a matcher of this answer's own if others may have used up the lexer. Return whether it was taken."""
+        if self._renew is None or finds_first_mask(self._fresh):
+            return False
+        self._fresh, self._renew = self._renew(), None
+        self._begin_again()
+        return True
+
+    def _begin_again(self) -> None:
+        self._matcher = self._fresh.deep_copy()
+        self._num_consumed = 0
 
     def _find_run(self) -> list[int]:
         """Return the ids that must follow, without those that end the answer.

@@ -78,4 +78,4 @@ def _update(states: Sequence[GrammarState], abandoned: threading.Event) -> None:
                 state.update()
             except BaseException:  # a panic of the library is no Exception
                 logger.exception("a grammar cannot be followed")
-                state.fail()
+                state.give_up("the grammar library failed")

@@ -16,6 +16,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from gpu_worker.errors import LogitsNotFinite, SamplingInvalid
+from gpu_worker.front.grammar import library
 from gpu_worker.front.preprocess import RequestPreprocessor, visible_tokens
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
@@ -159,6 +160,21 @@ def test_a_preempted_answer_goes_on_in_its_grammar(make_engine: MakeEngine) -> N
     assert [answer.text for answer in found] == [answer.text for answer in expected]
     assert all(re.fullmatch("[ab]{70}", answer.text) for answer in found)
     assert_nothing_held(tight)
+
+
+def test_rows_go_on_where_others_have_used_up_the_states_of_their_lexer(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = Grammar("regex", "([a-dxy]{1,40}x[a-dxy]{1,40}y){3}")
+    jobs = [sampled(grammar, seed) for seed in range(8)]
+    expected = run_together(make_engine({}, max_batch_size=8), jobs)
+    monkeypatch.setattr(library, "_MAX_LEXER_STATES", 800)
+    engine = make_engine({}, max_batch_size=4)
+    for _ in range(2):  # the grammar is not refused afterwards
+        found = run_together(engine, jobs)
+        assert [finish_of(answer) for answer in found] == [finish_of(answer) for answer in expected]
+        assert [answer.text for answer in found] == [answer.text for answer in expected]
+    assert_nothing_held(engine)
 
 
 def test_a_step_without_grammars_starts_no_thread(make_engine: MakeEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import resource
 import threading
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from gpu_worker.front.grammar import compiler as compiler_module
 from gpu_worker.front.grammar import library
 from gpu_worker.front.grammar import state as state_module
 from gpu_worker.front.grammar.compiler import CheckProcess, GrammarCompiler
+from gpu_worker.front.grammar.state import GrammarState
 from gpu_worker.front.request.grammar import Grammar
-from tests.gpu_worker.front.grammar.small_vocabulary import TOKENS, ids_of, vocabulary_of
+from tests.gpu_worker.front.grammar.small_vocabulary import END, MANY_STATES, TOKENS, compiled, ids_of, vocabulary_of
 
 GOOD = Grammar("regex", "ab")
 DIGITS = "01234567890123456789"
@@ -188,6 +190,44 @@ def test_a_grammar_whose_masks_need_too_much_is_refused_before_or_after_its_firs
     assert state.error == "it allows no further token, or it is too complex" and len(tokens) > 1
     with pytest.raises(GrammarInvalid, match=r"an earlier answer failed .* make it simpler"):
         compiler.state(later, "a", [], 0, len(TOKENS))
+
+
+def walk_together(states: list[GrammarState], alone: list[GrammarState], answers: list[list[int]]) -> None:
+    """Choose the answers' tokens in turn until all may end, and compare each mask with that of a state on its own."""
+    chance, running = random.Random(0), list(range(len(states)))
+    while running:
+        for place in [*running]:
+            states[place].update()
+            alone[place].update()
+            assert states[place].error is None and ids_of(states[place]) == ids_of(alone[place])
+            allowed = {*ids_of(alone[place])}
+            if END in allowed:
+                running.remove(place)
+            answers[place].append(chance.choice(sorted(allowed & {*b"abcdxy "})))
+
+
+def test_answers_go_on_where_others_have_used_up_the_states_of_their_lexer(
+    make: Make, checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library adds up the states of all answers with one compiled grammar. None of these needs too many."""
+    num_compiled = [0]
+
+    def compile_matcher(kind: str, text: str, vocabulary: LLTokenizer) -> Any:
+        num_compiled[0] += 1
+        return library.compile_matcher(kind, text, vocabulary)
+
+    monkeypatch.setattr(compiler_module, "compile_matcher", compile_matcher)
+    monkeypatch.setattr(library, "_MAX_LEXER_STATES", 1500)
+    compiler = make()
+    checks.released.set()
+    for _ in range(3):
+        answers = [list[int]() for _ in range(4)]
+        states = [compiler.state(MANY_STATES, "a", tokens, 0, len(TOKENS)) for tokens in answers]
+        alone = [GrammarState(compiled(MANY_STATES), tokens, 0, len(TOKENS)) for tokens in answers]
+        walk_together(states, alone, answers)
+        assert compiler.num_grammars == 0, "later answers share another compiled grammar"
+    assert num_compiled[0] > 2 * 3, "for the answers of each round together, and then for several of them alone"
+    assert checks.checked == [MANY_STATES.text]
 
 
 def test_a_failure_of_the_machine_is_not_remembered(make: Make, checks: Checks) -> None:

@@ -6,11 +6,14 @@ import json
 import random
 import threading
 import time
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import cast
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 
+from gpu_worker.front.grammar import library
 from gpu_worker.front.grammar.state import LONGEST_RUN, GrammarState, num_words, only_id
 from gpu_worker.front.request.grammar import Grammar
 from tests.gpu_worker.engine_driver import PATIENCE_S
@@ -18,6 +21,7 @@ from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.gpu_worker.front.grammar.small_vocabulary import (
     EMPTY,
     END,
+    MANY_STATES,
     OTHER_END,
     SPECIAL,
     TOKENS,
@@ -26,9 +30,6 @@ from tests.gpu_worker.front.grammar.small_vocabulary import (
     state_of,
 )
 from tests.soak import Scale
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
 
 GRAMMARS = [
     Grammar("regex", "(red|gr\u00fcn)+[0-9]{1,3}"),
@@ -196,12 +197,32 @@ def test_a_token_that_the_grammar_does_not_allow_is_an_error() -> None:
 )
 def test_an_answer_that_ends_before_its_grammar_fails(answer: list[int], is_whole: bool) -> None:
     when_slow = list[bool]()
-    tokens = [7, *answer]
-    state = GrammarState(
-        compiled(Grammar("regex", "ab")), tokens, 1, len(TOKENS), when_slow=lambda: when_slow.append(True)
-    )
+    tokens, grammar, renewed = [7, *answer], Grammar("regex", "ab"), list[LLMatcher]()
+
+    def renew() -> LLMatcher:
+        renewed.append(compiled(grammar))
+        return renewed[-1]
+
+    slow = partial(when_slow.append, True)
+    state = GrammarState(compiled(grammar), tokens, 1, len(TOKENS), when_slow=slow, renew=renew)
     state.check_end()
-    assert (state.error is None, not when_slow) == (is_whole, is_whole)
+    assert (state.error is None, not when_slow) == (is_whole, is_whole) and not renewed
+
+
+@pytest.mark.parametrize(("answer", "is_whole"), [(b"axby" * 3, True), (b"axby", False), (b"axb", False)])
+def test_the_end_of_an_answer_is_checked_after_others_have_used_up_the_states_of_their_lexer(
+    answer: bytes, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_MAX_LEXER_STATES", 100)
+    shared = compiled(MANY_STATES)
+    monkeypatch.undo()
+    other = GrammarState(shared, tokens := list[int](), 0, len(TOKENS))
+    while other.error is None:
+        other.update()
+        tokens.append(ord("a"))
+    state = GrammarState(shared, [*answer, END], 0, len(TOKENS), renew=lambda: compiled(MANY_STATES))
+    state.check_end()
+    assert (state.error is None) == is_whole
 
 
 def test_a_mask_has_a_bit_for_every_id() -> None:
@@ -233,7 +254,7 @@ def test_a_grammar_that_is_given_up_is_slow_only_if_it_took_the_processor(
 ) -> None:
     monkeypatch.setattr("gpu_worker.front.grammar.state._FREE_S", 0.1)
     matcher, slow = StuckMatcher(is_busy), threading.Event()
-    state = GrammarState(cast("LLMatcher", matcher), [], 0, len(TOKENS), when_slow=slow.set)
+    state = GrammarState(cast(LLMatcher, matcher), [], 0, len(TOKENS), when_slow=slow.set)
     updating = threading.Thread(target=state.update)
     updating.start()
     assert matcher.has_begun.wait(PATIENCE_S)

@@ -27,8 +27,11 @@ class BrokenState(GrammarState):
     """A state whose update raises."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(compiled(Grammar("regex", "ab")), [], 0, len(TOKENS))
-        self._exception = error
+        super().__init__(compiled(Grammar("regex", "ab")), [], 0, len(TOKENS), when_slow=self.refuse)
+        self._exception, self.is_refused = error, False
+
+    def refuse(self) -> None:
+        self.is_refused = True
 
     def update(self) -> None:
         raise self._exception
@@ -65,9 +68,9 @@ def test_a_grammar_that_does_not_end_fails_alone() -> None:
 @pytest.mark.parametrize("error", [MemoryError(), BaseException("a panic")], ids=["error", "panic"])
 def test_a_grammar_that_raises_fails_alone(error: BaseException) -> None:
     masks = MaskThread()
-    states = [BrokenState(error), state_of(Grammar("regex", "cd"), [])]
-    masks.begin(states)
+    broken, other = BrokenState(error), state_of(Grammar("regex", "cd"), [])
+    masks.begin([broken, other])
     masks.finish()
-    assert states[0].error is not None and states[1].error is None
-    assert ids_of(states[1]) == [ord("c")]
+    assert broken.error == "the grammar library failed" and not broken.is_refused
+    assert other.error is None and ids_of(other) == [ord("c")]
     masks.close()
