@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from tokenizers import Tokenizer
 
 from gpu_worker.config import ToolParser, WorkerConfig
-from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.errors import GrammarInvalid, PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.front.grammar.compiler import GrammarCompiler
 from gpu_worker.front.grammar.library import make_vocabulary
 from gpu_worker.front.grammar.state import GrammarState
@@ -321,7 +321,9 @@ def special_ids(base: PromptModel, tool_parser: ToolParser) -> list[int]:
 def make_model_vocabulary(
     tokenizer: Tokenizer, size: int, end_ids: Collection[int], special_ids: Collection[int]
 ) -> LLTokenizer:
-    """Return the model's vocabulary for grammars."""
+    """Return the model's vocabulary for grammars. Raises: GrammarInvalid if no id ends an answer."""
+    if not end_ids:
+        raise GrammarInvalid("this base model has no token that ends an answer, so no format can be followed")
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids

@@ -27,7 +27,8 @@ _STRICTER = {"date": (_DATE,), "time": (_TIME,), "date-time": (_DATE, _TIME)}
 _SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # The library leaves these out of the strings of `enum` and `const`, as JSON has no short escape for them.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_NEW_LINES = r"\n\r\u2028\u2029"  # which ECMA-262's `.` leaves out; the library's leaves out \n only
+_PATTERN_PART = re.compile(r"\\.|\{\d+(?:,\d*)?\}|.", re.DOTALL)
 
 
 def subschemas(schema: Mapping[str, Any], pointer: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -82,20 +83,48 @@ def prepared(schema: Any) -> Any:
     if isinstance(parts := found.get("allOf", []), list) and (stricter := _STRICTER.get(str(found.get("format")))):
         found["allOf"] = [*parts, *({"pattern": pattern} for pattern in stricter)]
     if isinstance(found.get("pattern"), str):
-        found["pattern"] = with_ecma_spaces(found["pattern"])
+        found["pattern"] = with_ecma_meaning(found["pattern"])
     if isinstance(found.get("patternProperties"), dict):
         parts = found["patternProperties"].items()
-        found["patternProperties"] = {with_ecma_spaces(pattern): part for pattern, part in parts}
+        found["patternProperties"] = {with_ecma_meaning(pattern): part for pattern, part in parts}
     found = _without_property_names(found)
     _require_distinct_names(found)
     _require_writable([found.get("enum"), found.get("const")])
     return found
 
 
-def with_ecma_spaces(pattern: str) -> str:
-    """Return the pattern with ECMA-262's white space written out. A class may be part of another class."""
-    classes = {"s": f"[{_SPACES}]", "S": f"[^{_SPACES}]"}
-    return _ESCAPE.sub(lambda found: classes.get(found[1], found[0]), pattern)
+def with_ecma_meaning(pattern: str) -> str:
+    """Return the pattern with what the library reads in another way than ECMA-262 written out. Raises: ValueError.
+
+    The library has classes inside of classes, operators between them such as `&&`, and repeated quantifiers.
+    """
+    found, in_class, previous = list[str](), False, ""
+    for part in _PATTERN_PART.findall(pattern):
+        if in_class:
+            found.append(_in_class(part, previous))
+            in_class = part != "]"
+        elif _is_quantifier(part) and part != "?" and _is_quantifier(previous):
+            raise ValueError(f"the pattern {pattern!r} has a quantifier behind a quantifier")
+        else:
+            found.append(_outside_class(part))
+            in_class = part == "["
+        previous = part
+    return "".join(found)
+
+
+def _outside_class(part: str) -> str:
+    classes = {".": f"[^{_NEW_LINES}]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
+    return classes.get(part, part)
+
+
+def _in_class(part: str, previous: str) -> str:
+    if part in ("[", "&", "~") or (part == "-" == previous):
+        return f"\\{part}"
+    return part if part == "." else _outside_class(part)
+
+
+def _is_quantifier(part: str) -> bool:
+    return part in ("*", "+", "?") or (part.startswith("{") and len(part) > 1)
 
 
 def _without_property_names(schema: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from tokenizers import processors
 
-from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.errors import GrammarInvalid, PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import ALPACA_STOPS, Message
@@ -114,6 +114,15 @@ def test_a_marker_that_is_not_called_special_is_no_text_of_a_grammar(tiny_base: 
     compiler.close()
     assert {tag, call} <= set(ids_of(state))
     assert marker not in ids_of(state)
+
+
+def test_a_model_without_a_token_that_ends_an_answer_follows_no_format(tiny_base: TinyBase) -> None:
+    base = replace(tiny_base(), eos_token_ids=frozenset())
+    compiler = grammar_compiler(base)
+    with pytest.raises(GrammarInvalid, match="no token that ends an answer") as refused:
+        compiler.state(Grammar("regex", "ab", "guided_regex"), "local", [], 0, base.vocab_size)
+    compiler.close()
+    assert refused.value.param == "guided_regex"
 
 
 @pytest.mark.parametrize("work", ["tokenize", "detokenize"])
