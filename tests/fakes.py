@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class FakeResponse:
 
     answer: Any
     num_cancels: int = 0
+    closing: asyncio.Future[None] | None = None
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._result().__await__()
@@ -52,7 +54,10 @@ class FakeResponse:
             raise as_ray_raises(exc) from exc
 
     def cancel(self) -> None:
+        """End a stream that waits for its reader, as Ray does. One that computes ends with the task that reads it."""
         self.num_cancels += 1
+        if inspect.isasyncgen(self.answer) and not self.answer.ag_running:
+            self.closing = asyncio.ensure_future(self.answer.aclose())
 
 
 @dataclass

@@ -107,7 +107,8 @@ def test_one_thread_attends_for_a_single_row_of_one_head(
     pool = [random_adapter(linear_shapes(load_base_model(tiny_config(tmp_path))), 1, rank=3)]
     torch.set_num_threads(num_threads)
     for plan in (BASE_PLAN, only(pool[0])):
-        assert_as_parts(make_bf16, pool, [greedy("the quick brown fox", plan, num_new=8)], base=tmp_path)
+        jobs = [greedy("the quick brown fox", plan, num_new=8)]
+        assert_as_parts(make_bf16, pool, jobs, base=tmp_path, shares_cores=False)
     assert 1 in calls and torch.get_num_threads() == num_threads
 
 
@@ -119,7 +120,7 @@ def test_many_rows_are_prepared_by_a_team(
     save_gemma3(tmp_path, hidden_size=256, initializer_range=0.05)
     torch.set_num_threads(num_threads)
     jobs = [greedy(f"{number}", request_id=number, num_new=3) for number in range(129)]
-    assert_as_parts(make_bf16, [], jobs, base=tmp_path, max_batch_size=129, max_step_tokens=256)
+    assert_as_parts(make_bf16, [], jobs, base=tmp_path, max_batch_size=129, max_step_tokens=256, shares_cores=False)
     assert 129 in calls and torch.get_num_threads() == num_threads
 
 
