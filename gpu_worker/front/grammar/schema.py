@@ -28,7 +28,16 @@ _SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # The library leaves these out of the strings of `enum` and `const`, as JSON has no short escape for them.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _NEW_LINES = r"\n\r\u2028\u2029"  # which ECMA-262's `.` leaves out; the library's leaves out \n only
-_PATTERN_PART = re.compile(r"\\.|\{\d+(?:,\d*)?\}|.", re.DOTALL)
+_CLASSES = {".": rf"[^{_NEW_LINES}]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
+_CLASS_ESCAPES = frozenset({r"\d", r"\D", r"\s", r"\S", r"\w", r"\W"})
+_ESCAPE = r"\\(?:u\{\w+\}|u\w{4}|x\w\w|.)"
+_MEMBER = re.compile(rf"{_ESCAPE}|.", re.DOTALL)
+# Each character is tried a bounded number of times, also in a pattern that is wrong.
+_PATTERN_PART = re.compile(
+    rf"{_ESCAPE}|(?P<opening>\[\^?)(?P<members>(?>{_ESCAPE}|[^\]\\])*+)(?P<closing>\]?)"
+    r"|(?P<quantifier>(?:[*+?]|\{\d+(?:,\d*)?\})\??)|\(\?|.",
+    re.DOTALL,
+)
 
 
 def subschemas(schema: Mapping[str, Any], pointer: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -64,9 +73,10 @@ def prepared(schema: Any) -> Any:
 
     - Formats that the specification does not know are annotations: they are left out. Dates and times are made exact.
     - `propertyNames` that every name fulfils is left out. Names from a list become `properties`.
-    - `\\s` in patterns is ECMA-262's.
+    - Patterns are written out so that they mean what ECMA-262 says.
 
-    Raises: ValueError for `minProperties` where equal names could be counted, and for values that cannot be written.
+    Raises: ValueError for `minProperties` where equal names could be counted, for values that cannot be written, and
+    for patterns with an empty class or a quantifier behind a quantifier.
     """
     if not isinstance(schema, dict):
         return schema
@@ -96,35 +106,38 @@ def prepared(schema: Any) -> Any:
 def with_ecma_meaning(pattern: str) -> str:
     """Return the pattern with what the library reads in another way than ECMA-262 written out. Raises: ValueError.
 
-    The library has classes inside of classes, operators between them such as `&&`, and repeated quantifiers.
+    The library has classes inside of classes, operators between them such as `&&`, and repeated quantifiers. It reads a
+    `]` at the beginning of a class as a character.
     """
-    found, in_class, previous = list[str](), False, ""
-    for part in _PATTERN_PART.findall(pattern):
-        if in_class:
-            found.append(_in_class(part, previous))
-            in_class = part != "]"
-        elif _is_quantifier(part) and part != "?" and _is_quantifier(previous):
+    found, is_quantified = list[str](), False
+    for part in _PATTERN_PART.finditer(pattern):
+        is_quantifier = part["quantifier"] is not None
+        if is_quantifier and is_quantified:
             raise ValueError(f"the pattern {pattern!r} has a quantifier behind a quantifier")
+        if part[0] in ("[]", "[^]"):
+            remedy = r"write \] for the character ] in a class, or [\s\S] for any character"
+            raise ValueError(f"the pattern {pattern!r} has an empty class; {remedy}")
+        if part["opening"] is None:
+            found.append(_CLASSES.get(part[0], part[0]))
         else:
-            found.append(_outside_class(part))
-            in_class = part == "["
-        previous = part
+            found += [part["opening"], _write_members(part["members"]), part["closing"]]
+        is_quantified = is_quantifier
     return "".join(found)
 
 
-def _outside_class(part: str) -> str:
-    classes = {".": f"[^{_NEW_LINES}]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
-    return classes.get(part, part)
-
-
-def _in_class(part: str, previous: str) -> str:
-    if part in ("[", "&", "~") or (part == "-" == previous):
-        return f"\\{part}"
-    return part if part == "." else _outside_class(part)
-
-
-def _is_quantifier(part: str) -> bool:
-    return part in ("*", "+", "?") or (part.startswith("{") and len(part) > 1)
+def _write_members(members: str) -> str:
+    """Return the members of a class with dashes that make no range, and the library's other operators, escaped."""
+    found, previous, may_be_operator, follows_operator = list[str](), "", False, False
+    for member in _MEMBER.findall(members):
+        is_operator = member == "-" and may_be_operator
+        makes_range = is_operator and previous not in _CLASS_ESCAPES
+        if follows_operator and member in _CLASS_ESCAPES:
+            found[-1] = r"\-"
+        is_escaped = member in ("[", "&", "~") or (member == "-" and not makes_range)
+        found.append(f"\\{member}" if is_escaped else _CLASSES[member] if member in (r"\s", r"\S") else member)
+        may_be_operator = not is_operator and not follows_operator
+        previous, follows_operator = member, is_operator
+    return "".join(found)
 
 
 def _without_property_names(schema: dict[str, Any]) -> dict[str, Any]:

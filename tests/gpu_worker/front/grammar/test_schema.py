@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -31,6 +32,12 @@ NUMBER, TEXT = {"type": "integer"}, {"type": "string"}
         ({"type": "string", "pattern": "^[a~~b]$"}, '"~"', '"c"'),
         ({"type": "string", "pattern": "^[+--]$"}, '","', '"."'),
         ({"type": "string", "pattern": "^[[:digit:]]$"}, '"d]"', '"5"'),
+        ({"type": "string", "pattern": "^[^--/]$"}, '"0"', '"."'),
+        ({"type": "string", "pattern": "^[+-\\s]$"}, '"-"', '"A"'),
+        ({"type": "string", "pattern": "^[\\w-.]$"}, '"-"', '"+"'),
+        ({"type": "string", "pattern": "^[^\\w--{]$"}, '"."', '"-"'),
+        ({"type": "string", "pattern": "^[\\x41-\\x43--/]$"}, '"."', '"D"'),
+        ({"type": "string", "pattern": "^\\u{2014}+$"}, '"——"', '"-"'),
         ({"patternProperties": {"^\\s$": NUMBER}, "additionalProperties": False}, '{" ":1}', '{"\u0085":1}'),
         ({"type": "object", "minProperties": 1}, '{"a":1}', "{}"),
         ({"propertyNames": TEXT, "type": "object", "additionalProperties": NUMBER}, '{"é":1}', '{"é":"x"}'),
@@ -60,6 +67,8 @@ def test_a_grammar_allows_what_its_schema_allows(schema: Any, valid: str, invali
         ({"items": {"propertyNames": {"pattern": "^a"}}}, "/items", "propertyNames"),
         ({"items": {"format": "json-pointer"}}, "/items", "json-pointer"),
         ({"items": {"pattern": "^a{1,2}+$"}}, "/items", "a quantifier behind a quantifier"),
+        ({"items": {"pattern": "^a???$"}}, "/items", "a quantifier behind a quantifier"),
+        ({"items": {"pattern": "^[^]a]$"}}, "/items", r"an empty class; write \\\] for"),
         ({"properties": {"a": {"enum": ["a\x00b"]}}}, "/properties/a", r"control character '\\x00'"),
         ({"items": {"const": [{"a": {"b\x7f": "x"}}]}}, "/items", r"control character '\\x7f'"),
     ],
@@ -67,6 +76,14 @@ def test_a_grammar_allows_what_its_schema_allows(schema: Any, valid: str, invali
 def test_a_schema_that_could_give_invalid_texts_is_refused(schema: Any, pointer: str, message: str) -> None:
     refusal = check("json_schema", json.dumps(schema))
     assert refusal is not None and re.search(message, refusal.error) and refusal.pointer == pointer
+
+
+@pytest.mark.parametrize("part", ["[", "[a", "[\\u{12}", "\\u{12}", "\\u{", "a{1", "(?"])
+def test_the_time_to_read_a_pattern_grows_with_its_length_only(part: str) -> None:
+    began = time.process_time()
+    prepared({"pattern": "[" + part * 10_000})
+    prepared({"pattern": part * 10_000})
+    assert time.process_time() - began < 2
 
 
 def test_values_are_not_read_as_schemas() -> None:
