@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from deployments.api.anthropic_request import CountTokensRequest
 from deployments.api.base import LoraOptions, TolerantRequest, ignored_fields, refuse_ignored
@@ -305,7 +306,8 @@ class CompletionService:
                     if delta.text or delta.tool_calls:
                         with_text.add(index)
                     is_empty = delta.finish_reason is not None and index not in with_text
-                    yield started.answer.chunk(index, delta, is_first=is_first, is_empty=is_empty)
+                    chunk = partial(started.answer.chunk, index, delta, is_first=is_first, is_empty=is_empty)
+                    yield await asyncio.to_thread(chunk) if delta.prompt else chunk()  # a long prompt takes a second
         self._usage_log.record(started.rows[0].context, 200)  # before the client can take the answer for complete
         options = started.request.stream_options
         if started.request.always_shows_usage or (options is not None and options.include_usage):

@@ -199,7 +199,7 @@ def test_the_base_is_not_composed_and_named_adapters_require_model_auto(
     model: str, lora: dict[str, Any], param: str
 ) -> None:
     handle = handle_of()
-    with pytest.raises(RequestInvalid, match="auto" if param == "lora.adapters" else "") as caught:
+    with pytest.raises(RequestInvalid, match="auto" if param == "lora.adapters" else "at least one adapter") as caught:
         plan(handle, model, lora)
     assert (caught.value.param, handle.calls) == (param, [])
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from typing import Any
 
 import pytest
 
+from deployments.api import completion_responses
+from deployments.api.logprobs import text_logprobs
 from gpu_worker.config import NativeSettings
-from gpu_worker.front.request.request import TokenIds
+from gpu_worker.front.request.request import Delta, PromptToken, TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import chunks_of, error_of, post
 from tests.deployments.fake_worker import BROKEN, FakeWorker
@@ -71,6 +75,24 @@ def test_echo_puts_the_prompt_before_the_answer_whole_and_in_a_stream(prompt: ob
     assert post("/v1/completions", body).json()["choices"][0]["text"] == "HiHello"
     chunks = chunks_of(post("/v1/completions", body | {"stream": True}))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "HiHello"
+
+
+def test_log_probabilities_of_an_echoed_prompt_are_listed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_loop: list[bool] = []
+
+    def listed(*args: Any) -> Any:
+        in_loop.append(threading.current_thread() is threading.main_thread())
+        return text_logprobs(*args)
+
+    monkeypatch.setattr(completion_responses, "text_logprobs", listed)
+    worker = FakeWorker([Delta("Hel", 2, 1, prompt=(PromptToken(72, b"Hi", 0),)), Delta("lo", 2, 2, "stop")])
+    body = {"prompt": "Hi", "echo": True, "logprobs": 1}
+    chunks = chunks_of(post("/v1/completions", body | {"stream": True}, worker=worker))
+    assert [token for chunk in chunks for token in (chunk["choices"][0]["logprobs"] or {"tokens": []})["tokens"]] == [
+        "Hi"
+    ]
+    post("/v1/completions", body, worker=worker)
+    assert in_loop == [False, False]
 
 
 @pytest.mark.parametrize(
