@@ -122,11 +122,18 @@ class Catalogue:
             raise GenerationGone(generation, newest.generation)
         return Snapshot(0, {}).after_dated(read_dated_events(rows, after=0, until=generation), generation)
 
-    def commit(self, events: Callable[[Snapshot], Sequence[Event]], commit_id: str | None = None) -> int:
+    def commit(
+        self,
+        events: Callable[[Snapshot], Sequence[Event]],
+        commit_id: str | None = None,
+        *,
+        tenant: str | None = None,
+    ) -> int:
         """Commit the events that `events` returns for the newest snapshot, all or none. Return their generation.
 
         `events` checks the caller's rule and may raise. It is called again each time a rival commits first, so it must
-        have no side effects. If it returns nothing, nothing is committed and the current generation is returned.
+        have no side effects. If it returns nothing, nothing is committed, and the generation of the newest change that
+        `tenant` can see is returned; None: of the newest change.
         `commit_id` makes a call idempotent: if a commit with this id exists, return its generation without calling
         `events`. A commit whose answer was lost is thus not mistaken for a rival's, and a caller may repeat a failed
         call. Raises: VersionConflict when a rival won every attempt (retry later).
@@ -139,7 +146,7 @@ class Catalogue:
                     return known
                 wanted = events(snapshot)
                 if not wanted:
-                    return snapshot.generation
+                    return snapshot.generation if tenant is None else snapshot.generation_for(tenant)
                 generation = snapshot.generation + 1
                 is_ours = self._append(make_table(wanted, generation, commit_id), generation, commit_id)
             if is_ours:

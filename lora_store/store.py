@@ -58,7 +58,7 @@ from lora_store.rules import (
     withdraw_events,
 )
 from lora_store.sample_files import checked_sample, parse_samples, write_samples
-from lora_store.snapshot import ActiveEncoder, Key, Snapshot
+from lora_store.snapshot import EVERYBODY, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Edit, Kept, Staged, changed_version, staged_record, take_over, uncommitted
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
@@ -83,6 +83,9 @@ class LoraStore:
 
     Every method may raise StoreUnavailable; then nothing is lost, and the caller may retry later. Withdrawals and
     collections work on a full disk. Every method may raise StoreDamaged, and StoreIsNewer.
+
+    A change that is made already commits nothing. It returns the newest generation that the tenant can see, and an
+    approval or an encoder the newest one that every tenant can see.
     """
 
     def __init__(
@@ -390,7 +393,9 @@ class LoraStore:
                 if not self._leases.is_safe(item.lease):
                     renewed.append(self.restage(item.record).lease)
             generation = self._catalogue.commit(
-                lambda snapshot: publish_events(snapshot, records, precondition, quota=quota, **arguments), commit_id
+                lambda snapshot: publish_events(snapshot, records, precondition, quota=quota, **arguments),
+                commit_id,
+                tenant=staged[0].ref.tenant if staged else EVERYBODY,
             )
         except StoreUnavailable:  # it may be committed
             raise
@@ -456,7 +461,9 @@ class LoraStore:
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, VersionConflict."""
         at = self._now()
-        return self._catalogue.commit(lambda snap: visibility_events(snap, (tenant, name), visibility, actor, at))
+        return self._catalogue.commit(
+            lambda snapshot: visibility_events(snapshot, (tenant, name), visibility, actor, at), tenant=tenant
+        )
 
     def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
         """Let a kept version answer a share of the name's requests, or none, and return the generation.
@@ -464,7 +471,9 @@ class LoraStore:
         Raises: AdapterNotFound, AdapterRefused, VersionConflict.
         """
         at = self._now()
-        return self._catalogue.commit(lambda snapshot: trial_events(snapshot, (tenant, name), trial, actor, at))
+        return self._catalogue.commit(
+            lambda snapshot: trial_events(snapshot, (tenant, name), trial, actor, at), tenant=tenant
+        )
 
     def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
         """Let `auto` choose these public versions for every tenant, and return the generation.
@@ -472,7 +481,7 @@ class LoraStore:
         Raises: AdapterNotFound for a version that is not live or not public; VersionConflict.
         """
         at = self._now()
-        return self._catalogue.commit(lambda snapshot: approve_events(snapshot, refs, actor, at))
+        return self._catalogue.commit(lambda snapshot: approve_events(snapshot, refs, actor, at), tenant=EVERYBODY)
 
     def set_name(self, key: Key, policy: str, actor: str) -> int:
         """Make this policy, in JSON, the newest of a model name, and return the generation; "" removes the name.
@@ -480,14 +489,14 @@ class LoraStore:
         Raises: NameTaken, QuotaExceeded, VersionConflict; AdapterNotFound for a name to remove that does not exist.
         """
         named = NamedPolicy(AdapterRef(*key, policy_digest(policy)), policy, actor, self._now())
-        return self._catalogue.commit(lambda snapshot: name_events(snapshot, named))
+        return self._catalogue.commit(lambda snapshot: name_events(snapshot, named), tenant=key[0])
 
     def approve_name(self, ref: AdapterRef) -> int:
         """Let every tenant use this version of a name, and return the generation.
 
         Raises: AdapterNotFound for a version that is not kept; NameTaken, VersionConflict.
         """
-        return self._catalogue.commit(lambda snapshot: approve_name_events(snapshot, ref))
+        return self._catalogue.commit(lambda snapshot: approve_name_events(snapshot, ref), tenant=EVERYBODY)
 
     def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         """Add embeddings by an encoder that is to be activated, and return the generation. Skip versions not live."""
@@ -499,7 +508,7 @@ class LoraStore:
         Raises: EncoderIncomplete if a live adapter with samples has no embedding by this encoder.
         """
         encoder, at = ActiveEncoder(model, identity), self._now()
-        return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
+        return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at), tenant=EVERYBODY)
 
     def rank(
         self,
@@ -512,7 +521,8 @@ class LoraStore:
         """Replace the rankings that `auto` of this tenant uses, and return the generation. See `rank_events`."""
         at = self._now()
         return self._catalogue.commit(
-            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes, keeps=keeps)
+            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes, keeps=keeps),
+            tenant=tenant,
         )
 
     def load(self, weights_digest: str) -> bytes:

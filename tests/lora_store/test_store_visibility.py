@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from lora_store import AdapterNotFound, Edit, LoraStore, Snapshot
+from lora_store import AdapterNotFound, AdapterRef, Edit, LoraStore, Snapshot, policy_digest
 from lora_store.errors import PublicNameTaken
-from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, OpenStore, PublishOne, embedding
+from tests.lora_store.builders import IN_A_FOLDER, MakeFolder, OpenStore, PublishOne, embedding, ranking
 
 pytestmark = IN_A_FOLDER
 
@@ -29,6 +30,41 @@ def test_a_private_adapter_is_only_its_tenants_until_it_is_made_public(
     assert store.set_visibility("acme", "poet", "private", "key-1") == 3
     assert seen(store, "other") == []
     assert open_store().snapshot() == store.snapshot()  # the events are read as they were written
+
+
+Repeated = Callable[[LoraStore, AdapterRef], int]
+POLICY = AdapterRef("acme", "support", policy_digest("{}"))
+TENANTS_OWN: dict[str, Repeated] = {
+    "visibility": lambda store, ref: store.set_visibility(*ref.key, "public", "me"),
+    "no trial": lambda store, ref: store.set_trial(*ref.key, None, "me"),
+    "name": lambda store, _: store.set_name(POLICY.key, "{}", "me"),
+    "evaluation": lambda store, ref: store.rank(ref.tenant, [ranking(ref)], "me"),
+    "outcomes": lambda store, ref: store.rank(ref.tenant, [], "me", are_outcomes=True),
+    "publish": lambda store, ref: store.commit(
+        [store.restage(store.snapshot().records[ref.key])], [embedding()], [1.0], "me"
+    ),
+}
+EVERYBODYS: dict[str, Repeated] = {
+    "approval": lambda store, ref: store.approve([ref], "me"),
+    "approval of a name": lambda store, _: store.approve_name(POLICY),
+    "encoder": lambda store, _: store.activate_encoder("model", "enc", "me"),
+}
+
+
+@pytest.mark.parametrize("what", [*TENANTS_OWN, *EVERYBODYS])
+def test_a_change_that_was_made_already_returns_a_generation_that_its_tenant_sees(
+    store: LoraStore, publish: PublishOne, what: str
+) -> None:
+    ref = publish(tenant="acme", visibility="public").ref
+    store.set_name(POLICY.key, "{}", "me")
+    for make in (*EVERYBODYS.values(), TENANTS_OWN["evaluation"]):
+        make(store, ref)
+    publish("secret", tenant="globex", visibility="private")
+    before = store.snapshot()
+    everybodys, newest = before.generation_for("globex's customer"), before.generation_for("acme")
+    assert everybodys < newest < before.generation
+    assert (TENANTS_OWN | EVERYBODYS)[what](store, ref) == (newest if what in TENANTS_OWN else everybodys)
+    assert store.snapshot() is before
 
 
 def test_only_a_public_adapter_claims_the_bare_name(store: LoraStore, publish: PublishOne) -> None:

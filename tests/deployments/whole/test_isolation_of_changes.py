@@ -79,6 +79,27 @@ async def test_no_reported_generation_changes_with_anothers_private_changes(
             assert (await tenants.ask(mine, "GET", path, params={"min_generation": newest})).status_code == 200
 
 
+async def test_a_change_that_was_made_already_tells_no_generation_of_anothers_private_change(tmp_path: Path) -> None:
+    """A client that waits for the answered generation finds it served."""
+    async with two_tenants(tmp_path) as tenants:
+        mine, other = TENANTS
+        name = tenants.names[mine][0]
+        named = await tenants.ask(mine, "PUT", "/v1/names/fast", json={"model": name})
+        secret = tenants.folder("secret", 700, ["A secret task."])
+        assert (await tenants.publish(other, [secret])).status_code == 201
+        for method, path, body in (
+            ("PATCH", f"/v1/loras/{name}", {"visibility": "private"}),
+            ("PUT", "/v1/names/fast", {"model": name}),
+            ("POST", f"/v1/loras/{name}/share", {"share": 0}),
+            ("POST", "/v1/pool/evaluate", {}),
+        ):
+            answer = await tenants.ask(mine, method, path, json=body)
+            last = json.loads(answer.text.splitlines()[-1])
+            assert last.get("result", last)["generation"] == named.json()["generation"], path
+        listed = await tenants.ask(mine, "GET", "/v1/loras", params={"min_generation": named.json()["generation"]})
+        assert listed.status_code == 200
+
+
 def naming_to_answer(name: str) -> Iterator[Request]:
     """Return all requests that the adapter of this name answers."""
     yield "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "model": name}
