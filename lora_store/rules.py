@@ -31,7 +31,7 @@ from lora_store.events import (
     SetVisibility,
     Withdraw,
 )
-from lora_store.names import MAX_NAMES, NamedPolicy
+from lora_store.names import KEPT_POLICIES, MAX_NAMES, NamedPolicy
 from lora_store.quota import TenantQuota, check_quota
 from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
@@ -237,9 +237,9 @@ def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, a
 
 
 def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
-    """Return the event that makes this policy the newest of its name, or removes it; nothing if it is that already.
+    """Return the events that make this policy the newest of its name, or remove it; nothing if it is that already.
 
-    A policy that is kept as an approved version stays approved.
+    A policy that is kept as an approved version stays approved. The newest approved version stays kept.
     Raises: NameTaken, QuotaExceeded; AdapterNotFound for a name to remove that does not exist.
     """
     key = named.ref.key
@@ -255,7 +255,18 @@ def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
         if (num := sum(tenant == key[0] for tenant, _ in snapshot.names)) >= MAX_NAMES:
             raise QuotaExceeded("model names", num + 1, MAX_NAMES, "remove a model name first")
     was_approved = any(old.approved for old in kept if old.ref == named.ref)
-    return [SetName(replace(named, approved=was_approved))]
+    return [*_keep_approved(kept, named), SetName(replace(named, approved=was_approved))]
+
+
+def _keep_approved(kept: Sequence[NamedPolicy], named: NamedPolicy) -> list[Event]:
+    """Return the events without which `named` would push out the newest approved version, which other tenants use.
+
+    They put it behind the newest version, to which a rollback of `named` returns. They are events of their own, so that
+    servers of any release that read them keep the same versions.
+    """
+    approved = next((old for old in kept if old.approved), None)
+    pushed_out = [old for old in kept if old.ref != named.ref][KEPT_POLICIES - 1 :]
+    return [SetName(approved), SetName(kept[0])] if approved in pushed_out else []
 
 
 def _check_no_adapter(snapshot: Snapshot, key: Key) -> None:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from lora_store import KEPT_POLICIES, AdapterNotFound, AdapterRef, LoraStore, NameTaken, QuotaExceeded, policy_digest
+from lora_store import (
+    KEPT_POLICIES,
+    AdapterNotFound,
+    AdapterRef,
+    LoraStore,
+    NameTaken,
+    QuotaExceeded,
+    Snapshot,
+    policy_digest,
+)
 from lora_store import rules as store_rules
 from lora_store.errors import PublicNameTaken
-from tests.lora_store.builders import IN_A_FOLDER, OpenStore, PublishOne
+from lora_store.pool_files import state_events
+from tests.lora_store.builders import IN_A_FOLDER, NOON, OpenStore, PublishOne
 
 pytestmark = IN_A_FOLDER
 
@@ -50,6 +60,26 @@ def test_only_approved_versions_are_seen_by_other_tenants(store: LoraStore) -> N
     assert policies(store, "local", "support") == [("a", True), ("b", False)]
     store.set_name(OWN, "", "me")
     assert policies(store, "them", "support") == policies(store, "local", "support") == []
+
+
+def test_the_newest_approved_version_stays_kept(store: LoraStore, open_store: OpenStore) -> None:
+    """Other tenants use it. A rollback still finds the version before."""
+    for policy in ("old", "approved"):
+        store.set_name(OWN, policy, "me")
+        store.approve_name(ref_of(OWN, policy))
+    before = policies(store, "them", "support")[0]
+    for number in range(2 * KEPT_POLICIES):
+        store.set_name(OWN, str(number), "me")
+        kept = [policy for policy, _ in policies(store, "local", "support")]
+        assert kept[:2] == [str(number), "approved" if not number else str(number - 1)]
+        assert len(kept) == min(number + 3, KEPT_POLICIES)
+        assert policies(store, "them", "support")[0] == before == ("approved", True)
+    copied = Snapshot(0, {}).after(state_events(store.snapshot(), NOON), 1)
+    assert dict(copied.names) == dict(store.snapshot().names)
+    for _ in range(2):
+        assert dict(open_store().snapshot().names) == dict(store.snapshot().names)
+        store.gc(0.0)  # folds
+    assert policies(store, "them", "support") == [before]
 
 
 def test_a_tenants_own_name_comes_before_an_approved_one(store: LoraStore) -> None:
