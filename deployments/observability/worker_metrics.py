@@ -51,16 +51,17 @@ COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
     "num_steps": ("loraretriever_steps_total", {}, "Steps of the engine"),
     "step_s": ("loraretriever_step_seconds_total", {}, "Time spent in engine steps"),
 }
-_SHADOW = "shadow:"  # no tenant's name has a colon
+_SHADOW, _SHADOW_FOR_OTHERS = "shadow:", "shadow for others:"  # no tenant's name has a colon
 _LABELS = {"loraretriever_adapter_hits_total": ("level",)}
 
 
-def shadow_tenant(owner: str) -> str:
-    """Return the tenant of the shadows of this owner's versions, which no key has.
+def shadow_tenant(owner: str, sender: str) -> str:
+    """Return the tenant of the shadows of this owner's versions, which no key has. `sender`: of the requests.
 
-    So a shadow takes no turn of a tenant, and shares no keys and values with one.
+    So a shadow takes no turn of a tenant, and shares no keys and values with one. The shadows of other tenants'
+    requests have a name of their own, because they do not count for the owner.
     """
-    return _SHADOW + owner
+    return (_SHADOW if sender == owner else _SHADOW_FOR_OTHERS) + owner
 
 
 class TenantUsage:
@@ -72,7 +73,11 @@ class TenantUsage:
 
     @contextmanager
     def row(self, tenant: str) -> Iterator[Usage]:
-        """Count a row while it runs. A shadow counts for the owner of its version. Yield the usage for its tokens."""
+        """Count a row while it runs. Yield the usage for its tokens.
+
+        A shadow of the owner's own request counts for the owner, another one for no tenant: its number of tokens says
+        how long the other tenant's text is.
+        """
         tenant = tenant.removeprefix(_SHADOW)
         usage = self._usages.setdefault(tenant, Usage())
         self._usages.move_to_end(tenant)

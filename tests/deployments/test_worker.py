@@ -180,13 +180,15 @@ async def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
         await started(tiny_config(tmp_path, num_threads=1), FakeHandle(FakeStore({})))
 
 
-async def test_each_tenants_usage_is_counted_and_a_shadows_for_the_owner_of_its_version(serving: Serving) -> None:
-    jobs = [replace(serving.job(0, 4), tenant=tenant) for tenant in ("acme", "acme", shadow_tenant("globex"))]
+async def test_each_tenants_usage_is_counted_and_a_shadow_of_its_request_too(serving: Serving) -> None:
+    own, for_acme = (shadow_tenant("globex", sender=sender) for sender in ("globex", "acme"))
+    jobs = [replace(serving.job(0, 4), tenant=tenant) for tenant in ("acme", "acme", own, for_acme)]
     await asyncio.gather(*map(serving.text, jobs))
     usages = await serving.worker.usage()
     num_prompt_tokens = usages["globex"].num_prompt_tokens
     assert num_prompt_tokens > 0
-    assert usages == {"acme": Usage(0, 2, 2 * num_prompt_tokens, 8), "globex": Usage(0, 1, num_prompt_tokens, 4)}
+    once = Usage(0, 1, num_prompt_tokens, 4)
+    assert usages == {"acme": Usage(0, 2, 2 * num_prompt_tokens, 8), "globex": once, for_acme: once}
 
 
 async def test_the_shapes_are_those_of_the_base_model(serving: Serving, tiny_base: Callable[..., BaseModel]) -> None:

@@ -207,20 +207,24 @@ class UnreachableWorkers:
 
 
 async def test_a_shadow_runs_as_the_owner_of_its_version_under_a_name_that_no_tenant_has() -> None:
-    """for any sender of the request, also where a version of another tenant is part of the mixture"""
+    """Also where a version of another tenant is part of the mixture. Other tenants' requests do not count for it."""
     mine = PlannedAdapter(AdapterRef("acme", "code", "mine"), "w0", 0.5)
     live, tried = (PlannedAdapter(AdapterRef("globex", "poet", digest), digest, 0.5) for digest in ("live", "tried"))
     planned = Planned(Plan("mixture", (mine, live), 7), shadow=Plan("mixture", (mine, tried), 7))
     worker: Any = FakeHandle(FakeWorker())
     background = Background()
     shadows = Shadows(workers_of(serve_worker(worker)), background, RequestMetrics(FakeMetrics()))
-    shadows.start([Job("r", "Rhyme", planned.plan, tenant="acme")], [planned], time.monotonic() + 60)
+    for sender in ("acme", "globex"):
+        shadows.start([Job("r", "Rhyme", planned.plan, tenant=sender)], [planned], time.monotonic() + 60)
     await background.idle()
-    [(job,)] = worker.called("stream")
-    assert job.tenant == shadow_tenant("globex") and not is_valid_name(job.tenant)
+    tenants = [job.tenant for (job,) in worker.called("stream")]
+    assert tenants == [shadow_tenant("globex", sender="acme"), shadow_tenant("globex", sender="globex")]
+    assert len({*tenants, "globex", "acme"}) == 4 and not any(map(is_valid_name, tenants))
     usages = TenantUsage()
-    with usages.row(job.tenant), usages.row("acme"):
-        assert usages.read().keys() == {"globex", "acme"}
+    for tenant, counted in zip(tenants, (set(), {"globex"}), strict=True):
+        with usages.row(tenant):
+            running = {name for name, usage in usages.read().items() if usage.num_running and is_valid_name(name)}
+        assert running == counted
 
 
 async def test_an_owner_leaves_places_for_the_shadows_of_others() -> None:
@@ -228,13 +232,19 @@ async def test_an_owner_leaves_places_for_the_shadows_of_others() -> None:
     served: Any = FakeHandle(worker)
     metrics = RequestMetrics(FakeMetrics())
     shadows = Shadows(workers_of(serve_worker(served)), background, metrics, has_keys=True)
-    for owner in ["acme"] * MAX_SHADOWS + ["globex"]:
+    for number, owner in enumerate(["acme"] * MAX_SHADOWS + ["globex"]):
         shadow = Plan("selection", (PlannedAdapter(AdapterRef(owner, "poet", owner), owner, 1.0),), 7)
-        shadows.start([Job("r", "Rhyme", BASE_PLAN)], [Planned(BASE_PLAN, shadow=shadow)], time.monotonic() + 60)
+        job = Job("r", "Rhyme", BASE_PLAN, tenant=owner if number % 2 else "sender")
+        shadows.start([job], [Planned(BASE_PLAN, shadow=shadow)], time.monotonic() + 60)
     while len(worker.jobs) <= MAX_SHADOWS // 2:
         await asyncio.sleep(0)
     background.cancel()
-    assert Counter(job.tenant for job in worker.jobs) == {shadow_tenant("acme"): 4, shadow_tenant("globex"): 1}
+    running = Counter(job.tenant for job in worker.jobs)
+    assert running == {
+        shadow_tenant("acme", sender="sender"): 2,
+        shadow_tenant("acme", sender="acme"): 2,
+        shadow_tenant("globex", sender="sender"): 1,
+    }
 
 
 async def test_shadows_that_cannot_start_are_counted_and_end() -> None:
