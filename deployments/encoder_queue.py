@@ -172,13 +172,13 @@ class EncoderQueue(Generic[T]):
         while left.num_held + num_texts > self._max_waiting:
             most = left.displaced_by(tenant, self._max_waiting, num_texts)
             if most is None:
-                raise EncoderBusy(self.num_waiting)
+                raise EncoderBusy(self.num_waiting, has_read=False)
             if most not in calls:
                 calls[most] = sorted(self._tenants[most], key=lambda asked: asked.number)
             displaced.append(calls[most].pop())
             left.give(most, len(displaced[-1].waiting))
         for asked in displaced:
-            self._fail(asked, EncoderBusy(self.num_waiting))
+            self._fail(asked, EncoderBusy(self.num_waiting, has_read=len(asked.waiting) < asked.num_texts))
 
     def _fail(self, asked: _Asked[T], error: Exception) -> None:
         self._drop(asked)

@@ -394,6 +394,7 @@ class EncoderBusy(DeploymentsError):
     text = "{self.num_waiting} prompts already wait for the encoder; retry later, or name adapters in the request"
 
     num_waiting: int
+    has_read: bool  # whether the encoder has read some of the call's texts, before others needed their places
 
 
 class NotReady(DeploymentsError):

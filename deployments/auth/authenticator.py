@@ -66,7 +66,7 @@ class Work:
 
     num_rows: int = 1  # prompts × n; 0 for texts that are only embedded or tokenized
     num_tokens: int = 0  # prompt tokens, once per prompt, plus the maximum of new tokens; settled by real usage
-    num_read: int = 0  # tokens for the encoder; charged when the request is admitted, whatever its outcome
+    num_read: int = 0  # tokens for the encoder; charged if it may have read any, whatever the request's outcome
     rows_field: str = "prompt"
     tokens_field: str = "prompt"
 
@@ -133,8 +133,12 @@ class TokenBucket:
 
 @dataclass
 class TokenUsage:
-    """Tokens used by one request so far, over all of its answers."""
+    """Tokens used by one request so far, over all of its answers.
 
+    `num_readings`: the calls in which the encoder may have read text. Without any, `Work.num_read` is not charged.
+    """
+
+    num_readings: int = 0
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # by answer: (question, estimate of its prompt)
     _prompts: dict[int, int] = field(default_factory=dict)  # by question
     _new: dict[str, int] = field(default_factory=dict)  # by answer
@@ -231,7 +235,8 @@ class Limiter:
         finally:
             account.num_running -= work.num_rows
             if bucket is not None:
-                bucket.settle(work.reserved, work.num_read + usage.num_tokens)
+                num_read = work.num_read if usage.num_readings else 0
+                bucket.settle(work.reserved, num_read + usage.num_tokens)
 
     def rate_headers(self, caller: Caller) -> dict[str, str]:
         """Return the state of the key's rates as OpenAI's headers; none for a key without rates.

@@ -20,7 +20,6 @@ from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.worker_client import Workers
 from deployments.config.served_model import ServedModels
-from deployments.errors import ModelNotFound
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import (
     AUTO,
@@ -49,7 +48,7 @@ def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
     usage.sent(_ONLY, 0, num_tokens)
     try:
         yield
-    except (*NO_ROOM, ModelNotFound):
+    except NO_ROOM:
         usage.not_started(_ONLY)
         raise
 
@@ -138,7 +137,7 @@ class CompletionService:
                 if any(map(self._planner.needs_routing, ids)):
                     bases = [self._models.limiting(question.model).name for question in questions]
                     questions = await self._with_texts(questions, bases, caller.tenant)
-                plans = await self._planner.plan_all(questions, caller.tenant, context)
+                plans = await self._planner.plan_all(questions, caller.tenant, context, usage)
                 if isinstance(request, CompletionRequest) and request.echo:
                     bases = [planned.plan.base_model for planned in plans]
                     questions = await self._with_texts(questions, bases, caller.tenant)
@@ -219,7 +218,7 @@ class CompletionService:
             with self._authenticator.running(caller, work) as usage:
                 planned = Planned(BASE_PLAN)  # for a text no template applies
                 if is_planned:
-                    [planned] = await self._planner.plan_all([question], caller.tenant, context)
+                    [planned] = await self._planner.plan_all([question], caller.tenant, context, usage)
                 contract = None if isinstance(question.prompt, str) else applied_contract(planned.plan, question)
                 base_model = planned.plan.base_model
                 workers = self._workers.named(base_model)
@@ -248,7 +247,7 @@ class CompletionService:
                     self._planner.require_base(question.model)
                     base_model = self._models.limiting(question.model).name
                 else:
-                    [planned] = await self._planner.plan_all([question], caller.tenant, context)
+                    [planned] = await self._planner.plan_all([question], caller.tenant, context, usage)
                     base_model = planned.plan.base_model
                 workers = self._workers.named(base_model)
                 await workers.ready()

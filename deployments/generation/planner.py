@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
+
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api.base import LoraOptions, PlanGiven
 from deployments.api.completions import MAX_ANSWER_LOGPROBS, GenerationRequest, PolicyFields, Question
 from deployments.api.names import AppliedPolicy, NamePolicy
 from deployments.api.responses import Planned
-from deployments.auth.authenticator import Work
+from deployments.auth.authenticator import TokenUsage, Work
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.calls.worker_client import answer_in_groups
 from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel, ServedModels
-from deployments.errors import ModelNotFound, RequestInvalid
+from deployments.errors import EncoderBusy, ModelNotFound, RequestInvalid
 from deployments.generation.conversation import RoutingTexts, choose_texts
 from deployments.observability.request_context import RequestContext
 from deployments.observability.tracing import open_span
@@ -27,7 +30,7 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, SamplingParams, TokenIds
 from gpu_worker.front.request.tools import Tools
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
-from retriever_svc import RouteRequest
+from retriever_svc import Route, RouteRequest, StaleIndex
 from retriever_svc.encoder import MAX_TOKENS
 from retriever_svc.route import Fallback
 from retriever_svc.views import read_ends, tokens_routed
@@ -107,6 +110,18 @@ def check_chars(num_chars: int, model: ServedModel) -> None:
     """Refuse a text of this length as a prompt. Raises: PromptTooLong."""
     if num_chars > model.max_model_len * MAX_CHARS_PER_TOKEN:
         raise PromptTooLong.of(f"{num_chars} characters", model.max_model_len)
+
+
+@contextmanager
+def reading(usage: TokenUsage) -> Iterator[None]:
+    """Charge the text that the encoder reads in the block, whatever its outcome, unless it is refused unread."""
+    usage.num_readings += 1
+    try:
+        yield
+    except (EncoderBusy, StaleIndex, ModelNotFound, BackPressureError, DeploymentUnavailableError) as exc:
+        if not (isinstance(exc, EncoderBusy) and exc.has_read):
+            usage.num_readings -= 1
+        raise
 
 
 def check_tokenized(question: Question, field: str, model: ServedModel) -> None:
@@ -201,7 +216,7 @@ class Planner:
         if name == AUTO and not given:
             self._request_of("", policy.model, policy.lora, tenant)  # checks the options of the strategy
             return policy
-        [planned] = await self._plan_alike([Question("", "", policy.model, policy.lora)], tenant)
+        [planned] = await self._plan_alike([Question("", "", policy.model, policy.lora)], tenant, TokenUsage())
         names = [
             f"{row.ref.tenant}/{row.ref.name}" + (f"@{row.ref.digest}" if "@" in wanted else "")
             for row, wanted in zip(
@@ -229,21 +244,26 @@ class Planner:
         )
 
     async def plan_all(
-        self, questions: Sequence[Question], tenant: str, context: RequestContext | None = None
+        self,
+        questions: Sequence[Question],
+        tenant: str,
+        context: RequestContext | None = None,
+        usage: TokenUsage | None = None,
     ) -> list[Planned]:
         """Return one plan per question, in order. Questions with the same model and options share one call.
 
-        The plans and the time are recorded in `context`; its id also draws the versions of names under trial.
+        The plans and the time are recorded in `context`; its id also draws the versions of names under trial. The calls
+        in which the encoder may have read text are counted in `usage`.
         Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone, StaleIndex,
         EncoderBusy.
         """
-        began = time.monotonic()
+        began, used = time.monotonic(), TokenUsage() if usage is None else usage
         options = {id(question.lora): question.lora.model_dump_json() for question in questions}
         with open_span("plan"):
             plans = await answer_in_groups(
                 questions,
                 lambda question: (question.model, question.alias, options[id(question.lora)]),
-                lambda _, alike: self._plan_alike(alike, tenant),
+                lambda _, alike: self._plan_alike(alike, tenant, used),
             )
         keys = [None if context is None else f"{context.request_id}/{place}" for place in range(len(questions))]
         planned = [plan.drawn(key) for plan, key in zip(plans, keys, strict=True)]
@@ -252,7 +272,7 @@ class Planner:
             context.record_plans(planned, looked_up_s + time.monotonic() - began)
         return planned
 
-    async def _plan_alike(self, questions: Sequence[Question], tenant: str) -> Sequence[Planned]:
+    async def _plan_alike(self, questions: Sequence[Question], tenant: str, usage: TokenUsage) -> Sequence[Planned]:
         """Plan questions of one model and the same options."""
         question = questions[0]
         name = self._model_name(question.model)
@@ -264,10 +284,11 @@ class Planner:
             raise RequestInvalid(f"{field} requires model 'auto'", field)
         if name == AUTO:
             if isinstance(question.prompt, tuple) and _is_routed(options):
-                reading = choose_texts(question.prompt)
-                return [await self._plan_conversation(reading, question.model, options, tenant)] * len(questions)
+                routed = choose_texts(question.prompt)
+                planned = await self._plan_conversation(routed, question.model, options, tenant, usage)
+                return [planned] * len(questions)
             texts = [item.text or "" for item in questions]
-            return await self._plan_texts(texts, options, tenant, question.model)
+            return await self._plan_texts(texts, options, tenant, question.model, usage)
         _refuse_retrieval(options)
         if name is None:
             if options.strategy is not None:
@@ -315,8 +336,8 @@ class Planner:
         if self._model_name(question.model) != AUTO:
             return ()
         if isinstance(question.prompt, tuple) and _is_routed(question.lora):
-            reading = choose_texts(question.prompt)
-            return () if reading.is_housekeeping else (*chain.from_iterable(reading.previous), *reading.texts)
+            routed = choose_texts(question.prompt)
+            return () if routed.is_housekeeping else (*chain.from_iterable(routed.previous), *routed.texts)
         options = question.lora
         return () if options.names_adapters is not None else (options.query or question.text or "",)
 
@@ -324,31 +345,33 @@ class Planner:
         """Return whether the encoder reads the question's own text. Raises: ModelNotFound."""
         return self._model_name(question.model) == AUTO and _is_routed(question.lora)
 
-    async def _plan_conversation(self, reading: RoutingTexts, model: str, options: LoraOptions, tenant: str) -> Planned:
+    async def _plan_conversation(
+        self, routed: RoutingTexts, model: str, options: LoraOptions, tenant: str, usage: TokenUsage
+    ) -> Planned:
         """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.
 
         Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `plan_all`.
         """
-        if reading.is_housekeeping:
+        if routed.is_housekeeping:
             _, fallback_base = self._fallback(model, options)
             return Planned(self._base_plan(fallback_base or model), abstained=True, reason="housekeeping")
-        earlier = await self._earlier_turn(reading.previous, model, options, tenant)
+        earlier = await self._earlier_turn(routed.previous, model, options, tenant, usage)
         preferred = None if earlier is None else earlier[1]
         refers_back = False
-        for text in reading.texts if earlier is not None else reading.texts[:-1]:
+        for text in routed.texts if earlier is not None else routed.texts[:-1]:
             tried = replace(
                 self._request_of(text, model, options, tenant, preferred), fallback="base", counted="if_chosen"
             )
-            [route] = await self._retriever.route([tried])
+            [route] = await self._find_routes([tried], usage)
             if not route.abstained:
                 return Planned.from_route(tried, route)
             refers_back = refers_back or route.refers_back
-        text = earlier[0] if earlier is not None and refers_back else reading.texts[-1]
-        [planned] = await self._route([self._request_of(text, model, options, tenant, preferred)])
+        text = earlier[0] if earlier is not None and refers_back else routed.texts[-1]
+        [planned] = await self._route([self._request_of(text, model, options, tenant, preferred)], usage)
         return planned
 
     async def _earlier_turn(
-        self, turns: Sequence[Sequence[str]], model: str, options: LoraOptions, tenant: str
+        self, turns: Sequence[Sequence[str]], model: str, options: LoraOptions, tenant: str, usage: TokenUsage
     ) -> tuple[str, AdapterRef] | None:
         """Return the text and the best adapter of the previous turn, or of the turn that it refers to, or None.
 
@@ -359,7 +382,7 @@ class Planner:
             for text in texts:
                 request = self._request_of(text, model, options, tenant)
                 tried = replace(request, fallback="base", shows_samples=False, counted="never")
-                [route] = await self._retriever.route([tried])
+                [route] = await self._find_routes([tried], usage)
                 if not route.abstained:
                     return text, route.plan.adapters[0].ref
                 refers_back = refers_back or route.refers_back
@@ -368,7 +391,7 @@ class Planner:
         return None
 
     async def _plan_texts(
-        self, texts: Sequence[str], options: LoraOptions, tenant: str, model: str
+        self, texts: Sequence[str], options: LoraOptions, tenant: str, model: str, usage: TokenUsage
     ) -> Sequence[Planned]:
         """Return a plan for each text: the plan sent back, a plan of the named adapters, or the Retriever's choice.
 
@@ -385,12 +408,16 @@ class Planner:
             self._check_base(plan, model)
             return [Planned(plan)] * len(texts)
         requests = [self._request_of(text, model, options, tenant) for text in texts]
-        return await self._route(requests)
+        return await self._route(requests, usage)
 
-    async def _route(self, requests: Sequence[RouteRequest]) -> list[Planned]:
+    async def _route(self, requests: Sequence[RouteRequest], usage: TokenUsage) -> list[Planned]:
         """Return the Retriever's choices as plans with their reasons."""
-        routes = await self._retriever.route(requests)
+        routes = await self._find_routes(requests, usage)
         return [Planned.from_route(request, route) for request, route in zip(requests, routes, strict=True)]
+
+    async def _find_routes(self, requests: Sequence[RouteRequest], usage: TokenUsage) -> list[Route]:
+        with reading(usage):
+            return await self._retriever.route(requests)
 
     def _request_of(
         self, text: str, model: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None

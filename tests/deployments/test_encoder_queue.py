@@ -151,7 +151,7 @@ async def test_the_newest_request_of_the_tenant_with_most_texts_makes_room(encod
     await settle()
     assert queue.num_waiting == 10
     comer = await queued(queue, "c", ["4"] * 2)
-    assert new.done() and isinstance(new.exception(), EncoderBusy)
+    assert new.done() and isinstance(refused := new.exception(), EncoderBusy) and not refused.has_read
     assert not any(task.done() for task in (running, old, middle, comer))
     assert queue.num_waiting == 8
     late = await queued(queue, "c", ["5"] * 3)  # c itself would then have most
@@ -159,6 +159,14 @@ async def test_the_newest_request_of_the_tenant_with_most_texts_makes_room(encod
     await encoder.run(9)
     assert [len(await task) for task in (running, old, middle, comer)] == [1, 3, 3, 2]
     assert queue.num_waiting == 0
+
+
+async def test_a_call_that_makes_room_says_whether_some_of_its_texts_were_read(encoder: Encoder) -> None:
+    queue = queue_of(encoder, batch_size=1, max_waiting=4)
+    begun = await queued(queue, "a", ["1"] * 4)
+    await queued(queue, "b", ["2"] * 2)
+    assert isinstance(refused := begun.exception(), EncoderBusy) and refused.has_read
+    await encoder.run(3)
 
 
 async def test_a_call_that_is_refused_displaces_no_other(encoder: Encoder) -> None:

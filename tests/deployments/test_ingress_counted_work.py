@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments.errors import EncoderBusy
 from gpu_worker.config import NativeSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
 from gpu_worker.front.request.request import Tokenized
+from retriever_svc import Place, Route, RouteRequest, StaleIndex
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
@@ -209,6 +216,73 @@ class FullTokenizer(FakeWorker):
 async def test_a_text_that_the_server_has_no_room_for_is_not_charged(tmp_path: Path) -> None:
     asks = ("/tokenize", {"prompt": "x" * 400})
     assert await statuses(tmp_path, {"tokens_per_minute": 150}, asks, asks, worker=FullTokenizer()) == [503, 503]
+
+
+class RefusingRetriever(MappedRetriever):
+    """Refuses every call of the encoder after the first `num_read`, which find no adapter."""
+
+    def __init__(self, error: Exception, num_read: int = 0) -> None:
+        super().__init__(abstains=True)
+        self._error, self._num_left = error, num_read
+
+    def _refuse(self) -> None:
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise self._error
+
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        self._refuse()
+        return await super().route(requests)
+
+    async def place(self, *asked: Any) -> Place:
+        self._refuse()
+        return await super().place(*asked)
+
+    async def vectors(self, *asked: Any) -> list[NDArray[np.float32]]:
+        self._refuse()
+        return await super().vectors(*asked)
+
+
+LONG = "x" * 300  # 100 tokens for the encoder
+READ = [
+    ("/v1/embeddings", {"model": "multilingual-e5-small-tasks", "input": LONG}),
+    ("/v1/route", {"prompt": LONG}),
+    ("/v1/pool/map", {"prompt": LONG}),
+    ("/v1/completions", {"prompt": LONG, "max_tokens": 1}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}], "max_tokens": 1}),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": LONG}], "model": "auto"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), READ, ids=[path for path, _ in READ])
+@pytest.mark.parametrize(
+    ("error", "is_charged"),
+    [
+        (EncoderBusy(9, has_read=False), False),
+        (EncoderBusy(9, has_read=True), True),
+        (StaleIndex(8, 7), False),
+        (DeploymentUnavailableError(DeploymentID("Retriever")), False),
+        (DeadlineExceeded(0), True),
+    ],
+    ids=["busy", "busy after some texts", "stale", "unavailable", "late"],
+)
+async def test_text_that_the_encoder_has_not_read_is_not_charged(
+    tmp_path: Path, path: str, body: dict[str, Any], error: Exception, is_charged: bool
+) -> None:
+    retriever = RefusingRetriever(error)
+    [[answer], _] = await served_to(tmp_path, {"tokens_per_minute": 500}, (path, body), retriever=retriever)
+    assert answer.status_code in (503, 504)
+    assert (int(answer.headers["x-ratelimit-remaining-tokens"]) < 450) == is_charged  # 100 come back in 12 s
+
+
+async def test_a_conversation_is_charged_if_one_of_its_texts_was_read(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": LONG} for role in ("user", "assistant", "user")]
+    for num_read in (0, 1):
+        retriever = RefusingRetriever(EncoderBusy(9, has_read=False), num_read)
+        chat = ("/v1/chat/completions", {"messages": turns, "max_tokens": 1})
+        [[answer], _] = await served_to(tmp_path, {"tokens_per_minute": 900}, chat, retriever=retriever)
+        assert answer.status_code == 503
+        assert (int(answer.headers["x-ratelimit-remaining-tokens"]) < 850) == bool(num_read)
 
 
 @pytest.mark.parametrize("body", [{"prompt": [120] * 40}, {"prompt": [120], "echo": True, "model": BASE}])

@@ -115,8 +115,8 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
             [name.apply_to_question(question) for name, question in zip(bound, asked, strict=True)] if bound else asked
         )
         work = Work(len(asked), num_read=sum(map(planner.tokens_to_route, asked)))
-        with services.authenticator.running(caller, work):
-            planned = await planner.plan_all(asked, tenant)
+        with services.authenticator.running(caller, work) as usage:
+            planned = await planner.plan_all(asked, tenant, usage=usage)
     planned = [name.explain([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
     needed = {
         name.shown: name.policy for name, item in zip(bound, planned, strict=False) if item.plan.contract is not None

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from deployments.api.base import ignored_fields, refuse_ignored
 from deployments.api.embeddings import EmbeddingsRequest, embeddings_answer
 from deployments.auth.authenticator import Work
-from deployments.generation.completions import charged
+from deployments.generation.planner import reading
 from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyContext, AnyServices, InferCaller
@@ -28,8 +28,8 @@ async def embeddings(
         refuse_ignored(body)
     context.ignored, context.model = ignored_fields(body), body.model
     num_tokens = sum(map(tokens_read, body.input))
-    work = Work(num_rows=0, num_tokens=num_tokens, tokens_field="input")
-    with services.authenticator.running(caller, work) as usage, charged(usage, num_tokens):
+    work = Work(num_rows=0, num_read=num_tokens, tokens_field="input")
+    with services.authenticator.running(caller, work) as usage, reading(usage):
         async with within(compute_deadline(context.arrived_at, None, config.max_request_s)):
             vectors = await services.retriever.vectors(caller.tenant, body.input, body.model)
     context.num_read = num_tokens

@@ -10,7 +10,7 @@ from pydantic import Field
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
 from deployments.api.pool_responses import PromptPlace, place_object
 from deployments.auth.authenticator import Work
-from deployments.generation.planner import check_chars
+from deployments.generation.planner import check_chars, reading
 from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
@@ -42,7 +42,8 @@ async def pool_map(
 async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, context: AnyContext) -> PromptPlace:
     """Return the position of a prompt on that map, and of these adapters: a large map does not show all."""
     check_chars(len(body.prompt), services.config.served_models.widest)
-    with services.authenticator.running(caller, Work(num_read=tokens_read(body.prompt))):
+    work = Work(num_read=tokens_read(body.prompt))
+    with services.authenticator.running(caller, work) as usage, reading(usage):
         async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)
             found = await services.retriever.place(*asked)

@@ -48,7 +48,7 @@ EXPECTED = [
     (api_errors.UploadDiskFull(), 503, OVERLOADED, "unavailable"),
     (api_errors.ServerOverloaded(9), 429, OVERLOADED, "overloaded"),
     (api_errors.BodyMemoryFull(9), 503, OVERLOADED, "overloaded"),
-    (api_errors.EncoderBusy(9), 503, OVERLOADED, "overloaded"),
+    (api_errors.EncoderBusy(9, has_read=False), 503, OVERLOADED, "overloaded"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
     (api_errors.ShapesUnknown("code"), 503, OVERLOADED, "not_ready"),
     (api_errors.WorkerStarting(30), 503, OVERLOADED, "not_ready"),

@@ -112,12 +112,15 @@ def test_limits_are_divided_by_the_replicas_that_run_now() -> None:
     assert limited(lambda: limiter.count_request(asks)).retry_after_s == pytest.approx(30)
 
 
-def test_encoder_tokens_are_charged_whatever_the_outcome() -> None:
+def test_encoder_tokens_are_charged_whatever_the_outcome_if_any_may_have_been_read() -> None:
     limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
     with pytest.raises(KeyError), limiter.running(asks, Work(num_tokens=60, num_read=40)) as meter:
+        meter.num_readings += 1
         meter.saw("one", 0, 5, 5)
         raise KeyError
     refused(limiter, asks, Work(num_tokens=51))
+    with pytest.raises(KeyError), limiter.running(asks, Work(num_read=50)):
+        raise KeyError
     limiter.charge(asks, 50, "files")
     assert limited(lambda: limiter.charge(asks, 1, "files")).retry_after_s == pytest.approx(0.6)
     with pytest.raises(RequestInvalid) as caught:

@@ -27,7 +27,7 @@ REFUSALS = [
     AdapterNotFound("mispelt"),
     PlanGone("local/a", "0123"),
     GrammarInvalid("no", "/properties/a", "response_format"),
-    EncoderBusy(7),
+    EncoderBusy(7, has_read=True),
     EngineFull("full"),
     StaleIndex(8, 7),
 ]
