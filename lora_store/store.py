@@ -406,9 +406,10 @@ class LoraStore:
         self._try_to_release([*(item.lease for item in staged), *renewed])
         return generation
 
-    def check_commit(self, staged: Sequence[Staged]) -> None:
-        """Raise what `commit` of these would raise in the newest state, but for quotas and blobs."""
-        publish_events(self.snapshot(), [item.record for item in staged], **_make_arguments(staged))
+    def check_commit(self, staged: Sequence[Staged], quota: TenantQuota | None = None) -> None:
+        """Raise what `commit` of these would raise in the newest state, but for blobs."""
+        records = [item.record for item in staged]
+        publish_events(self.snapshot(), records, quota=quota, **_make_arguments(staged))
 
     def discard(self, staged: Sequence[Staged]) -> None:
         """Give up these staged versions: release their leases and delete the blobs that nothing else uses."""

@@ -423,7 +423,7 @@ class Publisher:
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter))):
             try:
                 if change.is_dry:
-                    await self._store.check_commit([item.staged for item in new])
+                    await self._store.check_commit([item.staged for item in new], change.quota)
                     break
                 generation = await self._commit_once(new, change, held)
             except AdapterRefused as exc:  # another tenant owns this public name: continue without the adapter

@@ -225,7 +225,7 @@ class FakeStore:
         self.held = [item for item in self.held if item.lease not in leases]
         return self._committed("commit", commit_id)
 
-    async def check_commit(self, staged: Sequence[Staged]) -> None:
+    async def check_commit(self, staged: Sequence[Staged], quota: TenantQuota | None = None) -> None:
         self._fail("check_commit")
         self._refuse_names(staged)
 

@@ -84,3 +84,16 @@ def test_concurrent_publishes_cannot_exceed_the_quota_together(open_store: OpenS
     with pytest.raises(QuotaExceeded):
         ours.commit([staged[0]], [embedding()], [1.0], "me", "any", quota)
     assert [name for _, name in ours.snapshot().records] == ["a1"]
+
+
+@IN_A_FOLDER
+def test_a_commit_above_the_quota_is_refused_before_it_is_made_too(
+    open_store: OpenStore, make_folder: MakeFolder
+) -> None:
+    """Each of the adapters alone would fit."""
+    store, quota = open_store(), TenantQuota(max_adapters=1)
+    staged = [store.stage(make_folder(f"a{n}", n), tenant="acme", quota=quota) for n in range(2)]
+    store.check_commit(staged[:1], quota)
+    with pytest.raises(QuotaExceeded):
+        store.check_commit(staged, quota)
+    assert not store.snapshot().records

@@ -35,14 +35,15 @@ def test_a_live_version_is_published_again_only_for_another_visibility(
     assert publishing.pool.live[POET][0].visibility == (said or "public")
 
 
-@pytest.mark.parametrize("step", ["stage", "commit"])
-def test_a_publish_above_the_quota_leaves_nothing(step: str) -> None:
+@pytest.mark.parametrize(("step", "is_dry"), [("stage", False), ("commit", False), ("check_commit", True)])
+def test_a_publish_above_the_quota_leaves_nothing(step: str, is_dry: bool) -> None:
     share = TenantQuota(max_adapters=1)
     publishing = Publishing(failing={step: (QuotaExceeded("adapters", 2, 1), 1)})
     uploads = [PublishItem(Path("folders", name), quota=share) for name in ("poet", "coder")]
     with pytest.raises(QuotaExceeded):
-        publishing.run(lambda publisher: publisher.publish(uploads, "tester"))
+        publishing.run(lambda publisher: publisher.publish(uploads, "tester", is_dry=is_dry))
     assert [quota for *_, quota, _ in publishing.store.called("commit")] == [share] * (step == "commit")
+    assert [quota for _, quota in publishing.store.called("check_commit")] == [share] * is_dry
     assert (publishing.pool.held, publishing.live_digests) == ([], {})
 
 
