@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -18,13 +20,14 @@ import numpy as np
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
 from numpy.typing import NDArray
-from pyarrow.fs import FileSelector
+from pyarrow.fs import FileSelector, FileSystem
 
 from lora_store.errors import AdapterNotFound, StoreFull, StoreUnavailable
 from lora_store.location import Location
 
 Result = TypeVar("Result")
 _NUM_THREADS = 16  # requests to an endpoint at once
+_COPY_TIMEOUT_S = 60
 _CAUSE_CHARS = 100
 _PART_BYTES = 8 << 20  # one request to an endpoint carries this many
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta prints errors as coloured trees
@@ -55,7 +58,7 @@ class Files:
     """The objects below one location. An object is complete or absent, never partial. Raises: StoreUnavailable."""
 
     def __init__(self, location: Location) -> None:
-        self._is_local = location.is_local
+        self._location, self._is_local = location, location.is_local
         with store_errors():
             self._files, self._root = location.filesystem()
 
@@ -121,10 +124,42 @@ class Files:
         with store_errors():
             if self._is_local:
                 _write_local(Path(path), pieces, durable=durable)
-            else:  # an object becomes visible once it is complete
-                with self._files.open_output_stream(path) as stream:
-                    for piece in pieces:
-                        stream.write(piece)
+            else:
+                self._write_object(path, iter(pieces))
+
+    def _write_object(self, path: str, pieces: Iterator[bytes | memoryview]) -> None:
+        """Write an object of a bucket, and leave what has its name as it is if that fails.
+
+        pyarrow stores an upload of several parts even if one of them failed, so such an object is copied to its name
+        by the endpoint once it is whole. A small object is one request.
+        """
+        first: list[bytes | memoryview] = []
+        num_bytes = 0
+        for piece in pieces:
+            first.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > _PART_BYTES:
+                break
+        if num_bytes <= _PART_BYTES:
+            self._upload(path, first)
+            return
+        temporary = _name_temporary(Path(path)).as_posix()
+        try:
+            self._upload(temporary, chain(first, pieces))
+            self._copying_files.copy_file(temporary, path)
+        finally:
+            with suppress(OSError):  # gc deletes it then
+                self._files.delete_file(temporary)
+
+    def _upload(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
+        with self._files.open_output_stream(path) as stream:
+            for piece in pieces:
+                stream.write(piece)
+
+    @cached_property
+    def _copying_files(self) -> FileSystem:
+        """The file system with time for a copy, for which some endpoints send no byte until it is done."""
+        return self._location.filesystem(_COPY_TIMEOUT_S)[0]
 
     def flush(self, names: Collection[str]) -> None:
         """Make these objects survive a power failure, where they are files that exist. A bucket needs no flush."""
@@ -207,7 +242,7 @@ def create_file(path: Path, data: bytes) -> bool:
 
     The file is complete and flushed before it gets its name. Its folder must exist.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    temporary = _name_temporary(path)
     try:
         _write_private(temporary, [data], durable=True)
         os.link(temporary, path)
@@ -222,9 +257,14 @@ def create_file(path: Path, data: bytes) -> bool:
     return True
 
 
+def _name_temporary(path: Path) -> Path:
+    """Return a new name beside this one. Listings know by its leading dot that the file may not be whole."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")
+
+
 def _write_local(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
     make_private_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    temporary = _name_temporary(path)
     try:
         _write_private(temporary, pieces, durable=durable)
         temporary.replace(path)

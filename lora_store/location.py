@@ -100,14 +100,14 @@ class Location:
         parts = self._parts._replace(path=f"{self._parts.path.rstrip('/')}/{name}")
         return Location(parts.geturl())
 
-    def filesystem(self) -> tuple[FileSystem, str]:
+    def filesystem(self, request_timeout_s: int = REQUEST_TIMEOUT_S) -> tuple[FileSystem, str]:
         """Return the filesystem and the path on it."""
         path = self.filesystem_path
         if self.is_local:
             return LocalFileSystem(), path
         if self._parts.scheme == "s3":
-            return _s3_filesystem(self._parameters), path
-        files, _ = FileSystem.from_uri(f"gs://{self._parts.netloc}/?retry_limit_seconds={REQUEST_TIMEOUT_S}")
+            return _s3_filesystem(self._parameters, request_timeout_s), path
+        files, _ = FileSystem.from_uri(f"gs://{self._parts.netloc}/?retry_limit_seconds={request_timeout_s}")
         return files, path
 
     @property
@@ -144,11 +144,11 @@ class Location:
         return dict(parse_qsl(self._parts.query, keep_blank_values=True))
 
 
-def _s3_filesystem(parameters: dict[str, str]) -> S3FileSystem:
+def _s3_filesystem(parameters: dict[str, str], request_timeout_s: int) -> S3FileSystem:
     return S3FileSystem(
         **parameters,
         connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=REQUEST_TIMEOUT_S,
+        request_timeout=request_timeout_s,
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
         allow_delayed_open=True,  # write a small object with one request instead of three
         background_writes=False,

@@ -7,7 +7,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +28,6 @@ from lora_store.names import NamedPolicy
 from lora_store.pool_files import (
     CATALOGUE_FILE,
     COPIED_BY,
-    PART_BYTES,
     UNFINISHED,
     PoolSource,
     PoolState,
@@ -154,7 +153,7 @@ class StoreTarget:
         self._files.write(UNFINISHED, b"")
 
     def add(self, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        _put(self._location, self._blobs, self._files, name, pieces)
+        _put(self._blobs, self._files, name, pieces)
 
     def finish(self, state: PoolState) -> None:
         needed = state.blobs()
@@ -173,38 +172,17 @@ def _require_empty(files: Files, uri: str) -> None:
         raise ValueError(f"{uri}: holds blobs but no catalogue: it may be a damaged pool; name a new place")
 
 
-def _put(
-    location: Location,
-    blobs: BlobStore,
-    files: Files,
-    name: str,
-    pieces: Callable[[], Iterator[bytes | memoryview]],
-) -> None:
+def _put(blobs: BlobStore, files: Files, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
     """Store a file, unless there is such a blob. A damaged one changes nothing: a server may have stored it intact."""
-    digest = name.rpartition("/")[2]
-    if not name.startswith("blobs/"):
+    if name.startswith("blobs/"):
+        blobs.put_pieces(name.rpartition("/")[2], pieces)
+    else:
         files.write(name, b"".join(pieces()))
-        return
-    if location.is_local:
-        blobs.put_pieces(digest, pieces)
-        return
-    with ExitStack() as opened:
-
-        def read() -> Iterator[bytes]:
-            file, _ = opened.enter_context(_read_whole(pieces))  # a bucket keeps what was written before an error
-            return iter(partial(file.read, PART_BYTES), b"")
-
-        blobs.put_pieces(digest, read)
 
 
 @contextmanager
-def _read_whole(
-    pieces: Callable[[], Iterator[bytes | memoryview]], folder: Path | None = None
-) -> Iterator[tuple[IO[bytes], int]]:
-    """Yield a temporary file with all the pieces, and its size. Raises: the errors of the pieces, before that.
-
-    `folder`: of the file; None is the folder of the machine for temporary files.
-    """
+def _read_whole(pieces: Callable[[], Iterator[bytes | memoryview]], folder: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """Yield a temporary file in this folder with all the pieces, and its size. Raises: the errors of the pieces."""
     with TemporaryFile(dir=folder) as file:
         for piece in pieces():
             file.write(piece)
@@ -324,7 +302,7 @@ class _Importer:
     """Copies files and commits names, some at a time, each under leases on their blobs."""
 
     def __init__(self, source: PoolSource, state: PoolState, location: Location, catalogue: Catalogue) -> None:
-        self._source, self._state, self._location, self._catalogue = source, state, location, catalogue
+        self._source, self._state, self._catalogue = source, state, catalogue
         self._files, self._blobs = Files(location), BlobStore(location.child("blobs"))
         self._leases = Leases(location, lambda: datetime.now(UTC))
 
@@ -374,7 +352,7 @@ class _Importer:
             self._leases.release(leases)
 
     def _copy(self, name: str) -> None:
-        _put(self._location, self._blobs, self._files, name, partial(read_checked, self._source, name))
+        _put(self._blobs, self._files, name, partial(read_checked, self._source, name))
 
     def _events(self, moves: Sequence[Move], newest: Snapshot) -> list[Event]:
         """Return the events of these moves. Raises: ValueError if the store's names changed since they were planned."""

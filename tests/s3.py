@@ -24,12 +24,13 @@ class S3Endpoint:
     """The endpoint. Its objects are in this process and survive a stop; any local process may use it.
 
     `on_request` is called before each request. A request for which `loses_answer` is true is executed and answered with
-    an error.
+    an error; one for which `refuses` is true is not executed.
     """
 
     def __init__(self) -> None:
         self.on_request: Callable[[], object] = lambda: None
         self.loses_answer: Callable[[WSGIEnvironment], bool] = lambda _: False
+        self.refuses: Callable[[WSGIEnvironment], bool] = lambda _: False
         self._app, self._lock = create_backend_app("s3"), threading.Lock()
         self._port = 0  # any free port at first, then the same after a stop
         self._server: BaseWSGIServer | None = None
@@ -59,9 +60,10 @@ class S3Endpoint:
         """Serve one request at a time, since moto checks `If-None-Match` and writes in two separate steps."""
         with self._lock:
             self.on_request()
-            if not self.loses_answer(environ):
+            if not self.refuses(environ) and not self.loses_answer(environ):
                 return list(self._app(environ, start_response))
-            list(self._app(environ, lambda *_: None))  # type: ignore[arg-type, return-value]
+            if not self.refuses(environ):
+                list(self._app(environ, lambda *_: None))  # type: ignore[arg-type, return-value]
             start_response("503 Service Unavailable", [("Content-Length", "0")])
             return []
 

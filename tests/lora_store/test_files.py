@@ -7,7 +7,7 @@ import pickle
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from deltalake.exceptions import DeltaError
 from moto.s3.models import s3_backends
 
 from lora_store import AdapterNotFound, Location, LoraStore, StoreUnavailable
+from lora_store.blobs import BlobStore
 from lora_store.disk_cache import DiskCache
 from lora_store.errors import StoreFull
 from lora_store.files import Files, create_file, open_for_arrow, store_errors
@@ -77,6 +78,46 @@ def test_an_object_on_s3_is_read_by_one_request_and_its_parts_by_one_each(s3_end
         assert num_requests(lambda: list(files.read_parts("a", 1 << 20))) == 4
     finally:
         s3_endpoint.on_request = lambda: None
+
+
+@pytest.mark.parametrize("failing", ["part", "pieces"])
+def test_an_upload_that_fails_leaves_the_object_as_it_was(failing: str, s3_endpoint: S3Endpoint) -> None:
+    files = Files(Location(s3_endpoint.uri(uuid4().hex)))
+    whole, piece = bytes(36 << 20), bytes(6 << 20)
+    files.write("a+b/c d", whole)
+    assert [(entry.name, entry.num_bytes) for entry in files.entries()] == [("a+b/c d", len(whole))]
+
+    def read_pieces() -> Iterator[bytes]:
+        yield from [piece] * 5
+        if failing == "pieces":
+            raise OSError("the source is gone")
+        yield piece
+
+    s3_endpoint.loses_answer = lambda request: failing == "part" and "partNumber=2&" in request["QUERY_STRING"]
+    try:
+        with pytest.raises(StoreUnavailable):
+            files.write_pieces("a+b/c d", read_pieces())
+    finally:
+        s3_endpoint.loses_answer = lambda _: False
+    assert [(entry.name, entry.num_bytes) for entry in files.entries()] == [("a+b/c d", len(whole))]
+    assert files.read("a+b/c d") == whole
+
+
+def test_a_large_object_whose_copy_and_deletion_fail_is_left_to_gc(s3_endpoint: S3Endpoint) -> None:
+    blobs = BlobStore(Location(s3_endpoint.uri(uuid4().hex)))
+    data = os.urandom(9 << 20)
+
+    def fails(request: Any) -> bool:
+        return request["REQUEST_METHOD"] == "DELETE" or "HTTP_X_AMZ_COPY_SOURCE" in request
+
+    s3_endpoint.refuses = fails
+    try:
+        with pytest.raises(StoreUnavailable):
+            blobs.put(data)
+    finally:
+        s3_endpoint.refuses = lambda _: False
+    assert [(file.num_bytes, file.is_whole) for file in blobs.files()] == [(len(data), False)]
+    assert blobs.get(blobs.put(data)) == data
 
 
 class MadeWhileLooking:
