@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Literal
+from uuid import uuid4
 
 from lora_store.blobs import BlobStore
 from lora_store.catalogue import CATALOGUE, Catalogue
@@ -101,16 +102,15 @@ def read_checked(source: PoolSource, name: str) -> Iterator[bytes | memoryview]:
 
 
 class ArchiveTarget:
-    """A tar file, which gets its name when it is finished. Use it as a context manager."""
+    """A tar file, which gets its name when it is finished, if no other file has it. Use it as a context manager."""
 
     num_threads = 1
 
     def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f"{path.name}.partial")
+        self._path, self._partial = path, path.with_name(f"{path.name}.{uuid4().hex}.partial")
         if path.exists():
             raise ValueError(f"{path}: exists; name a new archive")
-        self._partial.unlink(missing_ok=True)
-        self._partial.touch(mode=0o600)
+        self._partial.touch(mode=0o600, exist_ok=False)
         self._archive = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> ArchiveTarget:
@@ -131,19 +131,24 @@ class ArchiveTarget:
         self.add(CATALOGUE_FILE, lambda: iter([state.to_parquet()]))
         self._archive.close()
         Files(Location(str(self._path.parent))).flush([self._partial.name])
+        try:
+            self._path.touch(mode=0o600, exist_ok=False)  # some file systems of backups have no links
+        except FileExistsError:
+            raise ValueError(f"{self._path}: was written by another export meanwhile; name a new archive") from None
         self._partial.replace(self._path)
 
 
 class StoreTarget:
     """A new store. No server opens it before it is complete. Files that it has are not copied again.
 
+    Of several exports to it at once, the first one that commits completes it, and only that one deletes blobs.
     Raises: ValueError if it holds anything but an export that was interrupted.
     """
 
     num_threads = _NUM_THREADS
 
     def __init__(self, uri: str) -> None:
-        self._location = Location(uri)
+        self._uri, self._location = uri, Location(uri)
         self._files, self._blobs = Files(self._location), BlobStore(self._location.child("blobs"))
         if not self._files.contains(UNFINISHED):
             _require_empty(self._files, uri)
@@ -156,11 +161,18 @@ class StoreTarget:
         _put(self._blobs, self._files, name, pieces)
 
     def finish(self, state: PoolState) -> None:
-        needed = state.blobs()
-        self._blobs.delete([file.digest for file in self._blobs.files() if file.digest not in needed])
+        """Raises: ValueError if another export completed the store meanwhile."""
         events = list(state_events(state.snapshot, datetime.now(UTC)))
+
+        def commit_first(newest: Snapshot) -> list[Event]:
+            if newest.generation:
+                raise ValueError(f"{self._uri}: holds another export, which was finished meanwhile; name a new place")
+            return events
+
         create_table(self._location.child(CATALOGUE), is_copy=True)  # else gc would take it for one of other blobs
-        Catalogue(self._location.child(CATALOGUE)).commit(lambda _: events)
+        if Catalogue(self._location.child(CATALOGUE)).commit(commit_first):
+            needed = state.blobs()
+            self._blobs.delete([file.digest for file in self._blobs.files() if file.digest not in needed])
         self._files.delete([UNFINISHED])
 
 

@@ -207,6 +207,48 @@ def test_an_interrupted_export_is_no_pool_and_continues(
     assert list(tmp_path.glob("pool.tar*")) == []
 
 
+def test_of_two_exports_to_a_store_the_first_to_finish_completes_it(
+    pool: LoraStore, store_uri: str, put: Put, new: str
+) -> None:
+    class Overtaken(StoreTarget):
+        def finish(self, state: PoolState) -> None:
+            put(pool, "later")
+            export_pool(StoredPool(store_uri), StoreTarget(new))
+            super().finish(state)
+
+    with pytest.raises(ValueError, match="new: holds another export, which was finished meanwhile"):
+        export_pool(StoredPool(store_uri), Overtaken(new))
+    assert facts(new) == facts(store_uri)
+    assert all(check.problem is None for check in opened(new).verify())
+
+
+def test_an_empty_export_takes_no_blobs_of_one_that_runs(pool: LoraStore, store_uri: str, new: str) -> None:
+    opened(f"{new}er")
+
+    class Overtaken(StoreTarget):
+        def finish(self, state: PoolState) -> None:
+            export_pool(StoredPool(f"{new}er"), StoreTarget(new))
+            super().finish(state)
+
+    export_pool(StoredPool(store_uri), Overtaken(new))
+    assert facts(new) == facts(store_uri)
+    assert all(check.problem is None for check in opened(new).verify())
+
+
+def test_of_two_exports_to_an_archive_the_first_to_finish_gets_its_name(
+    pool: LoraStore, store_uri: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "pool.tar"
+    with ArchiveTarget(path) as late, pytest.raises(ValueError, match=r"pool.tar: was written by another export"):
+        with ArchiveTarget(path) as target:
+            with pytest.raises(Interrupted), ArchiveTarget(path) as killed:
+                export_pool(Scripted(store_uri, fail_at(2)), killed)
+            export_pool(StoredPool(store_uri), target)
+        export_pool(StoredPool(store_uri), late, ["secret"])
+    assert ArchivedPool(path).state().snapshot.records.keys() == pool.snapshot().records.keys()
+    assert list(tmp_path.glob("pool.tar*")) == [path]
+
+
 def require_unusable(store_uri: str, new: str) -> None:
     """Check that nothing takes the store `new` for a pool."""
     uses: list[Callable[[], object]] = [
