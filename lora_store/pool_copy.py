@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from lora_store.blobs import BlobStore
 from lora_store.catalogue import CATALOGUE, Catalogue
-from lora_store.errors import AdapterNotFound, BlobCorrupted, StoreUnavailable
+from lora_store.errors import AdapterNotFound, BlobCorrupted, LoraStoreError, StoreDamaged, StoreUnavailable
 from lora_store.event_table import create_table
 from lora_store.events import Event, SetName
 from lora_store.files import Files
@@ -61,7 +61,7 @@ def export_pool(
     """Copy these adapters of the source, or all, as of one generation, and return what was copied.
 
     The files come first. If one is gone, because its adapter was withdrawn meanwhile, a newer generation is exported.
-    Raises: BlobCorrupted, AdapterNotFound for a damaged source; the errors of the source and the target.
+    Raises: StoreDamaged for a damaged source; the errors of the source and the target.
     """
     state, done = source.state().named(names), set[str]()
     while True:
@@ -81,13 +81,28 @@ def export_pool(
             except AdapterNotFound as gone:
                 state = source.state().named(names)
                 if any(name.endswith(gone.wanted) for name in _list_files(state)):
-                    raise
+                    raise _name_users(state, gone.wanted, "is missing", gone) from gone
+            except BlobCorrupted as bad:
+                raise _name_users(state, bad.digest, f"is corrupted: its bytes hash to {bad.found}", bad) from bad
     target.finish(state)
     return state
 
 
 def _list_files(state: PoolState) -> list[str]:
     return [*(f"{PROJECTIONS}/{name}" for name in state.projections), *map(blob_file, state.blobs())]
+
+
+def _name_users(state: PoolState, digest: str, problem: str, error: LoraStoreError) -> LoraStoreError:
+    """Return an error that names the versions that need this blob, or the given one if it is no blob."""
+    users = [str(record.ref) for record in state.versions() if digest in record.blobs]
+    if not users:
+        return error
+    rest = f" and {len(users) - _NUM_SHOWN} more" if len(users) > _NUM_SHOWN else ""
+    return StoreDamaged(
+        f"the file {blob_file(digest)} of {', '.join(users[:_NUM_SHOWN])}{rest}",
+        problem,
+        "publish it again with the same weights and samples, or import it from a backup; --adapter NAME copies others",
+    )
 
 
 def read_checked(source: PoolSource, name: str) -> Iterator[bytes | memoryview]:
@@ -232,14 +247,39 @@ def import_pool(
     catalogue = Catalogue(location.child(CATALOGUE)) if is_there or not is_dry else None
     before = Snapshot(0, {}) if catalogue is None else catalogue.snapshot()
     moves, result = _plan(state.snapshot, before, on_conflict)
+    damaged = _find_damaged(BlobStore(location.child("blobs")), before.referenced() & state.blobs().keys(), progress)
     active = _find_encoder(before) or _find_encoder(state.snapshot)
     generation, after = before.generation, before
     if not is_dry and catalogue is not None:
-        generation = _Importer(source, state, location, catalogue).run(before, moves, active, progress)
+        generation = _Importer(source, state, location, catalogue).run(before, damaged, moves, active, progress)
         after = catalogue.snapshot()
     left_out = _names_left_out(state.snapshot, after)
     num_unembedded = sum(versions[0].encoder not in (None, active) for versions, _ in moves)
-    return {"generation": generation, **result, "names_left_out": left_out, "num_unembedded": num_unembedded}
+    return {
+        "generation": generation,
+        **result,
+        "names_left_out": left_out,
+        "num_unembedded": num_unembedded,
+        "num_restored": len(damaged),
+    }
+
+
+def _find_damaged(blobs: BlobStore, wanted: Collection[str], progress: Report) -> list[str]:
+    """Return those of these blobs that are missing or do not hash to their name."""
+    damaged = []
+
+    def is_intact(digest: str) -> bool:
+        try:
+            blobs.check(digest)
+        except (AdapterNotFound, BlobCorrupted):
+            return False
+        return True
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for done, (digest, intact) in enumerate(zip(wanted, pool.map(is_intact, wanted), strict=True), start=1):
+            damaged += [] if intact else [digest]
+            progress(done, len(wanted))
+    return damaged
 
 
 def _find_encoder(snapshot: Snapshot) -> str | None:
@@ -318,9 +358,13 @@ class _Importer:
         self._files, self._blobs = Files(location), BlobStore(location.child("blobs"))
         self._leases = Leases(location, lambda: datetime.now(UTC))
 
-    def run(self, before: Snapshot, moves: Sequence[Move], active: str | None, progress: Report) -> int:
-        """Import the moves and return the generation."""
+    def run(
+        self, before: Snapshot, damaged: Collection[str], moves: Sequence[Move], active: str | None, progress: Report
+    ) -> int:
+        """Write the damaged blobs again, import the moves and return the generation."""
         at, snapshot = datetime.now(UTC), self._state.snapshot
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            list(pool.map(self._restore, damaged))
         for name in self._state.projections:
             if not self._files.contains(f"{PROJECTIONS}/{name}"):
                 self._copy(f"{PROJECTIONS}/{name}")
@@ -331,6 +375,13 @@ class _Importer:
             self._import(moves[start : start + _TOGETHER])
             progress(min(start + _TOGETHER, len(moves)), len(moves))
         return self._catalogue.commit(partial(self._others, active))
+
+    def _restore(self, digest: str) -> None:
+        lease = self._leases.acquire([digest])  # gc deletes no file that is being written under a lease
+        try:
+            self._copy(blob_file(digest))
+        finally:
+            self._leases.release([lease])
 
     def _others(self, active: str | None, newest: Snapshot) -> list[Event]:
         """Return the rankings of tenants that have none in the store, and the model names that are free there."""

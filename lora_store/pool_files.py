@@ -116,9 +116,13 @@ class PoolState:
             raise ValueError(f"{len(found)} tenants have an adapter {name!r}: say {owners}")
         return found[0]
 
+    def versions(self) -> list[AdapterRecord]:
+        """Return all versions of all names."""
+        return [record for key in self.snapshot.records for record in self.snapshot.versions(key)]
+
     def blobs(self) -> dict[str, int | None]:
         """Return the digests of all blobs with their sizes; None for samples, whose size is not recorded."""
-        kept = [record for key in self.snapshot.records for record in self.snapshot.versions(key)]
+        kept = self.versions()
         samples = {record.samples_digest: None for record in kept if record.samples_digest is not None}
         return samples | {record.weights_digest: record.num_bytes for record in kept}
 

@@ -128,6 +128,9 @@ def import_from(
     counts = ", ".join(f"{len(done[kind])} {kind}" for kind in ("new", "equal", "skipped", "replaced"))
     would = "would be imported into" if is_dry else "are now in"
     say(f"{counts}; {would} {uri}, generation {done['generation']}")
+    if done["num_restored"]:
+        written = "to be written" if is_dry else "written"
+        say(f"missing or damaged in {uri}, and {written} again: {counted(done['num_restored'], 'file')}")
     if done["names_left_out"]:
         show_warning(
             f"not imported, since {uri} has something else by that name: {', '.join(done['names_left_out'])}; set these"

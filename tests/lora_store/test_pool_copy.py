@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import AdapterNotFound, AdapterRef, BlobCorrupted, LoraStore, Snapshot, StoreUnavailable
+from lora_store import AdapterRef, BlobCorrupted, LoraStore, Snapshot, StoreUnavailable
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.errors import StoreDamaged, StoreFull, StoreIsNewer
 from lora_store.events import SCHEMA, Publish, SetName
@@ -122,7 +122,7 @@ def test_an_archive_restores_versions_trials_approvals_and_rankings(pool: LoraSt
     restored = opened(new)
     assert state_of(restored.snapshot()) == state_of(pool.snapshot())
     names = {"new": ["acme/secret", "local/poet"], "equal": [], "skipped": [], "replaced": []}
-    assert done == {"generation": 2, **names, "names_left_out": [], "num_unembedded": 0}
+    assert done == {"generation": 2, **names, "names_left_out": [], "num_unembedded": 0, "num_restored": 0}
     assert all(check.problem is None for check in restored.verify())
     assert restored.snapshot().referenced() == pool.snapshot().referenced()
 
@@ -183,11 +183,40 @@ def test_an_adapter_withdrawn_during_an_export_is_left_out_whole(pool: LoraStore
     assert stored == set(copy.snapshot().referenced())
 
 
-def test_a_blob_that_a_damaged_pool_lacks_ends_the_export(pool: LoraStore, store_uri: str, new: str) -> None:
-    lost = pool.snapshot().records["acme", "secret"].weights_digest
-    (Path(store_uri) / blob_file(lost)).unlink()
-    with pytest.raises(AdapterNotFound, match=lost):
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_an_export_of_a_damaged_pool_names_the_adapter_and_copies_the_others(
+    is_missing: bool, pool: LoraStore, store_uri: str, new: str
+) -> None:
+    secret = pool.snapshot().records["acme", "secret"]
+    blob = Path(store_uri, blob_file(secret.weights_digest))
+    if is_missing:
+        blob.unlink()
+    else:
+        blob.write_bytes(b"damaged")
+    problem = "is missing" if is_missing else "is corrupted"
+    with pytest.raises(StoreDamaged, match=rf"{secret.weights_digest} of {secret.ref} {problem}.* --adapter NAME"):
         export_pool(StoredPool(store_uri), StoreTarget(new))
+    export_pool(StoredPool(store_uri), StoreTarget(new), ["poet"])
+    assert list(opened(new).snapshot().records) == [("local", "poet")]
+
+
+def test_an_import_writes_missing_and_damaged_files_of_equal_versions_again(
+    pool: LoraStore, archive: Path, store_uri: str
+) -> None:
+    live, older, *_ = pool.snapshot().versions(("local", "poet"))
+    assert live.samples_digest is not None
+    Path(store_uri, blob_file(older.weights_digest)).unlink()
+    for digest in (live.weights_digest, live.samples_digest):
+        Path(store_uri, blob_file(digest)).write_bytes(b"damaged")
+    before = pool.snapshot()
+    plan = import_pool(ArchivedPool(archive), store_uri, is_dry=True)
+    num_damaged = sum(check.problem is not None for check in pool.verify())
+    done = import_pool(ArchivedPool(archive), store_uri)
+    assert (plan["num_restored"], num_damaged, done["num_restored"], done["new"]) == (3, 3, 3, [])
+    assert all(check.problem is None for check in pool.verify())
+    assert pool.snapshot() is before
+    assert Files(Location(store_uri)).entries("holds") == []
+    assert import_pool(ArchivedPool(archive), store_uri)["num_restored"] == 0
 
 
 def test_an_interrupted_export_is_no_pool_and_continues(

@@ -333,3 +333,14 @@ def test_wrong_weights_are_refused(adapters: str) -> None:
     result = run("compose", "both", "--adapters", adapters)
     assert result.exit_code == 2
     assert "NAME=WEIGHT" in words(result.stderr)
+
+
+def test_an_import_says_how_many_damaged_files_it_writes_again(pool: LoraStore, tmp_path: Path) -> None:
+    store, archive = tmp_path / "pool", tmp_path / "pool.tar"
+    assert run("pool", "export", archive, "--store", store).exit_code == 0
+    (store / blob_file(pool.snapshot().records["local", "poet"].weights_digest)).unlink()
+    damaged = run("pool", "export", tmp_path / "other.tar", "--store", store)
+    assert damaged.exit_code == 1 and "of local/poet@" in words(damaged.stderr)
+    for options, written in ((["--dry-run"], "to be written"), ([], "written")):
+        done = run("pool", "import", archive, "--store", store, *options)
+        assert f"missing or damaged in {store}, and {written} again: 1 file" in words(done.stdout)
