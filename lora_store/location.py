@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,9 @@ MAX_ATTEMPTS = 3  # a dead endpoint is reported within a second, one that hangs 
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"  # holds converted models, compiled kernels and weights
 _PORTS = {"http": 80, "https": 443}
 _S3_PARAMETERS = frozenset({"endpoint_override", "scheme", "region"})
+_NO_STORE = re.compile(r"%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f]")  # Delta decodes the first and refuses the others
+_NO_FOLDER = re.compile(r"\\")  # Delta reads it as a slash
+_NO_PREFIX = re.compile(r"[\\\[\]|^#]|//")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,20 @@ class Location:
             raise ValueError(
                 f"a {scheme}:// store must name its bucket and no credentials: set those in the environment"
             )
+
+    @classmethod
+    def of_store(cls, uri: str) -> Location:
+        """Return the location of a store. Raises: ValueError also for a path that `deltalake` reads in another way."""
+        location = cls(uri)
+        path, written = location.filesystem_path, location._parts
+        found = _NO_STORE.search(path)
+        if found is None and location.is_local:
+            found = _NO_FOLDER.search(path)
+        elif found is None:
+            found = _NO_PREFIX.search(f"{written.path.rstrip('/')}{'#' if written.fragment else ''}")
+        if found:
+            raise ValueError(f"the path of a store cannot have {found[0]!r}; name another folder")
+        return location
 
     @property
     def is_local(self) -> bool:

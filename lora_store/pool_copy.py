@@ -163,7 +163,7 @@ class StoreTarget:
     num_threads = _NUM_THREADS
 
     def __init__(self, uri: str) -> None:
-        self._uri, self._location = uri, Location(uri)
+        self._uri, self._location = uri, Location.of_store(uri)
         self._files, self._blobs = Files(self._location), BlobStore(self._location.child("blobs"))
         if not self._files.contains(UNFINISHED):
             _require_empty(self._files, uri)
@@ -239,7 +239,7 @@ def import_pool(
     """
     state = source.state().named(names)
     state.check_digests()
-    location = Location(uri)
+    location = Location.of_store(uri)
     check_finished(location)
     is_there = bool(Files(location).entries(CATALOGUE))
     if not is_there:

@@ -215,7 +215,7 @@ class StoredPool:
         def refuse() -> None:
             raise ValueError(f"{uri}: there is no pool")
 
-        location = Location(uri)
+        location = Location.of_store(uri)
         check_finished(location)
         self._catalogue, self._files = Catalogue(location.child(CATALOGUE), before_creating=refuse), Files(location)
 

@@ -102,7 +102,7 @@ class LoraStore:
         self._accepts_base, self._limits = frozenset(accepts_base), limits
         self._read_contract = read_contract
         self._now = now
-        self._location = location = Location(uri)
+        self._location = location = Location.of_store(uri)
         self._files = Files(location)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)

@@ -64,10 +64,7 @@ def resolve_pool(uri: str) -> str:
     """Return the URI of a pool. A relative path is resolved here, because replicas run in other folders."""
     if not uri.strip():
         raise ValueError("is empty; name a folder, s3://… or gs://…")
-    location = Location(uri if "://" in uri else str(expand_home(Path(uri)).resolve()))
-    if location.is_local and re.search("%[0-9A-Fa-f]{2}", location.filesystem_path):
-        raise ValueError("a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it")
-    return location.uri
+    return Location.of_store(uri if "://" in uri else str(expand_home(Path(uri)).resolve())).uri
 
 
 def check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:

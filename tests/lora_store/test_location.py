@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import GcsFileSystem, LocalFileSystem, S3FileSystem
 
-from lora_store import Location
+from lora_store import Location, LoraStore
 from lora_store.location import Endpoint
+from lora_store.pool_copy import StoreTarget
+from lora_store.pool_files import StoredPool
+from tests.lora_store.builders import BASE, MakeFolder
+from tests.s3 import S3Endpoint
 
 S3 = "s3://pool/some/store?endpoint_override=127.0.0.1:9000&scheme=http&region=eu-west-1"
 
@@ -80,6 +84,46 @@ def test_an_invalid_uri_is_refused_by_name(uri: str, reason: str) -> None:
     with pytest.raises(ValueError) as caught:
         Location(uri)
     assert reason in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "found"),
+    [
+        ("/pools/feature%2Flogin", "'%2F'"),
+        ("file:///pools/a%2520b", "'%20'"),
+        ("/pools/a\\b", r"'\\\\'"),
+        ("/pools/a\nb", r"'\\n'"),
+        ("/pools/a\x7fb", r"'\\x7f'"),
+        ("s3://pool/a\\b", r"'\\\\'"),
+        ("s3://pool/a\x01b", r"'\\x01'"),
+        ("s3://pool/a%0Ab", r"'\\n'"),
+        ("s3://pool/a%2525b", "'%25'"),
+        ("s3://pool//a", "'//'"),
+        ("s3://pool/a//b?region=x", "'//'"),
+        ("s3://pool/a[b]", r"'\['"),
+        ("s3://pool/a#b", "'#'"),
+        ("gs://pool/a|b", r"'\|'"),
+    ],
+)
+def test_a_path_that_delta_reads_in_another_way_is_no_store(uri: str, found: str) -> None:
+    for use in (Location.of_store, StoredPool, StoreTarget, lambda uri: LoraStore(uri, accepts_base=[])):
+        with pytest.raises(ValueError, match=rf"path of a store cannot have {found}; name another folder"):
+            use(uri)
+    Location(uri)  # a place of other files
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["100%", "a b", "a%zz", "a:b;c'd", "a+b@c~{d}", "é日本", "a=b&c", "dots..", "a/../b", "s3 only: a%20b%5B%23"],
+)
+def test_a_store_in_an_odd_path_keeps_what_is_published(
+    name: str, tmp_path: Path, s3_endpoint: S3Endpoint, make_folder: MakeFolder
+) -> None:
+    folders = [] if "only" in name else [str(tmp_path / "pools" / name)]
+    for uri in [*folders, s3_endpoint.uri(f"odd/{name}")]:
+        store = LoraStore(uri, accepts_base=[BASE])
+        store.commit([store.stage(make_folder("poet", 1))], [None], [0.5], "maker")
+        assert list(LoraStore(uri, accepts_base=[BASE]).snapshot().records) == [("local", "poet")]
 
 
 @pytest.mark.parametrize(

@@ -133,11 +133,11 @@ def message_for(folder: Path, text: str) -> str:
         ),
         (
             "store_uri: /pools/a%20b",
-            "store_uri: a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it",
+            "store_uri: the path of a store cannot have '%20'; name another folder",
         ),
         (
             "store_uri: file:///pools/a%2520b",
-            "store_uri: a folder's path cannot have % and two hexadecimal digits, which Delta decodes; rename it",
+            "store_uri: the path of a store cannot have '%20'; name another folder",
         ),
         (
             "source_prefixes: ['s3://AKIA:SECRET@bucket/x']",
