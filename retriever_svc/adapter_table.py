@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ Mask = NDArray[np.bool_]
 Positions = NDArray[np.int64]
 _BLOCK_ROWS = 8192  # limits the temporary memory of an append
 _SPARE_ROWS = 1024
+_RECORD_BYTES = 2048  # of an adapter's record without embedding, tags and contract, and of its row without vector
+_TAG_BYTES = 256  # of a tag without its characters: in the record, and with a column of its own
 
 
 class AdapterTable:
@@ -38,15 +42,17 @@ class AdapterTable:
         self._approved = AppendOnlyArray(np.bool_, num_rows=num_rows)
         self._bases = AppendOnlyArray(np.int32, num_rows=num_rows)
         self._base_codes: dict[str, int] = {}
-        self._tagged: dict[str, AppendOnlyArray] = {}
+        self._tagged: dict[str, array[int]] = {}  # positions by tag, ascending
+        self.sizes = AppendOnlyArray(np.int64, num_rows=num_rows)  # about how many bytes a row and its record hold
 
     def __len__(self) -> int:
         return len(self._owners)
 
     @property
     def num_bytes(self) -> int:
-        columns = [self.vectors, self.open, self._owners, self._approved, self._bases, *self._tagged.values()]
-        return sum(column.num_bytes for column in columns)
+        columns = [self.vectors, self.open, self._owners, self._approved, self._bases, self.sizes]
+        tagged = list(self._tagged.values())  # a copy, because the writer may add tags meanwhile
+        return sum(column.num_bytes for column in columns) + sum(map(sys.getsizeof, tagged))
 
     def append(self, records: Sequence[AdapterRecord]) -> None:
         """Add records at the next positions. Each needs a non-zero embedding of `dim` dimensions."""
@@ -61,6 +67,7 @@ class AdapterTable:
         self.vectors.append(unit_rows(np.stack([embedding.vector for embedding in embeddings])))
         self.open.append(np.asarray([record.is_open(requires_approval=self._requires_approval) for record in records]))
         self._approved.append(np.asarray([record.approved for record in records]))
+        self.sizes.append(np.asarray([_estimate_bytes(record) for record in records]))
         self._append_labels(records, first)
         bases = [self._base_codes.setdefault(r.base_model, len(self._base_codes)) for r in records]
         self._bases.append(np.asarray(bases, np.int32))
@@ -74,7 +81,10 @@ class AdapterTable:
             for tag in record.tags:
                 by_tag.setdefault(tag, []).append(position)
         for tag, positions in by_tag.items():
-            self._tagged.setdefault(tag, AppendOnlyArray(np.int64)).append(np.asarray(positions))
+            if tag in self._tagged:
+                self._tagged[tag].extend(positions)
+            else:
+                self._tagged[tag] = array("q", positions)
 
     def visible(self, tenant: str, count: int) -> Mask:
         """Return a mask of the first `count` rows: those that `tenant` may find (its own and the open ones)."""
@@ -90,8 +100,8 @@ class AdapterTable:
             column = self._tagged.get(tag)
             having = np.zeros(count, np.bool_)
             if column is not None:
-                positions = column.view()
-                having[positions[positions < count]] = True
+                positions = np.frombuffer(column[:], np.int64)  # of a copy: a shared one cannot grow
+                having[positions[: np.searchsorted(positions, count)]] = True
             mask &= having
         return mask
 
@@ -108,6 +118,14 @@ class AdapterTable:
         own = self._owners.view()[:count] == self._owner_codes.get(tenant, -1)
         trusted: Mask = (own | self._approved.view()[:count]) & self.visible(tenant, count)
         return trusted
+
+
+def _estimate_bytes(record: AdapterRecord) -> int:
+    """Return about how much memory an adapter's row and record hold."""
+    assert record.embedding is not None
+    vectors = 2 * record.embedding.vector.nbytes + record.embedding.own_scores.nbytes
+    tags = sum(_TAG_BYTES + len(tag) for tag in record.tags)
+    return _RECORD_BYTES + vectors + tags + len(record.contract or "")
 
 
 class AppendOnlyArray:

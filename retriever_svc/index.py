@@ -20,6 +20,8 @@ from retriever_svc.inverted_lists import InvertedLists, ListedPart
 _FLOAT32_ERROR = 1e-5  # error bound of a score summed in float32
 _TIE_ROOM = 8  # extra candidates for ties
 _CODE_ROOM = 24  # more candidates for codes, which rank similar scores only roughly
+_MOST_DEAD = 1 / 4  # dead positions, or what they hold, as a share of the live ones
+_FEWEST_DEAD = 1 / 16  # fewer dead positions are kept, whatever they hold, because a rebuild reads every adapter
 _SCATTERED_COST = 4  # reading a row out of order costs as much as this many in order
 
 
@@ -160,9 +162,18 @@ class AdapterIndex:
 
     @property
     def wants_rebuild(self) -> bool:
-        """Whether too many positions are dead, or too many rows are missing from the lists."""
+        """Whether too many positions are dead or hold too much memory, or too many rows are missing from the lists."""
         too_long = self.wants_lists and (self._lists is None or self.num_unlisted > self._settings.side_rows)
-        return too_long or self.num_dead > self.num_live // 4
+        return too_long or self.num_dead > _MOST_DEAD * self.num_live or self._holds_too_much
+
+    @property
+    def _holds_too_much(self) -> bool:
+        """Whether dead positions hold too much for the live ones, as those of one adapter with many new tags do."""
+        if len(self._alive) - self.num_live <= _FEWEST_DEAD * self.num_live:
+            return False
+        sizes = self._table.sizes.view()[: len(self._alive)]
+        num_live_bytes = int(sizes[self._alive].sum())
+        return int(sizes.sum()) - num_live_bytes > _MOST_DEAD * num_live_bytes
 
     def allowed(
         self,

@@ -63,6 +63,22 @@ def test_vectors_are_unit_rows_in_order_and_names_know_their_newest_position() -
         table.append([record_of("bare", None)])
 
 
+def test_a_tag_of_one_adapter_costs_few_bytes() -> None:
+    tables = [AdapterTable(4, num_rows=100) for _ in range(2)]
+    tables[0].append([record_of(f"a{n}", [1, 0, 0, 0]) for n in range(100)])
+    tables[1].append([record_of(f"a{n}", [1, 0, 0, 0], tags=tuple(f"{n}-{k}" for k in range(32))) for n in range(100)])
+    assert 8 <= (tables[1].num_bytes - tables[0].num_bytes) / 3200 < 128
+
+
+def test_a_tag_of_many_adapters_is_copied_a_bounded_number_of_times() -> None:
+    table, sizes = AdapterTable(4), set()
+    for number in range(5000):
+        table.append([record_of(f"a{number}", [1, 0, 0, 0], tags=("all",))])
+        sizes.add(table.num_bytes)
+    assert table.tagged(["all"], 4000).sum() == 4000
+    assert len(sizes) < 200
+
+
 def test_views_keep_their_rows_while_the_array_outgrows_its_memory() -> None:
     array = AppendOnlyArray(np.float32, (3,))
     rows = np.random.default_rng(0).random((5000, 3), np.float32)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,6 +242,28 @@ def test_a_quarter_of_dead_positions_requires_a_rebuild() -> None:
     index = index.after(keys[20:21], [])
     assert (index.num_live, index.num_dead, index.wants_rebuild) == (79, 21, True)
     assert not index.compacted().wants_rebuild
+
+
+@pytest.mark.parametrize("edit", [{"tags": tuple(f"{k}-" + 250 * "t" for k in range(32))}, {"contract": 16_384 * "c"}])
+def test_edits_of_one_large_record_require_a_rebuild_early_but_not_often(edit: dict[str, Any]) -> None:
+    index = index_of(random_rows(np.random.default_rng(0), 800))
+    key = ("local", "edited")
+    for number in range(52):
+        assert not index.wants_rebuild
+        index = index.after([key], [replace(record_of("edited", [1.0] * 16, version=str(number)), **edit)])
+    assert (index.num_live, index.num_dead) == (801, 51)
+    assert index.wants_rebuild
+    assert not index.compacted().wants_rebuild
+
+
+def test_edits_of_records_like_the_others_require_no_early_rebuild() -> None:
+    tags = tuple(f"tag{k}" for k in range(32))
+    vectors = random_rows(np.random.default_rng(0), 800)
+    index = AdapterIndex.of([record_of(f"a{n}", vector, tags=tags) for n, vector in enumerate(vectors)], 16)
+    for number in range(200):
+        edited = record_of("a0", [1.0] * 16, version=str(number), tags=tags)
+        index = index.after([("local", "a0")], [edited])
+    assert (index.num_live, index.num_dead, index.wants_rebuild) == (800, 200, False)
 
 
 def test_bytes_return_to_the_old_value_after_removals() -> None:
