@@ -321,8 +321,9 @@ class RetrieverDeployment:
         return list(await asyncio.to_thread(self._samples, record)) if record.ref.tenant == tenant else []
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
-        """Return one embedding per group of samples, with the neighbours its tenant sees now; None without samples.
+        """Return one embedding per group of samples, with the neighbours its tenant sees now.
 
+        None: it has no samples, or the encoder gives numbers that are not finite.
         `tenants` has one entry per group. Samples are encoded in small chunks. Between two chunks prompts take their
         turn, then each other publishing tenant. A call for several tenants uses the turns of the first one.
         """

@@ -20,7 +20,7 @@ CORE_WEIGHT = 0.4  # on the tune pools of `python -m benchmarks.routing.wording`
 def embed_groups(
     encoder: Encoder, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
 ) -> list[Embedding | None]:
-    """Return one embedding per group of samples, None for an empty group. Encode all texts together.
+    """Return one embedding per group of samples, None as in `make_embeddings`. Encode all texts together.
 
     `tenants` has one entry per group: the owner of the part of the encoder's cache to use. Without it no cache is used.
     """
@@ -50,15 +50,19 @@ def _find_texts(samples: Sequence[Sample]) -> list[str]:
 
 
 def make_embeddings(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
-    """Return one embedding per group, None for an empty group. `encoding` of the same groups must be complete."""
+    """Return one embedding per group. `encoding` of the same groups must be complete.
+
+    None: the group is empty, or the encoder gives numbers that are not finite, as one that overflows does.
+    """
     rows = encoding.plain_vectors()
     embeddings: list[Embedding | None] = []
     start = 0
     for samples in groups:
         num, end = len(samples), start + len(_find_texts(samples))
-        inputs, cores, outputs = np.split(rows[start:end], [num, 2 * num])
-        start = end
-        embeddings.append(_make_embedding(encoding.encoder, samples, inputs, cores, outputs) if samples else None)
+        own, start = rows[start:end], end
+        inputs, cores, outputs = np.split(own, [num, 2 * num])
+        is_usable = bool(samples) and np.isfinite(own).all()
+        embeddings.append(_make_embedding(encoding.encoder, samples, inputs, cores, outputs) if is_usable else None)
     return embeddings
 
 

@@ -237,7 +237,7 @@ class AdapterIndex:
             positions, left_out = self._shortlist(query, width, allowed)
             scores = np.sum(self._vectors[positions] * query.astype(np.float64), axis=-1).clip(-1, 1)
             order = np.argsort(-scores, kind="stable")
-            if left_out < scores[order[num_wanted - 1]]:
+            if not scores[order[num_wanted - 1]] <= left_out:  # so that a score of NaN ends the search, too
                 num_certain = int(np.count_nonzero(scores > left_out))
                 return self._named(positions[order], scores[order], min(num_wanted + spare, num_certain))
             width *= 2

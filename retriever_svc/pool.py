@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -287,12 +288,15 @@ class Pool:
 
 
 def routable(snapshot: Snapshot, encoder: str, bases: ServedBases) -> list[AdapterRecord]:
-    """Return the served adapters that this encoder embedded. The other served ones are reachable by name only."""
+    """Return the served adapters that this encoder embedded with finite numbers. The others are found by name only."""
     return [record for record in snapshot.records.values() if _is_routable(record, encoder, bases)]
 
 
 def _is_routable(record: AdapterRecord, encoder: str, bases: ServedBases) -> bool:
-    return record.encoder == encoder and bases.serves(record)
+    embedding = record.embedding
+    if embedding is None or embedding.encoder != encoder or not bases.serves(record):
+        return False
+    return math.isfinite(embedding.vector @ embedding.vector)
 
 
 def diff_records(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Encoder
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.whitening import Whitening, fit_whitening
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 32
 MAX_FITTED = 1024  # adapters that a projection is fitted to
@@ -44,6 +47,9 @@ def reindex(snapshot: Snapshot, encoder: Encoder, samples: SampleSource) -> Iter
         read = [(record.ref, read_samples(samples, record) or ()) for record in batch]
         embedded = embed_groups(encoder, [own for _, own in read])
         pairs = [(ref, embedding) for (ref, _), embedding in zip(read, embedded, strict=True)]
+        for (ref, own), embedding in zip(read, embedded, strict=True):
+            if own and embedding is None:
+                logger.warning("the encoder gives no finite vector for the samples of version %s", ref.digest)
         yield ReindexStep(
             num_done=start + len(batch),
             num_total=len(lacking),

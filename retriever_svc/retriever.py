@@ -443,7 +443,7 @@ class Retriever:
     def embed_groups(
         self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
     ) -> list[Embedding | None]:
-        """Return one embedding per group of samples, None for an empty group; `tenants` as in `embed_groups`."""
+        """Return one embedding per group of samples; None and `tenants` as in `embed_groups`."""
         return embed_groups(self._pools.current.encoder, groups, tenants)
 
     def make_encoding(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> BulkEncoding:

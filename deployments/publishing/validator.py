@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import Workers
-from lora_store import AdapterRecord, AdapterRef, Staged
+from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from retriever_svc.encoder import tokens_read
 from retriever_svc.route import Embedded
 
@@ -67,17 +67,15 @@ class AdapterValidator:
         anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
         return [anew.get(id(outcome), outcome) for outcome in outcomes]
 
-    async def restaged(
-        self, items: Sequence[ValidatedAdapter], staged: Sequence[Staged]
-    ) -> dict[int, ValidatedAdapter]:
-        """Return, by the id of the earlier one, the adapters whose `staged` has changed, for the same weights.
+    async def restaged(self, items: Sequence[ValidatedAdapter], staged: Sequence[Staged]) -> dict[int, Outcome]:
+        """Return, by the id of the earlier one, the outcomes of those whose `staged` has changed, for the same weights.
 
         Embed those again whose samples are others.
         """
         changed = [(old, new) for old, new in zip(items, staged, strict=True) if new != old.staged]
         anew = [new for old, new in changed if new.record.samples_digest != old.staged.record.samples_digest]
         embedded = dict(zip([item.ref for item in anew], await self._embed(anew) if anew else [], strict=True))
-        return {id(old): replace(old, staged=new, embedded=embedded.get(new.ref, old.embedded)) for old, new in changed}
+        return {id(old): _judge(new, embedded.get(new.ref, old.embedded), old.shift) for old, new in changed}
 
     async def _validate_batch(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
         async with slots:
@@ -85,13 +83,21 @@ class AdapterValidator:
             embedded = await self._embed(batch)
             [shifts] = await probing
         return [
-            shift if isinstance(shift, Exception) else ValidatedAdapter(item, embedding, shift)
+            shift if isinstance(shift, Exception) else _judge(item, embedding, shift)
             for item, embedding, shift in zip(batch, embedded, shifts, strict=True)
         ]
 
     async def _embed(self, batch: Sequence[Staged]) -> list[Embedded | None]:
         samples, tenants = [item.samples for item in batch], [item.ref.tenant for item in batch]
         return await self._retriever.embed(samples, tenants)
+
+
+def _judge(staged: Staged, embedded: Embedded | None, shift: float) -> Outcome:
+    """Return the adapter, or its refusal if it has samples but no embedding: `auto` would never find it."""
+    if staged.samples and embedded is None:
+        reason = "samples: the pool's encoder gives no finite vector for one of them"
+        return AdapterRefused(staged.ref.name, [f"{reason}; change them, or ask the operator for another encoder"])
+    return ValidatedAdapter(staged, embedded, shift)
 
 
 def free_of_charge(num_tokens: int) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from lora_store.adapter import Sample
@@ -47,6 +49,14 @@ def test_few_samples_of_all_groups_are_encoded_by_one_call_and_one_without_sampl
     assert last.vector.tolist() == [0, 1]
     assert len(last.own_scores) == 0
     assert embed_groups(encoder, []) == []
+
+
+def test_samples_whose_vectors_are_not_finite_give_no_embedding() -> None:
+    table = TABLE | {"bad": (math.nan, math.nan), "worse": (math.inf, 0.0)}
+    outputs = [Sample("x", output) for output in ("bad", "y", "z", "x")]
+    groups = [samples("x", "bad"), samples("y"), samples("worse"), outputs]
+    found = embed_groups(FakeEncoder(table), groups)
+    assert [embedding is not None for embedding in found] == [False, True, False, False]
 
 
 def test_outputs_are_encoded_for_their_profile_and_do_not_move_the_adapter() -> None:

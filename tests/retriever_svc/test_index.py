@@ -210,6 +210,15 @@ def test_a_query_with_nan_or_nothing_to_find_has_an_empty_list(settings: IndexSe
     assert [len(matches) for matches in one.search(queries[:1], 3, one.allowed("local"))] == [1]
 
 
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
+def test_a_search_ends_where_a_vector_is_not_finite(settings: IndexSettings) -> None:
+    rows = random_rows(np.random.default_rng(6), 60)
+    index = index_of(rows, settings).after([], [record_of("nan", [np.nan] * 16)])
+    for top_k in (1, 3, 61):
+        [matches] = index.search(rows[:1], top_k, index.allowed())
+        assert len(matches) <= top_k
+
+
 def rows_read(allowed: Allowed) -> tuple[int, bool]:
     return len(allowed.positions), allowed.listed is not None
 

@@ -38,6 +38,16 @@ def test_the_next_generation_has_added_adapters_and_not_removed_ones() -> None:
     assert (before.snapshot.generation, after.snapshot.generation) == (1, 2)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_adapter_without_a_finite_vector_is_not_found(bad: float) -> None:
+    broken = record_of("broken", (1.0, bad))
+    pool = pool_of(broken, record_of("known", NORTH))
+    assert found(pool) == ["known"]
+    after = pool.after(snapshot_of(broken, record_of("known", NORTH), record_of("other", (bad, 0.0)), generation=2))
+    assert found(after) == ["known"]
+    assert after.embedded("local", "broken") == []
+
+
 def test_an_adapter_is_not_found_until_the_encoder_embedded_it() -> None:
     bare, foreign = record_of("bare", None), record_of("foreign", EAST, encoder="another")
     pool = pool_of(bare, foreign, record_of("known", NORTH))

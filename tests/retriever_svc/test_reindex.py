@@ -82,6 +82,15 @@ def test_unreadable_adapters_are_named_and_the_others_continue(
     assert step.embeddings.keys() == {records[0].ref, records[2].ref}
 
 
+def test_adapters_without_a_finite_vector_are_named_and_the_others_continue(caplog: pytest.LogCaptureFixture) -> None:
+    records = pool(3)
+    table = {"text of a0": (1.0, 0.0, 0.0), "text of a1": (math.nan, 0.0, 0.0), "text of a2": (0.0, 1.0, 0.0)}
+    [step] = reindex(snapshot_of(*records), FakeEncoder(table, dim=3, identity="new"), samples)
+    assert step.unreadable == (records[1].ref,)
+    assert f"no finite vector for the samples of version {records[1].ref.digest}" in caplog.text
+    assert step.embeddings.keys() == {records[0].ref, records[2].ref}
+
+
 def test_an_unavailable_store_stops_it_and_committed_embeddings_stay() -> None:
     records, snapshot = pool(40), snapshot_of(*pool(40))
 

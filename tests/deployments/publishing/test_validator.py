@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ray.exceptions import RayActorError
@@ -16,13 +17,16 @@ from deployments.publishing.validator import (
     ValidatedAdapter,
     free_of_charge,
 )
-from lora_store import Staged
+from lora_store import AdapterRefused, Sample, Staged
 from lora_store.validation import NEVER_TRAINED
+from retriever_svc.route import Embedded
 from tests.deployments.adapter_records import adapter
 from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
+
+BAD = (Sample("bad"),)
 
 
 def staged(name: str) -> Staged:
@@ -65,6 +69,25 @@ def test_two_batches_are_validated_concurrently() -> None:
     items = [staged(f"a{number}") for number in range(2 * VALIDATED_TOGETHER)]
     outcomes = validate(*items, worker=Waiting())
     assert [outcome.staged for outcome in outcomes if isinstance(outcome, ValidatedAdapter)] == items
+
+
+def test_samples_without_an_embedding_refuse_their_adapter_only() -> None:
+    class Overflowing(FakeRetriever):
+        async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
+            embedded = await super().embed(groups, tenants)
+            return [None if group == BAD else item for group, item in zip(groups, embedded, strict=True)]
+
+    items = [staged("bare"), replace(staged("bad"), samples=BAD), replace(staged("good"), samples=(Sample("x"),))]
+    validator = AdapterValidator(
+        serve_retriever(FakeHandle(Overflowing())), workers_of(serve_worker(FakeHandle(FakeWorker())))
+    )
+    bare, bad, good = asyncio.run(validator.validate(items, {}, free_of_charge))
+    assert isinstance(bare, ValidatedAdapter) and isinstance(good, ValidatedAdapter)
+    assert isinstance(bad, AdapterRefused) and bad.name == "bad"
+    assert "no finite vector" in str(bad)
+    record = replace(items[2].record, samples_digest="others")
+    [again] = asyncio.run(validator.restaged([good], [replace(items[2], record=record, samples=BAD)])).values()
+    assert isinstance(again, AdapterRefused) and again.name == "good"
 
 
 def test_workers_that_die_are_each_adapters_error() -> None:
