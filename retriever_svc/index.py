@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_store.adapter import AdapterRef
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 from retriever_svc.adapter_table import AdapterTable, Mask, Positions
@@ -37,6 +38,11 @@ class Match(NamedTuple):
     threshold: float = NO_THRESHOLD
     confidence: float = 1.0
     outcome: float = 0.0
+
+    @property
+    def ref(self) -> AdapterRef:
+        """The adapter's identity."""
+        return self.record.ref
 
     @property
     def fits(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, PlanInvalid
@@ -18,11 +19,12 @@ from lora_store.strategies.registry import STRATEGIES, Strategy
 from lora_store.trials import TrialVersion
 from retriever_svc.errors import PlanGone
 from retriever_svc.index import Match
-from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest
+from retriever_svc.route import STICKY_MARGIN, Candidate, PinnedAdapter, RouteRequest
 from retriever_svc.served_bases import EVERY_BASE, ServedBases
 from retriever_svc.weightings import WEIGHTINGS
 
 _MIN_DIGEST_CHARS = 8
+M = TypeVar("M", Match, Candidate)
 
 
 def routed_plan(
@@ -41,17 +43,22 @@ def routed_plan(
     return replace(_make_plan(request.strategy, rows, generation, records), base_model=base_model)
 
 
-def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
+def led_by(preferred: AdapterRef | None, matches: list[M]) -> list[M]:
     """Return the matches without those before the preferred adapter, or `matches` itself if it does not stay the best.
 
     It stays if the best match scores higher by at most `STICKY_MARGIN`. An adapter that was updated is another version
     of the same name, so it stays as well.
     """
     key = None if preferred is None else preferred.key
-    places = (place for place, m in enumerate(matches) if m.record.ref.key == key)
+    places = (place for place, m in enumerate(matches) if m.ref.key == key)
     place = next(places, 0)
     is_close = place > 0 and matches[0].score - matches[place].score <= STICKY_MARGIN
     return matches[place:] if is_close else matches
+
+
+def may_be_led(matches: list[M]) -> bool:
+    """Return whether another match than the best one would lead if it were preferred."""
+    return any(led_by(match.ref, matches) is not matches for match in matches)
 
 
 def named_plan(

@@ -104,6 +104,11 @@ class Candidate:
     outcome: float = 0.0
     samples: tuple[NearSample, ...] = ()
 
+    @property
+    def fits(self) -> bool:
+        """Whether it may answer."""
+        return self.score >= self.threshold and self.outcome >= 0
+
 
 @dataclass(frozen=True, slots=True)
 class Embedded:

@@ -15,8 +15,9 @@ The rule, in this order:
    that turn, in any language.
 
 The first text that finds an adapter decides. The conversation itself carries what it was about: the text of the
-previous turn is searched again, and its adapter stays unless another is clearly better. So the server keeps no state of
-a conversation, every replica decides alike, and no tenant can reach into another's.
+previous turn is searched again, and its adapter stays unless another is clearly better. Where several adapters may have
+answered that turn, the turn before it decides in the same way, back to the first of at most `MAX_JOINED` earlier turns.
+So the server keeps no state of a conversation, every replica decides alike, and no tenant can reach into another's.
 """
 
 from __future__ import annotations

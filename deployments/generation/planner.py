@@ -32,7 +32,8 @@ from gpu_worker.front.request.tools import Tools
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest, StaleIndex
 from retriever_svc.encoder import MAX_TOKENS
-from retriever_svc.route import Fallback
+from retriever_svc.planning import led_by, may_be_led
+from retriever_svc.route import STICKY_PLACES, Fallback
 from retriever_svc.views import read_ends, tokens_routed
 
 AUTO = "auto"
@@ -375,16 +376,22 @@ class Planner:
     ) -> tuple[str, AdapterRef] | None:
         """Return the text and the best adapter of the previous turn, or of the turn that it refers to, or None.
 
-        `turns`: the texts to try for each earlier turn, the newest turn first.
+        `turns`: the texts to try for each earlier turn, the newest turn first. The turns before the previous one are
+        read only where they decide which of several adapters answered it, because reading a text is dear.
         """
-        for texts in turns:
+        for place, texts in enumerate(turns):
             refers_back = False
             for text in texts:
                 request = self._request_of(text, model, options, tenant)
-                tried = replace(request, fallback="base", shows_samples=False, counted="never")
+                top_k = max(request.top_k, STICKY_PLACES)
+                tried = replace(request, top_k=top_k, fallback="base", shows_samples=False, counted="never")
                 [route] = await self._find_routes([tried], usage)
                 if not route.abstained:
-                    return text, route.plan.adapters[0].ref
+                    fitting = [candidate for candidate in route.candidates if candidate.fits]
+                    if may_be_led(fitting):
+                        before = await self._earlier_turn(turns[place + 1 :], model, options, tenant, usage)
+                        fitting = led_by(None if before is None else before[1], fitting)
+                    return text, fitting[0].ref
                 refers_back = refers_back or route.refers_back
             if not refers_back:
                 return None

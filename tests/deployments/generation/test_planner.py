@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,19 +13,21 @@ import pytest
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.error_table import describe
 from deployments.api.responses import Planned
+from deployments.batch.planning import BatchRouting
 from deployments.calls.catalogue_clients import serve_retriever
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
 from lora_store import BASE_PLAN
 from lora_store.errors import PlanInvalid
-from retriever_svc import NoAdapterMatched, Route, RouteRequest
+from retriever_svc import NoAdapterMatched, Retriever, Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS
 from retriever_svc.views import split_views
 from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, record_of
 
 
 def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
@@ -233,6 +236,50 @@ def plan_turns(handle: FakeHandle, *turns: str, lora: dict[str, Any] | None = No
 
 def routed(handle: FakeHandle) -> list[RouteRequest]:
     return [request for ([request],) in handle.called("route")]
+
+
+def plan_angles(*degrees: int, k: int = 3) -> tuple[str, list[str]]:
+    """Return the adapter of a conversation whose turns have these angles, and the texts that it reads.
+
+    The pool has one adapter at 0 degrees and one at 60.
+    """
+
+    def unit(angle: int) -> tuple[float, float]:
+        return math.cos(math.radians(angle)), math.sin(math.radians(angle))
+
+    turns = [f"Please read the text of turn {number}" for number in range(len(degrees))]
+    encoder = FakeEncoder({turn: unit(angle) for turn, angle in zip(turns, degrees, strict=True)})
+    pool = Source(record_of("at 0", unit(0)), record_of("at 60", unit(60)))
+    planner = Planner(
+        config_of().served_models, RetrievalSettings(k=k), BatchRouting(Retriever(live_pool(encoder, pool)))
+    )
+    messages = [{"role": "user", "content": turn} for turn in turns]
+    [question] = ChatCompletionRequest.model_validate({"messages": messages}).questions()
+    [planned] = asyncio.run(planner.plan_all([question], "local"))
+    return names(planned)[0], [text[-1] for batch in encoder.batches for text in batch]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "answers", "read"),
+    [
+        ([0, 33], "at 0", "01"),
+        ([0, 33, 33], "at 0", "102"),
+        ([0, 33, 33, 33], "at 0", "2103"),
+        ([0, 33, 33, 33, 33], "at 0", "32104"),
+        ([0, 33, 33, 33, 33, 33], "at 60", "43215"),  # the first turn is no longer read
+        ([0, 60, 33, 33], "at 60", "213"),
+        ([0, 33, 60, 27], "at 60", "23"),
+        ([0, 33, 33, 60], "at 60", "2103"),
+        ([60, 33, 33], "at 60", "102"),
+        ([33, 33, 27], "at 60", "102"),
+        ([180, 33, 27], "at 60", "102"),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 3])
+def test_an_adapter_stays_over_turns_that_others_answer_nearly_as_well(
+    degrees: list[int], answers: str, read: str, k: int
+) -> None:
+    assert plan_angles(*degrees, k=k) == (answers, list(read))
 
 
 SEA, SKY, WARMER, SHORTER = (
