@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from gpu_worker.bank.device_layout import DeviceAdapter
@@ -12,9 +12,8 @@ from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.front.fair_queue import FairQueue
 from gpu_worker.front.prefetch_window import PrefetchWindow
 from gpu_worker.front.prefix import Prefix
+from gpu_worker.front.reservations import Reservations
 from gpu_worker.front.row import Row
-
-_MAX_PASSES = 50
 
 
 class RowPlaces(Protocol):
@@ -44,17 +43,29 @@ class Pins(Protocol):
 class Admission:
     """The waiting rows. The weights of the next ones are prefetched within `window`.
 
-    A row brings all its adapters into the bank or none, and does not block others while it waits. A row that was passed
-    `_MAX_PASSES` times reserves its part of the bank: until it runs, no other row pins adapters there. A row that
-    has its adapters but does not fit the KV cache blocks all rows behind it. A row whose prompt begins like one that is
-    being computed waits for those blocks, and rows behind it start before it. Both wait only for running rows, which
-    wait for nothing, so there is no deadlock.
+    A row brings all its adapters into the bank or none, and does not block others while it waits, unless it was passed
+    over so often that it reserves its part of the bank (see Reservations). A row that has its adapters but does not fit
+    the KV cache blocks all rows behind it. A row whose prompt begins like one that is being computed waits for those
+    blocks, and rows behind it start before it. All three wait only for running rows, which wait for nothing, so there
+    is no deadlock.
+
+    `running`: the rows that were started and have not ended. Call `end` for each that ends.
     """
 
-    def __init__(self, loader: AdapterLoader, residency: Pins, kv_cache: RowPlaces, window: PrefetchWindow) -> None:
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        residency: Pins,
+        kv_cache: RowPlaces,
+        window: PrefetchWindow,
+        *,
+        running: Sequence[Row],
+        clock: Callable[[], float],
+    ) -> None:
         self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
+        self._running = running
         self.waiting = FairQueue[Row]()
-        self._reserving: dict[RowAssignment, Row] = {}  # part of the bank -> the row that reserves it
+        self._reservations = Reservations(clock)
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
         self._refused: list[Row] = []  # rows of this walk that the bank had no room for
@@ -78,12 +89,17 @@ class Admission:
     def remove(self, row: Row) -> None:
         """Remove the row from the queue and release its pins."""
         self.waiting.remove(row)
+        self.end(row)
         self._num_joined += 1
         self._window.discard(row)
         if row.is_pinned:
             self._residency.unpin(row.weights_digests)
             self._residency.settle()
             row.is_pinned = False
+
+    def end(self, row: Row) -> None:
+        """Let others reserve the part of the bank that this row reserved, if it did."""
+        self._reservations.end(row)
 
     def clear(self) -> list[Row]:
         """Remove all rows from the queue and return them."""
@@ -125,25 +141,23 @@ class Admission:
         for row in self.waiting.requeued:
             if not self._is_full:
                 self._try_start(row)
-        for row in list(self._reserving.values()):
-            if self._is_reserved(row) and not self._is_full:
+        for row in self._reservations.rows:
+            if not self._is_full:
                 self._try_start(row)
+            self._reservations.update(row, has_weights=self._has_weights(row))
         for row in self.waiting.turns(self._waiting_for_blocks):
             if self._is_full:
                 if not self._window.has_room:
                     break
                 self._has_weights(row)
-            elif row.is_pinned or not row.plan.adapters or not self._is_reserved(row):
+            elif row.is_pinned or not row.plan.adapters or not self._reservations.hold_up(self._part_of(row), row):
                 self._try_start(row)
 
-    def _is_reserved(self, row: Row) -> bool:
-        """Return whether a row reserves this row's part of the bank. While it waits for a load it reserves nothing."""
-        part = self._residency.part_of(row.weights_digests)
-        reserving = self._reserving.get(part)
-        if reserving is None or reserving not in self.waiting:
-            self._reserving.pop(part, None)
-            return False
-        return self._has_weights(reserving)
+    def _part_of(self, row: Row) -> RowAssignment:
+        return self._residency.part_of(row.weights_digests)
+
+    def _uses(self, row: Row, part: RowAssignment) -> bool:
+        return bool(row.plan.adapters) and self._part_of(row) is part
 
     def _has_weights(self, row: Row) -> bool:
         """Return whether all missing adapters of the row are loaded. Start the other loads within the window."""
@@ -171,8 +185,9 @@ class Admission:
             return
         if not row.is_pinned:
             self._refused.append(row)
-            if row.num_passes >= _MAX_PASSES and not self._is_reserved(row):
-                self._reserving[self._residency.part_of(row.weights_digests)] = row
+            part = self._part_of(row)
+            users = (user for user in (*self._running, *self._started) if self._uses(user, part))
+            self._reservations.reserve(part, row, users)
         elif self._kv_cache.fits(len(row.tokens), row.prefix):
             self._start(row)
         else:
@@ -197,9 +212,9 @@ class Admission:
         loaded = {digest: row.loads[digest].result() for digest in missing}
         row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
         if row.is_pinned and row.adapter_set:
-            part = self._residency.part_of(row.weights_digests)
+            part = self._part_of(row)
             for refused in self._refused:
-                if self._residency.part_of(refused.weights_digests) is part:
+                if self._part_of(refused) is part:
                     refused.num_passes += 1
 
     def _fail(self, row: Row, error: Exception) -> None:

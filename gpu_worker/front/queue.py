@@ -50,7 +50,7 @@ class Residents(Pins, Protocol):
 class RequestQueue:
     """The waiting and the running rows of one engine. All methods belong to the thread that computes them.
 
-    `running`: the rows that `admit` has started, in order. The engine removes those that end.
+    `running`: the rows that `admit` has started, in order. The engine calls `end_running` for those that end.
     `parts`: replaces the names of fusions by the weights digests of their adapters, for a bank that holds fusions.
     `pending_parts`: see PrefetchWindow.
     """
@@ -69,9 +69,9 @@ class RequestQueue:
         self._config, self._loader, self._residency, self._places = config, loader, residency, places
         self._parts, self._clock = parts, clock
         window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size, pending_parts)
-        self._admission = Admission(loader, residency, places, window)
-        self._forgetting: set[str] = set()
         self.running: list[Row] = []
+        self._admission = Admission(loader, residency, places, window, running=self.running, clock=clock)
+        self._forgetting: set[str] = set()
         self.counters = Counters()
         self.next_due = math.inf  # the time at which a request may be overdue
 
@@ -117,6 +117,11 @@ class RequestQueue:
         if started or self._residency.num_changes != num_changes:  # a row may have its adapters before it has KV
             self._residency.settle()
         return started
+
+    def end_running(self, row: Row) -> None:
+        """Take a row that has ended out of the running ones. The engine frees what it had."""
+        self.running.remove(row)
+        self._admission.end(row)
 
     def remove(self, row: Row) -> None:
         """Take a waiting row out of the queue, without an event for its client."""

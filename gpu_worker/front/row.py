@@ -119,6 +119,16 @@ class Row:
         return self.num_prompt_tokens + num_new
 
     @property
+    def most_left(self) -> int:
+        """Return how many more new tokens the row makes at most."""
+        return self.longest_len - len(self.tokens)
+
+    @property
+    def expected_left(self) -> int:
+        """Return about how many more new tokens the row makes."""
+        return self.expected_len - len(self.tokens)
+
+    @property
     def weights_digests(self) -> list[str]:
         return [adapter.weights_digest for adapter in self.plan.adapters]
 

@@ -326,7 +326,7 @@ class Engine:
         if not rows:
             return
         for row in rows:
-            self.running.remove(row)
+            self.queue.end_running(row)
         for row in rows:
             self.kv_cache.free(row.kv_row)
             row.is_pinned = False

@@ -255,7 +255,7 @@ class RowRunner:
         event = self._errors.pop(row, None) or _outcome(row, task)
         if self._tasks.pop(row, None) is None:
             return  # `stop` has ended the row
-        self._queue.running.remove(row)
+        self._queue.end_running(row)
         self._places.free()
         self._residency.unpin(row.weights_digests)
         self._residency.settle()

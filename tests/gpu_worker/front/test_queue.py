@@ -81,7 +81,7 @@ class World:
             on_done=lambda: None,
         )
         parts = changes.pop("parts", iter)
-        config = tiny_config("unused", max_wait_s=10.0, **changes)
+        config = tiny_config("unused", **{"max_wait_s": 10.0, **changes})
         self.queue = RequestQueue(
             config,
             self.loader,
@@ -102,9 +102,10 @@ class World:
 
     def end(self, row: Row) -> None:
         """End a running row, as an engine does."""
-        self.queue.running.remove(row)
+        self.queue.end_running(row)
         self.places.free()
         self.residency.unpin(row.weights_digests)
+        row.is_pinned = False
         self.queue.drop_forgotten()
 
     @staticmethod
