@@ -61,6 +61,14 @@ class AdapterLoader:
             self._fail(digest, future, exc)
         return future
 
+    def find(self, digest: str) -> Future[DeviceAdapter] | None:
+        """Return the ended load of cached weights, or None."""
+        with self._lock:
+            if digest not in self._bytes:
+                return None
+            self._loads.move_to_end(digest)
+            return self._loads[digest]
+
     def discard(self, digest: str) -> None:
         """Drop cached weights. A load in progress continues."""
         with self._lock:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import chain
 from typing import Protocol
 
 from gpu_worker.bank.device_layout import DeviceAdapter
@@ -14,6 +17,8 @@ from gpu_worker.front.prefetch_window import PrefetchWindow
 from gpu_worker.front.prefix import Prefix
 from gpu_worker.front.reservations import Reservations
 from gpu_worker.front.row import Row
+
+_MOST_REFUSED = 8  # rows of a tenant in a walk, before its rows without a place in the window are skipped
 
 
 class RowPlaces(Protocol):
@@ -69,6 +74,7 @@ class Admission:
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
         self._refused: list[Row] = []  # rows of this walk that the bank had no room for
+        self._num_refused = Counter[str]()  # those rows by tenant
         self._waiting_for_blocks: set[Row] = set()  # rows of this walk whose prompt's beginning is being computed
         self._is_full = False  # the KV cache has no room for the next row
         self._num_joined = 0  # rows appended, requeued or removed
@@ -79,7 +85,7 @@ class Admission:
         self.waiting.append(row)
         self._num_joined += 1
         if self.waiting.is_first(row):
-            self._has_weights(row)
+            self._find_loads(row)
 
     def requeue(self, row: Row) -> None:
         """Requeue a preempted row before all others. Its adapters stay pinned, so it needs only KV."""
@@ -137,6 +143,7 @@ class Admission:
         self._is_full = self._kv_cache.num_free == 0
         self._window.refresh()
         self._refused.clear()
+        self._num_refused.clear()
         self._waiting_for_blocks.clear()
         for row in self.waiting.requeued:
             if not self._is_full:
@@ -144,14 +151,25 @@ class Admission:
         for row in self._reservations.rows:
             if not self._is_full:
                 self._try_start(row)
-            self._reservations.update(row, has_weights=self._has_weights(row))
-        for row in self.waiting.turns(self._waiting_for_blocks):
+            self._reservations.update(row, has_weights=self._find_loads(row) is not None)
+        turns = self.waiting.turns(self._waiting_for_blocks)
+        for row in turns:
             if self._is_full:
-                if not self._window.has_room:
-                    break
-                self._has_weights(row)
-            elif row.is_pinned or not row.plan.adapters or not self._reservations.hold_up(self._part_of(row), row):
+                self._prefetch(chain([row], turns))
+                break
+            if row.is_pinned or not row.plan.adapters or not self._reservations.hold_up(self._part_of(row), row):
                 self._try_start(row)
+
+    def _prefetch(self, rows: Iterator[Row]) -> None:
+        """Begin the loads of rows that cannot start yet, in turn, while the window has room for their tenants."""
+        tenants = {tenant for tenant in self.waiting.tenants if self._window.has_room_for(tenant)}
+        for row in rows:
+            if not tenants:
+                break
+            if row.tenant in tenants:
+                self._find_loads(row)
+                if not self._window.has_room_for(row.tenant):
+                    tenants.remove(row.tenant)
 
     def _part_of(self, row: Row) -> RowAssignment:
         return self._residency.part_of(row.weights_digests)
@@ -159,32 +177,45 @@ class Admission:
     def _uses(self, row: Row, part: RowAssignment) -> bool:
         return bool(row.plan.adapters) and self._part_of(row) is part
 
-    def _has_weights(self, row: Row) -> bool:
-        """Return whether all missing adapters of the row are loaded. Start the other loads within the window."""
+    def _find_loads(self, row: Row) -> dict[str, Future[DeviceAdapter]] | None:
+        """Return the ended loads of the row's missing adapters, or None while one of them has not ended.
+
+        A row with a place in the window begins its loads and keeps the weights in host memory. Another row begins none,
+        but may use weights that are there. It is not tried if the bank has refused many rows of its tenant, because
+        hundreds of rows may wait.
+        """
         missing = [digest for digest in row.adapter_set if digest not in self._residency]
-        unrequested = [digest for digest in missing if digest not in row.loads]
-        if unrequested:
-            if row not in self._window and not self._window.has_room:
-                return False
-            for digest in unrequested:
-                row.loads[digest] = self._loader.load(digest)
-            self._window.add(row)
-        return all(row.loads[digest].done() for digest in missing)
+        loads = {digest: row.loads[digest] for digest in missing if digest in row.loads}
+        if len(loads) < len(missing):
+            has_place = row in self._window or self._window.has_room_for(row.tenant)
+            if not has_place and self._num_refused[row.tenant] >= _MOST_REFUSED:
+                return None
+            for digest in missing:
+                load = loads.get(digest) or (self._loader.load if has_place else self._loader.find)(digest)
+                if load is None:
+                    return None
+                loads[digest] = load
+            if has_place:
+                row.loads.update(loads)
+                self._window.add(row)
+        return loads if all(load.done() for load in loads.values()) else None
 
     def _try_start(self, row: Row) -> None:
         """Start the row, fail it, or let it wait."""
-        if not self._has_weights(row):
+        loads = self._find_loads(row)
+        if loads is None:
             return
         if self._kv_cache.is_coming(len(row.tokens), row.prefix):
             self._waiting_for_blocks.add(row)
             return
         try:
-            self._pin(row)
+            self._pin(row, loads)
         except Exception as exc:  # a failed load or plan concerns all rows with the same adapters
             self._fail(row, exc)
             return
         if not row.is_pinned:
             self._refused.append(row)
+            self._num_refused[row.tenant] += 1
             part = self._part_of(row)
             users = (user for user in (*self._running, *self._started) if self._uses(user, part))
             self._reservations.reserve(part, row, users)
@@ -201,15 +232,14 @@ class Admission:
         self._started.append(row)
         self._is_full = self._kv_cache.num_free == 0
 
-    def _pin(self, row: Row) -> None:
+    def _pin(self, row: Row, loads: Mapping[str, Future[DeviceAdapter]]) -> None:
         """Bring the row's adapters into the bank if there is room, which passes over the rows that it refused.
 
         Raises: the error of the row's loads or plan.
         """
         if row.is_pinned:
             return
-        missing = [digest for digest in row.adapter_set if digest not in self._residency]
-        loaded = {digest: row.loads[digest].result() for digest in missing}
+        loaded = {digest: load.result() for digest, load in loads.items()}
         row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
         if row.is_pinned and row.adapter_set:
             part = self._part_of(row)

@@ -53,6 +53,11 @@ class FairQueue(Generic[Item]):
         return row in self._requeued or row in self._tenants.get(row.tenant, {}).get(row.adapter_set, {})
 
     @property
+    def tenants(self) -> Collection[str]:
+        """Return the tenants whose rows wait, in order of turn, without those of requeued rows."""
+        return self._tenants.keys()
+
+    @property
     def requeued(self) -> list[Item]:
         """Return the requeued rows in their order of turn: the most recently requeued first."""
         return list(reversed(self._requeued))

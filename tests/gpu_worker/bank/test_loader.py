@@ -122,6 +122,18 @@ def test_the_least_recently_used_weights_leave_a_full_cache_first() -> None:
     assert store.fetched == ["a", "b", "c", "b"]
 
 
+def test_only_cached_weights_are_found_and_finding_them_is_a_use() -> None:
+    store = Store()
+    loader = loader_of(store, budget_bytes=2 * WEIGHTS_BYTES)
+    loader.load("slow")
+    assert loader.find("slow") is None and loader.find("a") is None and store.fetched == ["slow"]
+    found = loader.load("a")
+    loader.load("b")
+    assert loader.find("a") is found
+    loader.load("c")
+    assert loader.find("b") is None and loader.find("a") is found
+
+
 def test_a_load_in_progress_is_never_evicted_or_discarded() -> None:
     store = Store()
     loader = loader_of(store, budget_bytes=1)

@@ -187,6 +187,62 @@ def test_rows_after_a_full_window_start_with_resident_adapters(make_engine: Make
     assert all(answer.is_finished for answer in behind) and not any(answer.events for answer in stalled)
 
 
+@pytest.mark.parametrize("tenant", ["flood", "other"])
+def test_weights_in_host_memory_are_used_while_the_store_hangs(
+    tenant: str, make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    """More requests than the window has places wait for loads that never end."""
+    pool = [random_adapter(shapes, i, rank=4) for i in range(4)]
+    slow = Slow(*pool)
+    engine = make_engine({}, fetch=slow, bank_rank_rows=8, max_batch_size=4)
+    for number, weights in enumerate(pool):
+        ask(engine, job_of("flood", only(weights), number, 1))
+        slow.arrive()
+        engine.run_until_idle()
+    assert len(engine.residency.resident) == 2
+    stalled = [
+        ask(engine, job_of("flood", only(weights), weights.weights_digest, 1))
+        for weights in (random_adapter(shapes, 10 + i, rank=1) for i in range(2 * MIN_ROWS))
+    ]
+    assert len(slow.pending) == MIN_ROWS
+    jobs = [job_of(tenant, only(weights), number, 2) for number, weights in enumerate(pool)]
+    answers = [ask(engine, job) for job in jobs]
+    for _ in range(8):
+        engine.step()
+    assert not any(answer.events for answer in stalled) and len(slow.asked) == len(pool) + MIN_ROWS
+    for job, answer in zip(jobs, answers, strict=True):
+        assert_same(answer, alone(job, by_digest(*pool)))
+
+
+@pytest.mark.parametrize("is_batch_full", [False, True])
+def test_loads_of_a_tenant_start_although_those_of_another_fill_the_window(
+    is_batch_full: bool, make_engine: MakeEngine, shapes: Shapes
+) -> None:
+    pool = small_adapters(shapes, 2 * MIN_ROWS + 2)
+    slow = Slow(*pool)
+    engine = make_engine({}, fetch=slow, max_batch_size=2)
+    if is_batch_full:
+        for number in range(2):
+            ask(engine, job_of("base", BASE_PLAN, number, 50))
+        engine.step()
+    for weights in pool[:-2]:
+        ask(engine, job_of("flood", only(weights), weights.weights_digest, 1))
+    assert len(slow.asked) == MIN_ROWS
+    held, slow.pending = slow.pending, []
+    answers = [ask(engine, job_of("other", only(weights), weights.weights_digest, 1)) for weights in pool[-2:]]
+    engine.step()
+    assert slow.asked[MIN_ROWS:] == [weights.weights_digest for weights in pool[-2:]]
+    slow.arrive()
+    while not all(answer.is_finished for answer in answers):
+        engine.step()
+    slow.pending += held
+    while engine.has_work:
+        slow.arrive()
+        engine.step()
+    assert len(slow.asked) == len(set(slow.asked)) == len(pool), "rows that made room use the same loads"
+    assert_nothing_held(engine)
+
+
 def test_all_rows_that_wait_for_a_failed_load_fail_and_the_next_retries(
     make_engine: MakeEngine, shapes: Shapes
 ) -> None:

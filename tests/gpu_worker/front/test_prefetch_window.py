@@ -13,8 +13,8 @@ from tests.gpu_worker.rows import queued_row
 TEN_BYTES = DeviceAdapter("any", {"q_proj": DeviceModule(torch.zeros(1, 6).byte(), torch.zeros(1, 4).byte())})
 
 
-def loading(letter: str, *, is_done: bool = True) -> Row:
-    each = queued_row(letter)
+def loading(letter: str, tenant: str = "local", *, is_done: bool = True) -> Row:
+    each = queued_row(letter, tenant)
     each.loads[letter] = Future()
     if is_done:
         each.loads[letter].set_result(TEN_BYTES)
@@ -93,3 +93,31 @@ def test_a_row_that_leaves_makes_room_and_keeps_nothing() -> None:
     window.discard(leaving)
     assert window.has_room and not leaving.loads and leaving not in window
     window.discard(leaving)
+
+
+def test_tenants_share_a_full_window_and_the_newest_rows_of_one_that_has_more_make_room() -> None:
+    window, rows = window_of(0, budget=0), [loading(letter, "a") for letter in "abcdefgh"]
+    assert len(rows) == MIN_ROWS
+    for row in rows:
+        assert window.has_room_for("a")
+        window.add(row)
+    assert not window.has_room_for("a")
+    others = [loading(letter, "b") for letter in "stuv"]
+    for row in others:
+        assert window.has_room_for("b")
+        window.add(row)
+    assert not window.has_room_for("a") and not window.has_room_for("b"), "each has half"
+    assert [row in window for row in rows] == [True] * 4 + [False] * 4 and not rows[-1].loads
+    assert all(row in window and row.loads for row in others) and window.has_room_for("c")
+    window.discard(rows[0])
+    assert window.has_room_for("a") and window.has_room_for("b")
+
+
+def test_a_row_that_is_added_again_keeps_its_one_place() -> None:
+    window = window_of(MIN_ROWS - 1, budget=0)
+    last = loading("z")
+    for _ in range(2):
+        window.add(last)
+    assert len(window) == MIN_ROWS and last.loads
+    window.discard(last)
+    assert window.has_room_for("local")
