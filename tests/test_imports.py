@@ -28,7 +28,7 @@ EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
 # Rooms of one floor do not import each other.
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
-        {"background", "json_types", "private_names", "serve_import", "transformers_import"},
+        {"addresses", "background", "json_types", "private_names", "serve_import", "transformers_import"},
         {"errors", "field_problems", "yaml_files"},
         {"api", "byte_budget"},
         {"scaling"},

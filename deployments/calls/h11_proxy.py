@@ -40,6 +40,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deployments.addresses import parse_address
 from deployments.calls.proxy_limits import ProxyLimits
 
 logger = logging.getLogger(__name__)
@@ -291,12 +292,9 @@ def make_counting_key(client: tuple[str, int] | None) -> str:
     """Return the key for counting connections: the IPv4 address, or the IPv6 network of one customer."""
     if client is None:
         return ""  # a Unix socket
-    try:
-        address = ipaddress.ip_address(client[0].partition("%")[0])
-    except ValueError:
+    address = parse_address(client[0].partition("%")[0])
+    if address is None:
         return client[0]
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, _PREFIX_V6), strict=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import json
 import random
 import re
@@ -16,6 +15,7 @@ from urllib.parse import quote
 import httpx
 from rich.progress import MofNCompleteColumn
 
+from deployments.addresses import is_loopback_host
 from deployments.cli.options import KEY_VARIABLE, URL_VARIABLE, find_key, name_options, use_key
 from deployments.cli.output import err, fail, progress
 from deployments.json_types import JsonObject
@@ -164,11 +164,7 @@ def answers(url: str) -> bool:
 
 def is_this_machine(url: str) -> bool:
     """Return whether the address is on this machine, so that the server can read its files."""
-    host = httpx.URL(url).host
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(httpx.URL(url).host)
 
 
 def reads_paths(url: str, *, upload: bool) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from deployments.addresses import is_loopback_host
 from deployments.auth.key_file import load_keys
 from deployments.cli.check_adapter import folder_problem
 from deployments.cli.client import ServerFailed
@@ -23,7 +24,6 @@ from deployments.publishing.adapter_folders import adapter_folders
 from lora_store import LoraStoreError
 
 _READY_TIMEOUT_S = 600.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run_server(
@@ -116,7 +116,7 @@ def access_note(host: str, settings: AppConfig) -> str:
         return f"keys from {settings.keys_file}: every request needs one"
     if settings.has_keys:
         return "one API key, from the settings: every request needs it"
-    if host in _LOOPBACK:
+    if is_loopback_host(host):
         return "HTTP on loopback only, no keys: any local process may send requests and publish"
     publishing = " and publish" if settings.allow_remote_publish else "; only this machine may publish"
     return f"no keys: anyone who reaches {host} may send requests{publishing}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from fastapi import Depends, Request, Security
 from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from deployments.addresses import is_loopback_address, is_loopback_host
 from deployments.api.adapters import PublishItem
 from deployments.auth.authenticator import Authenticator, Caller, InFlight, Role
 from deployments.background import Background
@@ -138,14 +138,9 @@ def is_loopback(http: Request) -> bool:
     if any(name in PROXY_HEADERS or name.startswith("x-forwarded-") for name in http.headers):
         return False
     origin = http.headers.get("origin")
-    if origin is not None and not _is_local_page(origin):
+    if origin is not None and not is_loopback_host(find_page_host(origin) or ""):
         return False
     return http.client is not None and is_loopback_address(http.client.host)
-
-
-def _is_local_page(origin: str) -> bool:
-    host = find_page_host(origin)
-    return host == "localhost" or (host is not None and is_loopback_address(host))
 
 
 def find_page_host(origin: str) -> str | None:
@@ -153,14 +148,6 @@ def find_page_host(origin: str) -> str | None:
     with suppress(ValueError):  # as of `http://[evil`
         return urlsplit(origin).hostname
     return None
-
-
-def is_loopback_address(host: str) -> bool:
-    """Return whether `host` is an address of this machine's loopback interface. A name is not."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, for example from a proxy, or a Unix socket
-        return False
 
 
 async def require_change(services: AnyServices, http: Request) -> None:

@@ -12,7 +12,6 @@ is safe: no page can make a browser use a name for it.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import uuid
 from collections.abc import Collection
@@ -22,11 +21,12 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.addresses import is_loopback_host, parse_address
 from deployments.auth.authenticator import Authenticator, InFlight
 from deployments.calls.h11_proxy import ID_HEADER, is_plain_id
 from deployments.config.app import AppConfig
 from deployments.errors import HostRefused, OriginRefused
-from deployments.http.dependencies import find_page_host, is_loopback_address
+from deployments.http.dependencies import find_page_host
 from deployments.http.error_responses import error_response
 from deployments.http.scope import CONTEXT_KEY, find_context, find_path
 from deployments.observability.request_context import CLIENT_LEFT, RequestContext
@@ -173,7 +173,7 @@ def check_origin(headers: Headers, config: AppConfig) -> None:
         return
     hosts = headers.getlist("host")
     host = parse_host(hosts[0]) if len(hosts) == 1 else None
-    if host is None or not (host == "localhost" or host in config.allowed_hosts or _is_address(host)):
+    if host is None or not (host == "localhost" or host in config.allowed_hosts or parse_address(host) is not None):
         raise HostRefused(", ".join(hosts)[:_MAX_SHOWN_CHARS])
     origin = headers.get("origin")
     if origin is None or has_keys or "*" in config.cors_origins or origin.lower() in config.cors_origins:
@@ -194,12 +194,4 @@ def parse_host(header: str) -> str | None:
 def _is_own_page(origin: str, host: str, allowed: Collection[str]) -> bool:
     """Return whether the page of this `Origin` is the console, or a page served from this machine."""
     page = (find_page_host(origin) or "").removesuffix(".")
-    return page in ("localhost", host) or page in allowed or is_loopback_address(page)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return page == host or page in allowed or is_loopback_host(page)

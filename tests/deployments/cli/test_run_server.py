@@ -33,6 +33,8 @@ from lora_store import LoraStore
     [
         ({}, "127.0.0.1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
         ({}, "::1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
+        ({}, "::ffff:127.0.0.1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
+        ({}, "127.0.0.2", "HTTP on loopback only, no keys: any local process may send requests and publish"),
         ({}, "0.0.0.0", "no keys: anyone who reaches 0.0.0.0 may send requests; only this machine may publish"),
         (
             {"allow_remote_publish": True},

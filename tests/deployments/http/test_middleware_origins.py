@@ -112,6 +112,8 @@ async def test_every_route_refuses_a_foreign_name_and_a_foreign_page() -> None:
         ("http://127.0.0.1:3000", 200),
         ("http://localhost:3000", 200),
         ("http://[::1]:3000", 200),
+        ("http://[::ffff:7f00:1]:3000", 200),
+        ("http://[::ffff:a01:204]:8000", 403),
         ("https://pool.example", 200),
         ("http://10.1.2.4:8000", 403),
         ("https://evil.example", 403),
