@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import reprlib
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -27,6 +28,7 @@ from deployments.calls.h11_proxy import warn_if_unbounded
 from deployments.calls.serve_calls import bypass_http_proxy
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, BaseWorkers, Workers, serve_worker
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
+from deployments.errors import RequestInvalid
 from deployments.generation.completions import CompletionService
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import Planner, refuse_stream_options
@@ -166,9 +168,13 @@ class Ingress:
 
     @contextmanager
     def _record_call(self, name: str, caller: Caller) -> Iterator[RequestContext]:
-        context = RequestContext(uuid.uuid4().hex, name, caller=caller, tenant=caller.tenant)
+        context = RequestContext(uuid.uuid4().hex, name)
         try:
             with self.services.metrics.record_call(context):
+                if not isinstance(caller, Caller):
+                    allowed = "must be a deployments.auth.authenticator.Caller"
+                    raise RequestInvalid(f"caller: {allowed}, got {reprlib.repr(caller)}", "caller")
+                context.caller, context.tenant = caller, caller.tenant
                 yield context
         finally:
             self.services.usage_log.record(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from deployments.api.messages import (
     word_or,
 )
 from deployments.api.structured import ResponseFormat, StructuredOutputs, TextFormat
+from deployments.errors import RequestInvalid
 from deployments.json_types import JsonMapping
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
@@ -492,9 +494,11 @@ TextRequest = ChatCompletionRequest | CompletionRequest
 
 
 def parse(request: TextRequest | JsonMapping) -> TextRequest:
-    """Parse and validate the body of a request. Raises: RequestInvalid."""
-    if not isinstance(request, Mapping):
+    """Parse and validate the body of a request. Raises: RequestInvalid, Unsupported."""
+    if isinstance(request, TextRequest):
         return request
+    if not isinstance(request, Mapping):  # a caller of a Ray handle may send anything
+        raise RequestInvalid(f"the request must be an object with named fields, got {reprlib.repr(request)}")
     kind = ChatCompletionRequest if "messages" in request else CompletionRequest
     try:
         return kind.model_validate(request)

@@ -154,6 +154,23 @@ async def test_a_handle_caller_may_send_the_model_or_a_mapping() -> None:
         await generate(CHAT | {"lora": {"kk": 1}})
 
 
+@pytest.mark.parametrize("call", [generate, stream])
+@pytest.mark.parametrize("request_", [None, [1], "Hi", 5, {1: 2}, {}])
+async def test_a_request_of_a_handle_that_is_no_object_is_refused(call: Callable[..., Any], request_: object) -> None:
+    with pytest.raises(RequestInvalid, match=r"object with named fields|prompt: is missing"):
+        await call(request_)
+
+
+@pytest.mark.parametrize("caller", ["acme", None])
+async def test_a_handle_names_its_tenant_by_a_caller(caller: Any) -> None:
+    ingress = serve_plainly().ingress
+    with pytest.raises(RequestInvalid, match=r"caller: must be .*\.Caller, got") as caught:
+        await ingress.generate(CHAT, caller)
+    assert caught.value.param == "caller"
+    with pytest.raises(RequestInvalid, match="caller: must be"):
+        await anext(ingress.stream(CHAT, caller))
+
+
 async def test_a_stream_starts_with_the_plan_and_ends_with_the_reason() -> None:
     opening, *chunks = await stream(CHAT | {"lora": {"explain": True}})
     assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
