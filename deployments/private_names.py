@@ -34,6 +34,7 @@ FUNCTIONS: tuple[Function, ...] = (
     ),
     ("uvicorn.protocols.http.h11_impl", "H11Protocol.connection_made", ("self", "transport")),
     ("uvicorn.protocols.http.h11_impl", "H11Protocol.data_received", ("self", "data")),
+    ("uvicorn.protocols.http.h11_impl", "H11Protocol.send_400_response", ("self", "msg")),
     ("uvicorn.protocols.http.h11_impl", "H11Protocol.on_response_complete", ("self",)),
     ("uvicorn.protocols.http.h11_impl", "H11Protocol.pause_writing", ("self",)),
     ("uvicorn.protocols.http.h11_impl", "H11Protocol.handle_websocket_upgrade", ("self", "event")),

@@ -4,7 +4,8 @@ Serve (2.60) calls `bound_headers` in every proxy process before it listens, and
 
 - Size of heads: uvicorn (0.54) parses with httptools if that is installed, as it is with Serve. httptools joins the
 pieces of one header at a cost that grows with its square, without a limit: one client without a key could block the
-proxy until the controller considers it dead. h11 refuses more than 16 KiB, trailers included.
+proxy until the controller considers it dead. h11 refuses more than 16 KiB of an incomplete head, and `BoundedHeads`
+of a complete one, trailers included.
 - Time of heads: uvicorn waits without limit for the rest of a head. `BoundedProtocol` closes the connection after 10 s.
 A request may be answered before its body ends; then the rest of the body and the next head have 10 s together, so that
 the client can finish sending and read the answer. Otherwise a connection may be idle after an answer as long as Serve's
@@ -52,6 +53,8 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _PREFIX_V6 = 64  # the smallest network of one customer
 _LATE = "the head of the request did not arrive in time"
+_MAX_HEAD_BYTES = 16 * 1024
+_NOT_READ = "the request is not valid HTTP, or its head has more than 16 KiB"
 _TOO_MANY = "this address has too many open connections"
 
 
@@ -150,6 +153,26 @@ class AddressBook:
         return sum(self._counts.values())
 
 
+class BoundedHeads(h11.Connection):
+    """h11's connection with the limit on heads and trailers that arrive at once too: h11 checks incomplete ones."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Return the next event. Raises: RemoteProtocolError if it is not valid, or too large."""
+        event = super().next_event()
+        if isinstance(event, h11.Request | h11.EndOfMessage) and _count_bytes(event) > _MAX_HEAD_BYTES:
+            raise h11.RemoteProtocolError(_NOT_READ)
+        return event
+
+
+def _count_bytes(event: h11.Request | h11.EndOfMessage) -> int:
+    """Return the size of a request's address and headers, or of its trailers, as a client sends them."""
+    address = len(event.target) if isinstance(event, h11.Request) else 0
+    return address + sum(len(name) + len(value) + len(": \r\n") for name, value in event.headers)
+
+
 class BoundedProtocol(H11Protocol):
     """uvicorn's protocol over h11, with a deadline for heads and a limit on the connections of one address."""
 
@@ -162,6 +185,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.conn = BoundedHeads()
         address = make_counting_key(self.client)
         if not self.book.enter(address):
             self._refuse("429 Too Many Requests", "rate_limit_error", "rate_limit_exceeded", _TOO_MANY)
@@ -178,6 +202,14 @@ class BoundedProtocol(H11Protocol):
         else:
             self._has_begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
             self._await_head(with_deadline=True)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP or too large. An answer that has begun takes no second one: it is cut off."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse("400 Bad Request", "invalid_request_error", "http_error", _NOT_READ)
+        else:
+            self.transport.close()
+            self._await_reading()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -267,7 +299,7 @@ class BoundedProtocol(H11Protocol):
             self._address = None
 
     def _refuse(self, status: str, type_: str, code: str, message: str) -> None:
-        """Send an error in the API's format, past h11, which allows none yet, and close the connection."""
+        """Send an error in the API's format, past h11, which may allow none, and close the connection."""
         body = f'{{"error":{{"message":"{message}","type":"{type_}","param":null,"code":"{code}"}}}}'
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         head += f"{ID_HEADER}: {uuid.uuid4().hex}\r\n"

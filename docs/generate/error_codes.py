@@ -9,9 +9,9 @@ from docs.generate.markdown import code, table
 
 _OF_THE_FRAMEWORK = (
     code(HTTP_ERROR),
-    "404, 405, …",
+    "400, 404, 405, …",
     code("not_found_error, invalid_request_error"),
-    "The path or the method does not exist, or a form cannot be read.",
+    "The path or method does not exist, a form cannot be read, the request is not HTTP, or its head exceeds 16 KiB.",
     "Compare with the [HTTP API](http-api.md).",
 )
 

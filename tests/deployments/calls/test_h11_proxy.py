@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from deployments.api.error_table import RETRIED, STATUSES
+from deployments.api.error_table import HTTP_ERROR, RETRIED, STATUSES
 from deployments.calls import h11_proxy
 from deployments.calls.h11_proxy import (
     CALLBACK,
@@ -101,7 +101,48 @@ async def test_a_request_of_common_size_is_answered() -> None:
 )
 async def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces: tuple[bytes, ...]) -> None:
     """None of these ends: without a limit the server would wait for more."""
-    assert (await answer_to(*pieces)).startswith(b"HTTP/1.1 400")
+    check_400(await answer_to(*pieces))
+
+
+def check_400(answer: bytes) -> None:
+    """Check that the request was refused with the error object of the API."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
+    assert json.loads(body)["error"]["code"] == HTTP_ERROR
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        GOOD + b"X-A: " + b"a" * 17_000 + b"\r\n\r\n",
+        GOOD + b"".join(b"X-%d: a\r\n" % number for number in range(1700)) + b"\r\n",
+        b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        CHUNKED + b"1\r\na\r\n0\r\nX-A: " + b"a" * 17_000 + b"\r\n\r\n",
+    ],
+    ids=["a header", "many headers", "an address", "a trailer"],
+)
+async def test_oversized_parts_that_arrive_at_once_are_refused(sent: bytes) -> None:
+    check_400(await answer_to(sent))
+
+
+async def test_what_is_not_http_is_refused_with_an_api_error() -> None:
+    check_400(await answer_to(b"hello\r\n\r\n"))
+    check_400(await answer_to(CHUNKED, b"not a length\r\n"))
+
+
+async def test_an_answer_that_has_begun_is_cut_off_if_the_rest_of_its_request_is_not_http() -> None:
+    async def answer_early(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async with server_of(ProxyLimits(), app=answer_early) as (port, _):
+        reader, writer = await connect(port)
+        writer.write(CHUNKED)
+        begun = await reader.readuntil(b"begun\r\n")
+        writer.write(b"not a length\r\n")
+        assert begun.startswith(b"HTTP/1.1 200 ") and await reader.read() == b""
 
 
 def check_refusal(answer: bytes, error: type[ReportedError]) -> None:
