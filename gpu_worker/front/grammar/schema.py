@@ -27,10 +27,12 @@ _STRICTER = {"date": (_DATE,), "time": (_TIME,), "date-time": (_DATE, _TIME)}
 _SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # The library leaves these out of the strings of `enum` and `const`, as JSON has no short escape for them.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+# The library writes a class of all control characters as every escape, also \" and \\ where the class excludes them.
+_WRITABLE = r"[^\x00-\x07\x0b\x0e-\x1f\x7f]"
 _NEW_LINES = r"\n\r\u2028\u2029"  # which ECMA-262's `.` leaves out; the library's leaves out \n only
 _CLASSES = {".": rf"[^{_NEW_LINES}]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
-_CLASS_ESCAPES = frozenset({r"\d", r"\D", r"\s", r"\S", r"\w", r"\W"})
-_ESCAPE = r"\\(?:u\{\w+\}|u\w{4}|x\w\w|.)"
+_CLASS_ESCAPE = re.compile(r"\\[dDsSwWpP]")
+_ESCAPE = r"\\(?:u\{\w+\}|u\w{4}|x\w\w|[pP]\{[^{}\[\]\\]*\}|[pP]\w|.)"
 _MEMBER = re.compile(rf"{_ESCAPE}|.", re.DOTALL)
 # Each character is tried a bounded number of times, also in a pattern that is wrong.
 _PATTERN_PART = re.compile(
@@ -118,11 +120,24 @@ def with_ecma_meaning(pattern: str) -> str:
             remedy = r"write \] for the character ] in a class, or [\s\S] for any character"
             raise ValueError(f"the pattern {pattern!r} has an empty class; {remedy}")
         if part["opening"] is None:
-            found.append(_CLASSES.get(part[0], part[0]))
+            found.append(_write_part(part[0]))
         else:
-            found += [part["opening"], _write_members(part["members"]), part["closing"]]
+            found.append(_write_class(part["opening"], part["members"], part["closing"]))
         is_quantified = is_quantifier
     return "".join(found)
+
+
+def _write_part(part: str) -> str:
+    """Return what is no class in brackets: one character or escape, or a quantifier."""
+    if part in _CLASSES:
+        return _CLASSES[part]
+    return _write_class("[", part, "]") if _CLASS_ESCAPE.match(part) else part
+
+
+def _write_class(opening: str, members: str, closing: str) -> str:
+    """Return a class in brackets without the characters that cannot be written."""
+    text = opening + _write_members(members) + closing
+    return f"[{text}&&{_WRITABLE}]" if closing else text
 
 
 def _write_members(members: str) -> str:
@@ -130,8 +145,8 @@ def _write_members(members: str) -> str:
     found, previous, may_be_operator, follows_operator = list[str](), "", False, False
     for member in _MEMBER.findall(members):
         is_operator = member == "-" and may_be_operator
-        makes_range = is_operator and previous not in _CLASS_ESCAPES
-        if follows_operator and member in _CLASS_ESCAPES:
+        makes_range = is_operator and not _CLASS_ESCAPE.match(previous)
+        if follows_operator and _CLASS_ESCAPE.match(member):
             found[-1] = r"\-"
         is_escaped = member in ("[", "&", "~") or (member == "-" and not makes_range)
         found.append(f"\\{member}" if is_escaped else _CLASSES[member] if member in (r"\s", r"\S") else member)

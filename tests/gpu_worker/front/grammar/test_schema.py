@@ -60,6 +60,36 @@ def test_a_grammar_allows_what_its_schema_allows(schema: Any, valid: str, invali
 
 
 @pytest.mark.parametrize(
+    ("pattern", "written", "excluded"),
+    [
+        (r'^[^"]$', "a\\\n\té", '"'),
+        (r'^[^"\n]$', "a\\\té", '"\n'),
+        (r'^[^"\\]{1,2}$', "a\n\té", '"\\'),
+        (r'^[^\\/:*?"<>|]{1,12}$', "a\n\té", '"\\/'),
+        (r"^[\x00-!#-\[\]-\x7f]$", "a\n\t]", '"\\é'),
+        (r"^\P{P}$", "a\n\té", '"\\'),
+        (r"^[^\p{P}-x]$", "a\n\té", '"\\-x'),
+        (r"^\p{P}$", '"\\', "a\n"),
+        (r"^\W$", '"\\\n\té', "a"),
+        (r"^\D$", '"\\\n\ta', "1"),
+        (r"^\S$", '"\\aé', "\n\t"),
+        (r"^\s$", "\n\t ", '"\\a'),
+        (r"^.$", '"\\\ta', "\n"),
+        (r"^[\s\S]$", '"\\\n\ta', ""),
+    ],
+)
+def test_a_class_gives_quotes_and_backslashes_only_where_it_has_them(pattern: str, written: str, excluded: str) -> None:
+    parts = {"allOf": [{"pattern": pattern}, {"pattern": "^[^#]*$"}]}
+    for schema in ({"pattern": pattern}, parts):
+        grammar = Grammar("json_schema", json.dumps({"type": "string"} | schema))
+        assert all(allows(grammar, json.dumps(char, ensure_ascii=False)) for char in written)
+        assert not any(allows(grammar, json.dumps(char, ensure_ascii=False)) for char in excluded)
+    names = Grammar("json_schema", json.dumps({"patternProperties": {pattern: NUMBER}, "additionalProperties": TEXT}))
+    assert all(allows(names, json.dumps({char: "x"}, ensure_ascii=False)) for char in excluded)
+    assert not any(allows(names, json.dumps({char: "x"}, ensure_ascii=False)) for char in written)
+
+
+@pytest.mark.parametrize(
     ("schema", "pointer", "message"),
     [
         ({"properties": {"a": {"minProperties": 2}}}, "/properties/a", "minProperties 2 cannot be guaranteed"),
