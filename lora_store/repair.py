@@ -86,7 +86,7 @@ def repair(store: Location, now: datetime) -> Repaired | None:
     """Repair the catalogue of this store. Return None if it is whole; nothing is changed then.
 
     No other process may use the store meanwhile. Raises: StoreUnavailable; StoreIsNewer; StoreDamaged if nothing of a
-    catalogue is left.
+    catalogue is left; ValueError if there is nothing at all.
     """
     location = store.child(CATALOGUE)
     files = Files(location)
@@ -94,6 +94,8 @@ def repair(store: Location, now: datetime) -> Repaired | None:
     if not found.damaged:
         return None
     if not found.rows and found.log.newest < 0:
+        if not Files(store).entries():
+            raise ValueError(f"{store.uri}: there is no pool")
         raise StoreDamaged(f"{location.uri}/{LOG}", MISSING, "no data file is left to repair it from; restore a copy")
     before = max((pc.max(rows["generation"]).as_py() or 0 for rows in found.rows.values()), default=0)
     restored = _restore(found)

@@ -146,7 +146,7 @@ def read_labelled(file: Path, *, needs_adapter: bool = True) -> list[Labelled]:
     `needs_adapter`: a row without `adapter` is invalid.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # JSON texts may have other separators
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON texts may have other separators
     except OSError as exc:
         fail(describe_problem(exc))
     except UnicodeDecodeError as exc:

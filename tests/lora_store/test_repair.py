@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from lora_store import Location, Snapshot
-from lora_store.catalogue import Catalogue
+from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.errors import StoreDamaged
 from lora_store.event_table import EventTable
 from lora_store.events import SCHEMA, Publish, Withdraw, make_fold_table, make_table
@@ -148,9 +148,13 @@ def test_a_lost_log_is_made_again_from_the_data_files(location: Location, table:
 
 
 def test_without_any_data_file_there_is_nothing_to_repair_from(location: Location, table: Location) -> None:
-    with pytest.raises(StoreDamaged, match="no data file is left"):
+    with pytest.raises(ValueError, match="there is no pool"):
         repair(location, NOON)
     assert Files(location).entries() == []
+    Files(location).write("blobs/aa/aaa", b"weights")
+    with pytest.raises(StoreDamaged, match="no data file is left"):
+        repair(location, NOON)
+    assert Files(location).entries(CATALOGUE) == []
 
 
 @IN_A_FOLDER

@@ -147,10 +147,13 @@ def test_an_invalid_line_or_file_is_named(text: str | None, says: str, tmp_path:
     assert (said.code, said.asked) == (1, []) and says in said.err
 
 
-def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_line_ends_at_a_newline_only_and_a_file_may_have_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
     text = "one\u2028two\u2029three\x85four"
     file = tmp_path / "prompts.jsonl"
-    file.write_bytes(f'{{"input": "{text}", "adapter": null}}\r\n{{"input": "b", "adapter": null}}\r\n'.encode())
+    file.write_bytes(
+        f'{{"input": "{text}", "adapter": null}}\r\n{{"input": "b", "adapter": null}}\r\n'.encode(encoding)
+    )
     assert [(row.prompt, row.line) for row in read_labelled(file)] == [(text, 1), ("b", 2)]
 
 
