@@ -19,7 +19,19 @@ from deployments.cli import access, batch, compose, keys, name, pool, pool_upkee
 from deployments.cli.client import ServerFailed, call, check_free, open_client
 from deployments.cli.client import check as check_answer
 from deployments.cli.options import DEFAULT_URL, Json, Key, KeyAnywhere, Options, Strategy, Url, Version, read_options
-from deployments.cli.output import counted, err, fail, join_lines, out, print_json, say, show_warning, write
+from deployments.cli.output import (
+    counted,
+    describe_problem,
+    err,
+    fail,
+    join_lines,
+    out,
+    print_json,
+    say,
+    show_error,
+    show_warning,
+    write,
+)
 from deployments.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -349,5 +361,14 @@ def _plan_line(lora: JsonObject, nearest: list[str]) -> str:
 
 
 def main() -> None:
-    """The `loraretriever` command."""
-    cli()
+    """The `loraretriever` command. Text that is not UTF-8 and errors of standard output are a line."""
+    try:
+        cli()
+    except UnicodeEncodeError as exc:
+        if exc.reason != "surrogates not allowed":
+            raise
+        show_error("an argument or the standard input is not text in UTF-8")
+        sys.exit(2)
+    except OSError as exc:
+        show_error(describe_problem(exc))
+        sys.exit(1)

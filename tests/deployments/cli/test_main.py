@@ -346,6 +346,28 @@ def test_arrow_keys_edit_the_line_of_a_chat_whose_answers_do_not_move_the_termin
     assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
+@pytest.mark.parametrize(
+    ("words", "target", "code", "says"),
+    [
+        (["ask", "-"], os.devnull, 2, "an argument or the standard input is not text in UTF-8"),
+        (["route", b"caf\xe9"], os.devnull, 2, "an argument or the standard input is not text in UTF-8"),
+        (["list", "--json"], "/dev/full", 1, "[Errno 28] No space left on device"),
+    ],
+    ids=str,
+)
+def test_text_that_is_no_utf_8_and_a_full_output_are_a_line(
+    words: list[str | bytes], target: str, code: int, says: str
+) -> None:
+    script = "from deployments.cli.main import main; main()"
+    with (
+        scripted((200, {"data": [], "has_more": False, "generation": 1, "total": 0, "unserved": []})) as server,
+        open(target, "w") as stdout,
+    ):
+        command = [sys.executable, "-c", script, *words, "--url", server.url]
+        done = subprocess.run(command, input=b"caf\xe9", stdout=stdout, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert (done.returncode, done.stderr.decode()) == (code, f"{says}\n")
+
+
 def test_status_shows_the_models_the_pool_and_the_load() -> None:
     stats: dict[str, Any] = {
         "base_model": "tiny",
