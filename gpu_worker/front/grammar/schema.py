@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpu_worker.front.grammar.exact_numbers import require_exact_bounds, require_exact_value
+
 _MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
@@ -77,8 +79,8 @@ def prepared(schema: Any) -> Any:
     - `propertyNames` that every name fulfils is left out. Names from a list become `properties`.
     - Patterns are written out so that they mean what ECMA-262 says.
 
-    Raises: ValueError for `minProperties` where equal names could be counted, for values that cannot be written, and
-    for patterns with an empty class or a quantifier behind a quantifier.
+    Raises: ValueError for `minProperties` where equal names could be counted, for values that cannot be written, for
+    numbers that the library would change, and for patterns with an empty class or a quantifier behind a quantifier.
     """
     if not isinstance(schema, dict):
         return schema
@@ -102,6 +104,7 @@ def prepared(schema: Any) -> Any:
     found = _without_property_names(found)
     _require_distinct_names(found)
     _require_writable([found.get("enum"), found.get("const")])
+    require_exact_bounds(found)
     return found
 
 
@@ -181,7 +184,9 @@ def _require_distinct_names(schema: Mapping[str, Any]) -> None:
 
 
 def _require_writable(value: Any) -> None:
-    """Refuse control characters anywhere in a fixed value."""
+    """Refuse control characters and inexact numbers anywhere in a fixed value."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        require_exact_value(value)
     if isinstance(value, str) and (found := _UNWRITABLE.search(value)):
         raise ValueError(f"the control character {found[0]!r} in `enum` or `const` is not supported")
     if isinstance(value, list | dict):

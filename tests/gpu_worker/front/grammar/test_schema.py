@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -49,6 +51,9 @@ NUMBER, TEXT = {"type": "integer"}, {"type": "string"}
         ({"type": "object", "properties": {"a": {"type": "string", "format": "password"}}}, '{"a":"x"}', '{"a":1}'),
         ({"type": "string", "format": "date"}, '"2024-02-29"', '"2024-02-31"'),
         ({"format": "date", "allOf": [{"pattern": "9$"}]}, '"2000-02-29"', '"1900-02-29"'),
+        ({"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, "9223372036854775807", "-1"),
+        ({"type": "integer", "maximum": 1234567890123456789}, "1234567890123456768", "1234567890123456790"),
+        ({"type": "number", "maximum": 0.30000000000000004}, "0.25", "0.31"),
         ({"format": "time"}, '"22:48:59.60+01:30"', '"22:48:60Z"'),
         ({"format": "date-time"}, '"2024-02-29T22:48:59Z"', '"2239-04-05t22:48:60z"'),
     ],
@@ -101,11 +106,55 @@ def test_a_class_gives_quotes_and_backslashes_only_where_it_has_them(pattern: st
         ({"items": {"pattern": "^[^]a]$"}}, "/items", r"an empty class; write \\\] for"),
         ({"properties": {"a": {"enum": ["a\x00b"]}}}, "/properties/a", r"control character '\\x00'"),
         ({"items": {"const": [{"a": {"b\x7f": "x"}}]}}, "/items", r"control character '\\x7f'"),
+        ({"items": {"enum": [1, 1234567890123456789]}}, "/items", "number 1234567890123456789 .* or a string"),
+        ({"items": {"const": {"a": [984.6056941533499]}}}, "/items", r"number 984\.6056941533499"),
+        ({"items": {"const": -(2**63)}}, "/items", "number -9223372036854775808"),
+        ({"items": {"type": "integer", "minimum": 1234567890123456789}}, "/items", "in `minimum`"),
+        ({"items": {"type": "number", "maximum": 2**60}}, "/items", "in `maximum`"),
+        ({"items": {"type": "integer", "exclusiveMaximum": 2**60}}, "/items", "in `exclusiveMaximum`"),
+        ({"items": {"type": "number", "exclusiveMinimum": 984.6056941533499}}, "/items", "in `exclusiveMinimum`"),
+        ({"items": {"type": "number", "multipleOf": 2**53 + 1}}, "/items", "in `multipleOf`"),
     ],
 )
 def test_a_schema_that_could_give_invalid_texts_is_refused(schema: Any, pointer: str, message: str) -> None:
     refusal = check("json_schema", json.dumps(schema))
     assert refusal is not None and re.search(message, refusal.error) and refusal.pointer == pointer
+
+
+_CHANCE = random.Random(0)
+_NUMBERS = [
+    *(
+        0,
+        -0.0,
+        0.1,
+        1e16,
+        -1e-300,
+        5e-324,
+        2**53 + 1,
+        2**63 - 1,
+        2**64 - 1,
+        10**20,
+        5300 * 10**26,
+        9.37090692733342e-11,
+    ),
+    *(_CHANCE.randint(-(2**64), 2**64) for _ in range(30)),
+    *(_CHANCE.random() * 10 ** _CHANCE.randint(-20, 20) for _ in range(60)),
+    *(round(_CHANCE.random() * 10_000, 6) for _ in range(10)),
+]
+
+
+def test_a_fixed_number_is_repeated_or_refused() -> None:
+    num_refused = 0
+    for number in _NUMBERS:
+        schema = {"const": number}
+        if check("json_schema", json.dumps(schema)) is not None:
+            num_refused += 1
+            continue
+        alone = Grammar("json_schema", json.dumps(schema))
+        call = Grammar("tool_calls", json.dumps({"rules": "start: schema_0\n", "schemas": {"": schema}}))
+        text = f"{Decimal(str(number)):f}".removesuffix(".0")
+        assert allows(alone, text) and allows(call, text), number
+    assert 20 < num_refused < 60
 
 
 @pytest.mark.parametrize("part", ["[", "[a", "[\\u{12}", "\\u{12}", "\\u{", "a{1", "(?"])
