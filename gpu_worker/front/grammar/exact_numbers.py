@@ -1,4 +1,4 @@
-"""Refuse numbers of JSON schemas that the grammar library would change.
+"""Numbers of JSON schemas as the grammar library follows them. Those that it would change are refused.
 
 It reads a number's digits and its power of ten as doubles, each of them rounded, and multiplies or divides them.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 _LARGEST_INTEGER = 2**63 - 1  # larger ones become this one where the schema asks for integers
 _MAX_SIGNIFICAND = 2**64 - 1  # the library ignores digits after it
 _MAX_POWER = 308
 _EACH_INTEGER_IS_EXACT = 2**53
+_SAFE_DIGITS = 15  # a double holds each decimal with this many digits
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
@@ -28,15 +29,49 @@ def require_exact_value(value: float) -> None:
 
 def require_exact_bounds(schema: Mapping[str, Any]) -> None:
     """Refuse bounds that would allow numbers which the schema does not, and other factors. Raises: ValueError."""
-    names = schema.get("type")
-    is_integer = "integer" in names and "number" not in names if isinstance(names, str | list) else False
+    is_integer = _asks_for_integers(schema)
     for name in _BOUNDS:
         value = schema.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if _is_number(value):
             number = Decimal(str(value))
             uses = _used(number, is_integer) if number.is_finite() else []
             if not all(_is_kept(name, number, used, is_integer) for used in uses):
                 raise ValueError(f"the number {value} in `{name}` cannot be followed exactly; use fewer digits")
+
+
+def with_inclusive_bounds(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema with the nearest inclusive bound of 15 digits instead of an exclusive bound without fraction.
+
+    The library would allow that bound itself if the other bound is less than 1 away, in this schema or beside it.
+    """
+    found = dict(schema)
+    if _asks_for_integers(schema):
+        return found
+    for exclusive, inclusive, sign in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
+        other = found.get(inclusive)
+        bound = other if found.get(exclusive) is True else found.get(exclusive)  # draft 4 has a boolean
+        nearest = _next_to(bound, sign)
+        if nearest is not None:
+            bounds = [nearest, other] if _is_number(other) else [nearest]
+            found[inclusive] = max(bounds) if sign > 0 else min(bounds)
+            del found[exclusive]
+    return found
+
+
+def _next_to(bound: Any, sign: int) -> float | None:
+    if not _is_number(bound) or bound % 1 != 0:
+        return None
+    places = _SAFE_DIGITS - len(str(abs(int(bound))))
+    return float(int(bound) + sign * Decimal(10) ** -places) if places > 0 else None
+
+
+def _asks_for_integers(schema: Mapping[str, Any]) -> bool:
+    names = schema.get("type")
+    return isinstance(names, str | list) and "integer" in names and "number" not in names
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_kept(name: str, number: Decimal, used: Decimal, is_integer: bool) -> bool:

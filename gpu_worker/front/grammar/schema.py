@@ -7,7 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpu_worker.front.grammar.exact_numbers import require_exact_bounds, require_exact_value
+from gpu_worker.front.grammar.exact_numbers import (
+    require_exact_bounds,
+    require_exact_value,
+    with_inclusive_bounds,
+)
 
 _MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -76,6 +80,7 @@ def prepared(schema: Any) -> Any:
     """Return the schema, and those in it, in the form for the library.
 
     - Formats that the specification does not know are annotations: they are left out. Dates and times are made exact.
+    - Exclusive bounds that the library would not follow become inclusive ones.
     - `propertyNames` that every name fulfils is left out. Names from a list become `properties`.
     - Patterns are written out so that they mean what ECMA-262 says.
 
@@ -104,6 +109,7 @@ def prepared(schema: Any) -> Any:
     found = _without_property_names(found)
     _require_distinct_names(found)
     _require_writable([found.get("enum"), found.get("const")])
+    found = with_inclusive_bounds(found)
     require_exact_bounds(found)
     return found
 
