@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from gpu_worker.errors import SamplingInvalid
+from gpu_worker.errors import GrammarInvalid, SamplingInvalid
 from gpu_worker.front.request.grammar import ANY_OBJECT, Grammar
 from gpu_worker.front.request.tools import Function, ToolForm, Tools
 
@@ -38,7 +38,8 @@ def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Gramma
     if answer is None and not tools.have_grammar:
         return None
     places = [n for n, function in enumerate(tools.functions) if tools.only in (None, function.name)]
-    schemas = {f"/{n}/function/parameters": _make_schema(tools.functions[n], is_forced) for n in places}
+    pointers = {n: f"/{n}/function/parameters" for n in places}
+    schemas = {pointer: _make_schema(tools.functions[n], is_forced, pointer) for n, pointer in pointers.items()}
     if form.is_bare and answer is not None and not is_forced:
         form = replace(form, opening=form.marker)  # else the answer's own object could not be distinguished from a call
     rules = [_calls(form, [tools.functions[n] for n in places])]
@@ -63,20 +64,30 @@ def _require_schema(answer: Grammar) -> None:
         )
 
 
-def _make_schema(function: Function, is_forced: bool) -> dict[str, Any]:
+def _make_schema(function: Function, is_forced: bool, pointer: str) -> dict[str, Any]:
     """Return the schema of the function's arguments, without undeclared ones: a weak model might never end them."""
     if not is_forced and not function.strict:
         return dict(json.loads(ANY_OBJECT))
-    schema: dict[str, Any] = json.loads(function.parameters)
+    schema = _require_object(json.loads(function.parameters), pointer)
     if _OPEN & schema.keys():
-        return {"type": "object"} | schema
+        return schema
     declared, required, least = schema.get("properties", {}), schema.get("required", []), schema.get("minProperties")
     if not isinstance(declared, dict) or not isinstance(required, list):
         return schema  # refused when the grammar is compiled
     more: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in declared}
     schema |= {"properties": declared | more} if more else {}
     is_open = isinstance(least, int) and least > len(declared) + len(more)
-    return {"type": "object"} | schema | ({} if is_open else {"additionalProperties": False})
+    return schema | ({} if is_open else {"additionalProperties": False})
+
+
+def _require_object(schema: dict[str, Any], pointer: str) -> dict[str, Any]:
+    """Return the schema for objects only: other arguments are no call."""
+    names = schema.get("type", "object")
+    if "object" not in (names if isinstance(names, list) else [names]):
+        raise GrammarInvalid(
+            f"arguments are an object, not {json.dumps(names)}; use the type 'object'", pointer, "tools"
+        )
+    return schema | {"type": "object"}
 
 
 def _calls(form: ToolForm, functions: list[Function]) -> str:

@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from gpu_worker.errors import SamplingInvalid
+from gpu_worker.errors import GrammarInvalid, SamplingInvalid
 from gpu_worker.front.grammar.check import check
 from gpu_worker.front.grammar.library import compile_matcher
 from gpu_worker.front.grammar.tool_grammar import tool_grammar
@@ -127,6 +127,44 @@ def test_arguments_that_the_schema_asks_for_are_allowed(schema: dict[str, Any], 
     assert check(grammar.kind, grammar.text) is None
     assert allows(grammar, written(HERMES, call(HERMES, "f", allowed)))
     assert not allows(grammar, written(HERMES, call(HERMES, "f", refused)))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": ["object", "null"], "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        {"properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        {"anyOf": [{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"type": "null"}]},
+        {"enum": [{"a": 1}, None, "a"]},
+        {"type": ["null", "object"], "enum": [{"a": 1}, None]},
+    ],
+    ids=str,
+)
+def test_arguments_are_an_object(schema: dict[str, Any]) -> None:
+    text = json.dumps(schema)
+    for grammar in (
+        grammar_of(HERMES, Function("f", "", text), required=True),
+        grammar_of(HERMES, Function("f", "", text, strict=True)),
+    ):
+        assert allows(grammar, written(HERMES, call(HERMES, "f", '{"a": 1}')))
+        assert not any(allows(grammar, written(HERMES, call(HERMES, "f", text))) for text in ("null", '"a"', "{}"))
+
+
+@pytest.mark.parametrize("names", ["string", "array", ["string", "null"], []], ids=str)
+def test_parameters_that_are_no_object_are_refused_with_their_place(names: str | list[str]) -> None:
+    wrong = Function("f", "", json.dumps({"type": names}))
+    with pytest.raises(GrammarInvalid, match=r"arguments are an object, not .*; use the type 'object'") as refused:
+        tool_grammar(Tools((NOW, wrong), required=True), HERMES, None)
+    assert (refused.value.param, refused.value.pointer) == ("tools", "/1/function/parameters")
+    assert tool_grammar(Tools((NOW, wrong)), HERMES, None) is None
+
+
+def test_parameters_with_other_values_only_are_refused() -> None:
+    for schema in ({"const": "x"}, {"enum": [None, "x"]}, {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}}):
+        grammar = tool_grammar(Tools((Function("f", "", json.dumps(schema)),), required=True), HERMES, None)
+        assert grammar is not None
+        refusal = check(grammar.kind, grammar.text)
+        assert refusal is not None and refusal.pointer == "/0/function/parameters"
 
 
 @pytest.mark.parametrize(
