@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,16 +30,19 @@ _DATE = rf"^(\d{{4}}-(0[13-9]|1[0-2])|\d{{4}}-02-([01]\d|2[0-8])|{_LEAP_YEAR}-02
 _TIME = r":\d\d:[0-5]\d([.+\-Zz]|$)"
 # The library allows 29 February in every year, and second 60 at every minute.
 _STRICTER = {"date": (_DATE,), "time": (_TIME,), "date-time": (_DATE, _TIME)}
-# ECMA-262's white space, which JSON schemas mean by \s; the library's has U+0085 too.
-_SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# The library leaves these out of the strings of `enum` and `const`, as JSON has no short escape for them.
+# ECMA-262's white space, which JSON schemas mean by \s; the library's has U+0085, and not U+FEFF.
+_SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+# The library leaves these out of strings and patterns, as JSON has no short escape for them.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 # The library writes a class of all control characters as every escape, also \" and \\ where the class excludes them.
 _WRITABLE = r"[^\x00-\x07\x0b\x0e-\x1f\x7f]"
+_UNWRITABLE_CLASS = re.compile(r"(?:[\x00-\x07](?:-[\x00-\x07])?|[\x0e-\x1f](?:-[\x0e-\x1f])?|[\x0b\x7f])+")
 _NEW_LINES = r"\n\r\u2028\u2029"  # which ECMA-262's `.` leaves out; the library's leaves out \n only
 _CLASSES = {".": rf"[^{_NEW_LINES}]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
 _CLASS_ESCAPE = re.compile(r"\\[dDsSwWpP]")
-_ESCAPE = r"\\(?:u\{\w+\}|u\w{4}|x\w\w|[pP]\{[^{}\[\]\\]*\}|[pP]\w|.)"
+_NAMED_CHARACTERS = {r"\v": "\v", r"\a": "\a"}
+_CODE_POINT = re.compile(r"\\[uxU]\{?([0-9A-Fa-f]+)\}?")
+_ESCAPE = r"\\(?:[ux]\{\w+\}|u\w{4}|x\w\w|U\w{8}|[pP]\{[^{}\[\]\\]*\}|[pP]\w|.)"
 _MEMBER = re.compile(rf"{_ESCAPE}|.", re.DOTALL)
 # Each character is tried a bounded number of times, also in a pattern that is wrong.
 _PATTERN_PART = re.compile(
@@ -85,7 +89,7 @@ def prepared(schema: Any) -> Any:
     - Patterns are written out so that they mean what ECMA-262 says.
 
     Raises: ValueError for `minProperties` where equal names could be counted, for values that cannot be written, for
-    numbers that the library would change, and for patterns with an empty class or a quantifier behind a quantifier.
+    numbers that the library would change, and for patterns that it would read in another way.
     """
     if not isinstance(schema, dict):
         return schema
@@ -128,12 +132,29 @@ def with_ecma_meaning(pattern: str) -> str:
         if part[0] in ("[]", "[^]"):
             remedy = r"write \] for the character ] in a class, or [\s\S] for any character"
             raise ValueError(f"the pattern {pattern!r} has an empty class; {remedy}")
-        if part["opening"] is None:
+        is_class = part["opening"] is not None
+        if part["opening"] != "[^":
+            _require_writable_characters(part["members"] if is_class else part[0], pattern)
+        if not is_class:
             found.append(_write_part(part[0]))
         else:
             found.append(_write_class(part["opening"], part["members"], part["closing"]))
         is_quantified = is_quantifier
     return "".join(found)
+
+
+def _require_writable_characters(members: str, pattern: str) -> None:
+    """Refuse a character, or a class, that is only control characters."""
+    characters = "".join(_read_character(member) for member in _MEMBER.findall(members))
+    if _UNWRITABLE_CLASS.fullmatch(characters):
+        raise ValueError(f"the control character {characters[0]!r} in the pattern {pattern!r} is not supported")
+
+
+def _read_character(member: str) -> str:
+    """Return the character that a member of a class means, or the member itself if it means others."""
+    if (code_point := _CODE_POINT.fullmatch(member)) and (number := int(code_point[1], 16)) <= sys.maxunicode:
+        return chr(number)
+    return _NAMED_CHARACTERS.get(member, member)
 
 
 def _write_part(part: str) -> str:
