@@ -101,6 +101,8 @@ def prepared(schema: Any) -> Any:
         if isinstance(found.get(name), list):
             found[name] = [prepared(part) for part in found[name]]
     found |= {name: prepared(found[name]) for name in _SINGLE if name in found}
+    if not isinstance(found.get("items"), list):
+        found.pop("additionalItems", None)  # it has no meaning there, and the library would ignore `prefixItems`
     if isinstance(found.get("format"), str) and found["format"] not in _STANDARD_FORMATS:
         del found["format"]
     if isinstance(parts := found.get("allOf", []), list) and (stricter := _STRICTER.get(str(found.get("format")))):
