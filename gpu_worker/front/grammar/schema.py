@@ -15,8 +15,8 @@ from gpu_worker.front.grammar.exact_numbers import (
 )
 
 _MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_SINGLE = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
 # The formats of the specification. The library enforces most of them, and refuses the others.
 _STANDARD_FORMATS = frozenset(
     {
