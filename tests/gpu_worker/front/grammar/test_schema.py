@@ -73,6 +73,9 @@ NUMBER, TEXT = {"type": "integer"}, {"type": "string"}
         ({"type": "number", "allOf": [{"exclusiveMinimum": 2}, {"maximum": 2.5}]}, "2.5", "2"),
         ({"type": "integer", "exclusiveMinimum": 0, "maximum": 3}, "1", "0"),
         ({"format": "time"}, '"22:48:59.60+01:30"', '"22:48:60Z"'),
+        ({"format": "time", "minLength": 1, "maxLength": 20}, '"22:48:59.60+01:30"', '"22:48:60Z"'),
+        ({"format": "date-time", "maxLength": 40}, '"2024-02-29T22:48:59Z"', '"2239-04-05t22:48:60z"'),
+        ({"format": "date-time", "maxLength": 20}, '"2024-02-29T22:48:59Z"', '"2024-02-29T22:48:59.5Z"'),
         ({"format": "date-time"}, '"2024-02-29T22:48:59Z"', '"2239-04-05t22:48:60z"'),
     ],
 )
