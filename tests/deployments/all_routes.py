@@ -54,8 +54,7 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("POST", "/detokenize"): "infer",
 }
 OPEN_ROUTES = {
-    ("GET", "/health"),
-    ("GET", "/ready"),
+    *((method, path) for method in ("GET", "HEAD") for path in ("/health", "/ready")),
     *((method, path) for method in ("GET", "HEAD") for path in ("/", "/console/{name}", "/openapi.json", "/docs")),
 }
 

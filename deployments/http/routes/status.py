@@ -36,12 +36,14 @@ class UsageQueryFields(ApiRequest):
     )
 
 
+@router.head("/health", include_in_schema=False)  # monitors of uptime send HEAD
 @router.get("/health", response_model=None, responses=HEALTH_ANSWERS)
 async def health() -> Health:
     """Answer that this Ingress runs."""
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_model=None, responses=READY_ANSWERS)
 async def ready(services: AnyServices) -> Ready:
     """Answer 200 once Retriever and Worker answer and the preload is published, 503 before.

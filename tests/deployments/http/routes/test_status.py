@@ -76,9 +76,10 @@ async def test_health_answers_while_ready_waits_for_the_preload(tmp_path: Path) 
         assert (await client.get("/health")).json() == {"status": "ok"}
         waiting = await client.get("/ready")
         assert (waiting.status_code, error_of(waiting)["code"]) == (503, "not_ready")
+        assert [(await client.head(path)).status_code for path in ("/health", "/ready")] == [200, 503]
         store.gate.set()
         await served.services.preload.wait()
-        assert (await client.get("/ready")).status_code == 200
+        assert (await client.get("/ready")).status_code == (await client.head("/ready")).status_code == 200
 
 
 async def test_the_operator_sees_the_paths_of_refused_folders(tmp_path: Path) -> None:
