@@ -129,6 +129,23 @@ async def test_a_request_whose_client_leaves_is_cancelled(is_streamed: bool) -> 
         await asyncio.wait_for(ended.wait(), 120)
 
 
+async def test_a_client_that_closes_only_its_own_side_counts_as_one_that_has_left() -> None:
+    ended = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with listening(slow) as client:
+        reader, writer = await raw(client, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write_eof()
+        assert await asyncio.wait_for(reader.read(), 120) == b""
+        await asyncio.wait_for(ended.wait(), 120)
+        writer.close()
+
+
 async def test_an_application_that_ends_before_the_body_is_answered() -> None:
     """The body is larger than all buffers, so its rest stays with the client."""
 
