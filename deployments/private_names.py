@@ -52,7 +52,11 @@ FUNCTIONS: tuple[Function, ...] = (
 Source = tuple[str, str, tuple[str, ...]]
 """A module, the dotted name of something in it ("" for all of it), and its source code, for a class of its file."""
 SOURCES: tuple[Source, ...] = (
-    ("ray", "init", ('"_node_ip_address"', '"_temp_dir"', '"_metrics_export_port"')),
+    (
+        "ray",
+        "init",
+        ('"_node_ip_address"', '"_temp_dir"', '"_metrics_export_port"', "ray._private.utils.set_sigterm_handler("),
+    ),
     ("ray._private.auto_init_hook", "", ("enable_auto_connect",)),
     ("ray._private.worker", "", ("ray._private.parameter.RayParams(",)),
     ("ray._private.parameter", "RayParams.__init__", ("no_monitor", "include_log_monitor")),

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Self
 import httpx
 import ray
 from ray import serve
-from ray._private import auto_init_hook, parameter, services
+from ray._private import auto_init_hook, parameter, services, utils
 from ray.exceptions import RayError
 from ray.serve._private import client as serve_client
 from ray.serve.config import HTTPOptions, ProxyLocation
@@ -98,6 +98,9 @@ class Server:
         self.logs = Path()  # the folder of Serve's log files, after the start
         self._app: DeploymentHandle | None = None
         self.has_new_pool = False  # whether `prepare` created the pool
+        self._interrupted_by = 0  # the signal that ended the start
+        self._leaves_at_once = True  # on a signal
+        self._handlers: dict[int, Any] = {}  # that `leave_on_signals` replaced
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
@@ -157,20 +160,11 @@ class Server:
         # At least those of Serve's controller, the Store and the first Worker, at most those of all deployments.
         num_early = max(3, min(os.cpu_count() or 1, 4 + len(self.settings.by_model)))
         with _inherited(inherited), _fewer_processes(), _early_processes(num_early):
-            context = start_own_ray(
-                num_cpus=self._num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=self.ray_log_level,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(sessions),
-                _metrics_export_port=self._metrics_port,
-            )
+            context = self._start_ray(sessions)
         self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
         self.ray_address = context.address_info["gcs_address"]
         host, _, port = self.ray_address.rpartition(":")
         self._control_plane = host, int(port)
-        signal.signal(signal.SIGTERM, _leave)  # in place of Ray's handler
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
         if not self._uses_proxy:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
@@ -185,6 +179,26 @@ class Server:
         app = application(self.settings, None if self._uses_proxy else (self._host, self._port))
         self._deploy(app)
         return self.url
+
+    def _start_ray(self, sessions: Path) -> Any:
+        """Start Ray. A signal waits until Ray has started: the process would abort if it exited with a part of it."""
+        self._leaves_at_once = False
+        signal.signal(signal.SIGTERM, self._leave)
+        with _own_sigterm_handler():
+            context = start_own_ray(
+                num_cpus=self._num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=self.ray_log_level,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(sessions),
+                _metrics_export_port=self._metrics_port,
+            )
+        signal.signal(signal.SIGTERM, self._leave)  # in place of the handler of Ray's core
+        self._leaves_at_once = True
+        if self._interrupted_by:
+            sys.exit(128 + self._interrupted_by)
+        return context
 
     def _deploy(self, app: serve.Application) -> None:
         serve_client.CLIENT_POLLING_INTERVAL_S = _POLL_S  # Serve's own is a second, also while it stops
@@ -216,9 +230,24 @@ class Server:
         answer: JsonObject = self._app.started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
         return answer
 
+    def leave_on_signals(self) -> None:
+        """Let SIGINT and SIGTERM end the start with 128 and their number as the exit status, until the context ends.
+
+        They leave all contexts, which stops what has been started.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._leave)
+
+    def _leave(self, number: int, _: FrameType | None) -> None:
+        self._interrupted_by = number
+        if self._leaves_at_once:
+            sys.exit(128 + number)
+
     def interrupts(self) -> SimpleQueue[int]:
         """Return a queue that receives SIGINT and SIGTERM from now on. They no longer end the process."""
         received = SimpleQueue[int]()  # unlike an Event, a handler may use it at any time
+        if self._interrupted_by:  # in a place that lets no exception pass, such as a destructor
+            received.put(self._interrupted_by)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: received.put(number))
         return received
@@ -245,6 +274,16 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leaves_at_once, interrupted_by = False, self._interrupted_by
+        try:
+            self._stop()
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        if interrupted_by:  # whatever the exception of the handler became: Ray makes others of it
+            raise SystemExit(128 + interrupted_by) from exc
+
+    def _stop(self) -> None:
         if ray.is_initialized():
             # Threads of Serve's handles call Ray until the process ends. A call after its end would start another Ray.
             auto_init_hook.enable_auto_connect = False
@@ -329,11 +368,6 @@ def causes_in(status: ServeStatus, logs: Path) -> str:
     return "\n".join([*causes, f"the logs are in {logs}"]) if causes else ""
 
 
-def _leave(number: int, _: FrameType | None) -> None:
-    """Handle a signal during the start: leave all contexts, which stops what has been started."""
-    sys.exit(128 + number)
-
-
 @contextmanager
 def _fewer_processes() -> Iterator[None]:
     """Let Ray start without its dashboard, its autoscaler of machines and its log monitor.
@@ -351,6 +385,17 @@ def _fewer_processes() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams, services.start_api_server = before
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Let Ray start without its handler of SIGTERM in Python, which exits with 15."""
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def run_server(
         server = Server(settings, host=host, port=port, metrics_port=metrics_port, is_verbose=is_verbose)
         started = time.monotonic()
         with server:
+            server.leave_on_signals()
             with out.status("starting") as status:
                 report: Callable[[str], None] = status.update if out.is_terminal else say  # a line for a log file
                 server.prepare(report)
@@ -69,6 +70,9 @@ def run_server(
             interrupts.get()
             if not server.finish_requests():
                 out.print("stopped before all requests were answered")
+    except SystemExit:  # by a signal
+        say("stopped before the server was ready")
+        raise
     except (ServerFailed, ProxyUnsafe, LoraStoreError, ValueError, OSError) as exc:
         fail(str(exc))
 

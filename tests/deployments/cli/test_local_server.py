@@ -5,14 +5,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
 from ray import serve
-from ray._private import auto_init_hook, parameter, services
+from ray._private import auto_init_hook, parameter, services, utils
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -70,6 +70,66 @@ def test_signals_reach_a_queue_and_end_no_process_once_the_server_runs(number: s
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def interrupt(server: Server, number: signal.Signals, becomes: type[BaseException]) -> None:
+    with server:
+        server.leave_on_signals()
+        try:
+            signal.raise_signal(number)
+        except SystemExit as exc:
+            raise becomes from exc
+
+
+@pytest.mark.parametrize("becomes", [SystemExit, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_start_is_the_exit_status_whatever_its_exception_becomes(
+    number: signal.Signals, becomes: type[BaseException]
+) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as caught:
+        interrupt(Server(config_of(), port=1), number, becomes)
+    assert caught.value.code == 128 + number
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_while_ray_starts_waits_for_it_and_is_the_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own handler would exit at once with 15, and a process with a part of Ray aborts as it exits."""
+    happened = list[str]()
+
+    def start_ray(**_: object) -> None:
+        utils.set_sigterm_handler(lambda *_: sys.exit(15))
+        signal.raise_signal(signal.SIGTERM)
+        happened.append("started")
+
+    monkeypatch.setattr(local_server, "start_own_ray", start_ray)
+    before = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, Server(config_of(), port=1) as server:
+        server.leave_on_signals()
+        server._start_ray(tmp_path)
+    assert caught.value.code == 128 + signal.SIGTERM and happened == ["started"]
+    assert (utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_after_rays_start_signals_are_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        local_server, "start_own_ray", lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+    )
+    with pytest.raises(SystemExit) as caught, Server(config_of(), port=1) as server:
+        server.leave_on_signals()
+        server._start_ray(tmp_path)
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 128 + signal.SIGTERM
+
+
+def test_a_signal_whose_exception_was_lost_ends_the_server_once_it_runs() -> None:
+    with pytest.raises(SystemExit), Server(config_of(), port=1) as server:
+        server.leave_on_signals()
+        with suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        assert server.interrupts().get(timeout=1) == signal.SIGTERM
 
 
 def test_a_stop_takes_less_than_the_ten_seconds_that_containers_have() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -116,6 +117,24 @@ def test_a_start_without_a_terminal_prints_each_phase_and_how_many_adapters_it_m
     counted = "0 adapters" if has_preload else "0 public adapters"
     expected = [*phases[: 2 + has_preload], f"ready after 0 s at http://127.0.0.1:8000 with {counted}"]
     assert capsys.readouterr().out.splitlines()[: len(expected)] == expected
+
+
+class InterruptedServer(QuickServer):
+    """A server whose start is interrupted."""
+
+    def start(self, report: Callable[[str], None] = lambda _: None) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return self.url
+
+
+def test_a_start_that_a_signal_ends_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deployments.cli.run_server.Server", InterruptedServer)
+    with pytest.raises(SystemExit) as caught:
+        run_server(AppConfig(), "127.0.0.1", 8000)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped before the server was ready"
 
 
 def test_the_start_says_which_adapters_are_not_served() -> None:
