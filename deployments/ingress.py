@@ -172,8 +172,9 @@ class Ingress:
         try:
             with self.services.metrics.record_call(context):
                 if not isinstance(caller, Caller):
-                    allowed = "must be a deployments.auth.authenticator.Caller"
-                    raise RequestInvalid(f"caller: {allowed}, got {reprlib.repr(caller)}", "caller")
+                    raise RequestInvalid(
+                        f"caller: must be a deployments.auth.authenticator.Caller, got {reprlib.repr(caller)}", "caller"
+                    )
                 context.caller, context.tenant = caller, caller.tenant
                 yield context
         finally:
