@@ -168,7 +168,7 @@ class StoreDeployment:
         """Stage the weights of the live version with these changes, as `LoraStore.edit` does. Same errors."""
         model = self._config.served_models.made_for(live.base_model)
         read = partial(read_contract, context=model.max_model_len)
-        work = partial(self._store.edit, live, edit, read)
+        work = partial(self._store.edit, live, edit, read, model.known_templates)
         if not edit.contract:
             return await asyncio.to_thread(work)
         return await asyncio.wrap_future(self._stagers.submit(live.ref.tenant, work))

@@ -64,7 +64,14 @@ from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
 from lora_store.usage import UsageFiles
-from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, check_folder
+from lora_store.validation import (
+    NO_CHAT_TEMPLATE,
+    SERVER_TEMPLATE,
+    CheckedFolder,
+    Label,
+    check_folder,
+    lacks_chat_template,
+)
 from lora_store.weights_blob import WeightsBlob, hash_blob
 
 logger = logging.getLogger(__name__)
@@ -266,8 +273,14 @@ class LoraStore:
             samples = _without_accepted(self.samples(live.samples_digest))
         return self._stage_changed(live, changed_version(live, **_describe_samples(samples)), tuple(samples))
 
-    def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
-        """Stage the weights of the live version with these changes. `read_contract`: for its base model.
+    def edit(
+        self,
+        live: AdapterRecord,
+        edit: Edit,
+        read_contract: ReadContract | None = None,
+        templates: Mapping[str, str] | None = None,
+    ) -> Staged:
+        """Stage the weights of the live version with these changes. `read_contract`, `templates`: of its base model.
 
         The commit fails if another version is live by then. An accepted prompt stays marked as one.
         Raises: AdapterRefused with every reason; AdapterNotFound if its blobs were deleted.
@@ -275,6 +288,8 @@ class LoraStore:
         name, tenant = live.ref.name, live.ref.tenant
         label = _make_label(name, tenant, edit.tags, edit.template, edit.visibility or live.visibility, live)
         reasons = list(label.problems())
+        if lacks_chat_template(edit.template, templates):
+            reasons.append(NO_CHAT_TEMPLATE)
         samples = None if edit.samples is None else self._checked_samples(live, edit.samples, reasons)
         read = read_contract or self._read_contract
         if edit.contract and read is not None:

@@ -51,6 +51,9 @@ from lora_store.tensor_names import (
 NEVER_TRAINED = "every lora_B is zero, so its answers are the base model's: was it trained?"
 TEMPLATES = ("alpaca", "chat")
 SERVER_TEMPLATE = "server"  # in a label: the adapter names none, whatever its folder brings
+NO_CHAT_TEMPLATE = (
+    "template 'chat': the base model has no chat template; use template 'alpaca', or let the operator set chat_template"
+)
 MAX_TAGS = 32
 _SHOWN_FOLDERS = 5
 _QUANTISED = re.compile(r"[48]-?bit|gptq|awq", re.IGNORECASE)
@@ -151,6 +154,8 @@ def check_folder(
     samples = _attempt(reasons, lambda: read_samples(samples_folder or folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
     template = _attempt(reasons, lambda: _choose_template(folder, label, templates, limits))
+    if lacks_chat_template(template, templates):
+        reasons.append(NO_CHAT_TEMPLATE)
     contract, notes = _attempt(reasons, lambda: _find_contract(folder, label, read_contract)) or (None, ())
     base_model = (config.base_model if config is not None else None) if label.base_model is None else label.base_model
     if config is not None:
@@ -209,13 +214,18 @@ def _choose_template(folder: Path, label: Label, templates: Mapping[str, str] | 
     if label.template is not None or digest is None or templates is None:
         return label.template
     if digest not in templates:
+        choices = "template 'chat' to use the base model's own, or 'alpaca'" if templates else "template 'alpaca'"
         problem = (
             f"is not the chat template that this server uses, and uploaded templates never run (sha256 {digest[:12]}):"
-            " publish with template 'chat' to use the base model's own, or 'alpaca', or let the operator set"
-            " chat_template to this file"
+            f" publish with {choices}, or let the operator set chat_template to this file"
         )
         raise FileRefused(TEMPLATE_FILE, [problem])
     return templates[digest]
+
+
+def lacks_chat_template(template: str | None, templates: Mapping[str, str] | None) -> bool:
+    """Return whether this is the base model's chat template, and none is known. `templates`: None if nobody knows."""
+    return template == "chat" and templates is not None and not templates
 
 
 def _find_contract(folder: Path, label: Label, read: ReadContract | None) -> tuple[str | None, tuple[str, ...]]:

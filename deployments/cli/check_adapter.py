@@ -120,7 +120,8 @@ def _outcome(
 ) -> JsonObject:
     """Return what the check of one folder finds. `has_samples`: whether it is published with any. Raises: OSError."""
     model = models.made_for(label.base_model or read_base_model(folder, limits))
-    has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
+    # Without one, the base model's need not be read.
+    has_template = label.template is not None or (folder / TEMPLATE_FILE).exists()
     try:
         admitted = check_folder(
             folder,

@@ -19,6 +19,7 @@ import deployments.store
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.calls.catalogue_clients import Buffer
 from deployments.config.app import OTHER_FILES_BYTES
+from deployments.config.served_model import ServedModel
 from deployments.errors import SourceMissing, SourceRefused, UploadDiskFull
 from deployments.store import StoreDeployment
 from lora_store import (
@@ -362,6 +363,15 @@ async def test_reports_of_usage_are_made_one_at_a_time_also_after_their_callers_
     goes_on.set()
     assert await asyncio.gather(*waiting) == [[]] * 6
     assert "b" in (begun.get(), begun.get()), "tenants take turns"
+
+
+async def test_an_edit_cannot_name_a_chat_template_that_the_base_model_does_not_have(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServedModel, "known_templates", {})
+    [poet] = await stores.publish(PublishItem(stores.adapter(), "poet"))
+    with pytest.raises(AdapterRefused, match="has no chat template"):
+        await stores.deployment.edit(poet.record, Edit(template="chat"))
 
 
 async def test_the_check_of_an_edited_contract_holds_up_no_other_call(

@@ -152,6 +152,17 @@ def test_an_edit_makes_a_version_of_the_same_weights_and_keeps_the_rest(
     assert commit(store, store.edit(fourth, Edit(template="alpaca", contract=""))).ref == first.ref
 
 
+def test_an_edit_names_the_base_models_chat_template_only_if_it_has_one(
+    store: LoraStore, make_folder: MakeFolder
+) -> None:
+    first = commit(store, store.stage(make_folder()))
+    with pytest.raises(AdapterRefused, match="has no chat template"):
+        store.edit(first, Edit(template="chat"), templates={})
+    second = commit(store, store.edit(first, Edit(template="chat"), templates={"a digest": "chat"}))
+    third = commit(store, store.edit(second, Edit(tags=("fun",)), templates={}))
+    assert (third.template, third.tags) == ("chat", ("fun",)), "what is not changed is not judged"
+
+
 def test_an_edit_of_samples_keeps_the_marks_of_accepted_ones(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder()))
     accepted = commit(store, store.resample(first, [Sample("a"), ACCEPTED]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_store import AdapterRefused, Label, Limits, check_folder
 from lora_store.peft_files import TEMPLATE_FILE, template_digest
-from lora_store.validation import CheckedFolder
+from lora_store.validation import NO_CHAT_TEMPLATE, CheckedFolder
 from tests.bad_uploads import Spoil, add, config, remove, rename, samples, tensors, write
 from tests.lora_store.builders import BASE, SHAPES, MakeFolder
 
@@ -202,6 +202,15 @@ def test_an_unknown_chat_template_is_refused_unless_the_publisher_names_one(make
     assert [part for part in wanted if part not in reason] == []
     assert check(folder, Label("poet", template="alpaca"), templates=known).template == "alpaca"
     assert check(folder, templates=None).template is None, "it is not judged"
+    [reason] = refusal(folder, templates={})
+    assert "publish with template 'alpaca', or let the operator set chat_template" in reason
+
+
+def test_the_base_models_chat_template_can_be_named_only_if_it_has_one(make_folder: MakeFolder) -> None:
+    named = Label("poet", template="chat")
+    assert refusal(make_folder(), named, templates={}) == (NO_CHAT_TEMPLATE,)
+    assert check(make_folder(), named, templates={template_digest(SOURCE): "chat"}).template == "chat"
+    assert check(make_folder(), named, templates=None).template == "chat", "it is not judged"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from lora_store import (
     is_valid_name,
     policy_digest,
 )
+from lora_store.validation import NO_CHAT_TEMPLATE, lacks_chat_template
 
 router = APIRouter(route_class=AnsweringRoute)
 _NAMES, _NAME = "/v1/names", "/v1/names/{name:path}"
@@ -84,6 +85,10 @@ async def set_name(name: str, body: NamePolicy, caller: PublishCaller, services:
         raise RequestInvalid(f"name: 1 to 64 of A-Z a-z 0-9 . _ - and not 'auto', got {name[:100]!r}", "name")
     if key[1] in services.config.served_models.accepted_names:
         raise NameTaken(key[1], "the base model")
+    bases = services.config.served_models
+    for policy in body.both:
+        if all(lacks_chat_template(policy.template, base.known_templates) for base in bases):
+            raise RequestInvalid(NO_CHAT_TEMPLATE, "template")
     settled = await services.planner.add_owners(body, caller.tenant)
     grammars = [policy.sampling().grammar for policy in settled.both]
     text = settled.to_json()

@@ -15,6 +15,7 @@ import pytest
 
 from deployments.api.names import NamePolicy
 from deployments.api.structured import MAX_SCHEMA_DEPTH
+from gpu_worker.config import PACKAGED_MODEL
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy, names
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -62,6 +63,17 @@ async def test_a_client_that_only_sets_model_gets_the_whole_policy() -> None:
     assert "temperature" not in job.sampling.unset and "top_p" in job.sampling.unset
     assert job.sampling.max_tokens_is_default, "a long prompt gets a shorter answer"
     assert job.sampling.grammar is not None and job.template == "alpaca"
+
+
+async def test_a_policy_names_the_base_models_chat_template_only_if_it_has_one(tmp_path: Path) -> None:
+    policy = {"template": "chat"}
+    async with named(base_model=PACKAGED_MODEL) as (say, _):
+        for body in (policy, {"variant": {"share": 0.5, **policy}}):
+            problem = error_of(await say("PUT", "/v1/names/support", body, 400))
+            assert problem["param"] == "template" and "the base model has no chat template" in problem["message"]
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    async with named(base_model=str(tmp_path)) as (say, _):
+        await say("PUT", "/v1/names/support", policy)
 
 
 async def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
