@@ -41,6 +41,11 @@ def write_results(
     return _write(study, content, [table], _suffix(study) if keeps_other_processors else "")
 
 
+def change_suffix() -> str:
+    """Return what the name of a file of results gets: UNCLEAN in a tree with local changes, else ""."""
+    return UNCLEAN if commit().endswith("+") else ""
+
+
 def processor_of(machine: str) -> str:
     """Return the kind of processor by a machine's description: its vendor, and AVX2 if it has no AVX-512."""
     vendor = re.findall(r"^[a-z]*", machine.lower())[0]

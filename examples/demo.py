@@ -15,13 +15,14 @@ from openai import AsyncOpenAI
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results_file import write_results
+from benchmarks.results_file import TreeChanged, write_results
 from benchmarks.starter_pool import HELD_OUT, POOL, HeldOutPrompt, read_prompts
 from deployments.cli.local_server import Server
 from deployments.config.loading import load_config
 from lora_store import ROUTED_STRATEGIES
 
 _MAX_TOKENS = 20
+_PER_TASK = 12  # as many as there are
 STARTER = Path(__file__).with_name("starter.yaml")
 COMPOSITIONS: dict[str, dict[str, str]] = {
     "auto": {},  # the server's defaults
@@ -115,10 +116,10 @@ def figures_of(by_name: Mapping[str, Sequence[Reply]]) -> dict[str, float]:
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="held-out prompts of each task")] = 12,
+    per_task: Annotated[int, typer.Option(help="held-out prompts of each task; fewer write no results")] = _PER_TASK,
     config: Annotated[Path, typer.Option(help="YAML file of server settings")] = STARTER,
 ) -> None:
-    """Run the comparison and write benchmarks/results/demo/results.json."""
+    """Run the comparison, print it, and write benchmarks/results/demo/results.json."""
     out = Console(width=160)
     questions = read_prompts(HELD_OUT, per_task)
     with tempfile.TemporaryDirectory() as scratch:
@@ -132,6 +133,11 @@ def main(
             )
             by_name = asyncio.run(compare(url, questions, settings.served_model.name))
     report(out, by_name)
+    if per_task >= _PER_TASK:
+        try:
+            write(by_name)
+        except TreeChanged as exc:
+            out.print(f"not kept as results: {exc}", markup=False, highlight=False)
 
 
 async def compare(url: str, questions: Sequence[HeldOutPrompt], base: str) -> dict[str, list[Reply]]:
@@ -140,10 +146,18 @@ async def compare(url: str, questions: Sequence[HeldOutPrompt], base: str) -> di
 
 
 def report(out: Console, by_name: Mapping[str, Sequence[Reply]]) -> None:
-    with out.capture() as captured:
-        out.print(shares_table(by_name))
-    table = captured.get()
     figures = figures_of(by_name)
+    out.print(replies_table(by_name["auto"]))
+    out.print(shares_table(by_name), highlight=False)
+    order = ("hit@1", "hit@3", "auto_right", "own_right", "base_right")
+    print(" ".join(f"{name}={figures[name]:.3f}" for name in order))
+
+
+def write(by_name: Mapping[str, Sequence[Reply]]) -> None:
+    """Write the results. Raises: TreeChanged."""
+    plain = Console(width=160)
+    with plain.capture() as captured:
+        plain.print(shares_table(by_name))
     runs = [
         {
             "setting": name,
@@ -156,11 +170,8 @@ def report(out: Console, by_name: Mapping[str, Sequence[Reply]]) -> None:
         for name, replies in by_name.items()
         for r in replies
     ]
-    write_results("demo", figures={k: round(v, 4) for k, v in figures.items()}, table=table, runs=runs)
-    out.print(replies_table(by_name["auto"]))
-    out.print(table, markup=False, highlight=False)
-    order = ("hit@1", "hit@3", "auto_right", "own_right", "base_right")
-    print(" ".join(f"{name}={figures[name]:.3f}" for name in order))
+    figures = {name: round(value, 4) for name, value in figures_of(by_name).items()}
+    write_results("demo", figures=figures, table=captured.get(), runs=runs)
 
 
 if __name__ == "__main__":

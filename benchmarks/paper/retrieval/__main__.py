@@ -21,6 +21,7 @@ from benchmarks.paper.retrieval.experiments import Experiments
 from benchmarks.paper.retrieval.loading import load_experiments
 from benchmarks.paper.retrieval.results import write_tables
 from benchmarks.paper.retrieval.study import UNTRAINED
+from benchmarks.results_file import TreeChanged, change_suffix
 
 KINDS = ("ranks", "draws", projected.KIND)
 
@@ -37,8 +38,7 @@ def run(root: Root = DEFAULT_ROOT) -> None:
     run_steps([*experiments.ranking_steps(), draws_step(experiments)], pace, out)
     experiments.choose_best()
     run_steps(projected_steps(experiments), pace, out)
-    collect(experiments, PAPER_RESULTS)
-    tables()
+    write(experiments)
 
 
 @cli.command()
@@ -46,8 +46,7 @@ def projections(root: Root = DEFAULT_ROOT) -> None:
     """Measure only projections and thresholds, with the untrained encoder and those trained on 40 % of the tasks."""
     experiments = load_experiments(Workspace(root))
     run_steps(projected_steps(experiments), seconds_per_text(experiments), out)
-    collect(experiments, PAPER_RESULTS, (projected.KIND,))
-    tables()
+    write(experiments, (projected.KIND,))
 
 
 def projected_steps(experiments: Experiments) -> list[Step]:
@@ -58,14 +57,21 @@ def projected_steps(experiments: Experiments) -> list[Step]:
 @cli.command()
 def gather(root: Root = DEFAULT_ROOT) -> None:
     """Write the tables from what has been measured so far. They name what is missing."""
-    collect(load_experiments(Workspace(root)), PAPER_RESULTS)
-    tables()
+    write(load_experiments(Workspace(root)))
 
 
 @cli.command()
 def tables() -> None:
     """Write results, tables and plots from the committed rows."""
     write_tables(PAPER_RESULTS)
+
+
+def write(experiments: Experiments, kinds: Sequence[str] = KINDS) -> None:
+    """Write the measured rows of these kinds, and all tables. Raises: TreeChanged, with nothing written."""
+    if change_suffix():
+        raise TreeChanged("this tree has local changes, which no commit names: commit them, and run `gather`")
+    collect(experiments, PAPER_RESULTS, kinds)
+    tables()
 
 
 def seconds_per_text(experiments: Experiments) -> float:

@@ -12,19 +12,19 @@ from benchmarks.paper.retrieval import projected, tables
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED, main_draws
-from benchmarks.results_file import write_part
+from benchmarks.results_file import change_suffix, write_part
 
 _MAIN = f"{100 * MAIN_SHARE:.0f} %"
 
 
 def write_tables(folder: Path) -> None:
-    """Write the section, plots and numbers from the rows in `folder`."""
+    """Write the section, plots and numbers from the rows in `folder`. Raises: TreeChanged, before any plot."""
     rankings = Rankings(folder)
     section = section_of(folder, rankings)
     figures = figures_of(rankings)
     if (rows := folder / f"retrieval_{projected.KIND}.parquet").exists():
         figures |= projected_figures(pd.read_parquet(rows), rankings)
-    (folder / "retrieval.md").write_text(section, encoding="utf-8")
+    (folder / f"retrieval{change_suffix()}.md").write_text(section, encoding="utf-8")
     write_part("paper", "retrieval", figures=figures, table=section, runs=[])
     _plot(folder, rankings)
 
@@ -76,6 +76,7 @@ def section_of(folder: Path, rankings: Rankings) -> str:
     words = [f"{name} {value:+.2f}" for name, value in related.items()]
     parts = [
         "## Retrieval\n",
+        "[What the tables show, and measurements that are finished](retrieval_read.md).\n",
         plot("retrieval_shares", "own adapter found, by the share of tasks trained on"),
         "### Accuracy by cosine, percent\n",
         tables.accuracy(rankings, COSINE),

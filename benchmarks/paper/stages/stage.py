@@ -25,7 +25,7 @@ from benchmarks.paper.common.tasks import read_pool, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.retrieval.experiments import BEST
 from benchmarks.paper.stages.answers import Answers, Claim, arms_table, claims_table, collect_figures
-from benchmarks.results_file import write_part
+from benchmarks.results_file import change_suffix, write_part
 from lora_store import LoraStore
 from retriever_svc import Encoder
 
@@ -127,11 +127,13 @@ def write_section(stage: Stage, rows: pd.DataFrame) -> str:
 
 
 def write_stage(stage: Stage, rows: pa.Table, folder: Path = PAPER_RESULTS) -> None:
-    """Write the rows, the tables and the numbers."""
-    write_parquet(folder / f"{stage.name}.parquet", rows)
-    found = pd.read_parquet(folder / f"{stage.name}.parquet")
+    """Write the rows, the tables and the numbers. Raises: TreeChanged; the files then have names that git ignores."""
+    suffix = change_suffix()
+    path = folder / f"{stage.name}{suffix}.parquet"
+    write_parquet(path, rows)
+    found = pd.read_parquet(path)
     section = write_section(stage, found)
-    (folder / f"{stage.name}.md").write_text(section, encoding="utf-8")
+    (folder / f"{stage.name}{suffix}.md").write_text(section, encoding="utf-8")
     write_part("paper", stage.name, figures=collect_figures(Answers(found), stage.name), table=section, runs=[])
 
 

@@ -21,6 +21,7 @@ from benchmarks.paper.retrieval.ranking import place_of, rank_rows
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.results import write_tables
 from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task
+from benchmarks.results_file import TreeChanged
 from retriever_svc import Encoder
 from retriever_svc.training import TrainingSettings
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
@@ -162,6 +163,10 @@ def test_section_and_results_are_written_from_the_rows(
     assert results.keys() == {f"{name}{bound}" for name in names for bound in ("", "_lo", "_hi")}
     assert all(results[f"{name}_lo"] <= results[name] <= results[f"{name}_hi"] for name in names)
     section = (folder / "retrieval.md").read_text()
+    with monkeypatch.context() as changed, pytest.raises(TreeChanged):
+        changed.setattr(results_file, "commit", lambda: "0123456789ab+")
+        write_tables(folder)
+    assert (folder / "retrieval.md").read_text() == section
     assert section.startswith("## Retrieval\n")
     assert section.count("| 40 % | 2 |") == 3
     assert "Not measured yet: projections.\n" in section  # a command of its own measures them

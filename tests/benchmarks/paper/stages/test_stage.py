@@ -14,6 +14,7 @@ from benchmarks.paper.answering.methods import MAIN
 from benchmarks.paper.answering.runs import run_all
 from benchmarks.paper.stages import ablations, defaults, integers, lorahub, main_table, second_base, sizes, stage
 from benchmarks.paper.stages.stage import Loaded, Stage, write_stage
+from benchmarks.results_file import TreeChanged
 
 STAGES = [module.STAGE for module in (main_table, ablations, lorahub, sizes, second_base, defaults, integers)]
 
@@ -44,3 +45,17 @@ def test_the_results_of_a_stage_are_its_rows_its_tables_and_its_numbers(
     written = json.loads((tmp_path / "paper" / "results.json").read_text())
     assert written["figures"]["answers_perfect"] == 1.0 and written["figures"]["answers_base"] == 0.0
     assert (tmp_path / "answers.parquet").is_file() and [run["part"] for run in written["runs"]] == ["answers"]
+
+
+def test_a_changed_tree_leaves_the_results_of_a_stage_alone(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    rows = run_all(loaded.bench, MAIN, 2, tmp_path / "raw")
+    write_stage(main_table.STAGE, rows, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("answers.*")}
+    monkeypatch.setattr(results_file, "commit", lambda: "0123456789ab+")
+    with pytest.raises(TreeChanged):
+        write_stage(main_table.STAGE, rows.slice(0, len(rows) // 2), tmp_path)
+    assert len(before) == 2 and {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in tmp_path.glob("*.unclean.*")} == {"answers.unclean.parquet", "answers.unclean.md"}
