@@ -112,7 +112,7 @@ class RateLimited(DeploymentsError):
 class ModelNotFound(DeploymentsError):
     """`model` does not exist or is not visible to the caller.
 
-    `hint`: a similar name, or "".
+    `hint`: a similar name, or "". `is_policy`: it was asked for where only model names are.
     """
 
     kind = Kind.MISSING
@@ -122,8 +122,13 @@ class ModelNotFound(DeploymentsError):
 
     model: str
     hint: str = field(default_factory=str)  # as in AdapterNotFound
+    is_policy: bool = field(default=False)
 
     def __str__(self) -> str:
+        if self.is_policy:
+            return (
+                f"no model name {self.model!r}; `loraretriever name list` and GET /v1/names show those that there are"
+            )
         hint = (
             f"; did you mean {self.hint!r}?"
             if self.hint

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deployments.auth.private_files import keep_files_private, make_private, ses
 from deployments.errors import RayUnauthenticated
 
 MODE_VARIABLE = "RAY_AUTH_MODE"
+TOKEN_VARIABLE, FILE_VARIABLE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # read by Ray
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,28 @@ def prepare_own_ray(*, allow_unauthenticated: bool) -> Path:
 
 
 def start_own_ray(**options: Any) -> Any:
-    """Start Ray on this machine. Raises: TimeoutError if it does not start within Ray's own thirty seconds."""
+    """Start Ray on this machine.
+
+    Raises: TimeoutError if it does not start within Ray's own thirty seconds; OSError for a file that it cannot write.
+    """
     try:
         return ray.init("local", **options)  # ignores RAY_ADDRESS
+    except OSError as exc:
+        place = f"Ray's token is kept in {Path.home() / '.ray'}"
+        raise OSError(
+            f"Ray did not start: {exc}. {place}: set HOME to a folder, or {TOKEN_VARIABLE} to a token"
+        ) from exc
     except Exception as exc:
         if type(exc) is not Exception:  # Ray has no class for it
             raise
         raise TimeoutError(f"Ray did not start: {exc} Try again when the machine is less busy.") from exc
+
+
+def describe_token(environment: Mapping[str, str]) -> str:
+    """Return where Ray's token is: in a variable, or in a file."""
+    if environment.get(TOKEN_VARIABLE):
+        return f"in the variable {TOKEN_VARIABLE}"
+    return f"in {environment.get(FILE_VARIABLE) or '~/.ray/auth_token'}"
 
 
 def use_token_mode() -> None:

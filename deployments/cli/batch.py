@@ -48,7 +48,7 @@ def batch(
             for served in settings.by_model.values():
                 require_base_model(served.base_model, served.worker.engine)
     except (ValueError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
     given = {name: value for name, value in defaults.items() if value is not None}
     run = BatchSettings(settings, source, target, part_rows, tenant, given)
     run_batch(run, address=address, concurrency=concurrency, as_json=as_json)

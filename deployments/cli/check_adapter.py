@@ -71,7 +71,7 @@ def check_adapters(
                 for adapter in found
             ]
     except (ValueError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
     if parity and outcomes[0]["is_fit"]:
         folder = found[0].path.resolve()
         model = settings.served_models.made_for(label.base_model or read_base_model(folder, limits))
@@ -198,7 +198,7 @@ def _add_parity(
     except AdapterRefused as exc:  # the shapes of the base model's layers were not known before
         return _refusal(outcome["name"], exc)
     except GpuWorkerError as exc:
-        fail(str(exc))
+        fail(exc)
     numbers = {strategy: value if math.isfinite(value) else None for strategy, value in differences.items()}
     return outcome | {"parity": numbers}
 

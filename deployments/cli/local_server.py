@@ -123,7 +123,7 @@ class Server:
     def prepare(self, report: Callable[[str], None]) -> None:
         """Open the pool, and convert the packaged base model: errors would otherwise end a replica minutes later.
 
-        Raises: ServerFailed, with the URI and the cause, if the pool cannot be opened.
+        Raises: ServerFailed, with the setting and the cause, if the pool or the cache cannot be opened.
         """
         report("opening the pool")
         keep_files_private(Path.home())
@@ -138,7 +138,10 @@ class Server:
         for model in config.by_model.values():
             if model.base_model == PACKAGED_MODEL:
                 report("checking the base model (the first start converts it, which takes about a minute)")
-                ensure_converted(model.worker_config())
+                try:
+                    ensure_converted(model.worker_config())
+                except OSError as exc:
+                    raise ServerFailed(f"cache_dir: {config.cache_dir} cannot be written to: {exc}") from exc
         report("starting Ray and the deployments")
 
     def start(self, report: Callable[[str], None] = lambda _: None) -> str:

@@ -117,7 +117,7 @@ def serve(
 
         check_libraries(of_engine=False)
     except (ServerFailed, ImportError) as exc:
-        fail(str(exc))
+        fail(exc)
     from deployments.cli.run_server import run_server  # Ray takes seconds to import
 
     run_server(settings, host, port, metrics_port, is_verbose=verbose)
@@ -331,7 +331,7 @@ def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
             loading.require_base_model(model.base_model, model.worker.engine)
         loading.require_keys_file(settings.keys_file)
     except (ValueError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
     return settings
 
 

@@ -102,7 +102,7 @@ def show_warning(message: str) -> None:
     err.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def fail(message: str) -> NoReturn:
+def fail(problem: str | Exception) -> NoReturn:
     """Print an error and exit with code 1."""
-    show_error(message)
+    show_error(problem if isinstance(problem, str) else describe_problem(problem))
     raise typer.Exit(1)

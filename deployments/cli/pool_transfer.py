@@ -162,7 +162,7 @@ def _failures() -> Iterator[None]:
     try:
         yield
     except (LoraStoreError, ValueError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
 
 
 @contextmanager

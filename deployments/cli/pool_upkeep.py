@@ -44,7 +44,7 @@ def repair(
         uri = load_config(config, **({} if store is None else {"store_uri": store})).store_uri
         done = repair(Location(uri), datetime.now(UTC))
     except (LoraStoreError, ValueError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
     lines = [f"the catalogue of {uri} is whole; nothing was changed"] if done is None else _lines(done)
     report(_facts(done), "\n".join(lines), as_json=as_json)
     if done is not None and done.lost:
@@ -166,7 +166,7 @@ def _verify_store(uri: str) -> JsonObject:
                 if found.problem is not None:
                     problems.append({"digest": found.digest, "adapter": str(found.ref), "problem": found.problem})
     except (LoraStoreError, ValueError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
     return {"num_blobs": done, "problems": problems}
 
 

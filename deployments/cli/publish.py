@@ -16,7 +16,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 from deployments.cli.adapter_publisher import SOURCE, AdapterPublisher, Item
 from deployments.cli.client import REMEDY, answers, open_client, reads_paths
 from deployments.cli.options import DEFAULT_URL, Json, Url
-from deployments.cli.output import describe_problem, err, fail, progress, show_warning
+from deployments.cli.output import err, fail, progress, show_warning
 from deployments.cli.publish_report import report_json, report_lines
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders, folder_bytes
@@ -195,7 +195,7 @@ def _find_items(place: str) -> list[Item]:
     try:
         found = [Item(adapter.path, adapter.new_name) for adapter in adapter_folders(Path(place))]
     except OSError as exc:
-        fail(describe_problem(exc))
+        fail(exc)
     return found or [Item(Path(place))]
 
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from deployments.cli.client import check, find_param, find_wait, open_client, pages
-from deployments.cli.output import counted, describe_problem, err, fail, out, print_json, show_error
+from deployments.cli.output import counted, err, fail, out, print_json, show_error
 from deployments.json_types import JsonObject
 
 _RANKS = (1, 3, 5, 8)
@@ -148,7 +148,7 @@ def read_labelled(file: Path, *, needs_adapter: bool = True) -> list[Labelled]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON texts may have other separators
     except OSError as exc:
-        fail(describe_problem(exc))
+        fail(exc)
     except UnicodeDecodeError as exc:
         fail(f"{file}: {exc}")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -41,7 +41,7 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
     except RayError as exc:
         fail(f"{_cause(exc)}; the same command continues the run")
     except (BatchRefused, RayUnauthenticated, LoraStoreError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
     except KeyboardInterrupt:
         fail("interrupted: run the same command again to resume")
     took_s = time.monotonic() - started

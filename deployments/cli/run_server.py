@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from deployments.addresses import is_loopback_host
 from deployments.auth.key_file import load_keys
+from deployments.auth.ray_token import describe_token
 from deployments.cli.check_adapter import folder_problem
 from deployments.cli.client import ServerFailed
 from deployments.cli.local_server import Server
@@ -74,7 +76,7 @@ def run_server(
         say("stopped before the server was ready")
         raise
     except (ServerFailed, ProxyUnsafe, LoraStoreError, ValueError, OSError) as exc:
-        fail(str(exc))
+        fail(exc)
 
 
 def start_problems(ready: JsonObject) -> list[str]:
@@ -128,7 +130,7 @@ def access_note(host: str, settings: AppConfig) -> str:
 
 def ports_note(*, allows_unauthenticated: bool) -> str:
     """Describe the ports that listen besides HTTP."""
-    guard = "protected by Ray's token in ~/.ray/auth_token"
+    guard = f"protected by Ray's token {describe_token(os.environ)}"
     if allows_unauthenticated:
         guard = "unprotected because of allow_unauthenticated_ray: anyone who reaches them may run code as this server"
     return (

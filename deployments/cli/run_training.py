@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from deployments.cli.output import counted, describe_problem, fail, progress, report, show_warning
+from deployments.cli.output import counted, fail, progress, report, show_warning
 from deployments.config.loading import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
@@ -41,7 +41,7 @@ def run_training(job: TrainingJob, *, as_json: bool = False) -> None:
         started = time.monotonic()
         _train(job, texts)
     except (RetrieverError, LoraStoreError, ValueError, OSError) as exc:
-        fail(describe_problem(exc))
+        fail(exc)
     took_s = time.monotonic() - started
     outcome = {"encoder": str(job.target), "tasks": sorted(texts), "seconds": round(took_s, 1)}
     done = f"trained {job.target} on {counted(len(texts), 'task')} in {took_s:.0f} s"

@@ -136,7 +136,7 @@ async def approve_name(
     owner = owner or caller.tenant
     found = await services.retriever.policies(owner, f"{owner}/{bare}@{body.digest}")
     if not found:
-        raise ModelNotFound(f"{name}@{body.digest[:12]}")
+        raise ModelNotFound(f"{name}@{body.digest[:12]}", is_policy=True)
     require_approver(services, found[0].ref, caller)
     await _require_public(found[0], services)
     shown = version_object(found[0], caller.tenant)
@@ -146,7 +146,7 @@ async def approve_name(
     try:
         settled = await services.publisher.change_name(partial(services.store.approve_name, found[0].ref))
     except AdapterNotFound as exc:
-        raise ModelNotFound(name) from exc
+        raise ModelNotFound(name, is_policy=True) from exc
     return answer_settled(settled, name=name, **about)
 
 
@@ -157,7 +157,7 @@ async def remove_name(name: str, caller: PublishCaller, services: AnyServices) -
     try:
         settled = await services.publisher.change_name(partial(services.store.set_name, key, "", caller.key_id))
     except AdapterNotFound as exc:
-        raise ModelNotFound(name) from exc
+        raise ModelNotFound(name, is_policy=True) from exc
     return answer_settled(settled, name=key[1])
 
 
@@ -165,7 +165,7 @@ def _own_key(name: str, caller: Caller) -> Key:
     """Return (tenant, name) of a name of the caller's tenant. Raises: ModelNotFound for another tenant's."""
     owner, slash, bare = name.rpartition("/")
     if slash and owner != caller.tenant:
-        raise ModelNotFound(name)
+        raise ModelNotFound(name, is_policy=True)
     return caller.tenant, bare
 
 
@@ -173,7 +173,7 @@ async def _kept(name: str, tenant: str, services: Services, min_generation: int 
     """Return the kept versions of a name. Raises: ModelNotFound, StaleIndex."""
     kept = await services.retriever.policies(tenant, name, min_generation, KEPT_POLICIES)
     if not kept:
-        raise ModelNotFound(name)
+        raise ModelNotFound(name, is_policy=True)
     return kept
 
 

@@ -94,3 +94,13 @@ def test_a_ray_that_does_not_start_in_time_is_named_and_other_errors_stay(monkey
         monkeypatch.setattr(ray, "init", Mock(side_effect=error))
         with pytest.raises(shown, match=r"^Ray did not start: The node timed out\. Try again|^num_cpus$"):
             start_own_ray(num_cpus=1)
+
+
+def test_a_token_that_cannot_be_written_comes_with_its_folder_and_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ray, "init", Mock(side_effect=PermissionError(13, "Permission denied", "x")))
+    with pytest.raises(OSError, match="Permission denied") as caught:
+        start_own_ray(num_cpus=1)
+    assert all(word in str(caught.value) for word in (f"{tmp_path}/.ray", "set HOME", "RAY_AUTH_TOKEN"))

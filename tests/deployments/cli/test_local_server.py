@@ -36,6 +36,7 @@ from deployments.cli.local_server import (
     causes_in,
     printing_to,
 )
+from gpu_worker.config import PACKAGED_MODEL
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
 from tests.deployments.scripted import scripted
@@ -182,6 +183,14 @@ def test_a_pool_that_cannot_be_opened_is_named_before_ray_starts(
     with pytest.raises(ServerFailed, match=r"the pool s3://b/p.* cannot be opened: "):
         Server(config_of(store_uri=away), port=1).prepare(lambda _: None)
     assert not ray.is_initialized()
+
+
+def test_a_cache_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    config = config_of(base_model=PACKAGED_MODEL, cache_dir=cache, store_uri=str(tmp_path / "pool"))
+    with pytest.raises(ServerFailed, match=f"^cache_dir: {cache} cannot be written to: "):
+        Server(config, port=1).prepare(lambda _: None)
 
 
 def status_of(**messages: tuple[DeploymentStatus, str]) -> ServeStatus:

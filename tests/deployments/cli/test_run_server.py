@@ -60,10 +60,16 @@ def test_the_start_says_which_template_chats_use(tmp_path: Path) -> None:
     assert template_note(AppConfig(base_model="far/away", chat_template=own).served_model) == f"chats use {own}"
 
 
-def test_the_start_prints_the_other_ports_and_their_protection() -> None:
+def test_the_start_prints_the_other_ports_and_their_protection(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
     says = ports_note(allows_unauthenticated=False)
     assert says.startswith("Ray also listens on all interfaces")
     assert "protected by Ray's token in ~/.ray/auth_token" in says and "metrics without protection" in says
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/run/token")
+    assert "protected by Ray's token in /run/token" in ports_note(allows_unauthenticated=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    assert "protected by Ray's token in the variable RAY_AUTH_TOKEN" in ports_note(allows_unauthenticated=False)
     says = ports_note(allows_unauthenticated=True)
     assert "run code as this server" in says and "auth_token" not in says
 

@@ -282,7 +282,9 @@ async def test_a_name_has_a_history_and_rolls_back() -> None:
             ("POST", "/v1/names/support/rollback", {}),
             ("POST", "/v1/chat/completions", CHAT),
         ):
-            assert error_of(await say(method, path, body, 404))["code"] == "model_not_found"
+            problem = error_of(await say(method, path, body, 404))
+            assert problem["code"] == "model_not_found"
+            assert ("`loraretriever name list`" in problem["message"]) == path.startswith("/v1/names")
 
 
 async def test_names_are_listed_among_the_models_page_by_page() -> None:
